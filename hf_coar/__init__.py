@@ -1,0 +1,37 @@
+"""hf_coar: component attribution by regression (COAR) for any Hugging Face or timm model.
+
+It says how much each component (filter, neuron, head, matrix) contributes to each prediction, predicts what ablating
+any set of them would do, and edits the model by it.
+"""
+
+__version__ = "0.1.0"
+
+from hf_coar import components, outputs
+from hf_coar.attributions import Attributions
+from hf_coar.components import Components, find_components
+from hf_coar.editing import edit
+from hf_coar.errors import CoarError
+from hf_coar.evaluation import Report, evaluate
+from hf_coar.masking import ablate
+from hf_coar.path_gradient import PathGradient
+from hf_coar.pipeline import attribute, load
+from hf_coar.regression import Regression
+from hf_coar.solvers import Ridge
+
+__all__ = [
+    "Attributions",
+    "CoarError",
+    "Components",
+    "PathGradient",
+    "Regression",
+    "Report",
+    "Ridge",
+    "ablate",
+    "attribute",
+    "components",
+    "edit",
+    "evaluate",
+    "find_components",
+    "load",
+    "outputs",
+]

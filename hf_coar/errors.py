@@ -1,0 +1,33 @@
+"""One family of errors: every message says what is wrong, with the values, and what to do."""
+
+
+class CoarError(ValueError):
+    """Anything that the user can put right: a wrong name, shape, value, file or model."""
+
+
+class NoComponentsError(CoarError):
+    """Nothing in the model matched: an unknown glob, a granularity the model lacks, or no known layer."""
+
+
+class ModelError(CoarError):
+    """A model that cannot be found, loaded, called or differentiated."""
+
+
+class ModelMismatchError(ModelError):
+    """Attributions or components of another model."""
+
+
+class DataError(CoarError):
+    """A data set that cannot be found, has no labels, or does not yield batches of tensors."""
+
+
+class RunMismatchError(CoarError):
+    """A run folder that was begun with other settings."""
+
+
+class CorruptFileError(CoarError):
+    """A file that is truncated, altered or not ours."""
+
+
+class NonFiniteOutputError(CoarError):
+    """The model gave NaN or infinity, so nothing can be attributed."""

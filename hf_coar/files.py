@@ -1,0 +1,121 @@
+"""Files that are either whole or absent: atomic writes, checked reads, JSON and safetensors with a checksum."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_coar.errors import CoarError, CorruptFileError
+
+_CHECKSUM = "sha256"
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write `content` to `path` so that a reader sees the old file or the new one, whatever dies in between.
+
+    Temporary file in the same folder, fsync, rename, fsync of the folder.
+
+    Raises:
+        CoarError: the disk is full, or the folder cannot be written.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    except OSError as error:
+        raise CoarError(
+            f"cannot write {path}: {error.strerror or error}; free some space or choose another folder"
+        ) from error
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp makes private files; a run folder may be shared
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise CoarError(
+            f"cannot write {path}: {error.strerror or error}; free some space or choose another folder, "
+            "then run the same command again: what is finished is kept"
+        ) from error
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":  # folders cannot be opened there, and renames are journalled
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented UTF-8 JSON, atomically."""
+    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON.
+
+    Raises:
+        CorruptFileError: the file is missing or is not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise CorruptFileError(f"cannot read {path} as JSON: {error}") from error
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write tensors as safetensors, atomically, with a checksum of names, dtypes, shapes and bytes in the header."""
+    from safetensors.torch import save
+
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
+    write_bytes(path, save(tensors, metadata={_CHECKSUM: checksum(tensors)}))
+
+
+def read_tensors(path: Path, verify: bool = True) -> dict[str, torch.Tensor]:
+    """Read a file made by `write_tensors`; the tensors are mapped from the file, not copied.
+
+    Args:
+        path: the file.
+        verify: compare the checksum, which reads the whole file.
+
+    Raises:
+        CorruptFileError: missing, truncated, altered, or written by something else.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            expected = (file.metadata() or {}).get(_CHECKSUM)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CorruptFileError(f"cannot read {path}: {error}") from error
+    if verify and checksum(tensors) != expected:
+        raise CorruptFileError(f"{path} is damaged: its checksum does not match its content")
+    return tensors
+
+
+def checksum(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes, in the order of the names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor_bytes(tensor))
+    return digest.hexdigest()
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The raw bytes of a tensor, in row-major order, on the CPU."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy())

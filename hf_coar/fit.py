@@ -1,0 +1,71 @@
+"""What every estimator takes and gives: a problem, and a fit."""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from hf_coar.components import Components
+from hf_coar.data import Identity
+from hf_coar.outputs import Output
+from hf_coar.store import Store
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is to be attributed.
+
+    Attributes:
+        model: the model.
+        data: batches that can be iterated again.
+        components: the model's components.
+        output: the output to attribute.
+        ablated_fraction: the fraction of the components that masks ablate.
+        seed: of all draws.
+        store: of the run; results that it holds are not computed again.
+        progress: show a progress bar.
+    """
+
+    model: nn.Module
+    data: Any
+    components: Components
+    output: Output
+    ablated_fraction: float
+    seed: int
+    store: Store
+    progress: bool = True
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Attributions of every example.
+
+    Attributes:
+        weights: float32 [examples, components].
+        bias: float32 [examples].
+        standard_errors: float32 [examples, components], of the weights; None where the estimator gives none.
+        identity: of the examples.
+    """
+
+    weights: Tensor
+    bias: Tensor
+    standard_errors: Tensor | None
+    identity: Identity
+
+
+class Method(Protocol):
+    """An estimator: `PathGradient`, `Regression`, or one of your own."""
+
+    name: str
+
+    def settings(self) -> dict[str, Any]:
+        """What determines the numbers, as JSON values."""
+        ...
+
+    def cost(self, ablated_fraction: float) -> float:
+        """Forward passes an example."""
+        ...
+
+    def fit(self, problem: Problem) -> Fit:
+        """Estimate."""
+        ...

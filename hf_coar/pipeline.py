@@ -1,0 +1,159 @@
+"""The pieces in order: `load` a model and data, `attribute` them."""
+
+import logging
+import tempfile
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_coar import data as data_module
+from hf_coar import engine, masking, models, outputs, sampling
+from hf_coar.attributions import Attributions
+from hf_coar.components import Components, find_components
+from hf_coar.fit import Method, Problem
+from hf_coar.outputs import Output
+from hf_coar.path_gradient import PathGradient
+from hf_coar.store import Store
+
+logger = logging.getLogger(__name__)
+
+
+def load(
+    model: str | Path,
+    data: str | Path,
+    split: str | None = None,
+    revision: str | None = None,
+    data_revision: str | None = None,
+    batch_size: int = 32,
+    streaming: bool = False,
+    max_length: int = 512,
+    trust_remote_code: bool = False,
+) -> tuple[nn.Module, data_module.Examples]:
+    """A model and a data set with the preprocessing that belongs to the model.
+
+    Args:
+        model: Hub id or local folder of a timm or transformers model.
+        data: Hub id, local folder or file of a data set.
+        split: such as `"validation[:2000]"`.
+        revision: of the model: branch, tag or commit.
+        data_revision: of the data set.
+        batch_size: examples a batch; changes speed only.
+        streaming: read the data while running instead of downloading them first.
+        max_length: tokens at which texts are cut.
+        trust_remote_code: run code that comes with the model.
+
+    Raises:
+        ModelError: no such model.
+        DataError: no such data set, or none that the model can read.
+    """
+    loaded = models.load_model(model, revision, trust_remote_code)
+    return loaded, data_module.load_data(data, loaded, split, data_revision, batch_size, streaming, max_length)
+
+
+def attribute(
+    model: nn.Module,
+    data: Any,
+    components: Components | None = None,
+    output: "str | Output | outputs.OutputFunction" = "margin",
+    method: Method | None = None,
+    ablated_fraction: float = 0.05,
+    seed: int = 0,
+    out: str | Path | None = None,
+    batch_size: int | None = None,
+    progress: bool = True,
+) -> Attributions:
+    """How much every component contributes to the output of every example.
+
+    Args:
+        model: any module; changed only while this runs.
+        data: anything that can be iterated again and yields batches, mappings of tensors whose first axis is the
+            example, or a `datasets` data set; `labels` holds the targets.
+        components: from `find_components(model)`, which is the default.
+        output: a name (`hf_coar.outputs.names()`), or a function (logits, batch) -> [examples].
+        method: `PathGradient(…)`, the default, or `Regression(…)`.
+        ablated_fraction: the fraction of components that masks ablate. Predictions are best for ablations of that size.
+        seed: of all draws.
+        out: folder of the run. It resumes where it stopped; settings that change the numbers must then be the same. A
+            temporary folder by default.
+        batch_size: changes speed only; for `datasets` objects and what `load` gives.
+        progress: show a progress bar.
+
+    Returns:
+        The attributions, also saved in `out`.
+
+    Raises:
+        CoarError: arguments that make no sense; the message says which and what to do.
+        RunMismatchError: `out` holds a run with other settings.
+        NonFiniteOutputError: the model gave NaN or infinity.
+    """
+    sampling.check_fraction(ablated_fraction)
+    sampling.check_seed(seed)
+    output = outputs.get(output)
+    method = method or PathGradient()
+    components = components or find_components(model)
+    masking.check_same_model(model, components)
+    batches = data_module.batches(data, batch_size)
+    config = _config(model, data, components, output, method, ablated_fraction, seed)
+    _tell_cost(batches, config)
+    with tempfile.TemporaryDirectory() if out is None else nullcontext(out) as folder:
+        folder = _same_for_all(folder)
+        store = Store(folder, {"task": "attribute", **config, "components": components.to_json()})
+        fit = method.fit(Problem(model, batches, components, output, ablated_fraction, seed, store, progress=progress))
+        attributions = Attributions(fit.weights, fit.bias, fit.standard_errors, components, fit.identity, config)
+        if out is not None and engine.processes().is_main_process:
+            attributions.save_pretrained(folder)
+    return attributions
+
+
+def _config(
+    model: nn.Module,
+    data: Any,
+    components: Components,
+    output: Output,
+    method: Method,
+    ablated_fraction: float,
+    seed: int,
+) -> dict[str, Any]:
+    """Everything that determines the numbers."""
+    return {
+        "model": {**models.record(model), "fingerprint": models.fingerprint(model)},
+        "data": data_module.describe(data),
+        "granularity": components.granularity,
+        "n_components": len(components),
+        "output": output.name,
+        "unit": output.unit,
+        "method": method.settings(),
+        "ablated_fraction": ablated_fraction,
+        "seed": seed,
+        "cost": method.cost(ablated_fraction),
+        "versions": _versions(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    """Major and minor version of the libraries that compute; a patch release does not stop a run from resuming."""
+    from importlib.metadata import version
+
+    names = ("hf_coar", "torch", "transformers", "timm")
+    return {name: ".".join(version(name).split("+")[0].split(".")[:2]) for name in names}
+
+
+def _tell_cost(batches: Any, config: dict[str, Any]) -> None:
+    length = f"{len(batches)} batches" if hasattr(batches, "__len__") else "a stream of batches"
+    logger.info(
+        "attribute: %d components, output %s, method %s: %g forward passes an example, on %s",
+        config["n_components"], config["output"], config["method"]["name"], config["cost"], length,
+    )  # fmt: skip
+
+
+def _same_for_all(folder: str | Path) -> Path:
+    """The main process's folder, for all processes: temporary ones differ."""
+    state = engine.processes()
+    if state.num_processes == 1:
+        return Path(folder)
+    shared = [str(folder)]
+    torch.distributed.broadcast_object_list(shared, src=0)
+    return Path(shared[0])

@@ -1,0 +1,88 @@
+"""Masks and gates as a pure function of (seed, index): nothing is stored, any unit can be drawn again anywhere.
+
+The source is Philox-4x64, a counter-based generator (Salmon et al., SC 2011). The key is the seed and the purpose, the
+counter is the index, so that seeds never overlap (as `seed + index` would) and the purposes never share a stream.
+Only raw 64-bit words are taken from NumPy: those are fixed by the algorithm, whatever NumPy's version.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_coar.errors import CoarError
+
+MASKS, PATHS, BACKGROUND, EVALUATION, BOOTSTRAP = range(5)  # the purposes
+
+
+def words(seed: int, purpose: int, index: int, sub_index: int, count: int) -> np.ndarray:
+    """`count` random words, uint32 [count], a pure function of the arguments.
+
+    Args:
+        seed: 0 .. 2^64 - 1.
+        purpose: one of this module's constants.
+        index: which mask or which example.
+        sub_index: which draw for that index.
+        count: how many words.
+    """
+    # The lowest counter word moves with every block drawn; the upper ones say which stream this is.
+    generator = np.random.Philox(key=[seed, purpose], counter=[0, 0, sub_index, index])
+    return generator.random_raw((count + 1) // 2).view(np.uint32)[:count]
+
+
+@dataclass(frozen=True)
+class Masks:
+    """A sequence of random masks, none of them stored: mask i is a pure function of these fields and i.
+
+    Every component is ablated independently with the same probability, as in the paper.
+
+    Attributes:
+        n_components: length of a mask.
+        ablated_fraction: probability that a component is ablated.
+        count: how many masks.
+        seed: of the run.
+        purpose: `MASKS` for fitting, `EVALUATION` for judging.
+    """
+
+    n_components: int
+    ablated_fraction: float
+    count: int
+    seed: int
+    purpose: int
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Masks start … stop - 1, bool [stop - start, n_components], True = left in place."""
+        threshold = round(self.ablated_fraction * 2**32)
+        # The fraction is part of the index, so that masks of two fractions are independent of each other.
+        rows = [words(self.seed, self.purpose, i, threshold, self.n_components) for i in range(start, stop)]
+        return torch.from_numpy(np.stack(rows) >= threshold)
+
+
+def uniforms(seed: int, purpose: int, index: int, sub_index: int, count: int) -> np.ndarray:
+    """Uniform numbers in (0, 1), float32 [count]."""
+    # 24 bits, the mid-points of equal cells: exact in float32, never 0 or 1, and 1 - u is another one of them.
+    cells = words(seed, purpose, index, sub_index, count) >> np.uint32(9)
+    return (cells.astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-23)
+
+
+def balanced_split(seed: int, purpose: int, index: int, sub_index: int, count: int, n_blocks: int) -> np.ndarray:
+    """A random split of `count` components into `n_blocks` blocks whose sizes differ by one at most, int32 [count]."""
+    order = np.argsort(words(seed, purpose, index, sub_index, count), kind="stable")
+    block = np.empty(count, dtype=np.int32)
+    block[order] = np.arange(count, dtype=np.int32) % n_blocks
+    return block
+
+
+def check_seed(seed: int) -> None:
+    """Raises `CoarError` unless the seed is an integer from 0 to 2^64 - 1."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
+        raise CoarError(f"seed={seed!r}; must be an integer from 0 to 2^64 - 1")
+
+
+def check_fraction(ablated_fraction: float) -> None:
+    """Raises `CoarError` unless the fraction lies strictly between 0 and 1."""
+    if not isinstance(ablated_fraction, int | float) or not 0 < ablated_fraction < 1:
+        raise CoarError(
+            f"ablated_fraction={ablated_fraction!r}; must lie strictly between 0 and 1, such as 0.05 for one in twenty"
+        )
