@@ -1,12 +1,13 @@
 """COAR-Edit: ablate the few components that move the outputs of target examples, and spare those of references."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from hf_coar import masking, models
 from hf_coar.attributions import Attributions
+from hf_coar.components import Components
 from hf_coar.errors import CoarError
 
 
@@ -118,6 +119,37 @@ def edit(
     edited = models.copy_with_record(model, edit=entries)
     masking.zero_slices(edited, attributions.components, kept_without(n_all, chosen))
     return edited
+
+
+def choose_n_components(
+    model: nn.Module,
+    components: Components,
+    ranking: Tensor,
+    score: Callable[[nn.Module], float],
+    candidates: Sequence[int],
+) -> tuple[int, list[float]]:
+    """How many components to ablate: the number whose model scores best, the smallest of equals.
+
+    Args:
+        model: unchanged afterwards.
+        components: its components.
+        ranking: from `rank_components`.
+        score: judges the ablated model on validation examples, which must judge nothing else; more is better.
+        candidates: the numbers to try.
+
+    Returns:
+        The best number, and the score of every candidate.
+
+    Raises:
+        CoarError: no candidates, or one out of range.
+    """
+    if not candidates or not all(1 <= k <= len(components) for k in candidates):
+        raise CoarError(f"candidates {list(candidates)[:8]}: give numbers from 1 to {len(components)}")
+    scores = []
+    for k in candidates:
+        with masking.ablate(model, components, kept_without(len(components), ranking[:k])):
+            scores.append(float(score(model)))
+    return candidates[scores.index(max(scores))], scores
 
 
 def kept_without(n_components: int, ablated: Tensor | Sequence[int]) -> Tensor:

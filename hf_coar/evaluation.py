@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_coar import data as data_module
-from hf_coar import models, outputs, sampling
+from hf_coar import files, models, outputs, sampling
 from hf_coar.attributions import Attributions
+from hf_coar.engine import processes
 from hf_coar.errors import CoarError
 from hf_coar.measurement import measure
 from hf_coar.outputs import Output
@@ -99,6 +100,9 @@ def evaluate(
         batch_size: changes speed only.
         progress: show a progress bar.
 
+    Returns:
+        The report; its figures are also saved as `evaluation.json` in `out`.
+
     Raises:
         CoarError: the seed of the fit, a fraction outside (0, 1), or fewer than 3 masks.
         ModelMismatchError: another model.
@@ -122,7 +126,10 @@ def evaluate(
             )
             attributions.identity.check(identity)
             predicted[fraction] = attributions.predict(masks.rows(0, n_masks))
-    return _report(predicted, measured, n_masks, seed)
+    report = _report(predicted, measured, n_masks, seed)
+    if out is not None and processes().is_main_process:
+        files.write_json(Path(out) / "evaluation.json", report.to_json())
+    return report
 
 
 def _check(attributions: Attributions, fractions: Sequence[float], n_masks: int, seed: int) -> None:

@@ -140,6 +140,7 @@ def _one_line(error: BaseException, width: int = 160) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 _MATRIX_NAME = re.compile(r"weight|proj|expert|kernel|gate_up|down|w\d", re.IGNORECASE)
+_CONVOLUTION = re.compile(r"conv\dd", re.IGNORECASE)
 _TRIVIAL = 1e-2
 
 
@@ -173,8 +174,11 @@ def _randomize_parameter(module: nn.Module, name: str, parameter: Tensor, genera
         parameter.add_(lift + 0.1 * noise)
     elif isinstance(module, nn.Embedding):
         parameter.copy_(0.5 * noise)
-    elif isinstance(module, nn.Linear) or "Conv" in type(module).__name__ and parameter.ndim > 2:
+    elif isinstance(module, nn.Linear):
         parameter.copy_(noise / math.sqrt(parameter[0].numel()))
+    elif parameter.ndim > 2 and _CONVOLUTION.search(type(module).__name__):
+        # He's gain, or the signal of deep convolutional networks with rectifiers fades beneath the biases.
+        parameter.copy_(noise * math.sqrt(2 / parameter[0].numel()))
     elif _MATRIX_NAME.search(name):
         # Stacked expert weights and the like, orientation unknown: the smaller dimension errs to larger activations.
         parameter.copy_(noise / math.sqrt(max(parameter.shape[-2:])))
@@ -198,6 +202,7 @@ class _Facts:
     head_dim: int
     layers: int
     kept: list[int]
+    stage_scale: float
     original: Mapping[str, Any]
 
 
@@ -242,6 +247,9 @@ def _cap(size: int) -> _Rule:
 
 def _width(key: str, value: int, facts: _Facts) -> int:
     """Keep a small integer ratio to the hidden size; other widths become the hidden size at most."""
+    heads = facts.original.get("num_heads")
+    if key == "embed_dim" and _is_ints(heads):
+        return heads[0] * 8  # the first stage of a pyramid whose heads have equal widths
     if value % facts.hidden == 0 and value // facts.hidden <= 8:
         return value // facts.hidden * HIDDEN
     if facts.hidden % value == 0 and facts.hidden // value <= 16:
@@ -250,6 +258,9 @@ def _width(key: str, value: int, facts: _Facts) -> int:
 
 
 def _layers(key: str, value: int, facts: _Facts) -> int:
+    stages = [v for k, v in facts.original.items() if _DEPTH_LIST.fullmatch(k) and isinstance(v, (list, tuple))]
+    if any(len(depths) == value for depths in stages):
+        return value  # a number of stages
     return len(facts.kept) if value == facts.layers else min(value, 2)
 
 
@@ -286,6 +297,12 @@ def _num_heads(key: str, value: int, facts: _Facts) -> int:
     return _inner_heads(key, value, facts) if _is_state_space(facts) else HEADS
 
 
+def _window(key: str, value: int, facts: _Facts) -> int:
+    """Windows of a pyramid have to fit into its last stage of 2 x 2 patches."""
+    is_pyramid = any(_DEPTH_LIST.fullmatch(name) and _is_ints(item) for name, item in facts.original.items())
+    return min(value, 2 if is_pyramid else WINDOW)
+
+
 def _generic_width(key: str, value: int, facts: _Facts) -> int:
     return _width(key, value, facts) if value >= 128 else value
 
@@ -311,7 +328,7 @@ _INT_RULES: list[tuple[re.Pattern[str], _Rule]] = [
         (r"mamba_n_heads|mamba_num_heads", _inner_heads),
         (r"n_mamba_heads", _inner_heads),
         (r"num_heads", _num_heads),
-        (r"(.*_)?heads?", _const(HEADS)),
+        (r"(.*_)?heads|n_head", _const(HEADS)),
         (r"qk_rope_head_dim|rotary_dim|rope_head_dim", _const(HEAD_DIM // 2)),
         (r"mamba_d_ssm", lambda key, value, facts: 8 * HEAD_DIM),
         (r"mamba_d_head|mamba_head_?dim", _const(HEAD_DIM)),
@@ -335,14 +352,20 @@ _INT_RULES: list[tuple[re.Pattern[str], _Rule]] = [
         (r"q_lora_rank", _cap(32)),
         (r"(.*_)?(rank|lowrank)", _cap(16)),
         # windows and positions
-        (r"sliding_window(_size)?|attention_window(_size)?|attention_chunk_size|local_attention|keep_window", _cap(WINDOW)),
+        (
+            r"sliding_window(_size)?|attention_window(_size)?|attention_chunk_size|local_attention|keep_window",
+            _cap(WINDOW),
+        ),
         (r"chunk_size|mamba_chunk_size|index_block_size|(local|lsh)_attn_chunk_length", _cap(WINDOW)),
         (r"index_topk|global_block_size", _cap(4)),
         (r"local_radius", _cap(3)),
         (r"(.*_)?max_((source|target|encoder|decoder)_)?position(s|_embeddings)|n_positions|n_ctx", _cap(POSITIONS)),
         (r"max_seq_len|model_max_length|context_length|max_(en|de)coder_position_embeddings", _cap(POSITIONS)),
         (r"image_size|crop_size", _cap(IMAGE)),
+        (r"window_size", _window),
         # widths
+        (r"coordinate_size", _const(10)),  # 4 coordinates and 2 shapes make up the hidden size
+        (r"shape_size", _const((HIDDEN - 40) // 2)),
         (r"groups_width", _cap(8)),
         (r"hidden_size|d_model|n_embd|embed_dim|dim|emb_dim|d_latents|lru_width", _width),
         (r"image_size|max_length|.*(chunk|patch|kernel|window|unit|feat|input|image)_size", lambda k, v, f: v),
@@ -361,9 +384,11 @@ def _shrink_int(key: str, value: int, facts: _Facts) -> int:
     return value
 
 
-def shrink_widths(widths: Sequence[int], heads: Sequence[int] | None = None, multiple: int = 8) -> list[int]:
+def shrink_widths(
+    widths: Sequence[int], heads: Sequence[int] | None = None, multiple: int = 8, scale: float | None = None
+) -> list[int]:
     """Scale a stage list of widths to at most ``MAX_STAGE_WIDTH``, keeping equal widths equal and heads dividing."""
-    scale = min(1.0, MAX_STAGE_WIDTH / max(widths))
+    scale = min(1.0, MAX_STAGE_WIDTH / max(widths)) if scale is None else scale
     units = [multiple] * len(widths)
     if heads is not None and len(heads) == len(widths):
         units = [math.lcm(multiple, h) if w % h == 0 else multiple for w, h in zip(widths, heads, strict=True)]
@@ -402,14 +427,15 @@ def _kept_layers(values: Mapping[str, Any], layers: int) -> list[int]:
 
 def _first_int(config: PretrainedConfig, names: Sequence[str], default: int) -> int:
     for name in names:
-        value = getattr(config, name, None)
+        # Not getattr: configurations with different layers refuse it for attributes that vary.
+        value = vars(config).get(config.attribute_map.get(name, name))
         if type(value) is int and value > 0:
             return value
     return default
 
 
 def _facts(config: PretrainedConfig) -> _Facts:
-    hidden = _first_int(config, ["hidden_size", "d_model", "n_embd", "embed_dim", "dim", "hidden_dim"], 768)
+    hidden = _first_int(config, ["hidden_size", "d_model", "n_embd", "embed_dim", "dim"], 768)
     heads = _first_int(config, ["num_attention_heads", "num_heads", "n_head", "encoder_attention_heads"], 12)
     layers = _first_int(config, ["num_hidden_layers", "num_layers", "n_layer", "encoder_layers"], 12)
     values = _attributes(config)
@@ -419,8 +445,17 @@ def _facts(config: PretrainedConfig) -> _Facts:
         head_dim=_first_int(config, ["head_dim", "d_kv", "attention_head_size"], max(1, hidden // heads)),
         layers=layers,
         kept=_kept_layers(values, layers),
+        stage_scale=_stage_scale(values),
         original=values,
     )
+
+
+def _stage_scale(values: Mapping[str, Any]) -> float:
+    """One scale for all stage widths of a configuration: input and output widths of stages have to fit together."""
+    if "width_coefficient" in values:
+        return 1.0  # the widths are scaled by that
+    widths = [max(value) for key, value in values.items() if _WIDTH_LIST.fullmatch(key) and _is_ints(value)]
+    return min([1.0, *(MAX_STAGE_WIDTH / width for width in widths)])
 
 
 def _attributes(config: PretrainedConfig) -> dict[str, Any]:
@@ -435,7 +470,7 @@ def _shrink_sequence(key: str, value: Sequence[Any], facts: _Facts, scale_stages
         if "image_size" in key:
             return kind(min(item, IMAGE) for item in value)
         if _DEPTH_LIST.fullmatch(key):
-            return kind(min(item, 2) for item in value)
+            return kind(min(item, 2) for item in value) if scale_stages else value
         if sum(value) == facts.hidden and len(value) > 1 and all(item * HIDDEN % facts.hidden == 0 for item in value):
             return kind(item * HIDDEN // facts.hidden for item in value)  # the parts of an embedding
         if _WIDTH_LIST.fullmatch(key):
@@ -443,7 +478,7 @@ def _shrink_sequence(key: str, value: Sequence[Any], facts: _Facts, scale_stages
                 return value
             heads = facts.original.get("num_heads", facts.original.get("num_attention_heads"))
             multiple = facts.original.get("num_groups", 8)
-            return kind(shrink_widths(value, heads if _is_ints(heads) else None, multiple))
+            return kind(shrink_widths(value, heads if _is_ints(heads) else None, multiple, facts.stage_scale))
         if key == "attention_window":
             return kind(WINDOW for _ in facts.kept)
     if len(value) == facts.layers:
@@ -470,13 +505,47 @@ def _shrink_dict(value: Mapping[str, Any], facts: _Facts) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Variant:
-    """One way to make the shrunk configuration: by its constructor or in place, stage widths scaled or not."""
+    """One way to make the shrunk configuration.
+
+    Attributes:
+        construct: by the constructor of its class, which derives further attributes; otherwise in place.
+        scale_stages: shrink the lists of stage depths and widths.
+        fill: give values to attributes that are None by default but that some architectures require.
+    """
 
     construct: bool
     scale_stages: bool
+    fill: bool = False
 
 
-_VARIANTS = [_Variant(True, True), _Variant(False, True), _Variant(True, False), _Variant(False, False)]
+_VARIANTS = [
+    _Variant(construct=True, scale_stages=True),
+    _Variant(construct=False, scale_stages=True),
+    _Variant(construct=True, scale_stages=True, fill=True),
+    _Variant(construct=True, scale_stages=False),
+    _Variant(construct=False, scale_stages=False),
+]
+
+_FILL = {
+    "head_dim": HEAD_DIM,
+    "num_key_value_heads": HEADS,
+    "num_experts_per_tok": 2,
+    "moe_topk": 2,
+    "n_routed_experts": EXPERTS,
+    "moe_intermediate_size": EXPERT_FFN,
+    "vocab_size": VOCAB,
+    "sliding_window": WINDOW,
+}
+
+
+def _fill(config: PretrainedConfig) -> dict[str, Any]:
+    """Return values for attributes left None, and sections of multi-axis rotary embeddings that code defaults."""
+    changes: dict[str, Any] = {key: v for key, v in _FILL.items() if vars(config).get(key, v) is None}
+    rope = getattr(config, "rope_parameters", None)
+    if isinstance(rope, dict) and "rope_theta" in rope and "mrope_section" not in rope:
+        half = int(HEAD_DIM * rope.get("partial_rotary_factor", 1.0)) // 2
+        changes["rope_parameters"] = {**rope, "mrope_section": [half - 2 * (half // 3), half // 3, half // 3]}
+    return changes
 
 
 def _overrides(config: PretrainedConfig, variant: _Variant, tokens: _TokenIds) -> dict[str, Any]:
@@ -497,13 +566,19 @@ def _overrides(config: PretrainedConfig, variant: _Variant, tokens: _TokenIds) -
             changes[key] = _shrink_sequence(key, value, facts, variant.scale_stages)
         elif isinstance(value, dict):
             changes[key] = _shrink_dict(value, facts)
+    if "width_coefficient" in facts.original:
+        changes |= {"width_coefficient": 0.25, "hidden_dim": 320}  # the head has 1280 channels, scaled
+    if variant.fill:
+        changes |= _fill(config)
     changes = {
         key: value
         for key, value in changes.items()
         if isinstance(value, PretrainedConfig) or value != facts.original[key]
     }
     if "vocab_size" in facts.original and facts.original.get("pad_token_id") is None:
-        changes["pad_token_id"] = 0  # sequence classification of decoders needs one for a batch of two
+        changes["pad_token_id"] = tokens(
+            "pad_token_id", 0
+        )  # sequence classification of decoders needs one for a batch of two
     return changes
 
 
@@ -538,6 +613,10 @@ def tiny_config(model_type: str, variant: _Variant = _VARIANTS[0]) -> Pretrained
             part.use_cache = False
     if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
         config.decoder_start_token_id = 0  # usually comes with the generation configuration of a checkpoint
+    if config.architectures is None:
+        config.architectures = []  # looked up where a model type has several classes for a head
+    if getattr(config, "languages", None):
+        config.default_language = config.languages[0]  # chooses the adapters
     return config
 
 
@@ -590,13 +669,18 @@ def _words(shape: Sequence[int], vocab: int, generator: torch.Generator) -> Tens
     return torch.randint(min(FIRST_WORD_ID, vocab // 2), vocab, tuple(shape), generator=generator)
 
 
-def _text_batch(head: str, config: PretrainedConfig, parameters: set[str], generator: torch.Generator) -> Batch:
+def _text_batch(
+    head: str, config: PretrainedConfig, parameters: set[str], required: set[str], generator: torch.Generator
+) -> Batch:
     vocab = _config_int(config, ["vocab_size", "src_vocab_size"], VOCAB)
     shape = (2, 2, SEQUENCE) if head == "MultipleChoice" else (2, SEQUENCE)
     batch = {"input_ids": _words(shape, vocab, generator)}
     eos = getattr(config, "eos_token_id", None)
     if getattr(config, "is_encoder_decoder", False) and type(eos) is int:
         batch["input_ids"][..., -1] = eos  # sentence representations are read off there
+    separator = getattr(config, "sep_token_id", None)
+    if head in ("QuestionAnswering", "MultipleChoice") and type(separator) is int:
+        batch["input_ids"][..., [3, 4, -1]] = separator  # question </s></s> context </s>
     if "attention_mask" in parameters:
         batch["attention_mask"] = torch.ones(shape, dtype=torch.long)
     if head in ("Seq2SeqLM", "ImageTextToText") and getattr(config, "is_encoder_decoder", False):
@@ -607,6 +691,8 @@ def _text_batch(head: str, config: PretrainedConfig, parameters: set[str], gener
     if "visual_feats" in parameters and "visual_pos" in parameters:
         batch["visual_feats"] = torch.randn(2, 4, config.visual_feat_dim, generator=generator)
         batch["visual_pos"] = torch.rand(2, 4, config.visual_pos_dim, generator=generator)
+    if "pixel_values" in required:
+        batch["pixel_values"] = _pixels(config, False, generator)
     return batch
 
 
@@ -624,7 +710,15 @@ def _pixels(config: PretrainedConfig, frames: bool, generator: torch.Generator) 
     height, width = (size, size) if isinstance(size, int) else tuple(size)
     channels = _config_int(config, ["num_channels", "in_chans"], 3)
     lead = (2, _config_int(config, ["num_frames", "frames_per_clip"], 4)) if frames else (2,)
-    return torch.randn(*lead, channels, height, width, generator=generator)
+    return random_images((*lead, channels, height, width), generator)
+
+
+def random_images(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Coarse patterns with some noise: pure noise would average out alike in all examples."""
+    *lead, channels, height, width = shape
+    coarse = torch.randn(math.prod(lead), channels, 4, 4, generator=generator)
+    pattern = nn.functional.interpolate(coarse, size=(height, width), mode="bilinear")
+    return pattern.reshape(shape) + 0.3 * torch.randn(shape, generator=generator)
 
 
 def _audio_shapes(config: PretrainedConfig) -> list[tuple[int, ...]]:
@@ -639,12 +733,14 @@ def _audio_shapes(config: PretrainedConfig) -> list[tuple[int, ...]]:
 def _candidate_batches(head: str, config: PretrainedConfig, model: nn.Module, seed: int) -> list[Batch]:
     """Return batches of the kinds that the forward of ``model`` may take, the most likely one first."""
     generator = torch.Generator().manual_seed(seed)
-    parameters = set(inspect.signature(model.forward).parameters)
+    signature = inspect.signature(model.forward).parameters
+    parameters = set(signature)
+    required = {name for name, parameter in signature.items() if parameter.default is inspect.Parameter.empty}
     main = getattr(model, "main_input_name", "input_ids")
-    if "Audio" not in head and "Image" not in head and "Video" not in head or head == "ImageTextToText":
+    if ("Audio" not in head and "Image" not in head and "Video" not in head) or head == "ImageTextToText":
         main = "input_ids" if "input_ids" in parameters else main
     if main == "input_ids":
-        return [_text_batch(head, config, parameters, generator)]
+        return [_text_batch(head, config, parameters, required, generator)]
     if "pixel" in main:
         return [{main: _pixels(config, "Video" in head or "video" in main, generator)}]
     if "Audio" in head:
@@ -676,6 +772,8 @@ def tiny_transformers(head: str, model_type: str, seed: int = 0) -> TinyModel:
 def _build_transformers(head: str, model_type: str, seed: int, variant: _Variant) -> TinyModel:
     auto_class = getattr(transformers, _HEADS[head][0])
     config = tiny_config(model_type, variant)
+    if head == "CausalLM" and "is_decoder" in vars(config):
+        config.is_decoder = True  # causal attention in architectures made for encoding
     config.num_labels = 2 if head == "QuestionAnswering" else LABELS  # start and end
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -683,17 +781,43 @@ def _build_transformers(head: str, model_type: str, seed: int, variant: _Variant
     model = model.float().eval()
     randomize_weights(model, seed)
     candidates = [
-        TinyModel(f"{head}/{model_type}", model, batch)
-        for batch in _candidate_batches(head, config, model, seed + 1)
+        TinyModel(f"{head}/{model_type}", model, batch) for batch in _candidate_batches(head, config, model, seed + 1)
     ]
     return _first_success(
-        [(str({k: tuple(v.shape) for k, v in tiny.batch.items()}), functools.partial(_tried, tiny)) for tiny in candidates]
+        [
+            (str({k: tuple(v.shape) for k, v in tiny.batch.items()}), functools.partial(_tried, tiny))
+            for tiny in candidates
+        ]
     )
+
+
+def _calibrate_batch_norms(tiny: TinyModel) -> None:
+    """Take the statistics of batch normalizations from the batch; random ones let the signal of deep networks fade."""
+    norms = [
+        module
+        for module in tiny.model.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
+    ]
+    if not norms:
+        return
+    before = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+        norm.train()
+    try:
+        tiny.run()
+    finally:
+        for norm, momentum in zip(norms, before, strict=True):
+            norm.momentum = momentum
+            norm.eval()
+            # Towards the mean over channels: nearly constant channels would amplify rounding errors.
+            norm.running_var.lerp_(norm.running_var.mean(), 0.5).clamp_(min=1e-2)
 
 
 def _tried(tiny: TinyModel) -> TinyModel:
     """Return ``tiny`` if its forward gives a finite output for two examples."""
     with torch.no_grad():
+        _calibrate_batch_norms(tiny)
         output = primary_output(tiny.run())
     if not torch.isfinite(output).all():
         raise ValueError("the output is not finite")
@@ -704,7 +828,9 @@ def _tried(tiny: TinyModel) -> TinyModel:
 # timm
 # ---------------------------------------------------------------------------------------------------------------------
 
-_FAMILY = re.compile(r"(?:(?:legacy|tf|test|gc|eca|ese|nf|dm|hieradet|resnetv2|vit)_)*(?:[a-z]+_(?=vit))?[a-z]+(?:v\d)?")
+_FAMILY = re.compile(
+    r"(?:(?:legacy|tf|test|gc|eca|ese|nf|dm|hieradet|resnetv2|vit)_)*(?:[a-z]+_(?=vit))?[a-z]+(?:v\d)?"
+)
 _SIZE_WORDS = [
     {"test", "zepto"},
     {"atto", "a"},
@@ -719,7 +845,7 @@ _SIZE_WORDS = [
     {"base", "b", "medium", "m", "betwixt", "mediumd", "wee"},
     {"large", "l"},
     {"xlarge", "xl", "so150m", "so400m", "huge", "h"},
-    {"giant", "g", "gigantic", "enormous", "xxlarge", "1b", "3b", "7b", "xxl"},
+    {"giant", "g", "gigantic", "enormous", "xxlarge", "xxl"},
 ]
 
 
@@ -738,6 +864,8 @@ def timm_families() -> list[str]:
     families: dict[tuple[str, str], list[str]] = {}
     for module in timm.list_modules():
         for name in timm.list_models(module=module):
+            if re.search(r"_\d+b_", name):
+                continue  # billions of parameters
             prefix = _FAMILY.match(name)
             families.setdefault((module, prefix.group() if prefix else name), []).append(name)
     return [min(names, key=_size_key) for names in families.values()]
@@ -768,12 +896,13 @@ _TIMM_VARIANTS = [
 
 _TIMM_DEPTH = re.compile(
     r"depths?|layers|num_blocks|num_layers|stages|depth_list|serial_depths|block_config|k_sec|levels|d|"
-    r"depth_token_only|num_blocks_list|stage_repeats"
+    r"depth_token_only|num_blocks_list|stage_repeats|(layer|block)_per_(block|stage)"
 )
 _TIMM_WIDTH = re.compile(
-    r"embed_dims?|dims?|widths?|channels|hidden_sizes|width_list|base_dims|stem_chs|stem_width|c|head_widths|"
-    r"num_features|out_features|stem_size|mid_chs|layer_chs|width"
+    r"embed_dims?|dims?|widths?|channels|hidden_sizes|width_list|base_dims|stem_width|c|"
+    r"num_features|out_features|stem_size|.*_chs|.*_widths"
 )
+_TIMM_GROUP_SIZE = re.compile(r"gs|group_size")
 _TIMM_HEADS = re.compile(r"num_heads|heads|num_heads_outer")
 _TIMM_FACTORS = re.compile(r"width_factor|widen_factor|scale|width_mult|width")
 
@@ -782,6 +911,8 @@ def _shrink_timm_width(width: Any, heads: Any) -> Any:
     if type(width) is int:
         if type(heads) is int and width % heads == 0 and width > heads:
             return min(heads, HEADS) * min(width // heads, HEAD_DIM)
+        if _is_ints(heads):
+            return heads[0] * 8  # the first stage of a pyramid whose heads have equal widths
         return min(width, HIDDEN)
     if _is_ints(width):
         return type(width)(shrink_widths(width, heads if _is_ints(heads) else None))
@@ -804,12 +935,14 @@ def _shrink_timm_args(arguments: Mapping[str, Any], widths: bool) -> dict[str, A
     for key, value in arguments.items():
         if key == "block_args" and isinstance(value, list):
             changes[key] = [stage[:1] if isinstance(stage, list) else stage for stage in value]
-        elif _TIMM_DEPTH.fullmatch(key):
-            changes[key] = _shrink_timm_depth(value)
         elif dataclasses.is_dataclass(value) and not isinstance(value, type) and "pretrained" not in key:
             changes[key] = _shrink_timm_dataclass(value, widths)
+        elif isinstance(value, dict) and key in ("model_cfg", "block_cfg"):
+            changes[key] = value | _shrink_timm_args(value, widths)
         elif isinstance(value, (list, tuple)) and value and all(dataclasses.is_dataclass(item) for item in value):
             changes[key] = type(value)(_shrink_timm_dataclass(item, widths) for item in value)
+        elif _TIMM_DEPTH.fullmatch(key):
+            changes[key] = _shrink_timm_depth(value)
         elif not widths:
             continue
         elif key == "round_chs_fn" and isinstance(value, functools.partial):
@@ -817,6 +950,10 @@ def _shrink_timm_args(arguments: Mapping[str, Any], widths: bool) -> dict[str, A
             changes[key] = functools.partial(value.func, **{**value.keywords, "multiplier": multiplier / 4})
         elif _TIMM_WIDTH.fullmatch(key):
             changes[key] = _shrink_timm_width(value, heads)
+        elif _TIMM_GROUP_SIZE.fullmatch(key) and type(value) is int:
+            changes[key] = min(value, 8)
+        elif key == "model_cfg" and isinstance(value, list):
+            changes[key] = [min(item, HIDDEN) if isinstance(item, int) else item for item in value]
         elif key == heads_key and type(value) is int:
             changes[key] = min(value, HEADS)
         elif _TIMM_FACTORS.fullmatch(key) and isinstance(value, float):
@@ -859,7 +996,7 @@ def _build_timm(name: str, seed: int, variant: _TimmVariant) -> TinyModel:
     channels, *default_size = model.pretrained_cfg["input_size"] if model.pretrained_cfg else (3, 224, 224)
     size = default_size if variant.resolution is None else [variant.resolution] * 2
     generator = torch.Generator().manual_seed(seed + 1)
-    return _tried(TinyModel(name, model, {"x": torch.randn(2, channels, *size, generator=generator)}))
+    return _tried(TinyModel(name, model, {"x": random_images((2, channels, *size), generator)}))
 
 
 def tiny_timm(name: str, seed: int = 0) -> TinyModel:
@@ -952,7 +1089,9 @@ def _notes(tiny: TinyModel, build: Callable[[], TinyModel]) -> list[str]:
     if not is_sensitive(tiny):
         notes.append("same output for both examples")
     try:
-        _tried(to_double(tiny))
+        with torch.no_grad():
+            if not torch.isfinite(primary_output(to_double(tiny).run())).all():
+                raise ValueError("the output is not finite")
     except TimeoutError:
         raise
     except Exception as error:

@@ -1,0 +1,300 @@
+"""The command line: one small function a verb; flags are spelled as the keywords of the functions they call."""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_coar import __version__, demo, editing, engine, evaluation, files, models, outputs, pipeline
+from hf_coar.attributions import Attributions
+from hf_coar.cards import edited_model_card
+from hf_coar.components import GRANULARITIES, Components, find_components
+from hf_coar.errors import CoarError
+from hf_coar.path_gradient import PathGradient
+from hf_coar.regression import Regression
+
+USER_ERROR, INTERRUPTED = 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb.
+
+    Returns:
+        The exit code: 0, 2 for an error that the user can put right, 130 for Ctrl-C.
+    """
+    args = _parser().parse_args(arguments)
+    _log_to_terminal()
+    try:
+        result = args.run(args)
+    except CoarError as error:
+        sys.stderr.write(f"hf-coar {args.verb}: {error}\n")
+        return USER_ERROR
+    except KeyboardInterrupt:
+        sys.stderr.write(f"\nhf-coar {args.verb}: interrupted; run the same command again to go on from here\n")
+        return INTERRUPTED
+    if engine.processes().is_main_process:
+        sys.stdout.write(f"{result}\n")
+    return 0
+
+
+class _BesideProgressBars(logging.Handler):
+    """Writes above the progress bars instead of through them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def _log_to_terminal() -> None:
+    logger = logging.getLogger("hf_coar")
+    if not logger.handlers:
+        logger.addHandler(_BesideProgressBars())
+        logger.setLevel(logging.INFO)
+
+
+# ------------------------------------------------------------------------------------------------------------ verbs
+
+
+def _components(args: argparse.Namespace) -> str:
+    model = models.load_model(args.model, args.revision, args.trust_remote_code)
+    components = _found(model, args)
+    if args.json:
+        skipped = [vars(entry) for entry in components.skipped]
+        return json.dumps({"n_components": len(components), **components.to_json(), "skipped": skipped}, indent=2)
+    return components_table(components)
+
+
+def components_table(components: Components) -> str:
+    """The groups of components and what was left out, as a table."""
+    width = max(len(group.module) for group in components.groups)
+    lines = [f"{len(components)} components, granularity {components.granularity}", ""]
+    lines += [f"  {g.module:<{width}}  {g.size:>6}  {g.kind}" for g in components.groups]
+    reasons: dict[str, list[int]] = {}
+    for entry in components.skipped:
+        reasons.setdefault(entry.reason, []).append(entry.n_parameters)
+    if reasons:
+        lines += ["", "left out:"]
+        lines += [f"  {len(n)} modules with {sum(n):,} parameters: {reason}" for reason, n in reasons.items()]
+    return "\n".join(lines)
+
+
+def _attribute(args: argparse.Namespace) -> str:
+    model, data = _loaded(args)
+    attributions = pipeline.attribute(
+        model, data, _found(model, args), output=args.output, method=_method(args),
+        ablated_fraction=args.ablated_fraction, seed=args.seed, out=args.out,
+    )  # fmt: skip
+    summary = {
+        "attributions": str(args.out),
+        "n_examples": len(attributions),
+        "n_components": len(attributions.components),
+        "cost": attributions.config["cost"],
+    }
+    if args.json:
+        return json.dumps(summary, indent=2)
+    return (
+        f"{summary['n_examples']} examples × {summary['n_components']} components, saved in {args.out}\n"
+        f"next: hf-coar evaluate {args.out}"
+    )
+
+
+def _evaluate(args: argparse.Namespace) -> str:
+    attributions = Attributions.from_pretrained(args.attributions)
+    model, data = _loaded(_with_sources(args, attributions))
+    report = evaluation.evaluate(
+        attributions, model, data, fractions=args.fractions, n_masks=args.n_masks, seed=args.seed, out=args.out
+    )
+    return json.dumps(report.to_json(), indent=2) if args.json else str(report)
+
+
+def _edit(args: argparse.Namespace) -> str:
+    attributions = Attributions.from_pretrained(args.attributions)
+    args = _with_sources(args, attributions)
+    model = models.load_model(args.model, args.revision, args.trust_remote_code)
+    sides = {side: _examples(getattr(args, side), side, attributions) for side in ("increase", "decrease", "reference")}
+    edited = editing.edit(model, attributions, n_components=args.n_components, **sides)
+    models.save_model(edited, args.out)
+    snippet = models.load_snippet(edited, str(args.out))
+    record = models.record(edited)
+    if not (Path(args.out) / "README.md").exists():
+        files.write_bytes(Path(args.out) / "README.md", edited_model_card(record, snippet).encode())
+    ablated = record["edit"]["components"]
+    if args.json:
+        return json.dumps({"edited": str(args.out), "components": ablated, "load": snippet}, indent=2)
+    return "\n".join(
+        ["ablated:", *[f"  {name}" for name in ablated], f"saved in {args.out}; load it with", f"  {snippet}"]
+    )
+
+
+def _demo(args: argparse.Namespace) -> str:
+    report = demo.run(args.out, args.forget)
+    return json.dumps(report.figures, indent=2) if args.json else report.text
+
+
+def _loaded(args: argparse.Namespace) -> tuple[Any, Any]:
+    return pipeline.load(
+        args.model, args.data, split=args.split, revision=args.revision, data_revision=args.data_revision,
+        batch_size=args.batch_size, streaming=args.streaming, max_length=args.max_length,
+        trust_remote_code=args.trust_remote_code,
+    )  # fmt: skip
+
+
+def _found(model: Any, args: argparse.Namespace) -> Components:
+    return find_components(model, args.granularity, args.include, args.exclude)
+
+
+def _method(args: argparse.Namespace) -> Any:
+    if args.method == "regression":
+        return Regression(n_masks=args.n_masks)
+    return PathGradient(rounds=args.rounds)
+
+
+def _with_sources(args: argparse.Namespace, attributions: Attributions) -> argparse.Namespace:
+    """Model and data as the attributions name them, unless they are given."""
+    model, data = attributions.config["model"], attributions.config["data"]
+    known = {"model": model.get("id"), "revision": model.get("revision"), "data": data.get("id")}
+    known |= {"split": data.get("split"), "data_revision": data.get("revision")}
+    filled = {name: getattr(args, name, None) or value for name, value in known.items()}
+    for name in ("model", "data") if hasattr(args, "data") else ("model",):
+        if filled[name] is None:
+            raise CoarError(f"the attributions do not say where their {name} came from; give --{name}")
+    return argparse.Namespace(**{**vars(args), **filled})
+
+
+def _examples(words: Sequence[str] | None, side: str, attributions: Attributions) -> list[int] | None:
+    """Indices of examples from words such as `17`, `20-39`, `label=3`."""
+    if words is None:
+        return None
+    found: list[int] = []
+    for word in words:
+        first, _, last = word.partition("-")
+        if word.startswith("label="):
+            wanted = word.removeprefix("label=")
+            indices = (attributions.labels == int(wanted)).nonzero().flatten().tolist() if wanted.isdigit() else []
+            if not indices:
+                present = sorted(set(attributions.labels.tolist()))
+                raise CoarError(f"--{side} {word}: no such label; the examples have {present[:30]}")
+            found += indices
+        elif first.isdigit() and (last.isdigit() or not last):
+            found += range(int(first), int(last or first) + 1)
+        else:
+            raise CoarError(f"--{side} {word}: write an index (17), a range (20-39) or a label (label=3)")
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------ flags
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hf-coar", description="Component attribution by regression (COAR) for any Hugging Face or timm model."
+    )
+    parser.add_argument("--version", action="version", version=f"hf-coar {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    verb = _verb(
+        verbs, "components", _components, "list the components of a model", "hf-coar components timm/resnet18.a1_in1k"
+    )
+    _model_flags(verb)
+    _component_flags(verb)
+
+    verb = _verb(
+        verbs, "attribute", _attribute, "attribute a model's outputs on a data set to its components",
+        "hf-coar attribute timm/resnet18.a1_in1k imagenet-1k --split 'validation[:2000]' --out runs/resnet18",
+    )  # fmt: skip
+    _model_flags(verb)
+    verb.add_argument("data", help="Hub id, folder or file of the data set")
+    _data_flags(verb)
+    _component_flags(verb)
+    _method_flags(verb)
+
+    verb = _verb(
+        verbs, "evaluate", _evaluate, "compare predictions with the model's outputs under fresh masks",
+        "hf-coar evaluate runs/resnet18 --fractions 0.05 0.0125",
+    )  # fmt: skip
+    _attributions_flags(verb)
+    verb.add_argument("--data", help="Hub id, folder or file of the data set; by default as attributed")
+    _data_flags(verb)
+    verb.add_argument(
+        "--fractions", type=float, nargs="+", default=(0.05, 0.0125), help="ablated fractions to judge at"
+    )
+    verb.add_argument("--n-masks", type=int, default=100, help="masks a fraction (default %(default)s)")
+    verb.add_argument("--seed", type=int, default=1, help="of the masks; not that of the fit (default %(default)s)")
+    verb.add_argument("--out", help="folder of the run, which resumes")
+
+    verb = _verb(
+        verbs, "edit", _edit, "save a copy of the model in which a few components are ablated",
+        "hf-coar edit runs/resnet18 --decrease label=3 --n-components 20 --out edited",
+    )  # fmt: skip
+    _attributions_flags(verb)
+    targets = "examples as indices (17), ranges (20-39) or labels (label=3)"
+    verb.add_argument("--increase", nargs="+", metavar="E", help=f"raise the outputs of these: {targets}")
+    verb.add_argument("--decrease", nargs="+", metavar="E", help=f"lower the outputs of these: {targets}")
+    verb.add_argument("--reference", nargs="+", metavar="E", help="leave the outputs of these; all others by default")
+    verb.add_argument("--n-components", type=int, default=10, help="how many to ablate (default %(default)s)")
+    verb.add_argument("--out", required=True, help="folder for the edited model")
+
+    verb = _verb(verbs, "demo", _demo, "the whole job on an embedded model and data", "hf-coar demo --out coar-demo")
+    verb.add_argument("--out", default="coar-demo", help="folder for everything made (default %(default)s)")
+    verb.add_argument("--forget", default=demo.FORGOTTEN, help="class to forget (default %(default)s)")
+    return parser
+
+
+def _verb(
+    verbs: Any, name: str, run: Callable[[argparse.Namespace], str], what: str, example: str
+) -> argparse.ArgumentParser:
+    parser = verbs.add_parser(
+        name, help=what, description=what[0].upper() + what[1:] + ".", epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.set_defaults(run=run)
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    return parser
+
+
+def _model_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="Hub id or folder of a timm or transformers model")
+    _source_flags(parser)
+
+
+def _attributions_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("attributions", help="folder or Hub id of attributions")
+    parser.add_argument("--model", help="Hub id or folder of the model; by default as attributed")
+    _source_flags(parser)
+
+
+def _source_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--revision", help="branch, tag or commit of the model")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+
+
+def _data_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--split", help="such as 'validation[:2000]'")
+    parser.add_argument("--data-revision", help="branch, tag or commit of the data set")
+    parser.add_argument("--batch-size", type=int, default=32, help="examples a batch (default %(default)s)")
+    parser.add_argument("--streaming", action="store_true", help="read the data while running")
+    parser.add_argument(
+        "--max-length", type=int, default=512, help="tokens at which texts are cut (default %(default)s)"
+    )
+
+
+def _component_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--granularity", choices=GRANULARITIES, default="unit", help="(default %(default)s)")
+    parser.add_argument("--include", nargs="+", metavar="GLOB", help="only modules that match")
+    parser.add_argument("--exclude", nargs="+", metavar="GLOB", help="no modules that match")
+
+
+def _method_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", default="margin", help=f"one of {', '.join(outputs.names())} (default %(default)s)")
+    parser.add_argument(
+        "--method", choices=("path_gradient", "regression"), default="path_gradient", help="(default %(default)s)"
+    )
+    parser.add_argument("--rounds", type=int, default=8, help="of path_gradient (default %(default)s)")
+    parser.add_argument("--n-masks", type=int, default=5000, help="of regression (default %(default)s)")
+    parser.add_argument("--ablated-fraction", type=float, default=0.05, help="(default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of all draws (default %(default)s)")
+    parser.add_argument("--out", required=True, help="folder of the run, which resumes")
