@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Sets up an environment, checks the style and runs the tests. From the root of the repository:  bash scripts/check.sh
+# What is given after it goes to pytest, such as:  bash scripts/check.sh -m slow
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" test
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+.venv/bin/python -m pytest "$@"
