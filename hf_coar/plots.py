@@ -146,8 +146,8 @@ def correlation_by_fraction(reports: Mapping[str, Report] | Report) -> Figure:
     masks = sorted({report.n_masks for report in named.values()})
     statement = "Correlation of predicted and measured outputs by ablated fraction"
     if len(named) == 1:
-        ends = [f"{means[i]:.2f} with {_percent(shown[i])} ablated" for i in sorted({0, len(shown) - 1})]
-        statement = f"Correlation with measurements: {', '.join(ends)}"
+        ends = [f"{means[i]:.2f} at {_percent(shown[i])}" for i in sorted({0, len(shown) - 1})]
+        statement = f"Correlation with measured outputs: {', '.join(ends)} ablated"
     _title(figure, statement, f"bars: 95 % intervals over {_span(counts)} examples; {_span(masks)} masks a fraction")
     return figure
 
