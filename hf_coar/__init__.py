@@ -6,9 +6,10 @@ any set of them would do, and edits the model by it.
 
 __version__ = "0.1.0"
 
-from hf_coar import components, outputs
+from hf_coar import baselines, components, outputs, stability
 from hf_coar.attributions import Attributions
 from hf_coar.components import Components, find_components
+from hf_coar.edited import undo
 from hf_coar.editing import edit
 from hf_coar.errors import CoarError
 from hf_coar.evaluation import Report, evaluate
@@ -16,22 +17,27 @@ from hf_coar.masking import ablate
 from hf_coar.path_gradient import PathGradient
 from hf_coar.pipeline import attribute, load
 from hf_coar.regression import Regression
-from hf_coar.solvers import Ridge
+from hf_coar.solvers import ARD, Lasso, Ridge
 
 __all__ = [
+    "ARD",
     "Attributions",
     "CoarError",
     "Components",
+    "Lasso",
     "PathGradient",
     "Regression",
     "Report",
     "Ridge",
     "ablate",
     "attribute",
+    "baselines",
     "components",
     "edit",
     "evaluate",
     "find_components",
     "load",
     "outputs",
+    "stability",
+    "undo",
 ]

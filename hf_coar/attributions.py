@@ -1,28 +1,35 @@
 """Attributions: weights by example and component, with everything that determined them. What goes to disk and the Hub.
 
-attributions.safetensors    weights, bias, standard_errors, signatures, labels; a checksum in the header
-config.json                 all that determines the numbers
+attributions.safetensors    weights, bias, standard_errors, signatures, labels, and a checksum a row; above a size
+                            attributions-00001-of-00003.safetensors and so on, each with its stretch of the examples
 components.json             what the columns are
+config.json                 all that determines the numbers, and the checksums of the files above; written last
+evaluation.json             predicted against measured, if it was evaluated
 README.md                   a card
 """
 
-from dataclasses import dataclass, field
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from hf_coar import cards, files
+from hf_coar import artefact, cards, files, hub, rows
 from hf_coar.components import Components
 from hf_coar.data import Identity
 from hf_coar.errors import CoarError, CorruptFileError, ModelMismatchError
+from hf_coar.rows import Rows
 
-FORMAT_VERSION = 1
-_WEIGHTS, _CONFIG, _COMPONENTS, _CARD = "attributions.safetensors", "config.json", "components.json", "README.md"
+_TOLD = ("class", "library", "id", "revision", "dtype", "n_parameters")
+_VERIFIED_AT_LOAD = 64 * 2**20  # bytes; larger files are checked row by row as they are read, or by `verify`
 
 
-@dataclass(frozen=True)
+class _Figures(Protocol):
+    def to_json(self) -> dict[str, Any]: ...
+
+
 class Attributions:
     """How much every component contributes to every example's output.
 
@@ -36,32 +43,85 @@ class Attributions:
         components: what the columns are.
         identity: by which the examples are known again, and their labels.
         config: model, data, output, method, ablated fraction, seed, cost and versions, as JSON values.
+        evaluation: predicted against measured as JSON values, or None; `evaluate` makes it, `save_pretrained` keeps it.
     """
 
-    weights: Tensor
-    bias: Tensor
-    standard_errors: Tensor | None
-    components: Components
-    identity: Identity
-    config: dict[str, Any] = field(default_factory=dict)
+    def __init__(
+        self,
+        weights: Tensor | Rows,
+        bias: Tensor,
+        standard_errors: Tensor | Rows | None,
+        components: Components,
+        identity: Identity,
+        config: Mapping[str, Any] | None = None,
+        evaluation: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Matrices as tensors, or as rows that lie in files.
 
-    def __post_init__(self) -> None:
-        """Check that the shapes agree."""
-        n_examples, n_components = self.weights.shape
-        if n_components != len(self.components) or self.bias.shape != (n_examples,):
-            raise CoarError(
-                f"weights {list(self.weights.shape)}, bias {list(self.bias.shape)} and {len(self.components)} "
-                "components do not fit together"
-            )
+        Raises:
+            CoarError: the shapes do not agree.
+        """
+        self._matrices = {"weights": _as_rows(weights)}
+        if standard_errors is not None:
+            self._matrices["standard_errors"] = _as_rows(standard_errors)
+        self.bias = bias
+        self.components = components
+        self.identity = identity
+        self.config = dict(config or {})
+        self.evaluation = dict(evaluation) if evaluation is not None else None
+        shapes = {name: list(matrix.shape) for name, matrix in self._matrices.items()}
+        n_examples = len(self)
+        if bias.shape != (n_examples,) or any(shape != [n_examples, len(components)] for shape in shapes.values()):
+            raise CoarError(f"{shapes}, bias {list(bias.shape)} and {len(components)} components do not fit together")
+
+    @property
+    def weights(self) -> Tensor:
+        """Float32 [examples, components]; of loaded attributions a view of the file, read where it is used."""
+        return self._matrices["weights"].tensor()
+
+    @property
+    def standard_errors(self) -> Tensor | None:
+        """Float32 [examples, components] of the weights, like them; None where the estimator gave none."""
+        return self._matrices["standard_errors"].tensor() if "standard_errors" in self._matrices else None
 
     def __len__(self) -> int:
         """How many examples."""
-        return self.weights.shape[0]
+        return self._matrices["weights"].shape[0]
+
+    def __repr__(self) -> str:
+        """Such as `Attributions(200 examples, 832 components, output 'margin')`."""
+        output = self.config.get("output")
+        return f"Attributions({len(self)} examples, {len(self.components)} components, output {output!r})"
 
     @property
     def labels(self) -> Tensor:
         """The examples' labels, int64 [examples]; -1 where there are none."""
         return self.identity.labels
+
+    def row(self, index: int, of: str = "weights") -> Tensor:
+        """One example's weights (or standard errors), float32 [components]; only they are read, and checked.
+
+        Args:
+            index: of the example; negative ones count from the end.
+            of: "weights" or "standard_errors".
+
+        Raises:
+            IndexError: no such example.
+            CoarError: there are no standard errors.
+            CorruptFileError: the row in the file is not what was written.
+        """
+        if of not in self._matrices:
+            raise CoarError(f"of={of!r}; there are {', '.join(self._matrices)}")
+        return self._matrices[of].row(index)
+
+    def verify(self) -> None:
+        """Check every row of what was loaded against its checksum; this reads the files once.
+
+        Raises:
+            CorruptFileError: a row is not what was written.
+        """
+        for matrix in self._matrices.values():
+            matrix.verify()
 
     def predict(self, kept: Any) -> Tensor:
         """The outputs expected when components are ablated.
@@ -78,121 +138,266 @@ class Attributions:
         kept = self.components.check_kept(kept).float()
         return torch.atleast_2d(kept) @ self.weights.T + self.bias
 
-    def check_model(self, fingerprint: str) -> None:
-        """Raises `ModelMismatchError` unless a model with this fingerprint was attributed."""
-        model = self.config.get("model", {})
-        if model.get("fingerprint") != fingerprint:
-            raise ModelMismatchError(
-                f"these attributions are of {model.get('id') or 'a model'} (class {model.get('class')}, weights "
-                f"{str(model.get('fingerprint'))[:12]}…), and the model given has weights {fingerprint[:12]}…; "
-                "load the model that was attributed, or attribute this one"
-            )
+    def stability(self) -> float | None:
+        """The correlation expected between an example's weights and those of a second run with another seed.
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Save; a README.md that is there already is left as it is.
+        The mean over the examples of 1 - (mean squared standard error) / (variance of the weights), at least 0. None
+        without standard errors, or where no example's weights vary.
+        """
+        if "standard_errors" not in self._matrices:
+            return None
+        found = []
+        for index in range(len(self)):
+            variance = self.row(index).double().var(correction=0)
+            noise = self.row(index, "standard_errors").double().square().mean()
+            if variance > 0:
+                found.append(float((1 - noise / variance).clamp_min(0)))
+        return sum(found) / len(found) if found else None
+
+    def sum_by(self, by: str) -> tuple[list[str], Tensor]:
+        """Totals over the components of each layer, module or attention head: what ablating all of it would cost.
+
+        Args:
+            by: "layer", "module" or "head".
+
+        Returns:
+            names [groups], and float32 [examples, groups] in the unit of the output. Components that belong to no group
+            (to no head) are in no total.
 
         Raises:
-            CoarError: the folder cannot be written.
+            CoarError: another `by`, or no component belongs to a head.
         """
-        folder = Path(folder)
-        tensors = {"weights": self.weights, "bias": self.bias, **vars(self.identity)}
-        if self.standard_errors is not None:
-            tensors["standard_errors"] = self.standard_errors
-        files.write_tensors(folder / _WEIGHTS, tensors)
-        files.write_json(folder / _COMPONENTS, self.components.to_json())
-        # The configuration comes last: where it is, the rest is whole.
-        files.write_json(folder / _CONFIG, {"hf_coar_format": FORMAT_VERSION, **self.config})
-        if not (folder / _CARD).exists():
-            files.write_bytes(folder / _CARD, cards.attributions_card(self.config, len(self)).encode())
+        names, index = self.components.regroup(by)
+        inside = index >= 0
+        totals = torch.zeros(len(self), len(names), dtype=self.weights.dtype)
+        return names, totals.index_add_(1, index[inside], self.weights[:, inside].cpu())
+
+    def check_model(self, fingerprint: str, given: Mapping[str, Any] | None = None) -> None:
+        """Raises `ModelMismatchError` unless a model with this fingerprint was attributed.
+
+        Args:
+            fingerprint: `models.fingerprint` of the model.
+            given: `models.record` of the model, for the message to name what differs.
+        """
+        known = self.config.get("model", {})
+        if known.get("fingerprint") == fingerprint:
+            return
+        named = {key: (known.get(key), given.get(key)) for key in _TOLD} if given is not None else {}
+        differing = [f"{key} {was!r} against {now!r}" for key, (was, now) in named.items() if was != now]
+        if given is not None and "edit" in given:
+            differing.append(f"it was edited: {len(given['edit'].get('components', ()))} components are ablated")
+        differing.append(f"weights {str(known.get('fingerprint'))[:12]}… against {fingerprint[:12]}…")
+        raise ModelMismatchError(
+            f"these attributions are of {known.get('id') or 'a model'} (class {known.get('class')}), and not of the "
+            f"model given; what differs: {', '.join(differing)}. Load the model that was attributed, or attribute "
+            "this one"
+        )
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        dtype: str | torch.dtype | None = None,
+        max_shard_size: int | str = "5GB",
+        report: _Figures | None = None,
+    ) -> None:
+        """Save to a folder; a README.md that a person wrote or changed is left as it is.
+
+        Args:
+            folder: made if it does not exist.
+            dtype: of the matrices: "float32", or "float16" for half the size.
+            max_shard_size: bytes a file, or such as "500MB"; larger matrices are divided between files.
+            report: from `evaluate`, to be saved with them and shown on the card.
+
+        Raises:
+            CoarError: the folder cannot be written, or the weights do not fit into float16.
+        """
+        self._save(Path(folder), ".", dtype, max_shard_size, report, self.config)
+
+    def _save(
+        self,
+        folder: Path,
+        source: str,
+        dtype: Any,
+        max_shard_size: int | str,
+        report: _Figures | None,
+        config: Mapping[str, Any],
+    ) -> None:
+        evaluation = self.evaluation if report is None else report.to_json()
+        if evaluation is None and (folder / artefact.EVALUATION).is_file():
+            evaluation = artefact.read_evaluation(folder / artefact.EVALUATION)
+        checksums = self._save_matrices(folder, rows.stored_dtype(dtype), max_shard_size)
+        artefact.write_json(folder / artefact.COMPONENTS, self.components.to_json())
+        checksums[artefact.COMPONENTS] = artefact.checksum(folder / artefact.COMPONENTS)
+        if evaluation is not None:
+            artefact.write_json(folder / artefact.EVALUATION, evaluation)
+        self._write_card(folder, source, config, evaluation)
+        # The configuration comes last: where it is, and its checksums are right, the rest is whole.
+        artefact.write_json(
+            folder / artefact.CONFIG, {"hf_coar_format": artefact.FORMAT_VERSION, "files": checksums, **config}
+        )
+        artefact.remove_other_shards(folder, checksums)
+
+    def _save_matrices(self, folder: Path, dtype: torch.dtype, max_shard_size: int | str) -> dict[str, str]:
+        columns = {"bias": self.bias.float(), **vars(self.identity)}
+        matrices = {name: matrix.tensor() for name, matrix in self._matrices.items()}
+        row_size = max(1, sum(matrix.shape[1] for matrix in matrices.values()) * dtype.itemsize)
+        n_rows = max(1, rows.n_bytes(max_shard_size) // row_size)
+        starts = range(0, len(self), n_rows)
+        checksums = {}
+        for name, start in zip(artefact.shard_names(len(starts)), starts, strict=True):
+            stretch = slice(start, start + n_rows)
+            checksums[name] = rows.save(
+                folder / name,
+                {key: rows.converted(matrix[stretch], dtype) for key, matrix in matrices.items()},
+                {key: column[stretch] for key, column in columns.items()},
+            )
+        return checksums
+
+    def _write_card(
+        self, folder: Path, source: str, config: Mapping[str, Any], evaluation: Mapping[str, Any] | None
+    ) -> None:
+        path = folder / hub.CARD
+        if not path.exists() or cards.is_generated(path.read_text(encoding="utf-8", errors="replace")):
+            pictures = sorted(
+                f"{artefact.PICTURES}/{picture.name}" for picture in (folder / artefact.PICTURES).glob("*.png")
+            )
+            card = cards.attributions_card(config, len(self), source, evaluation, self.stability(), pictures)
+            files.write_bytes(path, card.encode())
+        results = cards.evaluation_yaml(config.get("data", {}), evaluation)
+        if results is not None:
+            files.write_bytes(folder / cards.RESULTS, results.encode())
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, revision: str | None = None, token: str | None = None) -> "Attributions":
-        """Load from a local folder or the Hub.
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        verify: bool | None = None,
+    ) -> "Attributions":
+        """Load from a local folder or the Hub. Nothing is unpickled, and nothing is run.
+
+        The matrices are mapped from the files: what is not looked at is not read.
 
         Args:
             name: folder made by `save_pretrained`, or Hub id.
             revision: branch, tag or commit on the Hub.
             token: for private repositories.
+            cache_dir: of the Hub's files; the usual one by default.
+            local_files_only: look only at what has been downloaded before.
+            verify: check every row now. By default of files up to 64 MB; of larger ones `row` checks the rows that it
+                reads, and `verify()` all of them.
 
         Raises:
             CoarError: no such folder or repository.
-            CorruptFileError: the files are damaged, of a newer format, or not attributions.
+            CorruptFileError: the files are damaged, of another format, or not attributions.
         """
-        paths = _locate(str(name), revision, token)
-        config = files.read_json(paths[_CONFIG])
-        if not isinstance(config, dict) or config.get("hf_coar_format") != FORMAT_VERSION:
-            found = config.get("hf_coar_format") if isinstance(config, dict) else None
+        source = hub.Source(name, revision, token, cache_dir, local_files_only)
+        if source.is_local:
+            artefact.check_folder(Path(name))
+        config = artefact.read_config(source.file(artefact.CONFIG), str(name))
+        checksums = config.pop("files")
+        components_path = source.file(artefact.COMPONENTS)
+        if artefact.checksum(components_path) != checksums.pop(artefact.COMPONENTS):
             raise CorruptFileError(
-                f"{name} is of hf_coar format {found!r}, and this version reads format {FORMAT_VERSION}"
+                f"{components_path} is damaged or not finished: its checksum is not the recorded one"
             )
-        components = Components.from_json(files.read_json(paths[_COMPONENTS]))
-        tensors = files.read_tensors(paths[_WEIGHTS])
-        lacking = {"weights", "bias", "signatures", "labels"} - tensors.keys()
-        if lacking or tensors["weights"].dim() != 2:
-            raise CorruptFileError(f"{paths[_WEIGHTS]} holds {sorted(tensors)}; it lacks {sorted(lacking)}")
-        config = {key: value for key, value in config.items() if key != "hf_coar_format"}
-        return cls(
-            tensors["weights"].float(),
-            tensors["bias"].float(),
-            tensors.get("standard_errors"),
+        components = Components.from_json(artefact.read_json(components_path))
+        paths = [source.file(file) for file in checksums]
+        matrices, columns = rows.load(paths, list(checksums.values()), ("weights", "standard_errors"))
+        artefact.check_columns(paths[0], matrices, columns)
+        evaluation_path = source.file_if_there(artefact.EVALUATION)
+        loaded = cls(
+            matrices["weights"],
+            columns["bias"],
+            matrices.get("standard_errors"),
             components,
-            Identity(tensors["signatures"], tensors["labels"]),
-            config,
+            Identity(columns["signatures"], columns["labels"]),
+            {key: value for key, value in config.items() if key != "hf_coar_format"},
+            None if evaluation_path is None else artefact.read_evaluation(evaluation_path),
         )
+        if verify or (verify is None and sum(path.stat().st_size for path in paths) <= _VERIFIED_AT_LOAD):
+            loaded.verify()
+        return loaded
 
     def push_to_hub(
         self,
         repo_id: str,
         private: bool | None = None,
         commit_message: str = "Upload attributions",
-        token: str | None = None,
+        token: str | bool | None = None,
         create_pr: bool = False,
+        dtype: str | torch.dtype | None = None,
+        max_shard_size: int | str = "5GB",
+        report: _Figures | None = None,
+        pictures: str | Path | None = None,
+        card: str | Path | None = None,
     ) -> str:
-        """Upload to the Hub; a README.md that is there already is left as it is.
+        """Upload to the Hub, as one commit; a README.md that a person wrote or changed there is left as it is.
+
+        Every row is checked first. Local paths of the model and the data are shortened to their last part.
+
+        Args:
+            repo_id: made if there is none.
+            private: if it is made; the account's default otherwise.
+            commit_message: first line of the commit.
+            token: with the right to write.
+            create_pr: propose the commit instead of making it.
+            dtype: "float32" or "float16", as in `save_pretrained`.
+            max_shard_size: bytes a file, or such as "500MB".
+            report: from `evaluate`, for the card and the Hub's evaluation results.
+            pictures: a folder of PNG files for the card.
+            card: a README.md of your own, instead of the one made from the template.
 
         Returns:
-            The address of the commit.
+            The address of the commit, or of the pull request.
 
         Raises:
-            CoarError: the Hub refuses.
+            CoarError: the Hub refuses or cannot be reached; the message says what to do.
+            CorruptFileError: what would be uploaded is damaged.
         """
-        import tempfile
-
-        from huggingface_hub import HfApi
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-        hub = HfApi(token=token)
-        try:
-            repo_id = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            has_card = hub.file_exists(repo_id, _CARD)
-            with tempfile.TemporaryDirectory() as folder:
-                self.save_pretrained(folder)
-                done = hub.upload_folder(
-                    repo_id=repo_id,
-                    folder_path=folder,
-                    commit_message=commit_message,
-                    create_pr=create_pr,
-                    ignore_patterns=[_CARD] if has_card else None,
-                )
-        except (HfHubHTTPError, HFValidationError, OSError) as error:
-            raise CoarError(f"the Hub did not take {repo_id!r}: {str(error).strip().splitlines()[0]}") from error
-        return str(done.commit_url)
+        self.verify()
+        repo_id = hub.create(repo_id, private, token)
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            for picture in sorted(Path(pictures).glob("*.png")) if pictures is not None else ():
+                files.write_bytes(folder / artefact.PICTURES / picture.name, picture.read_bytes())
+            if card is not None:
+                files.write_bytes(folder / hub.CARD, Path(card).read_bytes())
+            self._save(folder, repo_id, dtype, max_shard_size, report, artefact.public(self.config))
+            return hub.upload(
+                folder, repo_id, artefact.UPLOADED, commit_message, token, create_pr,
+                is_generated=cards.is_generated, stale=("attributions*.safetensors",),
+            )  # fmt: skip
 
 
-def _locate(name: str, revision: str | None, token: str | None) -> dict[str, Path]:
-    """The three files of an artefact by name, downloaded if `name` is no folder."""
-    wanted = (_CONFIG, _COMPONENTS, _WEIGHTS)
-    folder = Path(name)
-    if folder.is_dir():
-        absent = [file for file in wanted if not (folder / file).is_file()]
-        if absent:
-            raise CoarError(f"{folder} holds no attributions: it lacks {', '.join(absent)}")
-        return {file: folder / file for file in wanted}
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+def push_folder(folder: str | Path, repo_id: str, **settings: Any) -> str:
+    """Upload what `save_pretrained` made, with its evaluation and pictures, and its card if a person wrote that.
 
-    try:
-        return {file: Path(hf_hub_download(name, file, revision=revision, token=token)) for file in wanted}
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise CoarError(f"no attributions {name!r}: there is no such folder, and the Hub says: {first}") from error
+    Args:
+        folder: made by `save_pretrained`, or the folder of a finished run.
+        repo_id: made if there is none.
+        settings: further ones of `Attributions.push_to_hub`.
+
+    Returns:
+        The address of the commit, or of the pull request.
+
+    Raises:
+        CoarError: no attributions there, or the Hub refuses.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CoarError(f"there is no folder {str(folder)!r}; give one made by `hf-coar attribute` or `hf-coar edit`")
+    card = folder / hub.CARD
+    written = card.is_file() and not cards.is_generated(card.read_text(encoding="utf-8", errors="replace"))
+    return Attributions.from_pretrained(folder, verify=False).push_to_hub(
+        repo_id, pictures=folder / artefact.PICTURES, card=card if written else None, **settings
+    )
+
+
+def _as_rows(matrix: Tensor | Rows) -> Rows:
+    if isinstance(matrix, Tensor) and matrix.dim() != 2:
+        raise CoarError(f"weights or standard errors of shape {list(matrix.shape)}; expected [examples, components]")
+    return matrix if isinstance(matrix, Rows) else Rows([matrix])

@@ -8,10 +8,22 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_coar import __version__, demo, editing, engine, evaluation, files, models, outputs, pipeline
-from hf_coar.attributions import Attributions
-from hf_coar.cards import edited_model_card
+from hf_coar import (
+    __version__,
+    budget,
+    demo,
+    editing,
+    engine,
+    evaluation,
+    models,
+    outputs,
+    pipeline,
+    workers,
+)
+from hf_coar import edited as edited_model
+from hf_coar.attributions import Attributions, push_folder
 from hf_coar.components import GRANULARITIES, Components, find_components
+from hf_coar.data import Chunks, rows
 from hf_coar.errors import CoarError
 from hf_coar.path_gradient import PathGradient
 from hf_coar.regression import Regression
@@ -29,13 +41,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _log_to_terminal()
     try:
         result = args.run(args)
+        speaks = workers.processes().is_main_process
     except CoarError as error:
         sys.stderr.write(f"hf-coar {args.verb}: {error}\n")
         return USER_ERROR
     except KeyboardInterrupt:
         sys.stderr.write(f"\nhf-coar {args.verb}: interrupted; run the same command again to go on from here\n")
         return INTERRUPTED
-    if engine.processes().is_main_process:
+    if speaks:
         sys.stdout.write(f"{result}\n")
     return 0
 
@@ -84,10 +97,13 @@ def components_table(components: Components) -> str:
 
 def _attribute(args: argparse.Namespace) -> str:
     model, data = _loaded(args)
-    attributions = pipeline.attribute(
-        model, data, _found(model, args), output=args.output, method=_method(args),
-        ablated_fraction=args.ablated_fraction, seed=args.seed, out=args.out,
-    )  # fmt: skip
+    if args.dry_run:
+        return _planned(args, model, data)
+    with engine.running(**_running(args)):
+        attributions = pipeline.attribute(
+            model, data, _found(model, args), output=args.output, method=_method(args),
+            ablated_fraction=args.ablated_fraction, seed=args.seed, out=args.out,
+        )  # fmt: skip
     summary = {
         "attributions": str(args.out),
         "n_examples": len(attributions),
@@ -100,6 +116,23 @@ def _attribute(args: argparse.Namespace) -> str:
         f"{summary['n_examples']} examples × {summary['n_components']} components, saved in {args.out}\n"
         f"next: hf-coar evaluate {args.out}"
     )
+
+
+def _planned(args: argparse.Namespace, model: Any, data: Any) -> str:
+    """What `attribute` would do: units, processes, cost; nothing is written."""
+    chunks, team = Chunks(data), workers.team(args.worker)
+    _, first = chunks.at(0).read().pieces[0]
+    n_examples = chunks.at(len(chunks) - 1).stop if chunks.count is not None else None
+    if n_examples is None:
+        raise CoarError("the number of examples of a stream is not known beforehand; try without --streaming")
+    components = _found(model, args)
+    planned = budget.budget(
+        model, rows(first, 0, 1), n_examples, len(components), _method(args), args.ablated_fraction, args.batch_size,
+        team.count,
+    )  # fmt: skip
+    if args.json:
+        return json.dumps({**vars(planned), "n_units": planned.n_units, "worker": team.index}, indent=2)
+    return f"{planned}\nthis is     process {team.index} of {team.count}; nothing was run"
 
 
 def _evaluate(args: argparse.Namespace) -> str:
@@ -117,17 +150,24 @@ def _edit(args: argparse.Namespace) -> str:
     model = models.load_model(args.model, args.revision, args.trust_remote_code)
     sides = {side: _examples(getattr(args, side), side, attributions) for side in ("increase", "decrease", "reference")}
     edited = editing.edit(model, attributions, n_components=args.n_components, **sides)
-    models.save_model(edited, args.out)
+    edited_model.save(edited, args.out)
     snippet = models.load_snippet(edited, str(args.out))
-    record = models.record(edited)
-    if not (Path(args.out) / "README.md").exists():
-        files.write_bytes(Path(args.out) / "README.md", edited_model_card(record, snippet).encode())
-    ablated = record["edit"]["components"]
+    ablated = models.record(edited)["edit"]["components"]
     if args.json:
         return json.dumps({"edited": str(args.out), "components": ablated, "load": snippet}, indent=2)
     return "\n".join(
         ["ablated:", *[f"  {name}" for name in ablated], f"saved in {args.out}; load it with", f"  {snippet}"]
     )
+
+
+def _push(args: argparse.Namespace) -> str:
+    settings = {"private": True if args.private else None, "create_pr": args.create_pr}
+    settings |= {"commit_message": args.commit_message} if args.commit_message else {}
+    if (Path(args.folder) / edited_model.RECORD).is_file():
+        address = edited_model.push_to_hub(args.folder, args.repo_id, **settings)
+    else:
+        address = push_folder(args.folder, args.repo_id, dtype=args.dtype, **settings)
+    return json.dumps({"commit": address}, indent=2) if args.json else f"pushed: {address}"
 
 
 def _demo(args: argparse.Namespace) -> str:
@@ -211,6 +251,8 @@ def _parser() -> argparse.ArgumentParser:
     _data_flags(verb)
     _component_flags(verb)
     _method_flags(verb)
+    _running_flags(verb)
+    verb.add_argument("--dry-run", action="store_true", help="say what it would cost and who would do what, and stop")
 
     verb = _verb(
         verbs, "evaluate", _evaluate, "compare predictions with the model's outputs under fresh masks",
@@ -237,6 +279,17 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--reference", nargs="+", metavar="E", help="leave the outputs of these; all others by default")
     verb.add_argument("--n-components", type=int, default=10, help="how many to ablate (default %(default)s)")
     verb.add_argument("--out", required=True, help="folder for the edited model")
+
+    verb = _verb(
+        verbs, "push", _push, "upload attributions or an edited model to the Hub, with a card",
+        "hf-coar push runs/resnet18 user/resnet18-attributions",
+    )  # fmt: skip
+    verb.add_argument("folder", help="made by hf-coar attribute or edit; a folder pictures/ in it goes onto the card")
+    verb.add_argument("repo_id", help="user/name on the Hub; made if there is none")
+    verb.add_argument("--private", action="store_true", help="if it is made")
+    verb.add_argument("--commit-message", help="first line of the commit")
+    verb.add_argument("--create-pr", action="store_true", help="propose the commit instead of making it")
+    verb.add_argument("--dtype", choices=("float32", "float16"), help="of the attributions (default float32)")
 
     verb = _verb(verbs, "demo", _demo, "the whole job on an embedded model and data", "hf-coar demo --out coar-demo")
     verb.add_argument("--out", default="coar-demo", help="folder for everything made (default %(default)s)")
@@ -280,6 +333,19 @@ def _data_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-length", type=int, default=512, help="tokens at which texts are cut (default %(default)s)"
     )
+
+
+def _running_flags(parser: argparse.ArgumentParser) -> None:
+    """What changes speed only."""
+    parser.add_argument("--worker", metavar="I/N", help="this is worker I (from 0) of N that share the folder")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16"), help="compute in lower precision")
+    parser.add_argument("--compile", action="store_true", help="torch.compile for masked passes")
+    parser.add_argument("--masks-together", type=int, default=1, metavar="K", help="masks in one forward pass")
+    parser.add_argument("--strict", action="store_true", help="an example that cannot be read is an error")
+
+
+def _running(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in ("worker", "dtype", "compile", "masks_together", "strict")}
 
 
 def _component_flags(parser: argparse.ArgumentParser) -> None:

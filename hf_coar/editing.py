@@ -1,6 +1,7 @@
 """COAR-Edit: ablate the few components that move the outputs of target examples, and spare those of references."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,19 +49,25 @@ def rank_components(
         CoarError: no targets, no references, an index out of range, or an example on both sides.
     """
     n_examples = len(attributions)
-    increase, decrease = list(increase or ()), list(decrease or ())
+    increase, decrease = _indices(increase), _indices(decrease)
     targets = {*increase, *decrease}
     if not targets:
         raise CoarError("nothing to edit for: give the indices of examples to increase or to decrease")
     if reference is None:
         reference = [index for index in range(n_examples) if index not in targets]
-    _check_indices(n_examples, increase, decrease, list(reference))
+    reference = _indices(reference)
+    _check_indices(n_examples, increase, decrease, reference)
     score = torch.zeros(len(attributions.components), dtype=torch.float64)
     if increase:
         score += welch_scores(attributions.weights, increase, reference)
     if decrease:
         score -= welch_scores(attributions.weights, decrease, reference)
     return score.argsort(stable=True)
+
+
+def _indices(examples: Sequence[int] | None) -> list[int]:
+    """Plain integers, also from tensors and arrays."""
+    return [] if examples is None else [int(index) for index in examples]
 
 
 def _check_indices(n_examples: int, increase: list[int], decrease: list[int], reference: list[int]) -> None:
@@ -87,7 +94,8 @@ def edit(
 ) -> nn.Module:
     """A copy of the model in which a few components are ablated; the model itself stays as it was.
 
-    It is an ordinary model: save it with its own library (or `models.save_model`) and it loads without hf_coar.
+    It is an ordinary model: save it with its own library (or `edited.save`) and it loads without hf_coar. `undo` makes
+    the original of it again.
 
     Args:
         model: the model that was attributed.
@@ -104,21 +112,36 @@ def edit(
     n_all = len(attributions.components)
     if not isinstance(n_components, int) or not 1 <= n_components <= n_all:
         raise CoarError(f"n_components={n_components!r}; must be a whole number from 1 to {n_all}")
-    attributions.check_model(models.fingerprint(model))
+    attributions.check_model(models.fingerprint(model), models.record(model))
     chosen = rank_components(attributions, increase, decrease, reference)[:n_components]
-    entries = {
-        "rule": "welch",
-        "output": attributions.config.get("output"),
-        "data": attributions.config.get("data"),
-        "increase": list(increase or ()),
-        "decrease": list(decrease or ()),
-        "base_fingerprint": attributions.config["model"]["fingerprint"],
-        "components": [str(attributions.components[int(index)]) for index in chosen],
-        "indices": chosen.tolist(),
-    }
-    edited = models.copy_with_record(model, edit=entries)
+    edited = models.copy_with_record(model, edit=_entries(attributions, chosen, increase, decrease, reference))
     masking.zero_slices(edited, attributions.components, kept_without(n_all, chosen))
     return edited
+
+
+def _entries(
+    attributions: Attributions,
+    chosen: Tensor,
+    increase: Sequence[int] | None,
+    decrease: Sequence[int] | None,
+    reference: Sequence[int] | None,
+) -> dict[str, Any]:
+    """The record of an edit, JSON values: what was ablated and why, and all that `undo` needs."""
+    components = [attributions.components[int(index)] for index in chosen]
+    parameters = {name for c in components for name in (c.group.parameter, *c.group.shared_by)}
+    return {
+        "rule": "welch",
+        "output": attributions.config.get("output"),
+        "granularity": attributions.components.granularity,
+        "data": attributions.config.get("data"),
+        "increase": _indices(increase),
+        "decrease": _indices(decrease),
+        "reference": "all others" if reference is None else list(reference),
+        "base": attributions.config["model"],
+        "components": [str(component) for component in components],
+        "indices": chosen.tolist(),
+        "parameters": sorted(parameters),
+    }
 
 
 def choose_n_components(

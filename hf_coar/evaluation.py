@@ -1,8 +1,7 @@
 """Evaluation: predicted against measured outputs, on fresh random masks that no fit has seen."""
 
-import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_coar import data as data_module
-from hf_coar import files, models, outputs, sampling
+from hf_coar import files, models, outputs, sampling, stability, workers
 from hf_coar.attributions import Attributions
-from hf_coar.engine import processes
 from hf_coar.errors import CoarError
 from hf_coar.measurement import measure
 from hf_coar.outputs import Output
@@ -37,6 +35,8 @@ class Report:
         measured: fraction -> float32 [masks, examples].
         n_masks: masks a fraction.
         seed: of the masks.
+        reliability: float32 [examples], the share of the weights' variance that is not noise of the estimate, see
+            `stability.reliability`; None for methods without standard errors.
     """
 
     correlation: dict[float, float]
@@ -47,12 +47,20 @@ class Report:
     measured: dict[float, Tensor]
     n_masks: int
     seed: int
+    reliability: Tensor | None = None
+
+    @property
+    def mean_reliability(self) -> float | None:
+        """Mean over the examples whose weights vary."""
+        known = self.reliability is not None and bool((~self.reliability.isnan()).any())
+        return float(self.reliability.nanmean()) if known else None
 
     def to_json(self) -> dict[str, Any]:
         """The figures without the arrays, as JSON values."""
         return {
             "n_masks": self.n_masks,
             "seed": self.seed,
+            "reliability": self.mean_reliability,
             "fractions": [
                 {
                     "ablated_fraction": fraction,
@@ -71,6 +79,8 @@ class Report:
         for fraction, mean in self.correlation.items():
             low, high = self.interval[fraction]
             lines.append(f"{fraction:>8.2%}  {mean:>11.3f}  {low:>7.3f}–{high:.3f}  {self.slope[fraction]:>6.2f}")
+        if self.mean_reliability is not None:
+            lines.append(f"reliability of the weights {self.mean_reliability:.3f} (1 = another seed gives the same)")
         return "\n".join(lines)
 
 
@@ -116,18 +126,18 @@ def evaluate(
     settings = {"task": "evaluate", "seed": seed, "n_masks": n_masks, "model": {"fingerprint": fingerprint}}
     settings |= {"output": output.name, "components": attributions.components.to_json()}
     predicted, measured = {}, {}
-    with tempfile.TemporaryDirectory() as temporary:
+    with workers.folder(out) as folder:
         for fraction in fractions:
-            folder = Path(out or temporary) / f"fraction-{fraction:g}"
-            store = Store(folder, {**settings, "ablated_fraction": fraction})
+            store = Store(folder / f"fraction-{fraction:g}", {**settings, "ablated_fraction": fraction})
             masks = sampling.Masks(len(attributions.components), fraction, n_masks, seed, sampling.EVALUATION)
             measured[fraction], identity = measure(
                 store, model, data, attributions.components, output, masks, progress=progress
             )
             attributions.identity.check(identity)
             predicted[fraction] = attributions.predict(masks.rows(0, n_masks))
-    report = _report(predicted, measured, n_masks, seed)
-    if out is not None and processes().is_main_process:
+    reliability = None if attributions.standard_errors is None else stability.reliability(attributions)
+    report = replace(_report(predicted, measured, n_masks, seed), reliability=reliability)
+    if out is not None and workers.processes().is_main_process:
         files.write_json(Path(out) / "evaluation.json", report.to_json())
     return report
 

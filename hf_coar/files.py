@@ -4,7 +4,8 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,15 @@ from hf_coar.errors import CoarError, CorruptFileError
 _CHECKSUM = "sha256"
 
 
-def write_bytes(path: Path, content: bytes) -> None:
+def write_bytes(path: Path, content: bytes | Callable[[str], None], replace: bool = True) -> None:
     """Write `content` to `path` so that a reader sees the old file or the new one, whatever dies in between.
 
     Temporary file in the same folder, fsync, rename, fsync of the folder.
+
+    Args:
+        path: the file.
+        content: all of it, or a function that writes it to the temporary file whose path it is given.
+        replace: what stands there already; if not, the first of several writers wins and the others leave it alone.
 
     Raises:
         CoarError: the disk is full, or the folder cannot be written.
@@ -33,11 +39,11 @@ def write_bytes(path: Path, content: bytes) -> None:
         ) from error
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(content)
+            content(temporary) if callable(content) else file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)  # mkstemp makes private files; a run folder may be shared
-        os.replace(temporary, path)
+        _rename(temporary, path, replace)
         _sync_folder(path.parent)
     except OSError as error:
         raise CoarError(
@@ -46,6 +52,29 @@ def write_bytes(path: Path, content: bytes) -> None:
         ) from error
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+def _rename(temporary: str, path: Path, replace: bool) -> None:
+    if replace:
+        os.replace(temporary, path)
+        return
+    try:
+        os.link(temporary, path)  # fails if there is a file, which a rename would not
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without links: nearly as good
+        if not path.exists():
+            os.replace(temporary, path)
+
+
+def remove_stale_temporaries(folder: Path, age: float = 86400.0) -> None:
+    """Delete what writers that were killed more than `age` seconds ago left behind; younger ones may be at work."""
+    for path in Path(folder).glob(".*.tmp"):
+        try:
+            if time.time() - path.stat().st_mtime > age:
+                path.unlink()
+        except OSError:  # gone meanwhile, or not ours to delete: it does no harm
+            continue
 
 
 def _sync_folder(folder: Path) -> None:
@@ -58,9 +87,10 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented UTF-8 JSON, atomically."""
-    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+def write_json(path: Path, value: Any, replace: bool = True) -> None:
+    """Write `value` as indented UTF-8 JSON, atomically; see `write_bytes` for `replace`."""
+    content = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_bytes(path, content.encode(), replace)
 
 
 def read_json(path: Path) -> Any:
@@ -71,7 +101,11 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (
+        OSError,
+        ValueError,
+        RecursionError,
+    ) as error:  # not UTF-8, not JSON, numbers of 5,000 digits, nested deeply
         raise CorruptFileError(f"cannot read {path} as JSON: {error}") from error
 
 

@@ -62,8 +62,8 @@ class Method(Protocol):
         """What determines the numbers, as JSON values."""
         ...
 
-    def cost(self, ablated_fraction: float) -> float:
-        """Forward passes an example."""
+    def cost(self, ablated_fraction: float, n_components: int | None = None) -> float:
+        """Forward passes an example; a forward and backward pass counts as three."""
         ...
 
     def fit(self, problem: Problem) -> Fit:

@@ -1,17 +1,23 @@
 """Measuring: the model's outputs under masks, which the regression fits and the evaluation judges by."""
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
 from hf_coar import data as data_module
 from hf_coar import models
 from hf_coar.components import Components
-from hf_coar.engine import Part, run
-from hf_coar.errors import NonFiniteOutputError
+from hf_coar.engine import Part, current, run
+from hf_coar.errors import CoarError, NonFiniteOutputError
 from hf_coar.masking import ablate
 from hf_coar.outputs import Output
 from hf_coar.sampling import Masks
 from hf_coar.store import Store
+
+logger = logging.getLogger(__name__)
 
 MASKS_A_UNIT = 64  # passes between two writes to the disk
 
@@ -40,23 +46,63 @@ def measure(
     Raises:
         NonFiniteOutputError: the model gave NaN or infinity; says for which example and mask.
     """
-
-    def compute(batch: data_module.Batch, first: int, part: Part) -> dict[str, Tensor]:
-        columns = []
-        with torch.no_grad():
-            for index, kept in enumerate(masks.rows(part.start, part.stop), start=part.start):
-                with ablate(model, components, kept):
-                    values = output(models.logits(model, batch), batch)
-                check_finite(values, first, f"mask {index} ({masks.ablated_fraction:.3g} ablated)", output)
-                columns.append(values.cpu())
-        return {"outputs": torch.stack(columns, dim=1)}
-
+    passes = _Passes(model, components, output, masks)
     parts = parts_of(masks, kind)
-    n_examples = run(
-        store, model, data, parts, compute, f"masked passes, {masks.ablated_fraction:.3g} ablated", progress
-    )
+    what = f"masked passes, {masks.ablated_fraction:.3g} ablated"
+    with _compiled(model, current().compile):
+        n_examples = run(store, model, data, parts, passes.compute, what, progress)
     gathered = [store.gather(part.name, n_examples) for part in parts]
     return torch.cat([results["outputs"] for results in gathered], dim=1).T, data_module.Identity.of(gathered[0])
+
+
+class _Passes:
+    """The masked passes of one run, over any batch."""
+
+    def __init__(self, model: nn.Module, components: Components, output: Output, masks: Masks) -> None:
+        self.model, self.components, self.output, self.masks = model, components, output, masks
+        self.together = current().masks_together
+
+    def compute(self, batch: data_module.Batch, first: int, part: Part) -> dict[str, Tensor]:
+        """Outputs float32 [examples, masks of the part]."""
+        columns, where = [], f"({self.masks.ablated_fraction:.3g} ablated)"
+        with torch.no_grad():
+            for kept in self.masks.rows(part.start, part.stop).split(self.together):
+                values = self._one(batch, kept[0])[None] if len(kept) == 1 else self._several(batch, kept)
+                for row in values:
+                    check_finite(row, first, f"mask {part.start + len(columns)} {where}", self.output)
+                    columns.append(row.cpu())
+        return {"outputs": torch.stack(columns, dim=1)}
+
+    def _one(self, batch: data_module.Batch, kept: Tensor) -> Tensor:
+        with ablate(self.model, self.components, kept):
+            return self.output(models.logits(self.model, batch), batch)
+
+    def _several(self, batch: data_module.Batch, kept: Tensor) -> Tensor:
+        """Outputs [masks, examples] of one forward pass over a copy of the batch for every mask."""
+        count = data_module.size(batch)
+        copies = {name: value.repeat(len(kept), *[1] * (value.dim() - 1)) for name, value in batch.items()}
+        try:
+            with ablate(self.model, self.components, kept.repeat_interleave(count, dim=0), how="hooks"):
+                values = self.output(models.logits(self.model, copies), copies)
+        except CoarError as error:
+            logger.warning("masks go one at a time, not %d together: %s", self.together, error)
+            self.together = 1
+            return torch.stack([self._one(batch, row) for row in kept])
+        return values.view(len(kept), count)
+
+
+@contextmanager
+def _compiled(model: nn.Module, backend: bool | str) -> Iterator[None]:
+    """The model's forward goes through `torch.compile` inside the block; masks change its weights in place."""
+    if not backend:
+        yield
+        return
+    before = model._compiled_call_impl
+    try:
+        model.compile(**({} if backend is True else {"backend": backend}))
+        yield
+    finally:
+        model._compiled_call_impl = before
 
 
 def check_finite(values: Tensor, first: int, where: str, output: Output) -> None:

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_coar import files
-from hf_coar.errors import CoarError, ModelError
+from hf_coar import files, hub
+from hf_coar.errors import CoarError, CorruptFileError, ModelError
 
+_EDIT = "coar_edit.json"
 _RECORD = "hf_coar_record"  # attribute of a loaded or edited model: a plain dict that says where it comes from
 
 
@@ -34,56 +35,87 @@ def library(model: nn.Module) -> str:
 
 
 def load_model(
-    name: str | Path, revision: str | None = None, trust_remote_code: bool = False, token: str | None = None
+    name: str | Path,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
 ) -> nn.Module:
     """A model of timm or transformers, from a local folder or the Hub, in evaluation mode.
 
     Its `config.json` says which library wrote it: timm's names an `architecture`, transformers' its `architectures`.
+    All files are of one commit, which its record holds. Weights are read from safetensors only: nothing is unpickled.
 
     Args:
         name: local folder or Hub id.
         revision: branch, tag or commit on the Hub.
         trust_remote_code: run code that comes with the model; never on by itself.
         token: for private repositories.
+        cache_dir: of the Hub's files; the usual one by default.
+        local_files_only: look only at what has been downloaded before.
 
     Raises:
         ModelError: no such model, or nothing that these libraries can load.
     """
     name = str(name)
-    config = _read_config(name, revision, token)
+    source = hub.Source(name, revision, token, cache_dir, local_files_only)
+    config = _read_config(source)
+    options = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     if "architecture" in config and "pretrained_cfg" in config:
-        model = _load_timm(name, revision)
+        model = _load_timm(source)
     elif "architectures" in config or "model_type" in config:
-        model = _load_transformers(name, revision, config, trust_remote_code, token)
+        options |= {"revision": source.commit or revision, "trust_remote_code": trust_remote_code}
+        model = _load_transformers(name, config, options)
     else:
         raise ModelError(
             f"{name!r} has a config.json that neither timm ('architecture') nor transformers ('architectures') wrote; "
             f"it has {sorted(config)}"
         )
-    commit = None if Path(name).is_dir() else _resolved_commit(name, revision, token)
-    setattr(model, _RECORD, {"id": name, "revision": commit})
+    edit = _read_edit(source)
+    setattr(model, _RECORD, {"id": name, "revision": source.commit, **({"edit": edit} if edit else {})})
     return model.eval()
 
 
-def _read_config(name: str, revision: str | None, token: str | None) -> dict:
-    if Path(name).is_dir():
-        path = Path(name) / "config.json"
-        if not path.is_file():
-            raise ModelError(f"the folder {name!r} holds no config.json; give a folder that timm or transformers saved")
-    else:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-        try:
-            path = hf_hub_download(name, "config.json", revision=revision, token=token)
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
-            raise ModelError(
-                f"no model {name!r}: there is no such folder, and the Hub says: {_first_line(error)}"
-            ) from error
-    config = files.read_json(Path(path))
+def _read_config(source: hub.Source) -> dict:
+    try:
+        config = files.read_json(source.file("config.json"))
+    except CoarError as error:
+        raise ModelError(
+            f"no model {source.name!r}: {error}; give a Hub id, or a folder that timm or transformers saved"
+        ) from error
     if not isinstance(config, dict):
-        raise ModelError(f"config.json of {name!r} holds a {type(config).__name__}, not a mapping")
+        raise ModelError(f"config.json of {source.name!r} holds a {type(config).__name__}, not a mapping")
     return config
+
+
+def _read_edit(source: hub.Source) -> dict[str, Any] | None:
+    path = source.file_if_there(_EDIT)
+    return None if path is None else check_edit(files.read_json(path), f"{_EDIT} of {source.name!r}")
+
+
+_EDIT_LISTS = ("components", "parameters", "indices", "increase", "decrease", "figures")
+_EDIT_TEXTS = ("id", "revision", "library", "class", "fingerprint", "split")
+
+
+def check_edit(value: Any, where: str) -> dict[str, Any]:
+    """The record of an edit, checked for all that is read from it.
+
+    Raises:
+        CorruptFileError: it is something else.
+    """
+    lists = {key: value.get(key, []) for key in _EDIT_LISTS} if isinstance(value, dict) else {"": None}
+    sane = all(isinstance(entry, list) for entry in lists.values())
+    sane = sane and all(isinstance(name, str) for key in ("components", "parameters") for name in lists[key])
+    sane = sane and all(isinstance(row, list) and len(row) == 3 for row in lists["figures"])
+    sane = sane and isinstance(value.get("reference"), list | str | None)
+    sane = sane and all(isinstance(value.get(key), str | None) for key in ("rule", "output", "granularity"))
+    records = [value.get(key) or {} for key in ("base", "data")] if sane else []
+    sane = sane and all(isinstance(entry, dict) for entry in records)
+    sane = sane and all(isinstance(entry.get(key), str | None) for entry in records for key in _EDIT_TEXTS)
+    if not sane:
+        raise CorruptFileError(f"{where} is no record of an edit; delete it, or download the model again")
+    return value
 
 
 def _first_line(error: BaseException) -> str:
@@ -91,42 +123,38 @@ def _first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _resolved_commit(name: str, revision: str | None, token: str | None) -> str | None:
-    from huggingface_hub import hf_hub_download
-
-    # Downloaded a moment ago, so this answers from the cache; the folder is named after the commit.
-    path = Path(hf_hub_download(name, "config.json", revision=revision, token=token))
-    return path.parent.name if path.parent.parent.name == "snapshots" else None
+_SAFE_WEIGHTS = ("model.safetensors", "open_clip_model.safetensors")  # in timm's own order
 
 
-def _load_timm(name: str, revision: str | None) -> nn.Module:
+def _load_timm(source: hub.Source) -> nn.Module:
+    """From the folder that holds the files of the commit: timm itself would also unpickle, and knows no token."""
     import timm
 
-    if Path(name).is_dir():
-        source = f"local-dir:{name}"
-    else:
-        source = f"hf-hub:{name}" + (f"@{revision}" if revision else "")
+    weights = next((path for name in _SAFE_WEIGHTS if (path := source.file_if_there(name))), None)
+    if weights is None:
+        raise ModelError(
+            f"{source.name!r} holds none of {', '.join(_SAFE_WEIGHTS)}, and other weights are not read, as that could "
+            "run code; load it with timm and save it with safe_serialization=True"
+        )
     try:
-        return timm.create_model(source, pretrained=True)
-    except (RuntimeError, ValueError, OSError, TypeError) as error:
-        raise ModelError(f"timm cannot load {name!r}: {_first_line(error)}") from error
+        return timm.create_model(f"local-dir:{weights.parent}", pretrained=True)
+    except (RuntimeError, ValueError, OSError, TypeError, KeyError, AttributeError) as error:
+        raise ModelError(f"timm cannot load {source.name!r}: {_first_line(error)}") from error
 
 
-def _load_transformers(
-    name: str, revision: str | None, config: Mapping[str, Any], trust_remote_code: bool, token: str | None
-) -> nn.Module:
+def _load_transformers(name: str, config: Mapping[str, Any], options: Mapping[str, Any]) -> nn.Module:
     import transformers
 
     architecture = (config.get("architectures") or [None])[0]
     loader = getattr(transformers, architecture or "", None)
-    if loader is None and not trust_remote_code:
+    if loader is None and not options["trust_remote_code"]:
         raise ModelError(
             f"{name!r} needs the class {architecture!r}, which transformers {transformers.__version__} does not hold; "
             "if you trust the code that comes with it, pass trust_remote_code=True"
         )
     loader = loader or _remote_class(transformers, config)
     try:
-        return loader.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code, token=token)
+        return loader.from_pretrained(name, use_safetensors=True, **options)
     except (OSError, ValueError, RuntimeError, TypeError) as error:
         raise ModelError(f"transformers cannot load {name!r}: {_first_line(error)}") from error
 
@@ -138,23 +166,30 @@ def _remote_class(transformers: Any, config: Mapping[str, Any]) -> Any:
 
 
 def record(model: nn.Module) -> dict[str, Any]:
-    """Where a model comes from: `id`, `revision` (None where unknown), `library`, `class`, and `edit` if it is one."""
+    """Where a model comes from and what it is, as JSON values.
+
+    `id`, `revision` (the commit; None where unknown), `library`, `class`, `dtype`, `n_parameters`; and `edit` if it
+    was edited.
+    """
     known = dict(getattr(model, _RECORD, {}))
     if not known and library(model) == "transformers":
         known = {"id": model.config.name_or_path or None, "revision": getattr(model.config, "_commit_hash", None)}
     if not known and library(model) == "timm":
         known = {"id": model.pretrained_cfg.get("hf_hub_id") or model.pretrained_cfg.get("architecture")}
+    parameters = list(model.parameters())
     return {
         "id": known.get("id"),
         "revision": known.get("revision"),
         "library": library(model),
         "class": type(model).__name__,
-        **({"edit": known["edit"]} if "edit" in known else {}),
+        "dtype": ", ".join(sorted({str(parameter.dtype).removeprefix("torch.") for parameter in parameters})),
+        "n_parameters": sum(parameter.numel() for parameter in parameters),
+        **({"edit": known["edit"]} if known.get("edit") else {}),
     }
 
 
 def copy_with_record(model: nn.Module, **entries: Any) -> nn.Module:
-    """A deep copy of a model whose record has these entries added."""
+    """A deep copy of a model whose record has these entries instead; `edit=None` takes the edit out of it."""
     duplicate = copy.deepcopy(model)
     setattr(duplicate, _RECORD, {**record(model), **entries})
     return duplicate
@@ -281,10 +316,24 @@ def save_model(model: nn.Module, folder: str | Path) -> None:
     """Save with the library that the model came from, so that this library alone loads it again.
 
     transformers: `AutoModelFor….from_pretrained(folder)`; timm: `timm.create_model("local-dir:" + folder,
-    pretrained=True)`; a plain module: its state dict as `model.safetensors`.
+    pretrained=True)`; a plain module: its state dict as `model.safetensors`. An edited model's record goes into
+    `coar_edit.json`.
+
+    Raises:
+        CoarError: the folder cannot be written.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _save_with_its_library(model, folder)
+    except OSError as error:
+        raise CoarError(f"cannot write {folder}: {error.strerror or error}; choose another folder") from error
+    edit = record(model).get("edit")
+    if edit:
+        files.write_json(folder / _EDIT, edit)
+
+
+def _save_with_its_library(model: nn.Module, folder: Path) -> None:
     if library(model) == "transformers":
         model.save_pretrained(folder)
     elif library(model) == "timm":
@@ -295,9 +344,8 @@ def save_model(model: nn.Module, folder: str | Path) -> None:
         from safetensors.torch import save_model as save_state
 
         save_state(model, str(folder / "model.safetensors"))
-    edit = record(model).get("edit")
-    if edit:
-        files.write_json(folder / "coar_edit.json", edit)
+    for path in folder.glob("*.safetensors"):
+        path.chmod(0o644)  # as files usually are; safetensors makes some that only their owner can read
 
 
 def load_snippet(model: nn.Module, folder: str) -> str:

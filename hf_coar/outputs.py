@@ -171,6 +171,7 @@ def next_tokens(logits: Tensor, batch: Mapping[str, Tensor]) -> tuple[Tensor, Te
         )
     targets = tokens[:, 1:]
     real = targets != IGNORED_LABEL
+    _check_tokens(targets[real], logits.shape[-1])
     attended = batch.get("attention_mask")
     if attended is not None:
         real = real & attended[:, 1:].bool() & attended[:, :-1].bool()
@@ -181,6 +182,15 @@ def next_tokens(logits: Tensor, batch: Mapping[str, Tensor]) -> tuple[Tensor, Te
             f"labelled {IGNORED_LABEL}); leave such examples out"
         )
     return targets.clamp_min(0).long(), real
+
+
+def _check_tokens(targets: Tensor, vocabulary: int) -> None:
+    low, high = (int(targets.min()), int(targets.max())) if targets.numel() else (0, 0)
+    if low < 0 or high >= vocabulary:
+        raise DataError(
+            f"tokens run from {low} to {high}, and the model's vocabulary from 0 to {vocabulary - 1} (a label may also "
+            f"be {IGNORED_LABEL}); is this the tokenizer of the model?"
+        )
 
 
 def _mean_over_real(values: Tensor, real: Tensor) -> Tensor:

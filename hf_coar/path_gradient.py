@@ -7,19 +7,21 @@ whole block of components at once; its cost does not depend on how many there ar
 """
 
 import math
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_coar import data as data_module
 from hf_coar import masking, models, sampling
-from hf_coar.components import Components
+from hf_coar.delta_reads import DeltaReads, elementwise_modules, followed
 from hf_coar.engine import Part, run
 from hf_coar.errors import CoarError, ModelError
 from hf_coar.fit import Fit, Problem
 from hf_coar.measurement import check_finite
+from hf_coar.shrinkage import shrink
 
 FORWARD_AND_BACKWARD = 3.0  # cost of a forward and backward pass to the gates, in forward passes
 
@@ -36,9 +38,14 @@ class PathGradient:
 
     Attributes:
         rounds: an even number; noise falls as 1 / sqrt(rounds). The cost is 3 × B forward passes an example and round.
+        delta: read exact differences through each component's own nonlinearity, see `delta_reads`, not derivatives.
+        shrink: pull noisy reads towards steady ones, see `shrinkage`; without it the weights are plain means over the
+            rounds, with the standard errors of those.
     """
 
-    rounds: int = 8
+    rounds: int = 4
+    delta: bool = True
+    shrink: bool = True
     name = "path_gradient"
 
     def __post_init__(self) -> None:
@@ -48,9 +55,9 @@ class PathGradient:
 
     def settings(self) -> dict:
         """What determines the numbers, for `run.json`."""
-        return {"name": self.name, "rounds": self.rounds}
+        return {"name": self.name, "rounds": self.rounds, "delta": self.delta, "shrink": self.shrink}
 
-    def cost(self, ablated_fraction: float) -> float:
+    def cost(self, ablated_fraction: float, n_components: int | None = None) -> float:
         """Forward passes an example, counting a forward and backward pass as three."""
         return FORWARD_AND_BACKWARD * self.rounds * n_blocks(ablated_fraction)
 
@@ -64,13 +71,19 @@ class PathGradient:
             ModelError: no gradient reaches the gates.
             NonFiniteOutputError: the model gave NaN or infinity.
         """
-        paths = _Paths(self.rounds, n_blocks(problem.ablated_fraction), problem)
+        blocks = n_blocks(problem.ablated_fraction)
+        passes = _Paths(self.rounds, blocks, self.delta, problem)
         part = Part("rounds", 0, self.rounds, self.cost(problem.ablated_fraction))
         n_examples = run(
-            problem.store, problem.model, problem.data, [part], paths.compute, "gate paths", problem.progress
+            problem.store, problem.model, problem.data, [part], passes.compute, "gate paths", problem.progress
         )
-        results = problem.store.gather(part.name, n_examples)
-        return Fit(results["weights"], results["bias"], results["standard_errors"], data_module.Identity.of(results))
+        reads = problem.store.gather(part.name, n_examples)
+        if self.shrink and self.rounds > 1:
+            weights, errors = shrink(reads["soft"], reads["hard"], reads["variance"], problem.components.sizes())
+        else:
+            weights, errors = reads["soft"], reads["variance"].sqrt()
+        bias = reads["output"] - (weights * reads.get("gates", passes.mean_gate)).sum(1)
+        return Fit(weights, bias, errors, data_module.Identity.of(reads))
 
 
 def n_blocks(ablated_fraction: float) -> int:
@@ -81,53 +94,57 @@ def n_blocks(ablated_fraction: float) -> int:
 class _Paths:
     """The passes of one run, over any batch."""
 
-    def __init__(self, rounds: int, blocks: int, problem: Problem) -> None:
-        self.rounds, self.blocks, self.problem = rounds, blocks, problem
+    def __init__(self, rounds: int, blocks: int, delta: bool, problem: Problem) -> None:
+        self.rounds, self.blocks, self.delta, self.problem = rounds, blocks, delta, problem
         self.n_components = len(problem.components)
         self.sizes = problem.components.sizes()
         fraction, gated = problem.ablated_fraction, 1 / blocks
         # On average half of a gated block is off; what is missing to the fraction is switched off in the background.
         self.background = 0.0 if fraction <= 0.1 else max(0.0, (fraction - gated / 2) / (1 - gated))
-        self._reachable: list[bool] | None = None
+        # A drawn level and its complement average to one half, so without a background this is exact.
+        self.mean_gate = 1 - gated / 2
+        self._activations = elementwise_modules(problem.model) if delta else []
+        self._inert: set[str] = set()
 
     def compute(self, batch: data_module.Batch, first: int, part: Part) -> dict[str, Tensor]:
-        """All rounds on one batch: soft reads summed round by round, nothing else is stored."""
+        """All rounds on one batch; only sums over the rounds are held."""
         n_examples = data_module.size(batch)
-        if self._reachable is None:
-            self._reachable = _reachable(self.problem.model, self.problem.components, batch)
+        self._inert = set()  # which modules run may depend on the examples
         device = next(iter(batch.values())).device
         total = torch.zeros(n_examples, self.n_components, device=device)
-        total_squared, total_output = torch.zeros_like(total), torch.zeros(n_examples, device=device)
+        total_squared, total_hard, total_gates = (torch.zeros_like(total) for _ in range(3))
+        total_output = torch.zeros(n_examples, device=device)
         for round_index in range(part.start, part.stop):
-            reads, outputs = self._round(batch, first, round_index)
-            total += reads
-            total_squared += reads.square()
+            soft, hard, gates, outputs = self._round(batch, first, round_index)
+            total += soft
+            total_squared += soft.square()
+            total_hard += hard
+            total_gates += gates
             total_output += outputs
         n_rounds = part.stop - part.start
-        weights = total / n_rounds
-        variance = (total_squared / n_rounds - weights.square()).clamp_min(0) / (n_rounds - 1)
-        bias = total_output / n_rounds - weights.sum(1) * (1 - self._mean_ablated())
-        return {"weights": weights, "bias": bias, "standard_errors": variance.sqrt()}
+        soft = total / n_rounds
+        variance = (total_squared / n_rounds - soft.square()).clamp_min(0) / (n_rounds - 1)
+        results = {"soft": soft, "variance": variance, "hard": total_hard / n_rounds, "output": total_output / n_rounds}
+        return results | ({"gates": total_gates / n_rounds} if self.background else {})
 
-    def _mean_ablated(self) -> float:
-        """The fraction that is off on average in a pass; equals the run's fraction but for the rounding of B."""
-        gated = 1 / self.blocks
-        return gated / 2 + (1 - gated) * self.background
-
-    def _round(self, batch: data_module.Batch, first: int, round_index: int) -> tuple[Tensor, Tensor]:
-        """Reads [examples, components] and mean outputs [examples] of one round."""
+    def _round(self, batch: data_module.Batch, first: int, round_index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Soft reads, hard reads and mean gates, all [examples, components], and mean outputs [examples] of a round."""
         device = next(iter(batch.values())).device
         levels, block = self._draw(first, data_module.size(batch), round_index)
         levels, block = levels.to(device), block.to(device)
-        reads, outputs = torch.zeros_like(levels), torch.zeros(levels.shape[0], device=device)
+        soft, hard, gates = (torch.zeros_like(levels) for _ in range(3))
+        outputs = torch.zeros(levels.shape[0], device=device)
         for b in range(self.blocks):
             in_block = block == b
             others = self._others(first, levels, round_index, b)
-            values, gradient = self._pass(batch, torch.where(in_block, levels, others))
+            level = torch.where(in_block, levels, others)
+            values, reads = self._pass(batch, level)
             check_finite(values, first, f"round {round_index}, pass {b}", self.problem.output)
-            reads += gradient * in_block
+            soft += reads * in_block
+            hard += reads * ~in_block
+            gates += level / self.blocks
             outputs += values / self.blocks
-        return reads, outputs
+        return soft, hard / max(self.blocks - 1, 1), gates, outputs
 
     def _draw(self, first: int, n_examples: int, round_index: int) -> tuple[Tensor, Tensor]:
         """Gate levels float32 and block numbers int32, both [examples, components]."""
@@ -159,31 +176,29 @@ class _Paths:
         """Outputs [examples] and their gradients to the gates [examples, components] of one forward and backward."""
         problem = self.problem
         # One leaf a group: a slice of a single leaf would cost a full-sized gradient for every group.
-        leaves = [part.contiguous() for part in gates.split(self.sizes, dim=1)]
-        for leaf, reachable in zip(leaves, self._reachable, strict=True):
-            leaf.requires_grad_(reachable)
-        gated = [leaf if leaf.requires_grad else torch.ones_like(leaf) for leaf in leaves]
-        with torch.enable_grad(), masking.gated(problem.model, problem.components, gated):
-            values = problem.output(models.logits(problem.model, batch), batch)
+        leaves = [part.contiguous().requires_grad_() for part in gates.split(self.sizes, dim=1)]
+        reads = DeltaReads()
+        with torch.enable_grad():
+            with masking.gated(problem.model, problem.components, leaves) as fired, ExitStack() as stack:
+                if self.delta:
+                    stack.enter_context(followed(self._activations, fired, reads))
+                values = problem.output(models.logits(problem.model, batch), batch)
             if not values.requires_grad:
                 raise ModelError(
                     f"no gradient reaches the gates of {type(problem.model).__name__}: its forward blocks it (integer "
                     "kernels, no_grad or numpy inside); use method=hf_coar.Regression()"
                 )
-            wanted = [leaf for leaf in leaves if leaf.requires_grad]
-            gradients = iter(torch.autograd.grad(values.sum(), wanted, allow_unused=True))
-        parts = [next(gradients) if leaf.requires_grad else None for leaf in leaves]
-        parts = [torch.zeros_like(leaf) if part is None else part for leaf, part in zip(leaves, parts, strict=True)]
+            derivatives = torch.autograd.grad(values.sum(), leaves, allow_unused=True, retain_graph=self.delta)
+        self._check_reached({group.parameter for group in fired.missing()}, batch)
+        corrections = reads.corrections(leaves)
+        parts = [c if d is None else d + c for d, c in zip(derivatives, corrections, strict=True)]
         return values.detach(), torch.cat(parts, dim=1)
 
-
-def _reachable(model: nn.Module, components: Components, batch: data_module.Batch) -> list[bool]:
-    """Which groups' gates act. Modules that do not run at all have no effect; modules passed by are an error."""
-    off = torch.zeros(len(components))
-    with torch.no_grad(), masking.gated(model, components, off.split(components.sizes())) as fired:
-        models.logits(model, batch)
-    missing = {group.parameter for group in fired.missing()}
-    if missing:
+    def _check_reached(self, missing: set[str], batch: data_module.Batch) -> None:
+        """Modules that do not run for a batch have no effect on it; weights read without their module are an error."""
+        if missing <= self._inert:
+            return
+        model, components = self.problem.model, self.problem.components
         kept = torch.cat([torch.full((g.size,), g.parameter not in missing) for g in components.groups])
         with torch.no_grad():
             plain = models.logits(model, batch)
@@ -194,4 +209,4 @@ def _reachable(model: nn.Module, components: Components, batch: data_module.Batc
                 f"gates cannot reach {', '.join(sorted(missing)[:8])}: the model reads these weights without running "
                 "their modules; exclude them, or use method=hf_coar.Regression()"
             )
-    return [group.parameter not in missing for group in components.groups]
+        self._inert |= missing

@@ -1,21 +1,22 @@
 """The pieces in order: `load` a model and data, `attribute` them."""
 
 import logging
-import tempfile
-from contextlib import nullcontext
+import operator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
+from hf_coar import allowance, engine, gradients, masking, models, outputs, sampling, workers
 from hf_coar import data as data_module
-from hf_coar import engine, masking, models, outputs, sampling
 from hf_coar.attributions import Attributions
 from hf_coar.components import Components, find_components
 from hf_coar.fit import Method, Problem
 from hf_coar.outputs import Output
 from hf_coar.path_gradient import PathGradient
+from hf_coar.regression import Regression
+from hf_coar.solvers import ARD
 from hf_coar.store import Store
 
 logger = logging.getLogger(__name__)
@@ -64,6 +65,7 @@ def attribute(
     out: str | Path | None = None,
     batch_size: int | None = None,
     progress: bool = True,
+    budget: float | str | None = None,
 ) -> Attributions:
     """How much every component contributes to the output of every example.
 
@@ -73,13 +75,17 @@ def attribute(
             example, or a `datasets` data set; `labels` holds the targets.
         components: from `find_components(model)`, which is the default.
         output: a name (`hf_coar.outputs.names()`), or a function (logits, batch) -> [examples].
-        method: `PathGradient(…)`, the default, or `Regression(…)`.
+        method: `PathGradient(…)`, `Regression(…)` or one of `baselines`. By default `PathGradient()`, or
+            `Regression(solver=ARD())` for models that let no gradient through.
         ablated_fraction: the fraction of components that masks ablate. Predictions are best for ablations of that size.
         seed: of all draws.
         out: folder of the run. It resumes where it stopped; settings that change the numbers must then be the same. A
             temporary folder by default.
         batch_size: changes speed only; for `datasets` objects and what `load` gives.
         progress: show a progress bar.
+        budget: decides the number of rounds or masks in the place of the method's own: as many as cost no more than
+            this many forward passes an example, or than a time such as `"20 min"` for all of them (one batch is timed
+            first; a run that resumes keeps its number).
 
     Returns:
         The attributions, also saved in `out`.
@@ -92,20 +98,37 @@ def attribute(
     sampling.check_fraction(ablated_fraction)
     sampling.check_seed(seed)
     output = outputs.get(output)
-    method = method or PathGradient()
     components = components or find_components(model)
     masking.check_same_model(model, components)
     batches = data_module.batches(data, batch_size)
-    config = _config(model, data, components, output, method, ablated_fraction, seed)
-    _tell_cost(batches, config)
-    with tempfile.TemporaryDirectory() if out is None else nullcontext(out) as folder:
-        folder = _same_for_all(folder)
+    method = method or _default_method(model, batches, components, output)
+    with workers.folder(out) as folder:
+        problem = Problem(model, batches, components, output, ablated_fraction, seed, None, progress=progress)
+        method = method if budget is None else allowance.choose(method, budget, problem, folder)
+        config = _config(model, data, components, output, method, ablated_fraction, seed)
+        _tell_cost(batches, config)
         store = Store(folder, {"task": "attribute", **config, "components": components.to_json()})
-        fit = method.fit(Problem(model, batches, components, output, ablated_fraction, seed, store, progress=progress))
+        fit = method.fit(replace(problem, store=store))
+        config |= {"skipped": list(store.skipped)} if store.skipped else {}  # the rows leave these examples out
         attributions = Attributions(fit.weights, fit.bias, fit.standard_errors, components, fit.identity, config)
-        if out is not None and engine.processes().is_main_process:
+        if out is not None and workers.processes().is_main_process:
             attributions.save_pretrained(folder)
     return attributions
+
+
+def _default_method(model: nn.Module, batches: Any, components: Components, output: Output) -> Method:
+    """The best method that the model allows; one forward pass of one example tells."""
+    with models.frozen(model), engine.placed(model, workers.processes().device) as device:
+        example = data_module.rows(allowance.first_batch(data_module.Chunks(batches)), 0, 1)
+        if gradients.reach_gates(model, components, output, data_module.to_device(example, device)):
+            return PathGradient()
+    method = Regression(solver=ARD())
+    logger.warning(
+        "no gradient reaches the gates of %s, so that the default method cannot run; taking hf_coar.Regression(n_masks="
+        "%d, solver=hf_coar.ARD()), which needs forward passes only, and more of them",
+        type(model).__name__, method.n_masks,
+    )  # fmt: skip
+    return method
 
 
 def _config(
@@ -128,7 +151,7 @@ def _config(
         "method": method.settings(),
         "ablated_fraction": ablated_fraction,
         "seed": seed,
-        "cost": method.cost(ablated_fraction),
+        "cost": method.cost(ablated_fraction, len(components)),
         "versions": _versions(),
     }
 
@@ -142,18 +165,9 @@ def _versions() -> dict[str, str]:
 
 
 def _tell_cost(batches: Any, config: dict[str, Any]) -> None:
-    length = f"{len(batches)} batches" if hasattr(batches, "__len__") else "a stream of batches"
+    count = operator.length_hint(batches)  # 0 for a stream, whose length raises TypeError
+    length = f"{count} batches" if count else "a stream of batches"
     logger.info(
         "attribute: %d components, output %s, method %s: %g forward passes an example, on %s",
         config["n_components"], config["output"], config["method"]["name"], config["cost"], length,
     )  # fmt: skip
-
-
-def _same_for_all(folder: str | Path) -> Path:
-    """The main process's folder, for all processes: temporary ones differ."""
-    state = engine.processes()
-    if state.num_processes == 1:
-        return Path(folder)
-    shared = [str(folder)]
-    torch.distributed.broadcast_object_list(shared, src=0)
-    return Path(shared[0])

@@ -6,6 +6,7 @@ Only raw 64-bit words are taken from NumPy: those are fixed by the algorithm, wh
 """
 
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from hf_coar.errors import CoarError
 
-MASKS, PATHS, BACKGROUND, EVALUATION, BOOTSTRAP = range(5)  # the purposes
+MASKS, PATHS, BACKGROUND, EVALUATION, BOOTSTRAP, BASELINES = range(6)  # the purposes
 
 
 def words(seed: int, purpose: int, index: int, sub_index: int, count: int) -> np.ndarray:
@@ -27,7 +28,9 @@ def words(seed: int, purpose: int, index: int, sub_index: int, count: int) -> np
         count: how many words.
     """
     # The lowest counter word moves with every block drawn; the upper ones say which stream this is.
-    generator = np.random.Philox(key=[seed, purpose], counter=[0, 0, sub_index, index])
+    # Lists of such large integers would pass through floats.
+    key, counter = (np.array(values, dtype=np.uint64) for values in ((seed, purpose), (0, 0, sub_index, index)))
+    generator = np.random.Philox(key=key, counter=counter)
     return generator.random_raw((count + 1) // 2).view(np.uint32)[:count]
 
 
@@ -56,7 +59,7 @@ class Masks:
         threshold = round(self.ablated_fraction * 2**32)
         # The fraction is part of the index, so that masks of two fractions are independent of each other.
         rows = [words(self.seed, self.purpose, i, threshold, self.n_components) for i in range(start, stop)]
-        return torch.from_numpy(np.stack(rows) >= threshold)
+        return torch.from_numpy(np.reshape(rows, (stop - start, self.n_components)) >= threshold)
 
 
 def uniforms(seed: int, purpose: int, index: int, sub_index: int, count: int) -> np.ndarray:
@@ -76,13 +79,13 @@ def balanced_split(seed: int, purpose: int, index: int, sub_index: int, count: i
 
 def check_seed(seed: int) -> None:
     """Raises `CoarError` unless the seed is an integer from 0 to 2^64 - 1."""
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < 2**64:
         raise CoarError(f"seed={seed!r}; must be an integer from 0 to 2^64 - 1")
 
 
 def check_fraction(ablated_fraction: float) -> None:
     """Raises `CoarError` unless the fraction lies strictly between 0 and 1."""
-    if not isinstance(ablated_fraction, int | float) or not 0 < ablated_fraction < 1:
+    if not isinstance(ablated_fraction, Real) or not 0 < ablated_fraction < 1:
         raise CoarError(
             f"ablated_fraction={ablated_fraction!r}; must lie strictly between 0 and 1, such as 0.05 for one in twenty"
         )

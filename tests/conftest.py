@@ -199,6 +199,12 @@ def net(request) -> Net:
     return build_net(request.param)
 
 
+@pytest.fixture(params=[name for name in NETS if name != "transformer_positions_first"])
+def rows_net(request) -> Net:
+    """Every small network whose inner modules see the example on the first axis."""
+    return build_net(request.param)
+
+
 @pytest.fixture
 def mlp() -> Net:
     return build_net("mlp")

@@ -1,20 +1,36 @@
 """Finding components: walk the modules, ask each class's rule for its matrices, cut them by the granularity."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
-import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
 
+from hf_coar.components import experts, heads
 from hf_coar.components.groups import GRANULARITIES, Components, Group, Skipped
-from hf_coar.components.rules import Matrix, registered, rule_of
+from hf_coar.components.rules import Matrix, is_table, registered, rule_of, searched_inside
 from hf_coar.errors import CoarError, NoComponentsError
 from hf_coar.models import embedding_modules, output_modules
 
 _HEAD = "classifier or language-model head (left out unless included)"
 _EMBEDDING = "embedding"
+_TABLE = "embedding or other table: looked up, added or applied entry by entry, not multiplied"
 _VECTOR = "no matrix: normalisation, bias or scale"
+NO_RULE = "no rule for"  # how the reason begins for weights that hold components and that no rule reaches
+
+
+@dataclass(frozen=True)
+class _Found:
+    """One matrix of a model."""
+
+    module: str
+    module_class: str
+    matrix: Matrix
+    parameter: str
+    tensor: Tensor
+    head_block: int = 0
+    expert: str | None = None
 
 
 def find_components(
@@ -26,9 +42,10 @@ def find_components(
     """The components of a model.
 
     Args:
-        model: any module; of timm or transformers best.
+        model: any module; of timm or transformers best. Its weights are not read: it may be on the meta device.
         granularity: "unit" (convolution filters and output neurons of every weight matrix), "input" (input features of
-            every weight matrix) or "module" (whole matrices).
+            every weight matrix), "head" (attention heads), "expert" (experts of a mixture) or "module" (whole
+            matrices).
         include: globs over module names, such as `["layer4.*"]`: only these. A head that is named here counts too.
         exclude: globs over module names: not these.
 
@@ -38,64 +55,92 @@ def find_components(
         whose classifier cannot be told, nothing is left out.
 
     Raises:
-        NoComponentsError: nothing is left, or a glob matches no module.
+        NoComponentsError: nothing is left, the model has none of this granularity, or a glob matches no module.
         CoarError: an unknown granularity.
     """
     if granularity not in GRANULARITIES:
         raise CoarError(f"unknown granularity {granularity!r}; there are {', '.join(GRANULARITIES)}")
     include, exclude = _globs(include), _globs(exclude)
-    candidates = list(_matrices(model))
-    _check_globs(include + exclude, [name for name, _, _ in candidates], model)
-    left_out = _left_out(model, {name for name, _, _ in candidates if include and _matches(name, include)})
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    groups: dict[tuple[int, int], Group] = {}
+    found = _matrices(model)
+    aliases = _aliases(model)
+    names = [name for one in found for name in aliases[one.module]]
+    _check_globs(include + exclude, names, model)
+    included = [aliases[one.module] for one in found if _any(aliases[one.module], include)]
+    left_out = _left_out(model, {name for every in included for name in every})
+    users = _users(model)
+    groups: dict[tuple[int, int, int | None], Group] = {}
     skipped: list[Skipped] = []
-    for name, module, matrix in candidates:
-        parameter_name = f"{name}.{matrix.parameter}" if name else matrix.parameter
-        parameter = parameters[parameter_name]
-        reason = left_out.get(name) or _filtered(name, include, exclude)
-        group = None if reason else _cut(name, parameter_name, parameter, matrix, granularity)
+    for one in found:
+        reason = left_out.get(one.module) or _filtered(aliases[one.module], include, exclude)
+        group = None if reason else _cut(one, granularity)
         if group is None:
             reason = reason or f"has no components of granularity {granularity!r}"
-            skipped.append(Skipped(name, type(module).__name__, parameter.numel(), reason))
-        elif (id(parameter), group.axis) in groups:
-            first = groups[id(parameter), group.axis]
-            groups[id(parameter), group.axis] = _with_sharer(first, name)
+            skipped.append(Skipped(one.module, one.module_class, one.tensor.numel(), reason))
         else:
-            groups[id(parameter), group.axis] = group
-    skipped += _without_rule(model, {name for name, _, _ in candidates})
+            # A tied parameter comes up once a user, and is one group.
+            groups.setdefault((id(one.tensor), group.axis, group.stack_axis), group)
+    skipped += _without_rule(model, found)
     if not groups:
-        raise NoComponentsError(_nothing_found(model, candidates, granularity, include, exclude))
-    return Components(tuple(groups.values()), granularity, tuple(skipped))
+        raise NoComponentsError(_nothing_found(model, found, left_out, granularity, include, exclude))
+    plain = {(one.module, id(one.tensor)) for one in found}
+    shared = [_with_sharers(group, key[0], users, plain) for key, group in groups.items()]
+    return Components(tuple(shared), granularity, tuple(skipped))
 
 
 def _globs(value: Sequence[str] | str | None) -> list[str]:
     return [value] if isinstance(value, str) else list(value or ())
 
 
-def _matches(name: str, globs: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, glob) for glob in globs)
+def _any(names: Sequence[str], globs: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, glob) for name in names for glob in globs)
 
 
-def _matrices(model: nn.Module) -> Iterator[tuple[str, nn.Module, Matrix]]:
-    """Every matrix of every module that has a rule; what lies inside such a module is its rule's business."""
+def _matrices(model: nn.Module) -> list[_Found]:
+    """Every matrix of every module; what lies inside a module with a rule is its rule's business."""
+    modules = dict(model.named_modules())
     spoken_for: set[nn.Module] = set()
-    for name, module in model.named_modules():
+    found: list[_Found] = []
+    for name, module in modules.items():
         if module in spoken_for:
             continue
-        found = rule_of(module)
-        if found is None:
-            continue
-        spoken_for.update(module.modules())
-        for matrix in found(module):
-            yield name, module, matrix
+        module_rule = rule_of(module)
+        if module_rule is not None and not searched_inside(module_rule):
+            spoken_for.update(module.modules())
+        for matrix in (module_rule or experts.structural)(module):
+            inner = ".".join(part for part in (name, matrix.module) if part)
+            found.append(_locate(inner, model.get_submodule(inner), matrix))
+    blocks = heads.head_blocks(model, [(one.module, one.matrix) for one in found])
+    return [
+        replace(
+            one,
+            head_block=blocks.get((one.module, one.matrix.parameter), 0),
+            expert=experts.expert_of(one.module, modules),
+        )
+        for one in found
+    ]
+
+
+def _locate(name: str, module: nn.Module, matrix: Matrix) -> _Found:
+    """Where the matrix is stored: under its own name, or behind a parametrization such as weight normalisation."""
+    path = matrix.parameter
+    if parametrize.is_parametrized(module, path):
+        steps = module.parametrizations[path]
+        normalised = len(steps) == 1 and isinstance(steps[0], parametrizations._WeightNorm)
+        path = f"parametrizations.{path}." + ("original1" if normalised else "original")
+        if not hasattr(steps, path.rpartition(".")[2]):
+            path = f"{path}0"
+        if not normalised:
+            matrix = replace(matrix, by_weights="never")
+    owner, _, last = path.rpartition(".")
+    tensor = getattr(module.get_submodule(owner), last)
+    return _Found(name, type(module).__name__, matrix, f"{name}.{path}" if name else path, tensor)
 
 
 def _check_globs(globs: Sequence[str], names: Sequence[str], model: nn.Module) -> None:
     for glob in globs:
         if not any(fnmatchcase(name, glob) for name in names):
             raise NoComponentsError(
-                f"the glob {glob!r} matches none of the {len(names)} modules of {type(model).__name__} with "
+                f"the glob {glob!r} matches none of the {len(set(names))} modules of {type(model).__name__} with "
                 f"components: {_abbreviate(names)}"
             )
 
@@ -117,59 +162,161 @@ def _left_out(model: nn.Module, included: set[str]) -> dict[str, str]:
     }
 
 
-def _filtered(name: str, include: Sequence[str], exclude: Sequence[str]) -> str | None:
-    if include and not _matches(name, include):
+def _aliases(model: nn.Module) -> dict[str, list[str]]:
+    """All names of every module, by its first."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    return {of_module[0]: of_module for of_module in names.values()}
+
+
+def _filtered(names: Sequence[str], include: Sequence[str], exclude: Sequence[str]) -> str | None:
+    if include and not _any(names, include):
         return "not included"
-    return "excluded" if _matches(name, exclude) else None
+    return "excluded" if _any(names, exclude) else None
 
 
-def _cut(module: str, parameter_name: str, parameter: torch.Tensor, matrix: Matrix, granularity: str) -> Group | None:
+def _cut(one: _Found, granularity: str) -> Group | None:
     """One matrix as a group of components."""
+    matrix = one.matrix
+    if granularity == "unit":
+        return _side(one, "output", matrix.unit, matrix.output_block)
     if granularity == "input":
-        axis, kind, side = matrix.input_axis, "input feature", "input"
-    else:
-        axis, kind, side = matrix.output_axis, matrix.unit, "output"
+        return _side(one, "input", matrix.input_unit, 1)
+    if granularity == "head":
+        return _side(one, "input", "head", one.head_block) if one.head_block else None
+    if granularity == "module":
+        return _whole(one, "module")
+    if experts.is_stack_output(one.parameter, matrix):
+        axis, n_experts = matrix.output_stack or matrix.input_stack
+        return replace(_whole(one, "expert"), axis=axis, size=n_experts, block=one.tensor.shape[axis] // n_experts)
+    if one.expert is not None and experts.is_last_of_expert(one.module, one.expert):
+        return _whole(one, "expert")
+    return None
+
+
+def _side(one: _Found, side: str, kind: str, block: int) -> Group | None:
+    """Output or input slices of one matrix, `block` entries each."""
+    matrix = one.matrix
+    axis, stack, size = (
+        (matrix.output_axis, matrix.output_stack, matrix.output_size)
+        if side == "output"
+        else (matrix.input_axis, matrix.input_stack, matrix.input_size)
+    )
     if axis is None:
         return None
-    rows = parameter.shape[axis]
-    size, block, kind = (1, rows, "module") if granularity == "module" else (rows, 1, kind)
+    stack_axis, stacks = stack or (None, 1)
+    rows = size or stacks * one.tensor.shape[axis]
+    return _group(one, side, kind, axis, rows // block, block, stack_axis, stacks)
+
+
+def _whole(one: _Found, kind: str) -> Group:
+    """A whole matrix, or stack of matrices, as one component."""
+    matrix = one.matrix
+    axis = matrix.output_axis if matrix.output_axis is not None else matrix.input_axis
+    rows = (matrix.output_size if matrix.output_axis is not None else matrix.input_size) or one.tensor.shape[axis]
+    return _group(one, "output", kind, axis, 1, rows)
+
+
+def _group(
+    one: _Found,
+    side: str,
+    kind: str,
+    axis: int,
+    size: int,
+    block: int,
+    stack_axis: int | None = None,
+    stacks: int = 1,
+) -> Group:
+    matrix = one.matrix
     # A site inside the module (an attention's projections) has its own two sides.
-    site = f"{matrix.site} {side}" if matrix.site else side
-    return Group(module, kind, parameter_name, axis, size, block, site, matrix.feature_axis)
+    site = f"{matrix.site} {side}" if matrix.site == "attention" else matrix.site or side
+    return Group(
+        module=one.module,
+        kind=kind,
+        parameter=one.parameter,
+        axis=axis,
+        size=size,
+        block=block,
+        site=site,
+        feature_axis=matrix.feature_axis,
+        stack_axis=stack_axis,
+        stacks=stacks,
+        by_weights=matrix.by_weights,
+        routed=one.expert is not None,
+        head_block=one.head_block or None,
+    )
 
 
-def _with_sharer(group: Group, module: str) -> Group:
-    return replace(group, shared_by=(*group.shared_by, module))
-
-
-def _without_rule(model: nn.Module, ruled: set[str]) -> list[Skipped]:
-    """Parameters that no rule speaks for, by the module that owns them."""
-    skipped = []
+def _users(model: nn.Module) -> dict[int, list[str]]:
+    """Names of the modules that hold a parameter, by the parameter's identity."""
+    users: dict[int, list[str]] = {}
     for name, module in model.named_modules():
-        if any(name == owner or name.startswith(f"{owner}.") for owner in ruled):
+        for parameter in module.parameters(recurse=False):
+            users.setdefault(id(parameter), []).append(name)
+    return users
+
+
+def _with_sharers(group: Group, tensor: int, users: Mapping[int, Sequence[str]], plain: set[tuple[str, int]]) -> Group:
+    """The group with all other modules that use its parameter, heads and embeddings too: it is one weight."""
+    owner = group.parameter.rpartition(".")[0]
+    others = tuple(name for name in users.get(tensor, ()) if name not in (group.module, owner))
+    if not others:
+        return group
+    # An embedding, say, reads a tied matrix in its own way, which hooks on its output do not show.
+    same_way = all((name, tensor) in plain for name in others) and group.site in ("output", "input")
+    return replace(group, shared_by=others, site=group.site if same_way else "weight")
+
+
+def _without_rule(model: nn.Module, found: Sequence[_Found]) -> list[Skipped]:
+    """Parameters that no rule speaks for, by the module that owns them and the reason."""
+    claimed = {id(one.tensor) for one in found}
+    spoken_for: set[nn.Module] = set()
+    counts: dict[tuple[str, str, str], int] = {}
+    for name, module in model.named_modules():
+        module_rule = rule_of(module)
+        if module_rule is not None and not searched_inside(module_rule):
+            spoken_for.update(module.modules())
+        if module in spoken_for:
             continue
-        own = list(module.parameters(recurse=False))
-        count = sum(parameter.numel() for parameter in own)
-        if not count:
-            continue
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-            reason = _EMBEDDING
-        elif all(sum(size > 1 for size in parameter.shape) <= 1 for parameter in own):
-            reason = _VECTOR
-        else:
-            reason = f"no rule for {type(module).__name__}; add one with hf_coar.components.rule"
-        skipped.append(Skipped(name, type(module).__name__, count, reason))
-    return skipped
+        for parameter_name, parameter in module.named_parameters(recurse=False):
+            embedding = isinstance(module, nn.Embedding | nn.EmbeddingBag)
+            if id(parameter) not in claimed or embedding:
+                key = (name, type(module).__name__, _reason(module, parameter_name, parameter))
+                counts[key] = counts.get(key, 0) + parameter.numel()
+    return [Skipped(name, class_name, count, reason) for (name, class_name, reason), count in counts.items() if count]
+
+
+def _reason(module: nn.Module, name: str, parameter: Tensor) -> str:
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return _EMBEDDING
+    if sum(size > 1 for size in parameter.shape) <= 1:
+        return _VECTOR
+    if is_table(name) or hasattr(module, "num_embeddings") or hasattr(module, "padding_idx"):
+        return _TABLE
+    return f"{NO_RULE} {type(module).__name__}.{name}; add one with hf_coar.components.rule"
 
 
 def _nothing_found(
-    model: nn.Module, candidates: list, granularity: str, include: Sequence[str], exclude: Sequence[str]
+    model: nn.Module,
+    found: Sequence[_Found],
+    left_out: Mapping[str, str],
+    granularity: str,
+    include: Sequence[str],
+    exclude: Sequence[str],
 ) -> str:
     name = type(model).__name__
-    if candidates:
+    if found:
+        names = [one.module for one in found if one.module not in left_out] or [one.module for one in found]
+        others = [
+            other
+            for other in GRANULARITIES
+            if other != granularity and any(_cut(one, other) for one in found if one.module not in left_out)
+        ]
         return (
             f"no components of granularity {granularity!r} are left in {name} with include={include} and "
-            f"exclude={exclude}; there are {_abbreviate([name for name, _, _ in candidates])}"
+            f"exclude={exclude}; there are components of granularity {', '.join(map(repr, others)) or 'none'} "
+            f"in {_abbreviate(names)}"
         )
     known = sorted(key if isinstance(key, str) else key.__name__ for key in registered())
     classes = sorted({type(module).__name__ for module in model.modules()})

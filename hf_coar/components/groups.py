@@ -1,15 +1,17 @@
 """What a component is: a slice of a model's parameters, and where a gate on it acts during a forward pass."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hf_coar.components import summary
 from hf_coar.errors import CoarError, CorruptFileError
 
-GRANULARITIES = ("unit", "input", "module")
+GRANULARITIES = ("unit", "input", "head", "expert", "module")
+_WEIGHT_EDITS = ("scale", "zero", "never")
 
 
 @dataclass(frozen=True)
@@ -18,14 +20,21 @@ class Group:
 
     Attributes:
         module: dotted name of the module whose forward a gate enters.
-        kind: what one component is: "filter", "neuron", "input feature", "module", …
+        kind: what one component is: "filter", "neuron", "input feature", "head", "expert", "module", …
         parameter: dotted name of the parameter, from the root of the model.
         axis: the axis of the parameter that the components divide.
         size: how many components.
         block: rows a component.
-        site: where the gates act, a key of `masking.SITES`: "output" or "input" of the module, or a projection inside.
+        site: where the gates act: the "output" or "input" of the module, its "weight" while it runs, or a projection
+            inside ("attention input", "attention output").
         feature_axis: axis of the features in the gated activation, counted from the end.
         shared_by: further modules that use the very same parameter; ablated there as well, counted once.
+        stack_axis: axis along which several matrices are stacked (experts, groups of a convolution); the components
+            run over the matrices, and within each over `axis`. None for a single matrix.
+        stacks: how many matrices are stacked there.
+        by_weights: what may be done to the stored weight: "scale" it, only "zero" it, or "never" change it.
+        routed: the module runs on chosen tokens only (an expert), so that its rows do not tell the examples.
+        head_block: input columns of one attention head, where the parameter is an attention's output projection.
     """
 
     module: str
@@ -37,6 +46,42 @@ class Group:
     site: str = "output"
     feature_axis: int = -1
     shared_by: tuple[str, ...] = ()
+    stack_axis: int | None = None
+    stacks: int = 1
+    by_weights: str = "scale"
+    routed: bool = False
+    head_block: int | None = None
+
+    def rows(self, weight: Tensor) -> Tensor:
+        """A view of the weight whose first axis (or, for stacked matrices, first two) the components divide."""
+        if self.stack_axis is None:
+            return weight.movedim(self.axis, 0)
+        axis = self.axis + (self.axis > self.stack_axis)
+        return weight.unflatten(self.stack_axis, (self.stacks, -1)).movedim((self.stack_axis, axis), (0, 1))
+
+    def n_rows(self, shape: Sequence[int]) -> int:
+        """How many rows a weight of this shape has for the components to divide; 0 if it cannot be divided so."""
+        if len(shape) <= max(self.axis, self.stack_axis or 0):
+            return 0
+        if self.stack_axis is None:
+            return shape[self.axis]
+        return 0 if shape[self.stack_axis] % self.stacks else self.stacks * shape[self.axis]
+
+    def factors(self, gates: Tensor, weight: Tensor) -> Tensor:
+        """Gates [size] in a shape that multiplies `rows(weight)`; differentiable."""
+        gates = gates.to(weight.device, weight.dtype)
+        if self.block > 1:
+            gates = gates.repeat_interleave(self.block)
+        lead = [gates.numel()] if self.stack_axis is None else [self.stacks, gates.numel() // self.stacks]
+        return gates.view(lead + [1] * (weight.dim() - 1))
+
+    def scaled(self, weight: Tensor, gates: Tensor) -> Tensor:
+        """The weight with every component's slice multiplied by its gate; differentiable."""
+        if self.stack_axis is None:
+            return weight * self.factors(gates, weight).movedim(0, self.axis)
+        axis = self.axis + (self.axis > self.stack_axis)
+        factors = self.factors(gates, weight).movedim((0, 1), (self.stack_axis, axis))
+        return (weight.unflatten(self.stack_axis, (self.stacks, -1)) * factors).view(weight.shape)
 
 
 @dataclass(frozen=True)
@@ -49,7 +94,10 @@ class Component:
 
     def __str__(self) -> str:
         """Such as `layer1.0.conv1 filter 17`."""
-        return f"{self.group.module} {self.group.kind} {self.position}"
+        group = self.group
+        # A module with several matrices does not tell which one it is; the parameter does.
+        place = group.module if group.site in ("output", "input") else group.parameter.removesuffix(".weight")
+        return f"{place} {group.kind} {self.position}".strip()
 
 
 @dataclass(frozen=True)
@@ -68,7 +116,7 @@ class Components:
 
     Attributes:
         groups: the groups, laid out one after the other.
-        granularity: "unit", "input" or "module".
+        granularity: one of `GRANULARITIES`.
         skipped: weights that were left out, with the reason.
     """
 
@@ -119,7 +167,7 @@ class Components:
             CoarError: another shape or dtype, or gates outside 0 … 1.
         """
         kept = torch.as_tensor(kept)
-        if kept.dim() not in (1, 2) or kept.shape[-1] != len(self):
+        if kept.dim() not in (1, 2) or kept.shape[-1] != len(self) or not kept.numel():
             raise CoarError(
                 f"kept has shape {list(kept.shape)}; expected [{len(self)}] or [examples, {len(self)}]: "
                 "one entry a component, True = left in place"
@@ -133,9 +181,33 @@ class Components:
             raise CoarError(f"gates run from {low} to {high}; they must lie in 0 (ablated) … 1 (in place)")
         return kept
 
+    def regroup(self, by: str) -> tuple[list[str], Tensor]:
+        """To which layer, module or attention head each component belongs.
+
+        Args:
+            by: "layer" (the numbered block), "module" or "head".
+
+        Returns:
+            names of the layers, modules or heads, and for every component the index of its name, int64 [components];
+            -1 for a component that belongs to none.
+
+        Raises:
+            CoarError: another `by`.
+            NoComponentsError: "head", and no component belongs to one.
+        """
+        return summary.regroup(self, by)
+
+    def tree(self) -> str:
+        """The components by layer and kind, with counts, and what was left out and why: text to read."""
+        return summary.tree(self)
+
+    def tree_json(self) -> dict[str, Any]:
+        """What `tree` shows as JSON values: layers with their groups, and what was left out by reason."""
+        return summary.summary(self)
+
     def to_json(self) -> dict[str, Any]:
-        """A plain mapping, for `components.json`."""
-        return {"granularity": self.granularity, "groups": [asdict(group) for group in self.groups]}
+        """A plain mapping, for `components.json`; a group's entries that are the defaults are left out."""
+        return {"granularity": self.granularity, "groups": [_stored(group) for group in self.groups]}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Components":
@@ -145,11 +217,39 @@ class Components:
             CorruptFileError: not such a mapping.
         """
         try:
-            groups = [Group(**{**entry, "shared_by": tuple(entry.get("shared_by", ()))}) for entry in value["groups"]]
-            components = cls(tuple(groups), str(value["granularity"]))
-            sane = all(type(g.size) is int and type(g.block) is int and g.size > 0 and g.block > 0 for g in groups)
-        except (TypeError, KeyError, AttributeError) as error:
+            groups = tuple(_restored(entry) for entry in value["groups"])
+            components = cls(groups, value["granularity"])
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
             raise CorruptFileError(f"this is no list of components: {error!r}") from error
-        if not sane:
-            raise CorruptFileError("this is no list of components: a group's size or block is not a positive integer")
+        if type(components.granularity) is not str or not groups:
+            raise CorruptFileError("this is no list of components: it names no granularity, or holds none")
         return components
+
+
+def _stored(group: Group) -> dict[str, Any]:
+    entries = {field.name: (getattr(group, field.name), field.default) for field in fields(Group)}
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, (value, default) in entries.items()
+        if value != default
+    }
+
+
+def _restored(entry: Mapping[str, Any]) -> Group:
+    """A group from JSON, from whomever it comes: every entry must have the right type."""
+    kinds = {field.name: field.type for field in fields(Group)}
+    for name, value in entry.items():
+        if not _is_a(value, kinds[name]):
+            raise ValueError(f"a group's {name} is {value!r:.80}")
+    group = Group(**{name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()})
+    if min(group.size, group.block, group.stacks, group.axis + 1) < 1 or max(group.size, group.block) > 2**40:
+        raise ValueError(f"a group of {group.parameter!r:.80} has size {group.size}, block {group.block}")
+    return group
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    if kind == tuple[str, ...]:
+        return isinstance(value, list | tuple) and all(isinstance(entry, str) for entry in value)
+    if kind == int | None:
+        return value is None or type(value) is int
+    return type(value) is kind

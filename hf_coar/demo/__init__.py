@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_coar import cards, data, editing, evaluation, files, models, pipeline, plots
+from hf_coar import data, editing, evaluation, files, models, pipeline, plots
 from hf_coar.attributions import Attributions
 from hf_coar.components import Components, find_components
+from hf_coar.edited import save
 from hf_coar.errors import CoarError
 from hf_coar.path_gradient import PathGradient
 
@@ -168,13 +169,11 @@ def _choose(
 
 
 def _save(edited: nn.Module, folder: Path, forgetting: _Forgetting) -> None:
-    models.save_model(edited, folder)
     rows = [
         (f"accuracy on {forgetting.names[forgetting.target]}", *(f"{x:.1%}" for x in forgetting.of_target)),
         ("mean accuracy on the other classes", *(f"{x:.1%}" for x in forgetting.of_others)),
     ]
-    card = cards.edited_model_card(models.record(edited), models.load_snippet(edited, "PATH TO THIS FOLDER"), rows)
-    files.write_bytes(folder / "README.md", card.encode())
+    save(edited, folder, rows)
 
 
 def _reloads(edited: nn.Module, batch: data.Batch, folder: Path) -> bool:

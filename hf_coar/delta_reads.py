@@ -1,0 +1,241 @@
+"""Delta reads: the exact effect of a component through its own nonlinearity, from the same single backward pass.
+
+The derivative of the output to a gate at level g sees the slope of the component's activation function f at one point.
+What is wanted is the difference between the component in place and ablated. Where the gated value reaches f through
+nothing but batch normalisation, additions and multiplications by numbers, x = ... + g * u, that difference is known
+exactly: f(x + (1 - g) u) - f(x - g u). So a delta read is
+
+    derivative to the gate + sum over the f reached of  grad_f * [f(x + (1 - g) u) - f(x - g u) - f'(x) u]
+
+with grad_f the gradient arriving at the value of f. It needs no knowledge of the model: what is element-wise is found
+by running (module calls without parameters are tried out, functions are known by name), and where nothing is found the
+correction is zero and the derivative is left.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from hf_coar.masking import FiredGroups
+
+ELEMENTWISE = frozenset(
+    {
+        "relu", "relu_", "relu6", "hardtanh", "hardtanh_", "gelu", "silu", "mish", "hardswish", "hardsigmoid",
+        "sigmoid", "sigmoid_", "tanh", "tanh_", "leaky_relu", "leaky_relu_", "elu", "elu_", "celu", "celu_", "selu",
+        "selu_", "softplus", "logsigmoid",
+    }
+)  # fmt: skip
+_ADD = frozenset({"add", "add_", "__add__", "__iadd__", "__radd__", "sub", "sub_", "__sub__", "__isub__"})
+_MULTIPLY = frozenset({"mul", "mul_", "__mul__", "__imul__", "__rmul__", "div", "div_", "__truediv__", "__itruediv__"})
+_SAME = frozenset({"contiguous", "to", "float", "dropout", "type_as", "clone"})
+
+
+@dataclass(frozen=True)
+class _Contribution:
+    """One group's gated part of a tensor: tensor = ... + level * part; `level` remembers the gates it came from."""
+
+    part: Tensor
+    level: Tensor
+
+
+class DeltaReads:
+    """Corrections to the gates' derivatives, collected while a backward pass runs."""
+
+    def __init__(self) -> None:
+        """Nothing was collected yet."""
+        self._levels: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def add(self, level: Tensor, values: Tensor) -> None:
+        """Add to what the gates of `level` are corrected by; `values` has the shape of the activation."""
+        values = values.sum_to_size(level.shape)
+        if id(level) in self._levels:
+            values = values + self._levels[id(level)][1]
+        self._levels[id(level)] = (level, values)
+
+    def corrections(self, gates: Sequence[Tensor]) -> list[Tensor]:
+        """By gates, tensors of their shapes."""
+        if not self._levels:
+            return [torch.zeros_like(gate) for gate in gates]
+        levels, values = zip(*self._levels.values(), strict=True)
+        # How gates were spread over an activation (windows, positions, blocks), autograd knows to gather again.
+        gathered = torch.autograd.grad(levels, gates, values, allow_unused=True)
+        return [torch.zeros_like(gate) if g is None else g for gate, g in zip(gates, gathered, strict=True)]
+
+
+class _Tracker(TorchFunctionMode):
+    """Follows gated outputs to the element-wise functions that consume them."""
+
+    def __init__(self, reads: DeltaReads) -> None:
+        super().__init__()
+        self.reads = reads
+        self._tracked: dict[int, tuple[Tensor, list[_Contribution]]] = {}
+        self.paused = 0
+
+    def observe(self, gated: Tensor, part: Tensor, level: Tensor) -> None:
+        """A gate was applied: gated = bias + level * part."""
+        self._track(gated, [*self.contributions(gated), _Contribution(part.detach(), level)])
+
+    def contributions(self, tensor: Any) -> list[_Contribution]:
+        """What is tracked in a tensor."""
+        entry = self._tracked.get(id(tensor))
+        return entry[1] if entry is not None else []
+
+    def _track(self, tensor: Tensor, contributions: list[_Contribution]) -> None:
+        # The tensor itself is held, so that its id is not given to another one while this is alive.
+        if contributions:
+            self._tracked[id(tensor)] = (tensor, contributions)
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        first = args[0] if args else kwargs.get("input")
+        if self.paused or not isinstance(first, Tensor):
+            return func(*args, **kwargs)
+        if name in ELEMENTWISE and self.contributions(first):
+            return self.through(lambda x: func(x, *args[1:], **kwargs), first)
+        result = func(*args, **kwargs)
+        if isinstance(result, Tensor):
+            self._follow(name, first, args, kwargs, result)
+        return result
+
+    def _follow(self, name: str, first: Tensor, args: tuple, kwargs: dict, result: Tensor) -> None:
+        if name in _ADD:
+            both = [c for operand in args[:2] for c in self.contributions(operand) if self._same_shape(operand, result)]
+            if both and "sub" in name and self.contributions(args[1]):
+                return  # the second operand enters with the other sign; rare, and then the derivative is left
+            self._track(result, both)
+        elif name in _SAME:
+            if result.shape == first.shape:
+                self._track(result, self.contributions(first))
+        elif name == "batch_norm":
+            self._track(result, self._scaled(first, _batch_norm_scale(*args, **kwargs)))
+        elif name in _MULTIPLY and len(args) > 1 and isinstance(args[1], int | float):
+            self._track(result, self._scaled(first, args[1] if "mul" in name else 1 / args[1]))
+
+    @staticmethod
+    def _same_shape(operand: Any, result: Tensor) -> bool:
+        return isinstance(operand, Tensor) and operand.shape == result.shape
+
+    def _scaled(self, tensor: Tensor, scale: Any) -> list[_Contribution]:
+        if scale is None:
+            return []
+        return [_Contribution(c.part * scale, c.level) for c in self.contributions(tensor)]
+
+    def through(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Run an element-wise function on a tracked tensor, and correct the reads when the gradient comes back."""
+        contributions = self.contributions(x)
+        self.paused += 1
+        try:
+            excesses = _excesses(function, x.detach(), contributions)
+            value = function(x)
+        finally:
+            self.paused -= 1
+        if value.requires_grad:
+            reads = self.reads  # not self: a tensor that holds its tracker would hold itself
+
+            def correct(gradient: Tensor) -> None:
+                for contribution, excess in zip(contributions, excesses, strict=True):
+                    reads.add(contribution.level, gradient * excess)
+
+            value.register_hook(correct)
+        return value
+
+    def forget(self) -> None:
+        """Let go of the tensors that were followed."""
+        self._tracked.clear()
+
+
+def _excesses(function: Callable[[Tensor], Tensor], x: Tensor, contributions: list[_Contribution]) -> list[Tensor]:
+    """By how much the exact difference exceeds slope × part, for every contribution."""
+    with torch.enable_grad():
+        variable = x.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(function(variable + 0).sum(), variable)
+    with torch.no_grad():
+        return [
+            function(torch.addcmul(x, c.part, 1 - c.level.detach()))
+            .sub_(function(torch.addcmul(x, c.part, c.level.detach(), value=-1)))
+            .addcmul_(slope, c.part, value=-1)
+            for c in contributions
+        ]
+
+
+def _batch_norm_scale(
+    input: Tensor,
+    running_mean: Any,
+    running_var: Any,
+    weight: Any = None,
+    bias: Any = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor | None:
+    """The factor by channel of a batch normalisation that uses its running statistics; None for one that does not."""
+    if training or running_var is None:
+        return None
+    scale = (running_var + eps).rsqrt()
+    scale = scale if weight is None else scale * weight
+    return scale.view(1, -1, *[1] * (input.dim() - 2)).to(input.dtype)
+
+
+@contextmanager
+def followed(activations: list[nn.Module], fired: FiredGroups, reads: DeltaReads) -> Iterator[None]:
+    """Inside the block forward passes are followed; the backward passes of what they computed fill `reads`.
+
+    Args:
+        activations: modules known to be element-wise, see `elementwise_modules`.
+        fired: of the gates that are active, which tell of every gated output.
+        reads: filled later, while gradients flow.
+    """
+    tracker = _Tracker(reads)
+    fired.observe = tracker.observe
+    try:
+        for module in activations:
+            module.forward = _followed(module, module.forward, tracker)
+        with tracker:
+            yield
+    finally:
+        fired.observe = None
+        tracker.forget()
+        for module in activations:
+            module.__dict__.pop("forward", None)
+
+
+def _followed(module: nn.Module, forward: Callable[..., Tensor], tracker: _Tracker) -> Callable[..., Tensor]:
+    def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if tracker.paused or not tracker.contributions(x):
+            return forward(x, *args, **kwargs)
+        return tracker.through(lambda value: forward(value, *args, **kwargs), x)
+
+    return run
+
+
+def elementwise_modules(model: nn.Module) -> list[nn.Module]:
+    """Modules without parameters, children or buffers that act on every entry alone, found by trying them out."""
+    found = []
+    for module in model.modules():
+        if any(True for _ in module.children()) or any(True for _ in (*module.parameters(), *module.buffers())):
+            continue
+        if not isinstance(module, nn.Identity | nn.Dropout) and _is_elementwise(module):
+            found.append(module)
+    return found
+
+
+def _is_elementwise(module: nn.Module) -> bool:
+    x = torch.linspace(-2.1, 2.3, 24).reshape(2, 3, 2, 2)
+    changed = x.clone()
+    changed[1, 2, 0, 1] += 0.37
+    try:
+        with torch.no_grad():
+            value, flipped, moved = module(x.clone()), module(x.flip(0, 1, 2, 3).clone()), module(changed.clone())
+    except Exception:  # whatever a module that wants another input may raise
+        return False
+    if not isinstance(value, Tensor) or value.shape != x.shape or torch.equal(value, x):
+        return False
+    same_everywhere = torch.allclose(flipped.flip(0, 1, 2, 3), value, atol=1e-6)
+    differing = (moved != value).nonzero()
+    return same_everywhere and all(row.tolist() == [1, 2, 0, 1] for row in differing)

@@ -1,0 +1,411 @@
+"""Where gates enter a forward pass: the output or input of a module, its weight while it runs, or an attention inside.
+
+`output = bias + gate * (output - bias)`: what the ablated slice of the weight produces is scaled, the bias stays. A
+gate of 1 leaves the value bit for bit, a gate of 0 leaves the bias bit for bit (both are ends of `torch.lerp`).
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from hf_coar.components import Group
+from hf_coar.errors import CoarError
+from hf_coar.masking.layout import Layout, Layouts
+
+Pairs = Sequence[tuple[Group, Tensor]]
+
+
+class Pass:
+    """What the sites share while gates are in: which example runs, where the examples are, which groups were reached.
+
+    Attributes:
+        n_examples: rows of the gates; None where all examples share one mask.
+        example: the example that runs now, inside a loop over examples; then its row of the gates holds for all.
+        idle: gates are off while the model is being probed.
+        layouts: from the probe.
+        weights: of the gated groups, by the parameter's name.
+        fired: called with every group whose gates were applied.
+    """
+
+    def __init__(self, n_examples: int | None, fired: Callable[[Group], None], weights: Mapping[str, Tensor]) -> None:
+        """No forward pass has begun."""
+        self.n_examples, self.fired, self.weights = n_examples, fired, weights
+        self.example: int | None = None
+        self.idle = False
+        self.layouts: Layouts = {}
+        self._runs: dict[str, int] = {}
+
+    def begin(self, layouts: Layouts) -> None:
+        """A forward pass of the whole model begins."""
+        self.layouts, self._runs = layouts, {}
+
+    def run(self, name: str) -> int:
+        """The number of this run of a module within the pass."""
+        index = self._runs.get(name, 0)
+        self._runs[name] = index + 1
+        return index
+
+    def place(self, name: str, run: int, side: str, leaf: int = 0) -> Layout | None:
+        """Where the examples are in one input or output of a module's run; None if that is not known."""
+        places = []
+        for call in self.layouts.get(name, ()):
+            of_side = getattr(call, side)
+            places.append(of_side[leaf] if leaf < len(of_side) else None)
+        if not places:
+            return None
+        same = all(place == places[0] for place in places)
+        place = places[0] if same else places[run] if run < len(places) else None
+        return place if isinstance(place, Layout) else None
+
+    def shared(self, gate: Tensor) -> Tensor | None:
+        """The gates [size] that hold for whatever runs now, or None if every example has its own."""
+        if gate.dim() == 1:
+            return gate
+        if gate.shape[0] == 1:
+            return gate[0]
+        return None if self.example is None else gate[self.example]
+
+    def spread(self, gate: Tensor, activation: Tensor, group: Group, where: Callable[[], Layout | None]) -> Tensor:
+        """Gates [size] or [examples, size] in a shape that multiplies an activation.
+
+        Raises:
+            CoarError: every example has gates of its own, and where the examples are is not known, or their number is
+                another one.
+        """
+        shared = self.shared(gate)
+        rows = (gate if shared is None else shared).to(activation.device, activation.dtype)
+        if group.block > 1 and group.size > 1:
+            rows = rows.repeat_interleave(group.block, dim=-1)
+        feature_axis = activation.dim() + group.feature_axis
+        shape = [1] * activation.dim()
+        shape[feature_axis] = rows.shape[-1]
+        if shared is not None:
+            return rows.view(shape)
+        layout = where()
+        if layout is None or layout.axis == feature_axis or layout.axis >= activation.dim():
+            raise cannot_tell(group)
+        entries = activation.shape[layout.axis]
+        if entries % rows.shape[0]:
+            raise CoarError(
+                f"kept has {rows.shape[0]} rows, and {group.module!r} sees {entries} entries; "
+                "give one row an example of the batch"
+            )
+        rows = layout.spread(rows, entries)
+        shape[layout.axis] = entries
+        return (rows if layout.axis < feature_axis else rows.T).reshape(shape)
+
+
+class Undivided(CoarError):
+    """What a module sees cannot be divided into examples."""
+
+
+def cannot_tell(group: Group) -> Undivided:
+    """The error where a mask an example cannot be applied."""
+    return Undivided(
+        f"which part of what {group.module!r} sees belongs to which example cannot be told, so that every example "
+        "cannot have a mask of its own there; use one mask for all, [components], or exclude the module"
+    )
+
+
+Install = Callable[[str, nn.Module, Pairs, Pass], Callable[[], None]]
+
+
+def replace_forward(module: nn.Module, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Callable[[], None]:
+    """Put `make(forward)` in the place of a module's forward; returns what puts the original back."""
+    own = module.__dict__.get("forward")  # there where accelerate, say, has wrapped it before
+    original = module.forward
+    wrapped = make(original)
+    # Libraries look at a forward's signature.
+    wrapped.__wrapped__ = original
+    module.__dict__["forward"] = wrapped
+
+    def restore() -> None:
+        if own is None:
+            module.__dict__.pop("forward", None)
+        else:
+            module.__dict__["forward"] = own
+
+    return restore
+
+
+def _bias_of(module: nn.Module) -> Any:
+    """The module's bias; of an offloaded module, which holds it only while its forward runs, from where it is kept."""
+    bias = getattr(module, "bias", None)
+    if isinstance(bias, Tensor) and bias.is_meta:
+        hook = getattr(module, "_hf_hook", None)
+        for one in (hook, *getattr(hook, "hooks", ())):
+            if getattr(one, "weights_map", None) is not None:
+                return one.weights_map["bias"]
+    return bias
+
+
+def _bias_like(bias: Any, activation: Tensor, feature_axis: int) -> Tensor | None:
+    if not isinstance(bias, Tensor):
+        return None
+    shape = [1] * activation.dim()
+    shape[activation.dim() + feature_axis] = -1
+    return bias.to(activation.device, activation.dtype).view(shape)
+
+
+def _apply(gate: Tensor, output: Tensor, bias: Tensor | None) -> Tensor:
+    """Bias + gate * (output - bias), exact at both ends."""
+    return output * gate if bias is None else torch.lerp(bias, output, gate)
+
+
+def gate_outputs(name: str, module: nn.Module, pairs: Pairs, state: Pass) -> Callable[[], None]:
+    """A forward hook."""
+
+    def hook(module: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
+        if state.idle:
+            return None
+        run = state.run(f"{name}:output")
+        for group, gate in pairs:
+            bias = _bias_like(_bias_of(module), output, group.feature_axis)
+            rows, plain = state.spread(gate, output, group, lambda: state.place(name, run, "outputs")), output
+            output = _apply(rows, plain, bias)
+            state.fired(group)
+            if state.fired.observe is not None:
+                state.fired.observe(output, plain if bias is None else plain - bias, rows)
+        return output
+
+    # Before the user's hooks: what they return is not what the weight produced.
+    return module.register_forward_hook(hook, prepend=True).remove
+
+
+def gate_inputs(name: str, module: nn.Module, pairs: Pairs, state: Pass) -> Callable[[], None]:
+    """A forward pre-hook."""
+
+    def hook(module: nn.Module, inputs: tuple, named: dict) -> tuple[tuple, dict] | None:
+        if state.idle:
+            return None
+        run = state.run(f"{name}:input")
+        key = None if inputs else next(iter(named))
+        activation = inputs[0] if key is None else named[key]
+        for group, gate in pairs:
+            activation = activation * state.spread(gate, activation, group, lambda: state.place(name, run, "inputs"))
+            state.fired(group)
+        return ((activation, *inputs[1:]), named) if key is None else (inputs, {**named, key: activation})
+
+    return module.register_forward_pre_hook(hook, with_kwargs=True).remove
+
+
+def gate_weights(name: str, module: nn.Module, pairs: Pairs, state: Pass) -> Callable[[], None]:
+    """The module runs with its weight scaled; where every example has its own gates, inside a loop over examples."""
+    return replace_forward(module, lambda forward: with_scaled_weights(module, forward, pairs, state))
+
+
+def with_scaled_weights(
+    module: nn.Module, forward: Callable[..., Any], pairs: Pairs, state: Pass
+) -> Callable[..., Any]:
+    """A module's forward with weights inside it, wherever they are, scaled by their gates while it runs."""
+    holders = {group.parameter: _holders(module, state.weights[group.parameter]) for group, _ in pairs}
+
+    def gated_forward(*args: Any, **kwargs: Any) -> Any:
+        if state.idle:
+            return forward(*args, **kwargs)
+        swaps = []
+        for group, gate in pairs:
+            shared = state.shared(gate)
+            if shared is None:
+                raise cannot_tell(group)
+            swaps.append((holders[group.parameter], group.scaled(state.weights[group.parameter], shared)))
+            state.fired(group)
+        with _swapped(swaps):
+            return forward(*args, **kwargs)
+
+    return gated_forward
+
+
+Holder = tuple[Any, Any]  # a mapping or list, and the key of the weight in it
+
+
+def _holders(module: nn.Module, weight: Tensor) -> list[Holder]:
+    """All the places inside a module where it keeps this very weight."""
+    found: list[Holder] = []
+    for inner in module.modules():
+        found += [(inner._parameters, key) for key, value in inner._parameters.items() if value is weight]
+        # Recurrent layers read a list of their own.
+        flat = inner.__dict__.get("_flat_weights", ())
+        found += [(flat, index) for index, value in enumerate(flat) if value is weight]
+    return found
+
+
+@contextmanager
+def _swapped(swaps: Sequence[tuple[list[Holder], Tensor]]) -> Iterator[None]:
+    """Other tensors stand where the weights were."""
+    undo = [(holder, key, holder[key]) for places, _ in swaps for holder, key in places]
+    try:
+        for places, tensor in swaps:
+            for holder, key in places:
+                holder[key] = tensor
+        yield
+    finally:
+        for holder, key, original in undo:
+            holder[key] = original
+
+
+class _Intercept(TorchFunctionMode):
+    """While this is on, the library's attention function is ours."""
+
+    def __init__(self, attend: Callable[..., Any]) -> None:
+        super().__init__()
+        self._attend = attend
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        """Every torch function comes by here."""
+        attends = func is F.multi_head_attention_forward
+        return (self._attend if attends else func)(*args, **(kwargs or {}))
+
+
+def gate_attention(name: str, module: nn.Module, pairs: Pairs, state: Pass) -> Callable[[], None]:
+    """`nn.MultiheadAttention` computes all four projections inside one function, out of every hook's reach.
+
+    While the module runs, that function is ours: the projections are made here and gated, and the library's own
+    function does the rest with the identity in their place, so that masks, extra keys and returned weights stay its
+    business, and the module's forward (or what a user put in its place) stays what it is.
+    """
+    layer = ({_projection(group): (group, gate) for group, gate in pairs}, state)
+    current = module.__dict__.get("forward")
+    if hasattr(current, "gate_layers"):  # a block inside a block: both are to act
+        current.gate_layers.append(layer)
+        return lambda: current.gate_layers.pop()  # blocks end in the reverse order
+    layers = [layer]
+
+    def project(part: str, x: Tensor, weight: Tensor, bias: Tensor | None, runs: Sequence[int], leaf: int) -> Tensor:
+        active = [(*layer, run) for layer, run in zip(layers, runs, strict=True) if not layer[1].idle]
+        for by_place, passing, run in active:
+            if (part, "input") in by_place:
+                group, gate = by_place[part, "input"]
+                x = x * passing.spread(gate, x, group, partial(_positions_first, module, name, passing, run, leaf))
+                passing.fired(group)
+        y = F.linear(x, weight, bias)
+        for by_place, passing, run in active:
+            if (part, "output") in by_place:
+                group, gate = by_place[part, "output"]
+                rows = passing.spread(gate, y, group, partial(_positions_first, module, name, passing, run, leaf))
+                y = _apply(rows, y, _bias_like(bias, y, -1))
+                passing.fired(group)
+        return y
+
+    def attend(
+        query: Tensor, key: Tensor, value: Tensor, width: int, n_heads: int, weight: Tensor | None,
+        bias: Tensor | None, bias_k: Any, bias_v: Any, add_zero_attn: bool, dropout: float, out_weight: Tensor,
+        out_bias: Tensor | None, **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        runs = [passing.run(f"{name}:attention") for _, passing in layers]
+        inputs = (query, key, value)
+        if kwargs.pop("use_separate_proj_weight", False):
+            names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+            biases = (None,) * 3 if bias is None else bias.split(width)
+            rows = zip(names, inputs, biases, range(3), strict=True)
+            projected = [project(n, x, kwargs[n], b, runs, leaf) for n, x, b, leaf in rows]
+        elif query is key and key is value:
+            projected = project("in_proj_weight", query, weight, bias, runs, 0).split(width, dim=-1)
+        else:
+            whole = [project("in_proj_weight", x, weight, bias, runs, leaf) for leaf, x in enumerate(inputs)]
+            projected = [y.split(width, dim=-1)[i] for i, y in enumerate(whole)]
+        identity = torch.eye(width, dtype=query.dtype, device=query.device)
+        kwargs.update(dict.fromkeys(("q_proj_weight", "k_proj_weight", "v_proj_weight"), identity))
+        mixed, attention = F.multi_head_attention_forward(
+            *projected, width, n_heads, None, None, bias_k, bias_v, add_zero_attn, dropout, identity, None,
+            use_separate_proj_weight=True, **kwargs,
+        )  # fmt: skip
+        return project("out_proj.weight", mixed, out_weight, out_bias, runs, 0), attention
+
+    # A fused kernel of the layer around it would pass the module by.
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def intercepted(*args: Any, **kwargs: Any) -> Any:
+            if all(passing.idle for _, passing in layers):
+                return original(*args, **kwargs)
+            with _Intercept(attend):
+                return original(*args, **kwargs)
+
+        intercepted.gate_layers = layers
+        return intercepted
+
+    undo = replace_forward(module, make)
+
+    def restore() -> None:
+        undo()
+        torch.backends.mha.set_fastpath_enabled(fused)
+
+    return restore
+
+
+def _positions_first(module: nn.Module, name: str, state: Pass, run: int, leaf: int) -> Layout | None:
+    """Where the examples are inside the library's attention function, which wants positions first."""
+    place = state.place(name, run, "inputs", leaf)
+    if place is None or not module.batch_first or place.axis > 1:
+        return place
+    return Layout(1 - place.axis, place.example_major)
+
+
+def _projection(group: Group) -> tuple[str, str]:
+    """(parameter inside the module, side) of a group of attention projections."""
+    return group.parameter.removeprefix(f"{group.module}.") if group.module else group.parameter, group.site.split()[1]
+
+
+SITES: dict[str, Install] = {
+    "output": gate_outputs,
+    "input": gate_inputs,
+    "attention": gate_attention,
+    "weight": gate_weights,
+}
+
+
+def loop_over_examples(name: str, module: nn.Module, state: Pass) -> Callable[[], None]:
+    """The module runs once an example, so that each has the gates of its own however the inside is laid out."""
+
+    def make(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def looped(*args: Any, **kwargs: Any) -> Any:
+            if state.idle or state.example is not None:
+                return forward(*args, **kwargs)
+            return one_by_one(name, forward, args, kwargs, state)
+
+        return looped
+
+    return replace_forward(module, make)
+
+
+def one_by_one(name: str, forward: Callable[..., Any], args: tuple, kwargs: dict, state: Pass) -> Any:
+    """Run a forward once an example and join what it returns.
+
+    Raises:
+        CoarError: what goes in or comes out is not laid out as the probe saw it.
+    """
+    calls = state.layouts.get(name, [])
+    run = state.run(f"{name}:loop")
+    call = calls[run] if run < len(calls) else calls[-1]
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    if len(leaves) != len(call.inputs):
+        raise CoarError(f"{name!r} ran on {len(call.inputs)} inputs at first and now on {len(leaves)}; ablate again")
+    results = []
+    try:
+        for example in range(state.n_examples or 0):
+            state.example = example
+            part = [
+                place.take(leaf, state.n_examples, example) if isinstance(place, Layout) else leaf
+                for leaf, place in zip(leaves, call.inputs, strict=True)
+            ]
+            inputs, named = pytree.tree_unflatten(part, spec)
+            results.append(pytree.tree_flatten(forward(*inputs, **named)))
+    finally:
+        state.example = None
+    parts = list(zip(*(result for result, _ in results), strict=True))
+    if len(parts) != len(call.outputs):
+        raise CoarError(f"{name!r} returned {len(call.outputs)} values at first and now {len(parts)}; ablate again")
+    joined = [
+        place.join(values) if isinstance(place, Layout) else values[0]
+        for values, place in zip(parts, call.outputs, strict=True)
+    ]
+    return pytree.tree_unflatten(joined, results[0][1])

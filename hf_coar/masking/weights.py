@@ -1,0 +1,168 @@
+"""Changing the stored weights: the slices of ablated components set to zero or scaled, and put back."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
+
+from hf_coar.components import Components, Group
+from hf_coar.errors import CoarError, ModelMismatchError
+
+
+def tensor_of(model: nn.Module, name: str) -> Tensor | None:
+    """The parameter or buffer of this dotted name, or None."""
+    owner: object = model
+    for part in name.split("."):
+        owner = getattr(owner, part, None)
+        if owner is None:
+            return None
+    return owner if isinstance(owner, Tensor) else None
+
+
+def handles(model: nn.Module, components: Components) -> list[Tensor]:
+    """The weight of every group, in order.
+
+    Raises:
+        ModelMismatchError: the components are not this model's: a parameter is missing or has another shape.
+    """
+    found = []
+    for group in components.groups:
+        weight = tensor_of(model, group.parameter)
+        shape = None if weight is None else tuple(weight.shape)
+        packed = group.by_weights == "never"
+        if shape is None or (group.n_rows(shape) != group.size * group.block and not packed):
+            raise ModelMismatchError(
+                f"the components are not this model's: {group.size} × {group.block} rows are expected on axis "
+                f"{group.axis} of {group.parameter!r}, and {type(model).__name__} has "
+                + ("no such parameter" if shape is None else f"shape {shape}")
+            )
+        found.append(weight)
+    return found
+
+
+@dataclass
+class Edit:
+    """A change of some slices of one weight that can be undone.
+
+    Attributes:
+        rows: view of the weight whose leading axes the components divide.
+        index: which rows.
+        factors: what they are multiplied with; None = zero.
+    """
+
+    rows: Tensor
+    index: tuple[Tensor, ...]
+    factors: Tensor | None
+    saved: Tensor | None = None
+
+    def apply(self) -> None:
+        """Change the weight."""
+        self.saved = self.rows[self.index]
+        if self.factors is None:
+            self.rows[self.index] = 0
+        else:
+            self.rows[self.index] = self.saved * self.factors
+
+    def undo(self) -> None:
+        """Put back what was there, bit for bit."""
+        if self.saved is not None:
+            self.rows[self.index] = self.saved
+
+
+@dataclass
+class NormalisedEdit:
+    """The same for a weight that is stored as length and direction (weight normalisation).
+
+    Zeroing slices of the direction alone would lengthen the others: the product is cut, and split anew.
+    """
+
+    group: Group
+    parametrization: parametrize.ParametrizationList
+    index: tuple[Tensor, ...]
+    factors: Tensor | None
+    saved: tuple[Tensor, Tensor] | None = None
+
+    def apply(self) -> None:
+        """Change length and direction."""
+        length, direction = self.parametrization.original0.data, self.parametrization.original1.data
+        axis = self.parametrization[0].dim
+        self.saved = (length.clone(), direction.clone())
+        product = torch._weight_norm(direction, length, axis)
+        Edit(self.group.rows(product), self.index, self.factors).apply()
+        norm = torch.norm_except_dim(product, 2, axis)
+        length.copy_(norm)
+        # Where nothing is left the old direction stays: 0 / 0 would be no direction at all.
+        direction.copy_(torch.where(norm > 0, product, direction))
+
+    def undo(self) -> None:
+        """Put back what was there, bit for bit."""
+        if self.saved is not None:
+            self.parametrization.original0.data.copy_(self.saved[0])
+            self.parametrization.original1.data.copy_(self.saved[1])
+
+
+def edits(
+    model: nn.Module, components: Components, kept: Tensor, weights: Sequence[Tensor]
+) -> Iterator[Edit | NormalisedEdit]:
+    """One edit for every group with a gate below 1.
+
+    Raises:
+        CoarError: a weight that cannot be changed so.
+    """
+    kept = kept.detach().cpu()
+    for group, gates, weight in zip(components.groups, kept.split(components.sizes()), weights, strict=True):
+        ablated = (gates != 1).nonzero().flatten()
+        if not len(ablated):
+            continue
+        values = gates[ablated].to(weight.dtype if weight.is_floating_point() else torch.float32)
+        check_editable(group, bool(((values != 0) & (values != 1)).any()))
+        rows = (ablated[:, None] * group.block + torch.arange(group.block)).flatten().to(weight.device)
+        factors = None
+        if bool(values.any()):
+            factors = values.repeat_interleave(group.block).to(weight.device)
+            factors = factors.view([-1] + [1] * (weight.dim() - 1))
+        view = group.rows(weight.data)
+        if group.stack_axis is None:
+            index: tuple[Tensor, ...] = (rows,)
+        else:
+            index = (rows // view.shape[1], rows % view.shape[1])
+        parametrization = _normalised(model, group)
+        if parametrization is None:
+            yield Edit(view, index, factors)
+        else:
+            yield NormalisedEdit(group, parametrization, index, factors)
+
+
+def _normalised(model: nn.Module, group: Group) -> parametrize.ParametrizationList | None:
+    owner, _, name = group.parameter.rpartition(".")
+    if name != "original1":
+        return None
+    found = model.get_submodule(owner)
+    normalised = isinstance(found, parametrize.ParametrizationList) and isinstance(
+        found[0], parametrizations._WeightNorm
+    )
+    return found if normalised else None
+
+
+def check_editable(group: Group, fractions: bool) -> None:
+    """Raises `CoarError` if the stored weight of a group may not be changed (or not by fractions)."""
+    if group.by_weights == "never":
+        raise CoarError(
+            f"the weight {group.parameter!r} is quantised or derived from others, so its slices cannot be changed; "
+            "gate the outputs instead with how='hooks', or edit an unquantised copy of the model"
+        )
+    if group.by_weights == "zero" and fractions:
+        raise CoarError(
+            f"the weight {group.parameter!r} is normalised again before use, which undoes any fraction; "
+            "use how='hooks' for gates between 0 and 1"
+        )
+
+
+def editable(components: Components, kept: Tensor) -> bool:
+    """Whether the stored weights can be changed as `kept` [components] says."""
+    limits = {group.by_weights for group in components.groups}
+    if "never" in limits:
+        return False
+    return "zero" not in limits or kept.dtype == torch.bool or bool(((kept == 0) | (kept == 1)).all())

@@ -1,0 +1,98 @@
+"""Who shares a run: processes that a launcher started together, and workers that were started one by one."""
+
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_coar.errors import CoarError
+
+WORKER = "HF_COAR_WORKER"  # environment variable: "i/n", this is worker i (from 0) of n that share the run's folder
+
+
+@dataclass(frozen=True)
+class Team:
+    """The place of this process among all that share a run.
+
+    Attributes:
+        index: of this process, from 0.
+        count: of all processes.
+    """
+
+    index: int = 0
+    count: int = 1
+
+
+def processes() -> Any:
+    """accelerate's view of this process: `process_index`, `num_processes`, `device`, `wait_for_everyone()`.
+
+    Raises:
+        CoarError: `accelerate launch` was asked for several processes and started one.
+    """
+    from accelerate import PartialState
+
+    _check_launched(os.environ)
+    # Without `cpu=True`, on a machine without an accelerator, every process would believe that it is alone. Processes
+    # meet once, at the end, so a slow one must not be taken for a dead one.
+    options = {"timeout": timedelta(days=7)} if "WORLD_SIZE" in os.environ else {}
+    return PartialState(cpu=not torch.accelerator.is_available(), **options)
+
+
+def _check_launched(environment: Mapping[str, str]) -> None:
+    """`accelerate launch` starts one process on a machine without GPUs, however many are asked for (accelerate#2741).
+
+    It then sets an address to meet at, which it does for two processes or more, and no rank.
+    """
+    by_accelerate = "ACCELERATE_MIXED_PRECISION" in environment and "MASTER_PORT" in environment
+    if by_accelerate and not any(name in environment for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE")):
+        raise CoarError(
+            "accelerate launch was asked for several processes and started only one, as it does without GPUs; use "
+            "torchrun --nproc-per-node N -m hf_coar …, or start workers by hand with --worker 0/N … N-1/N"
+        )
+
+
+@contextmanager
+def folder(out: str | Path | None) -> Iterator[Path]:
+    """The folder of a run, the same one for all processes; a temporary one if `out` is None.
+
+    Raises:
+        CoarError: workers that were started one by one and have no folder in common.
+    """
+    state = processes()
+    if out is not None:
+        yield Path(out)
+        return
+    if os.environ.get(WORKER):
+        raise CoarError(f"{WORKER}={os.environ[WORKER]}, and the workers have no folder in common; give out=…")
+    with tempfile.TemporaryDirectory() as temporary:
+        shared = [temporary]
+        if state.num_processes > 1:
+            torch.distributed.broadcast_object_list(shared, src=0)
+        yield Path(shared[0])
+        state.wait_for_everyone()  # the main process's folder goes when it leaves
+
+
+def team(worker: str | None = None) -> Team:
+    """This process among all that share the run.
+
+    Args:
+        worker: "i/n": worker i, counted from 0, of n that were started independently; the environment variable
+            `HF_COAR_WORKER` by default, and alone without it. Every worker may be several processes of one launcher.
+
+    Raises:
+        CoarError: `worker` is not of that form.
+    """
+    state = processes()
+    text = worker or os.environ.get(WORKER) or "0/1"
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or not int(match[1]) < int(match[2]):
+        raise CoarError(f"worker {text!r}; write i/n with i from 0 to n - 1, such as 0/2 for the first of two")
+    index, count = int(match[1]), int(match[2])
+    return Team(index * state.num_processes + state.process_index, count * state.num_processes)

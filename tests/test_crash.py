@@ -1,0 +1,321 @@
+"""Whatever dies, whenever: what is resumed afterwards ends in the same bytes as a run that nobody disturbed.
+
+The runs are forked children of this process, in which everything is imported, so that fifty of them take seconds.
+"""
+
+import errno
+import functools
+import json
+import logging
+import os
+import random
+import signal
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import build_net
+
+import hf_coar as coar
+from hf_coar import engine, files, workers
+from hf_coar.errors import CoarError, DataError, RunMismatchError
+
+N_BATCHES = 8
+METHODS = {"path": coar.PathGradient(rounds=2), "regression": coar.Regression(n_masks=70)}
+
+
+def data(n_batches=N_BATCHES):
+    generator = torch.Generator().manual_seed(3)
+    return [
+        {"inputs": torch.randn(2, 6, generator=generator), "labels": torch.tensor([i % 3, 1])} for i in range(n_batches)
+    ]
+
+
+def attribute(folder, method="path", **options):
+    model = build_net("mlp").model
+    with engine.running(**options):
+        return coar.attribute(
+            model, data(), method=METHODS[method], ablated_fraction=0.1, seed=5, out=folder, progress=False
+        )
+
+
+def content(folder):
+    """Bytes by name of every file of a run, but what a killed writer left behind."""
+    paths = (path for path in sorted(Path(folder).rglob("*")) if path.is_file() and path.suffix != ".tmp")
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+@pytest.fixture(autouse=True)
+def no_sync(monkeypatch):
+    """A killed process, unlike a dead machine, loses nothing that it wrote; syncing would only cost time here."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
+@functools.cache
+def undisturbed_run(method):
+    """(name of the method, seconds of a run, content of its folder)."""
+    with tempfile.TemporaryDirectory() as folder:
+        attribute(Path(folder) / "0", method)
+        started = time.monotonic()
+        attribute(Path(folder) / "1", method)
+        return method, time.monotonic() - started, content(Path(folder) / "1")
+
+
+@pytest.fixture(params=METHODS)
+def any_undisturbed(request):
+    return undisturbed_run(request.param)
+
+
+@pytest.fixture
+def undisturbed():
+    return undisturbed_run("path")
+
+
+def start(work):
+    """A forked child that does some work; its exit status is 0 if that went well."""
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        logging.disable(logging.CRITICAL)
+        work()
+        status = 0
+    except KeyboardInterrupt:
+        status = 130
+    finally:
+        os._exit(status)
+
+
+def wait(child):
+    """Its exit status; -9 if it was killed."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def finish(folder, method):
+    assert wait(start(lambda: attribute(folder, method))) == 0
+
+
+# ------------------------------------------------------------------------------------------------------- random moments
+
+
+def kill_at_random_moments(folder, method, seconds, n_kills, n_processes, seed=0):
+    """Start, kill, start again …; begins anew in another folder when a run gets to its end. Returns the kills."""
+    random.seed(seed)
+    kills, folders = 0, [folder / "0"]
+    while kills < n_kills:
+        options = [{"worker": f"{i}/{n_processes}"} for i in range(n_processes)]
+        children = [start(lambda o=o: attribute(folders[-1], method, **o)) for o in options]
+        time.sleep(random.uniform(0, seconds))
+        victim = random.choice(children)
+        os.kill(victim, signal.SIGKILL)
+        killed = wait(victim) == -signal.SIGKILL
+        kills += killed
+        for child in children:
+            if child != victim:
+                os.kill(child, signal.SIGKILL)
+                wait(child)
+        if not killed:
+            folders.append(folder / str(len(folders)))
+    return folders
+
+
+@pytest.mark.parametrize("n_processes", [1, 2])
+def test_killed_at_fifty_random_moments(any_undisturbed, tmp_path, n_processes):
+    method, seconds, expected = any_undisturbed
+    n_kills = 15 if n_processes == 1 else 10  # with both methods: fifty
+    folders = kill_at_random_moments(tmp_path, method, 1.2 * seconds, n_kills, n_processes)
+    for folder in folders:
+        finish(folder, method)
+        assert content(folder) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n_processes", [1, 2, 3])
+def test_killed_at_many_random_moments(any_undisturbed, tmp_path, n_processes):
+    method, seconds, expected = any_undisturbed
+    for folder in kill_at_random_moments(tmp_path, method, 1.2 * seconds, 200, n_processes, seed=1):
+        finish(folder, method)
+        assert content(folder) == expected
+
+
+def test_the_one_that_is_left_takes_over(any_undisturbed, tmp_path):
+    method, _, expected = any_undisturbed
+    child = start(lambda: attribute(tmp_path, method, worker="1/2"))  # worker 0 never comes
+    assert wait(child) == 0
+    assert content(tmp_path) == expected
+
+
+# -------------------------------------------------------------------------------------------------- every write step
+
+STEPS = [
+    (files.tempfile, "mkstemp"),
+    (os, "fdopen"),
+    (os, "fsync"),
+    (os, "chmod"),
+    (os, "replace"),
+    (os, "link"),
+    (files, "_sync_folder"),
+]
+
+
+def kill_at_step(owner, name, call, after):
+    """The process kills itself at the given call of a function, before or after it did its work."""
+    original, count = getattr(owner, name), 0
+
+    def replacement(*args, **kwargs):
+        nonlocal count
+        count += 1
+        result = original(*args, **kwargs) if after or count != call else None
+        if count == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(owner, name, replacement)  # in a child that will never need the original again
+
+
+@pytest.mark.parametrize(("owner", "name"), STEPS, ids=[name for _, name in STEPS])
+def test_killed_at_every_step_of_a_write(undisturbed, tmp_path, owner, name):
+    method, _, expected = undisturbed
+    killed = 0
+    for call in (1, 3):
+        for after in (False, True):
+            folder = tmp_path / f"{call}-{after}"
+
+            def work(folder=folder, call=call, after=after):
+                kill_at_step(owner, name, call, after)
+                attribute(folder, method)
+
+            killed += wait(start(work)) == -signal.SIGKILL
+            finish(folder, method)
+            assert content(folder) == expected
+    assert killed >= 2
+
+
+# ------------------------------------------------------------------------------------------------- damage, disk, Ctrl-C
+
+
+def some_shard(folder):
+    return sorted((folder / "shards").iterdir())[3]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "gone"])
+def test_a_damaged_shard_is_computed_again(undisturbed, tmp_path, damage, caplog):
+    method, _, expected = undisturbed
+    attribute(tmp_path / "run", method)
+    shard = some_shard(tmp_path / "run")
+    raw = bytearray(shard.read_bytes())
+    if damage == "truncated":
+        shard.write_bytes(raw[:-5])
+    elif damage == "flipped":
+        raw[-9] ^= 16
+        shard.write_bytes(raw)
+    else:
+        shard.unlink()
+    attribute(tmp_path / "run", method)
+    assert content(tmp_path / "run") == expected
+    assert ("damaged" in caplog.text or "cannot read" in caplog.text) == (damage != "gone")
+
+
+def test_a_full_disk_is_one_clear_error_and_the_run_resumes(undisturbed, tmp_path, monkeypatch):
+    method, _, expected = undisturbed
+    calls = []
+
+    def full(handle):
+        calls.append(handle)
+        if len(calls) > 9:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(CoarError, match=r"No space left on device.*what is finished is kept"):
+            attribute(tmp_path, method)
+    assert 1 <= len(list((tmp_path / "shards").glob("*.safetensors"))) < N_BATCHES
+    attribute(tmp_path, method)
+    assert content(tmp_path) == expected
+
+
+def test_ctrl_c_drops_the_unit_and_the_run_resumes(undisturbed, tmp_path):
+    method, seconds, expected = undisturbed
+    for fraction in (0.3, 0.6):
+        child = start(lambda: attribute(tmp_path, method))
+        time.sleep(fraction * seconds)
+        os.kill(child, signal.SIGINT)
+        assert wait(child) in (130, 0)
+    finish(tmp_path, method)
+    assert content(tmp_path) == expected
+
+
+def test_other_settings_are_refused_by_name(undisturbed, tmp_path):
+    method, _, _ = undisturbed
+    attribute(tmp_path, method)
+    with pytest.raises(RunMismatchError, match="seed was 5, now 6"):
+        coar.attribute(
+            build_net("mlp").model, data(), method=METHODS[method], ablated_fraction=0.1, seed=6, out=tmp_path
+        )
+
+
+def test_two_runs_that_begin_at_once_with_other_settings(tmp_path):
+    """One of them wins; the other one gets the error, and not a folder with results of both."""
+
+    def work(seed):
+        model = build_net("mlp").model
+        coar.attribute(
+            model, data(), method=METHODS["path"], ablated_fraction=0.1, seed=seed, out=tmp_path, progress=False
+        )
+
+    children = [start(lambda seed=seed: work(seed)) for seed in (1, 2, 3)]
+    assert sorted(wait(child) for child in children) == [0, 1, 1]
+    assert json.loads((tmp_path / "run.json").read_text())["seed"] in (1, 2, 3)
+
+
+# ------------------------------------------------------------------------------------------------------ other data
+
+
+def test_data_of_another_length_are_refused(tmp_path):
+    def run(n_batches):
+        return coar.attribute(
+            build_net("mlp").model,
+            data(n_batches),
+            method=METHODS["path"],
+            ablated_fraction=0.1,
+            out=tmp_path,
+            progress=False,
+        )
+
+    run(4)
+    for n_batches in (3, 5):
+        with pytest.raises(DataError, match=rf"hold {2 * n_batches} (or more )?examples, and .* has results of 8"):
+            run(n_batches)
+    assert len(run(4)) == 8
+
+
+def test_other_data_of_the_same_length_are_refused(tmp_path):
+    method = METHODS["path"]
+    coar.attribute(build_net("mlp").model, data(), method=method, out=tmp_path, progress=False)
+    other = [{**batch, "inputs": batch["inputs"].flip(0)} for batch in data()]
+    with pytest.raises(DataError, match="results of other examples"):
+        coar.attribute(build_net("mlp").model, other, method=method, out=tmp_path, progress=False)
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(CoarError, match="cannot write"):
+        attribute(tmp_path / "file" / "run")
+
+
+# ------------------------------------------------------------------------------------------------------------- workers
+
+
+@pytest.mark.parametrize("worker", ["2/2", "x", "1", "-1/2"])
+def test_a_worker_that_is_none(worker):
+    with pytest.raises(CoarError, match="i/n"):
+        workers.team(worker)
+
+
+def test_workers_need_a_common_folder(monkeypatch):
+    monkeypatch.setenv(workers.WORKER, "0/2")
+    with pytest.raises(CoarError, match="no folder in common"):
+        attribute(None)

@@ -1,0 +1,154 @@
+"""Delta reads: exact differences through a component's own nonlinearity, in one pass, whatever the gates' levels."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import hf_coar as coar
+from hf_coar import masking
+from hf_coar.delta_reads import DeltaReads, elementwise_modules, followed
+
+N_EXAMPLES = 3
+
+
+class Readout(nn.Module):
+    """A fixed linear readout after one layer: no two components interact, so the exact differences are known."""
+
+    def __init__(self, layer, activate, n_features, norm=None):
+        super().__init__()
+        self.layer, self.activate, self.norm = layer, activate, norm
+        self.register_buffer("readout", torch.randn(n_features, generator=torch.Generator().manual_seed(5)))
+
+    def forward(self, x):
+        x = self.layer(x)
+        x = self.norm(x) if self.norm is not None else x
+        x = self.activate(x)
+        x = x.flatten(2).mean(2) if x.dim() > 2 else x
+        return x @ self.readout[:, None]
+
+
+class NewGELU(nn.Module):
+    """A composed activation, as some libraries write theirs."""
+
+    def forward(self, x):
+        return 0.5 * x * (1 + torch.tanh(0.8 * (x + 0.044715 * x.pow(3))))
+
+
+def batch_norm(n_features):
+    norm = nn.BatchNorm2d(n_features)
+    with torch.no_grad():
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+        norm.weight.normal_()
+        norm.bias.normal_()
+    return norm
+
+
+def shortcut(x):
+    return F.relu(x + torch.linspace(-1, 1, x.shape[1]))
+
+
+def twice(x):
+    """Two consumers: one through a nonlinearity, one around it."""
+    return F.silu(x) + 0.3 * x
+
+
+def in_place(x):
+    x += 0.2
+    return F.relu(x, inplace=True)
+
+
+def gated_product(x):
+    return F.silu(x) * 0.7
+
+
+NETS = {
+    "relu function": lambda: Readout(nn.Linear(6, 5), F.relu, 5),
+    "relu module in place": lambda: Readout(nn.Linear(6, 5), nn.ReLU(inplace=True), 5),
+    "gelu module": lambda: Readout(nn.Linear(6, 5), nn.GELU(), 5),
+    "composed gelu module": lambda: Readout(nn.Linear(6, 5), NewGELU(), 5),
+    "tanh without bias": lambda: Readout(nn.Linear(6, 5, bias=False), torch.tanh, 5),
+    "addition before relu": lambda: Readout(nn.Linear(6, 5), shortcut, 5),
+    "in-place addition and relu": lambda: Readout(nn.Linear(6, 5), in_place, 5),
+    "two consumers": lambda: Readout(nn.Linear(6, 5), twice, 5),
+    "silu times a number": lambda: Readout(nn.Linear(6, 5), gated_product, 5),
+    "scaled before relu": lambda: Readout(nn.Linear(6, 5), lambda x: F.relu(x * 2.5 / 3), 5),
+    "convolution, batch norm, relu": lambda: Readout(nn.Conv2d(2, 4, 3), nn.ReLU(), 4, batch_norm(4)),
+    "linear": lambda: Readout(nn.Linear(6, 5), lambda x: x, 5),
+}
+
+
+def reads_and_exact(model, inputs, levels):
+    """Delta reads at some gate levels, and y(in place) - y(ablated) one component at a time."""
+    components = coar.find_components(model)
+    leaves = [part.contiguous().requires_grad_() for part in levels.split(components.sizes(), dim=1)]
+    reads = DeltaReads()
+    activations = elementwise_modules(model)
+    with masking.gated(model, components, leaves) as fired, followed(activations, fired, reads):
+        y = model(inputs).sum()
+    derivatives = torch.autograd.grad(y, leaves, retain_graph=True)
+    corrected = torch.cat([d + c for d, c in zip(derivatives, reads.corrections(leaves), strict=True)], dim=1)
+    exact = torch.zeros_like(levels)
+    for index in range(len(components)):
+        outputs = []
+        for level in (1.0, 0.0):
+            gates = levels.clone()
+            gates[:, index] = level
+            with torch.no_grad(), coar.ablate(model, components, gates):
+                outputs.append(model(inputs)[:, 0])
+        exact[:, index] = outputs[0] - outputs[1]
+    return corrected, exact, torch.cat(derivatives, dim=1)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_reads_are_the_exact_differences(name):
+    torch.manual_seed(0)
+    model = NETS[name]().double().eval().requires_grad_(False)
+    convolutional = isinstance(model.layer, nn.Conv2d)
+    inputs = torch.randn((N_EXAMPLES, 2, 5, 5) if convolutional else (N_EXAMPLES, 6), dtype=torch.float64)
+    levels = torch.rand(N_EXAMPLES, len(coar.find_components(model)), dtype=torch.float64)
+    reads, exact, derivatives = reads_and_exact(model, inputs, levels)
+    assert torch.allclose(reads, exact, atol=1e-9)
+    if name == "linear":
+        assert torch.equal(reads, derivatives)
+    else:
+        assert not torch.allclose(derivatives, exact, atol=1e-3)
+
+
+def test_a_plain_derivative_is_left_where_no_nonlinearity_is_found():
+    torch.manual_seed(0)
+    model = Readout(nn.Linear(6, 5), nn.LayerNorm(5), 5).double().eval().requires_grad_(False)
+    levels = torch.rand(N_EXAMPLES, 5, dtype=torch.float64)
+    reads, _, derivatives = reads_and_exact(model, torch.randn(N_EXAMPLES, 6, dtype=torch.float64), levels)
+    assert torch.equal(reads, derivatives)
+
+
+def test_nothing_changes_in_the_forward_pass():
+    torch.manual_seed(0)
+    model = NETS["in-place addition and relu"]().eval().requires_grad_(False)
+    components = coar.find_components(model)
+    x, gates = torch.randn(N_EXAMPLES, 6), [torch.rand(N_EXAMPLES, 5).requires_grad_()]
+    with masking.gated(model, components, gates) as fired:
+        plain = model(x)
+        with followed(elementwise_modules(model), fired, DeltaReads()):
+            assert torch.equal(model(x), plain)
+
+
+def test_elementwise_modules_are_found_by_trying_them():
+    inside = [nn.ReLU(), nn.GELU(), nn.SiLU(inplace=True), NewGELU(), nn.Hardswish(), nn.Softplus()]
+    outside = [nn.Softmax(-1), nn.LayerNorm(2), nn.Identity(), nn.Dropout(), nn.Flatten(), nn.AvgPool2d(1), nn.GLU()]
+    outside += [nn.Linear(2, 2), nn.MaxPool2d(2)]
+    model = nn.ModuleList([*inside, *outside]).eval()
+    assert elementwise_modules(model) == inside
+
+
+def test_modules_are_restored_after_an_error():
+    model = NETS["relu module in place"]().eval()
+    components = coar.find_components(model)
+    with pytest.raises(RuntimeError, match="stop"):
+        with masking.gated(model, components, [torch.zeros(N_EXAMPLES, 5)]) as fired:
+            with followed(elementwise_modules(model), fired, DeltaReads()):
+                raise RuntimeError("stop")
+    assert "forward" not in model.activate.__dict__
+    assert fired.observe is None

@@ -1,0 +1,188 @@
+"""Many processes, and models that lie on several devices: the same result as one process and one device."""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import DEMO, build_net
+
+import hf_coar as coar
+from hf_coar import cli, engine, workers
+from hf_coar.errors import CoarError
+
+ATTRIBUTE = ["attribute", str(DEMO / "model"), str(DEMO / "images.parquet"), "--split", "train[:40]"]
+ATTRIBUTE += ["--rounds", "2", "--batch-size", "8", "--include", "layer3.*", "--exclude", "layer3.1.*"]
+
+
+def content(folder):
+    paths = (path for path in sorted(Path(folder).rglob("*")) if path.is_file() and path.suffix != ".tmp")
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """What one process with one thread writes."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    assert cli.main([*ATTRIBUTE, "--out", str(folder)]) == 0
+    return content(folder)
+
+
+def fork(work):
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        logging.disable(logging.CRITICAL)
+        status = work()
+    finally:
+        os._exit(status)
+
+
+def wait(child):
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+# ------------------------------------------------------------------------------------------------------------ launchers
+
+
+def test_torchrun_with_two_processes_writes_the_same_bytes(alone, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29713"]
+    command += ["-m", "hf_coar", *ATTRIBUTE, "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("saved in") == 1, "only the main process speaks"
+    assert content(tmp_path) == alone
+
+
+def test_independent_workers_write_the_same_bytes(alone, tmp_path, capfd):
+    workers = [fork(lambda i=i: cli.main([*ATTRIBUTE, "--out", str(tmp_path), "--worker", f"{i}/3"])) for i in range(3)]
+    assert [wait(worker) for worker in workers] == [0, 0, 0]
+    assert content(tmp_path) == alone
+
+
+def test_more_workers_than_batches(tmp_path):
+    net = build_net("mlp")
+    method = coar.Regression(n_masks=200)  # four parts of one batch
+
+    def work(folder, worker):
+        with engine.running(worker=worker):
+            coar.attribute(net.model, [net.batch], method=method, ablated_fraction=0.1, out=folder, progress=False)
+        return 0
+
+    work(tmp_path / "alone", "0/1")
+    children = [fork(lambda i=i: work(tmp_path / "three", f"{i}/3")) for i in range(3)]
+    assert [wait(child) for child in children] == [0, 0, 0]
+    assert content(tmp_path / "three") == content(tmp_path / "alone")
+
+
+def test_processes_without_a_folder_share_a_temporary_one(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from conftest import build_net\n"
+        "import hf_coar as coar, torch\n"
+        "net = build_net('mlp')\n"
+        "batches = [net.batch] * 4\n"
+        "how = {'method': coar.PathGradient(rounds=2), 'ablated_fraction': 0.1, 'progress': False}\n"
+        "a = coar.attribute(net.model, batches, **how)\n"
+        "r = coar.evaluate(a, net.model, batches, fractions=(.1,), n_masks=70, progress=False)\n"
+        "print(f'{len(a)} {r.n_masks} {float(a.weights.sum()):.5f} done\\n', end='', flush=True)\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29714"]
+    done = subprocess.run([*command, str(script)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.split("\n")[:2]
+    assert lines[0] == lines[1] and lines[0].startswith("16 70 ")
+
+
+LAUNCHED = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "True"}
+
+
+def test_accelerate_that_started_one_process_of_several_is_noticed():
+    with pytest.raises(CoarError, match="torchrun --nproc-per-node N -m hf_coar"):
+        workers._check_launched({**LAUNCHED, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"})
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{}, LAUNCHED, {**LAUNCHED, "MASTER_PORT": "29500", "WORLD_SIZE": "2"}, {"MASTER_PORT": "29500"}],
+    ids=["no launcher", "one process", "two processes", "somebody else's port"],
+)
+def test_other_launches_are_not_complained_about(environment):
+    workers._check_launched(environment)
+
+
+@pytest.mark.slow
+def test_accelerate_launch_itself(tmp_path):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes"]
+    arguments = ["-m", "hf_coar", *ATTRIBUTE, "--out", str(tmp_path)]
+    refused = subprocess.run([*command, "2", *arguments], capture_output=True, text=True)
+    assert refused.returncode and "torchrun --nproc-per-node N" in refused.stderr
+    assert subprocess.run([*command, "1", *arguments], capture_output=True, text=True).returncode == 0
+
+
+# --------------------------------------------------------------------------------------------------------------- Ctrl-C
+
+
+def test_ctrl_c_says_how_to_resume(alone, tmp_path):
+    folder = tmp_path / "run"
+    errors = tmp_path / "errors"
+
+    def work():
+        sys.stderr = errors.open("w")
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            return cli.main([*ATTRIBUTE, "--out", str(folder)])
+        finally:
+            sys.stderr.flush()
+
+    child = fork(work)
+    deadline = time.monotonic() + 60
+    while not list(folder.glob("shards/*.safetensors")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(child, signal.SIGINT)
+    assert wait(child) == cli.INTERRUPTED
+    assert "run the same command again to go on from here" in errors.read_text()
+    assert len(list(folder.glob("shards/*.safetensors"))) < 5
+    assert cli.main([*ATTRIBUTE, "--out", str(folder)]) == 0
+    assert content(folder) == alone
+
+
+# ------------------------------------------------------------------------------------------- models on several devices
+
+
+DEVICE_MAPS = {
+    "mlp": {"0": "cpu", "1": "cpu", "2": "disk", "3": "cpu", "4": "disk"},
+    "vit": {"vit.embeddings": "disk", "vit.layers.0": "cpu", "vit.layers.1": "disk", "vit.layernorm": "cpu"}
+    | {"classifier": "disk"},
+}
+
+
+@pytest.mark.parametrize("method", [coar.PathGradient(rounds=2), coar.Regression(n_masks=40)], ids=lambda m: m.name)
+@pytest.mark.parametrize("how", ["offloaded", "dispatched"])
+@pytest.mark.parametrize("name", ["mlp", "vit"])
+def test_an_offloaded_model_attributes_unchanged(name, how, method, tmp_path):
+    import accelerate
+
+    net = build_net(name)
+    options = {"method": method, "ablated_fraction": 0.1, "progress": False}
+    expected = coar.attribute(net.model, [net.batch], **options)
+    if how == "offloaded":
+        model = accelerate.cpu_offload(build_net(name).model, execution_device=torch.device("cpu"))
+    else:
+        model = build_net(name).model
+        model = accelerate.dispatch_model(
+            model, DEVICE_MAPS[name], main_device="cpu", offload_dir=str(tmp_path), force_hooks=True
+        )
+    assert any(parameter.is_meta for parameter in model.parameters())
+    found = coar.attribute(model, [net.batch], **options)
+    torch.testing.assert_close(found.weights, expected.weights, rtol=1e-4, atol=1e-5)
+    assert any(parameter.is_meta for parameter in model.parameters())

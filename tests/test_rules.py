@@ -1,0 +1,597 @@
+"""Every rule: hooks, weights and zeroing by hand agree on a module of its class, shared or one mask an example."""
+
+import copy
+
+import pytest
+import timm.layers
+import torch
+import transformers
+from exactness import zeroed_by_hand
+from timm.layers import CondConv2d, ScaledStdConv2d, StdConv2d
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import orthogonal, weight_norm
+from transformers.pytorch_utils import Conv1D
+
+import hf_coar as coar
+from hf_coar import masking
+from hf_coar.components import Matrix, registered, rule
+from hf_coar.errors import CoarError, NoComponentsError
+
+EXAMPLES, POSITIONS, WIDTH = 3, 6, 4  # two positions an example more than fit: 6 is a multiple of 3 on purpose
+
+
+class Sequence(nn.Module):
+    """Any layer over [examples, positions, width], read out at the end."""
+
+    def __init__(self, layer: nn.Module, take=lambda output: output) -> None:
+        super().__init__()
+        self.layer, self.take = layer, take
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.take(self.layer(x))).flatten(1).cumsum(1)
+
+
+class Image(nn.Module):
+    """Any layer over [examples, 4, …]."""
+
+    def __init__(self, layer: nn.Module, dims: int = 2) -> None:
+        super().__init__()
+        self.layer, self.dims = layer, dims
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.reshape(len(x), 4, -1)[..., :6].reshape(len(x), 4, *([6], [2, 3], [1, 2, 3])[self.dims - 1])
+        return torch.tanh(self.layer(x)).flatten(1).cumsum(1)
+
+
+class Mixed(nn.Module):
+    """Conditional convolution: every example's filters are mixed by its own weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.route, self.conv = nn.Linear(WIDTH, 3), CondConv2d(4, 6, 3, padding=1, num_experts=3, bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x.reshape(len(x), 4, 2, 3), self.route(x.mean(1)).sigmoid()).flatten(1)
+
+
+class Cell(nn.Module):
+    """A recurrent cell over the positions."""
+
+    def __init__(self, cell: nn.Module) -> None:
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = None
+        for position in x.unbind(1):
+            state = self.cell(position, state)
+        return state[0] if isinstance(state, tuple) else state
+
+
+class PositionsFirst(nn.Module):
+    """Positions come first inside; a table of positions sees no examples; two axes are folded into one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.table, self.folded = nn.Linear(WIDTH, 8), nn.Linear(3, 8), nn.Linear(8, 8)
+        layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0)
+        self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        positions = torch.arange(3.0 * x.shape[1], dtype=x.dtype).view(-1, 1, 3).cos()
+        x = self.encoder(self.into(x).transpose(0, 1) + self.table(positions))
+        return self.folded(x.reshape(-1, 8)).view(x.shape).mean(0)
+
+
+class Turned(nn.Module):
+    """A recurrent layer that wants positions first, as PyTorch's do by default."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.GRU(WIDTH, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.transpose(0, 1))[0][-1]
+
+
+class Bilinear(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Bilinear(WIDTH, WIDTH, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x, x.flip(-1)).flatten(1)
+
+
+class Experts(nn.Module):
+    """Stacked experts as Mixtral (or, transposed, GPT-OSS) has them, behind a router."""
+
+    def __init__(self, transposed: bool = False, swap: bool = False) -> None:
+        super().__init__()
+        self.router = nn.Linear(WIDTH, 3)
+        self.experts = nn.Module()
+        up, down = (3, 10, WIDTH), (3, WIDTH, 5)
+        up, down = ((up[0], up[2], up[1]), (down[0], down[2], down[1])) if transposed else (up, down)
+        self.experts = Stack(up, down, transposed)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, WIDTH)
+        weights, chosen = self.router(flat).softmax(-1).topk(2)
+        return self.experts(flat, chosen, weights).view(x.shape).flatten(1)
+
+
+class Stack(nn.Module):
+    def __init__(self, up: tuple, down: tuple, transposed: bool) -> None:
+        super().__init__()
+        self.gate_up_proj, self.down_proj = nn.Parameter(torch.randn(up)), nn.Parameter(torch.randn(down))
+        self.transposed = transposed  # not the name that the library uses: the shapes have to tell
+
+    def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        total = torch.zeros_like(x)
+        for expert in range(3):
+            token, slot = torch.where(chosen == expert)
+            up, down = self.gate_up_proj[expert], self.down_proj[expert]
+            up, down = (up, down) if self.transposed else (up.T, down.T)
+            gate, value = (x[token] @ up).chunk(2, dim=-1)
+            total = total.index_add(0, token, (gate.tanh() * value) @ down * weights[token, slot, None])
+        return total
+
+
+class ListedExperts(nn.Module):
+    """Experts as modules in a list: each sees the tokens that were sent to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(WIDTH, 3)
+        self.experts = nn.ModuleList(nn.ModuleDict({"fc1": nn.Linear(4, 5), "fc2": nn.Linear(5, 4)}) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, WIDTH)
+        chosen, total = self.router(flat).argmax(-1), torch.zeros_like(flat)
+        for number, expert in enumerate(self.experts):
+            token = torch.where(chosen == number)[0]
+            total = total.index_add(0, token, expert["fc2"](expert["fc1"](flat[token]).tanh()))
+        return (total + flat).view(x.shape).flatten(1)
+
+
+class Tied(nn.Module):
+    """A layer that runs twice, and a projection back by the first layer's own weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.inner, self.out = nn.Embedding(7, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 7)
+        self.out.weight = self.embed.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.embed((x[..., 0] * 3).long().abs() % 7)
+        return self.out(self.inner(self.inner(x).tanh())).flatten(1)
+
+
+def attention(**options):
+    return Sequence(nn.MultiheadAttention(WIDTH, 2, batch_first=True, **options), lambda output: output[0])
+
+
+class SelfAttention(nn.Module):
+    """Calls the library's attention with one tensor three times."""
+
+    def __init__(self, **options) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(WIDTH, 2, batch_first=True, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x)[0].flatten(1)
+
+
+MODELS = {
+    "linear": lambda: Sequence(nn.Linear(WIDTH, 5)),
+    "timm linear": lambda: Sequence(timm.layers.Linear(WIDTH, 5)),
+    "Conv1D of transformers": lambda: Sequence(Conv1D(5, WIDTH)),
+    "convolution 1d": lambda: Image(nn.Conv1d(4, 6, 3, padding=1), 1),
+    "convolution": lambda: Image(nn.Conv2d(4, 6, 3, padding=1)),
+    "convolution 3d": lambda: Image(nn.Conv3d(4, 6, 3, padding=1), 3),
+    "grouped": lambda: Image(nn.Conv2d(4, 6, 3, padding=1, groups=2)),
+    "depthwise": lambda: Image(nn.Conv2d(4, 8, 3, padding=1, groups=4)),
+    "same padding": lambda: Image(timm.layers.Conv2dSame(4, 6, 3, stride=2)),
+    "transposed": lambda: Image(nn.ConvTranspose2d(4, 6, 3, stride=2)),
+    "transposed grouped": lambda: Image(nn.ConvTranspose1d(4, 6, 3, stride=2, groups=2), 1),
+    "standardised": lambda: Image(StdConv2d(4, 6, 3, padding=1, bias=True)),
+    "scaled standardised": lambda: Image(ScaledStdConv2d(4, 6, 3, padding=1)),
+    "weight norm by filter": lambda: Image(weight_norm(nn.Conv1d(4, 6, 3, padding=1)), 1),
+    "weight norm by position": lambda: Image(weight_norm(nn.Conv1d(4, 6, 3, padding=1, groups=2), dim=2), 1),
+    "weight norm transposed": lambda: Image(weight_norm(nn.ConvTranspose1d(4, 6, 3)), 1),
+    "conditional": Mixed,
+    "attention": SelfAttention,
+    "attention with other widths": lambda: SelfAttention(kdim=WIDTH, vdim=WIDTH + 0, add_bias_kv=True),
+    "LSTM": lambda: Sequence(nn.LSTM(WIDTH, 5, 2, batch_first=True, bidirectional=True), lambda output: output[0]),
+    "GRU, positions first": Turned,
+    "LSTM cell": lambda: Cell(nn.LSTMCell(WIDTH, 5)),
+    "GRU cell": lambda: Cell(nn.GRUCell(WIDTH, 5)),
+    "bilinear": Bilinear,
+    "experts": Experts,
+    "experts transposed": lambda: Experts(transposed=True),
+    "experts in a list": ListedExperts,
+    "positions first": PositionsFirst,
+    "run twice": lambda: nn.Sequential(layer := nn.Linear(WIDTH, WIDTH), nn.Tanh(), layer, nn.Flatten()),
+}
+
+
+@pytest.fixture(params=MODELS)
+def model(request):
+    torch.manual_seed(0)
+    return MODELS[request.param]().double().eval()
+
+
+@pytest.fixture
+def x():
+    return torch.randn(EXAMPLES, POSITIONS, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def found(model, granularity):
+    try:
+        return coar.find_components(model, granularity)
+    except NoComponentsError:
+        pytest.skip("has none")
+
+
+def masks(n_rows, n_components, seed=2):
+    kept = torch.rand(n_rows, n_components, generator=torch.Generator().manual_seed(seed)) > 0.35
+    kept[:, 0] = False
+    return kept
+
+
+def ablated(model, components, kept, x, how="auto"):
+    with torch.no_grad(), coar.ablate(model, components, kept, how=how):
+        return model(x)
+
+
+GRANULARITIES = pytest.mark.parametrize("granularity", coar.components.GRANULARITIES)
+
+
+@GRANULARITIES
+def test_three_ways_to_the_same_answer(model, x, granularity):
+    components = found(model, granularity)
+    with torch.no_grad():
+        plain = model(x)
+    for kept in masks(2, len(components)):
+        with torch.no_grad():
+            expected = zeroed_by_hand(model, components, kept)(x)
+        assert not torch.equal(expected, plain)
+        for how in ("weights", "hooks"):
+            assert torch.allclose(ablated(model, components, kept, x, how), expected, rtol=0, atol=1e-12), how
+    with torch.no_grad():
+        assert torch.equal(model(x), plain), "something was left behind"
+
+
+@GRANULARITIES
+def test_one_mask_an_example(model, x, granularity):
+    components = found(model, granularity)
+    kept = masks(EXAMPLES, len(components))
+    together = ablated(model, components, kept, x)
+    for example in range(EXAMPLES):
+        alone = ablated(model, components, kept[example], x, "weights")[example]
+        assert torch.allclose(together[example], alone, rtol=0, atol=1e-12)
+
+
+def test_fractions_and_their_gradients(model, x):
+    components = coar.find_components(model)
+    gates = 0.2 + 0.6 * torch.rand(EXAMPLES, len(components), dtype=torch.float64)
+    gates.requires_grad_()
+    with coar.ablate(model, components, gates):
+        output = model(x)
+    direction = torch.randn_like(gates)
+    (gradient,) = torch.autograd.grad(output.sum(), gates)
+    step, values = 1e-6, []
+    for sign in (1, -1):
+        values.append(ablated(model, components, gates.detach() + sign * step * direction, x).sum())
+    difference = float(values[0] - values[1]) / (2 * step)
+    assert float((gradient * direction).sum()) == pytest.approx(difference, rel=1e-5, abs=1e-6)
+    if all(group.by_weights == "scale" for group in components.groups):
+        by_weights = ablated(model, components, gates[1].detach(), x, "weights")[1]
+        assert torch.allclose(output[1], by_weights, rtol=0, atol=1e-12)
+
+
+def test_gates_of_one_change_no_bit(model, x):
+    components = coar.find_components(model)
+    with torch.no_grad():
+        plain = model(x)
+    # The library's attention may run a fused kernel of its own where nothing is gated; matrix products of a scaled copy
+    # of a weight, which lies elsewhere in memory, and of a batch of one may round otherwise.
+    rounds = any(isinstance(module, nn.MultiheadAttention) for module in model.modules())
+    rounds = rounds or any(group.site == "weight" or group.routed for group in components.groups)
+    for shape in ((len(components),), (EXAMPLES, len(components))):
+        gates = torch.ones(shape, dtype=torch.float64, requires_grad=True)
+        with torch.no_grad(), masking.gated(model, components, gates.split(components.sizes(), -1)):
+            after = model(x)
+        if rounds or isinstance(model, PositionsFirst):
+            assert torch.allclose(after, plain, rtol=0, atol=1e-12)
+        else:
+            assert torch.equal(after, plain)
+
+
+def test_an_edit_stays(model, x):
+    components = coar.find_components(model)
+    kept = masks(1, len(components))[0]
+    edited = copy.deepcopy(model)
+    masking.zero_slices(edited, components, kept)
+    again = copy.deepcopy(model)
+    again.load_state_dict(edited.state_dict())
+    with torch.no_grad():
+        assert torch.equal(again(x), ablated(model, components, kept, x, "weights"))
+
+
+def test_everything_can_be_ablated_and_comes_back(model, x):
+    components = coar.find_components(model)
+    with torch.no_grad():
+        plain = model(x)
+        output = ablated(model, components, torch.zeros(len(components), dtype=torch.bool), x, "weights")
+        assert output.isfinite().all()
+        assert torch.equal(model(x), plain)
+
+
+def test_no_parameter_is_counted_twice(model):
+    components = coar.find_components(model)
+    assert len({group.parameter for group in components.groups}) == len(components.groups)
+    names = [str(component) for component in components]
+    assert len(set(names)) == len(names)
+
+
+# ------------------------------------------------------------------------------------------------- what is found where
+
+
+@pytest.mark.parametrize(
+    ("name", "granularity", "sizes"),
+    [
+        ("experts", "unit", [3, 30, 12]),
+        ("experts", "expert", [3]),
+        ("experts transposed", "unit", [3, 30, 12]),
+        ("experts transposed", "input", [4, 12, 15]),
+        ("experts in a list", "expert", [1, 1, 1]),
+        ("conditional", "unit", [3, 18]),
+        ("transposed grouped", "unit", [6]),
+        ("attention", "head", [2]),
+        ("positions first", "head", [2]),
+        ("weight norm by position", "unit", [6]),
+        ("LSTM cell", "unit", [20, 20]),
+    ],
+)
+def test_counts(name, granularity, sizes):
+    assert coar.find_components(MODELS[name](), granularity).sizes() == sizes
+
+
+def test_a_head_is_taken_away_and_nothing_else(x):
+    model = SelfAttention().double()
+    components = coar.find_components(model, "head")
+    with torch.no_grad():
+        gone = ablated(model, components, torch.tensor([False, True]), x)
+        weight = model.attention.out_proj.weight
+        weight[:, :2] = 0
+        assert torch.allclose(model(x), gone, rtol=0, atol=1e-12)
+
+
+def test_tied_weights_are_one_component_and_ablated_wherever_they_are_used(x):
+    torch.manual_seed(0)
+    model = Tied().double()
+    components = coar.find_components(model)
+    assert len(components) == WIDTH + 7
+    assert next(g for g in components.groups if g.module == "out").shared_by == ("embed",)
+    for kept in masks(2, len(components)):
+        expected = zeroed_by_hand(model, components, kept)(x)
+        for how in ("weights", "hooks"):
+            assert torch.allclose(ablated(model, components, kept, x, how), expected, rtol=0, atol=1e-12)
+    kept = masks(EXAMPLES, len(components))
+    together = ablated(model, components, kept, x)
+    for example in range(EXAMPLES):
+        alone = ablated(model, components, kept[example], x)[example]
+        assert torch.allclose(together[example], alone, rtol=0, atol=1e-12)
+
+
+# ------------------------------------------------------------------------------------------ weights that cannot be cut
+
+
+class Packed(nn.Linear):
+    """A quantised linear layer as bitsandbytes makes them: a subclass that keeps its weight packed."""
+
+    def __init__(self, source: nn.Linear) -> None:
+        super().__init__(source.in_features, source.out_features)
+        self.bias = source.bias
+        packed = (source.weight.data * 16).round().clamp(-128, 127).to(torch.int8)
+        self.weight = nn.Parameter(packed.reshape(-1, 1), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.view(self.out_features, self.in_features).to(x.dtype) / 16
+        return nn.functional.linear(x, weight, self.bias)
+
+
+class PackedBuffers(nn.Module):
+    """As GPTQ and AWQ make them: no parameter at all."""
+
+    def __init__(self, source: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = source.in_features, source.out_features
+        self.register_buffer("qweight", (source.weight.data * 16).round().to(torch.int32))
+        self.bias = source.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.qweight.to(x.dtype) / 16, self.bias)
+
+
+@pytest.mark.parametrize("packing", [Packed, PackedBuffers])
+@pytest.mark.parametrize("granularity", ["unit", "input", "module"])
+def test_quantised_layers_are_gated_and_never_cut(packing, granularity, x):
+    torch.manual_seed(0)
+    source = nn.Linear(WIDTH, 5)
+    source.weight.data = (source.weight.data * 16).round() / 16
+    packed, plain = Sequence(packing(source)).double(), Sequence(source).double()
+    if packing is Packed:
+        packed.layer.weight.data = packed.layer.weight.data.to(torch.int8)
+    else:
+        packed.layer.qweight = packed.layer.qweight.to(torch.int32)
+    components, like = coar.find_components(packed, granularity), coar.find_components(plain, granularity)
+    assert len(components) == len(like)
+    kept = masks(EXAMPLES, len(components))
+    expected = torch.stack([ablated(plain, like, row, x)[e] for e, row in enumerate(kept)])
+    assert torch.allclose(ablated(packed, components, kept, x), expected, rtol=0, atol=1e-12)
+    assert torch.allclose(ablated(packed, components, kept[0], x)[0], expected[0], rtol=0, atol=1e-12)
+    for action in (lambda: ablated(packed, components, kept[0], x, "weights"),
+                   lambda: masking.zero_slices(packed, components, kept[0])):  # fmt: skip
+        with pytest.raises(CoarError, match=r"quantised.*hooks"):
+            action()
+
+
+def test_a_parametrization_of_an_unknown_kind_is_gated_and_never_cut(x):
+    model = Sequence(orthogonal(nn.Linear(WIDTH, WIDTH))).double()
+    components = coar.find_components(model)
+    assert components.groups[0].by_weights == "never"
+    kept = torch.tensor([False, True, True, True])
+    with torch.no_grad():
+        weight = model.layer.weight.clone()
+        weight[0] = 0
+        expected = torch.tanh(nn.functional.linear(x, weight, model.layer.bias)).flatten(1).cumsum(1)
+    assert torch.allclose(ablated(model, components, kept, x), expected, rtol=0, atol=1e-12)
+
+
+def test_fractions_of_standardised_filters_go_through_hooks(x):
+    model = Image(StdConv2d(4, 6, 3, padding=1)).double()
+    components = coar.find_components(model)
+    gates = torch.full((6,), 0.5, dtype=torch.float64)
+    with pytest.raises(CoarError, match=r"normalised again.*hooks"):
+        ablated(model, components, gates, x, "weights")
+    assert torch.equal(ablated(model, components, gates, x), ablated(model, components, gates, x, "hooks"))
+
+
+# --------------------------------------------------------------------------------------------------------- adapters
+
+
+class LoraLayer:
+    """Stands in for PEFT's class of the same dotted name."""
+
+
+LoraLayer.__module__ = "peft.tuners.lora.layer"
+
+
+class LoraLinear(nn.Module, LoraLayer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.base_layer = nn.Linear(WIDTH, 5)
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(WIDTH, 2, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(2, 5, bias=False)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base_layer(x) + self.lora_B["default"](self.lora_A["default"](x))
+
+
+@pytest.mark.parametrize(("granularity", "sizes"), [("unit", [5, 2]), ("input", [4, 4, 2])])
+def test_ranks_of_adapters_are_components(x, granularity, sizes):
+    model = Sequence(LoraLinear()).double()
+    components = coar.find_components(model, granularity)
+    assert components.sizes() == sizes
+    assert components.groups[-1].kind == "rank"
+    kept = torch.ones(len(components), dtype=torch.bool)
+    kept[-1] = False
+    expected = zeroed_by_hand(model, components, kept)(x)
+    for how in ("weights", "hooks"):
+        assert torch.allclose(ablated(model, components, kept, x, how), expected, rtol=0, atol=1e-12)
+
+
+# --------------------------------------------------------------------------------------------- layouts and their limits
+
+
+def test_the_model_is_asked_once_and_left_alone(x):
+    model = PositionsFirst().double().train()
+    runs = []
+    model.register_forward_hook(lambda *_: runs.append(1))
+    inner = []
+    model.into.register_forward_hook(lambda *_: inner.append(1))
+    components = coar.find_components(model)
+    state = torch.random.get_rng_state()
+    for _ in range(3):
+        ablated(model, components, masks(EXAMPLES, len(components)), x)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert len(runs) == 3 and len(inner) == 3 * EXAMPLES + 2  # the table makes it run by example
+    assert all(module.training for module in model.modules())
+
+
+def test_examples_that_are_all_alike(x):
+    model = PositionsFirst().double()
+    components = coar.find_components(model)
+    alike = x[:1].expand(EXAMPLES, -1, -1)
+    kept = masks(EXAMPLES, len(components))
+    together = ablated(model, components, kept, alike)
+    for example in range(EXAMPLES):
+        alone = ablated(model, components, kept[example], alike)[example]
+        assert torch.allclose(together[example], alone, rtol=0, atol=1e-12)
+
+
+def test_a_cache_cannot_be_divided():
+    config = transformers.GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=11, n_positions=16)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    components = coar.find_components(model)
+    kept = masks(2, len(components))
+    with pytest.raises(CoarError, match=r"DynamicCache.*use_cache=False"):
+        with coar.ablate(model, components, kept):
+            model(input_ids=torch.ones(2, 3, dtype=torch.long), past_key_values=transformers.DynamicCache())
+
+
+def test_a_granularity_that_the_model_lacks_names_what_there_is():
+    with pytest.raises(NoComponentsError, match=r"'expert'.*'unit', 'input', 'module'.*layer"):
+        coar.find_components(Sequence(nn.Linear(3, 3)), "expert")
+
+
+def test_a_rule_may_leave_the_inside_to_others():
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.odd, self.inner = nn.Parameter(torch.randn(3, 4)), nn.Linear(4, 4)
+
+    @rule(Outer, inside=True)
+    def outer(module):
+        return [Matrix("odd", 0, 1, site="weight")]
+
+    assert Outer in registered()
+    assert [group.parameter for group in coar.find_components(Outer()).groups] == ["odd", "inner.weight"]
+
+
+# -------------------------------------------------------------------------------------------------- totals and the tree
+
+
+def test_regrouping():
+    config = transformers.GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=11, n_positions=16)
+    model = transformers.GPT2LMHeadModel(config)
+    units = coar.find_components(model)
+    names, index = units.regroup("layer")
+    assert names == ["transformer.h.0", "transformer.h.1"]
+    assert index.bincount().tolist() == [len(units) // 2] * 2
+    names, index = units.regroup("module")
+    assert len(names) == 8 and index.bincount().tolist() == units.sizes()
+    with pytest.raises(NoComponentsError, match="granularity='head'"):
+        units.regroup("head")
+    inputs = coar.find_components(model, "input")
+    names, index = inputs.regroup("head")
+    assert names[1] == "transformer.h.0.attn.c_proj head 1"
+    assert index[index >= 0].bincount().tolist() == [4] * 4
+    heads = coar.find_components(model, "head")
+    assert heads.regroup("head")[1].tolist() == [0, 1, 2, 3]
+    with pytest.raises(CoarError, match="'layer', 'head', 'module'"):
+        units.regroup("floor")
+
+
+def test_layers_of_staged_and_of_flat_models():
+    with torch.device("meta"):
+        resnet, swin = timm.create_model("resnet18"), timm.create_model("swin_tiny_patch4_window7_224")
+    names, _ = coar.find_components(resnet).regroup("layer")
+    assert names == ["conv1", *(f"layer{stage}.{block}" for stage in range(1, 5) for block in range(2))]
+    names, _ = coar.find_components(swin).regroup("layer")
+    assert names[1:5] == ["layers.0.blocks.0", "layers.0.blocks.1", "layers.1", "layers.1.blocks.0"]
+
+
+def test_the_tree_says_what_there_is_and_what_was_left_out():
+    with torch.device("meta"):
+        model = timm.create_model("vit_base_patch16_224")
+    components = coar.find_components(model)
+    text = components.tree()
+    assert "83,712 components" in text and "blocks.0 … blocks.11 (12 alike): 6,912 each" in text
+    assert "classifier" in text and "embedding" in text
+    content = components.tree_json()
+    assert sum(layer["components"] for layer in content["layers"]) == content["components"] == 83_712
+    left_out = sum(entry["weights"] for entry in content["skipped"])
+    assert left_out == sum(skipped.n_parameters for skipped in components.skipped)
