@@ -15,6 +15,7 @@ from hf_coar.components.groups import Group
 from hf_coar.data import Identity
 from hf_coar.errors import CoarError
 from hf_coar.evaluation import Report, bootstrap_interval, pearson
+from hf_coar.plots import canvas
 
 figures = pytest.importorskip("matplotlib.figure")
 
@@ -226,13 +227,13 @@ def test_a_hundred_modules_stay_readable():
 
 def test_long_names_keep_their_numbers_and_their_last_word():
     layers = [f"vit.encoder.layer.{i}.attention.attention.query" for i in (0, 11)]
-    short, prefix = plots._short_names(["vit.embeddings.patch_embeddings.projection", *layers])
+    short, prefix = canvas.short_names(["vit.embeddings.patch_embeddings.projection", *layers])
     assert prefix == "vit"
     assert short == ["e.patch_embeddings.projection", "e.l.0.a.attention.query", "e.l.11.a.attention.query"]
-    assert plots._short_names(["conv1", "layer1.0.conv1"]) == (["conv1", "layer1.0.conv1"], "")
-    assert plots._short_names(["head.fc"]) == (["head.fc"], "")
+    assert canvas.short_names(["conv1", "layer1.0.conv1"]) == (["conv1", "layer1.0.conv1"], "")
+    assert canvas.short_names(["head.fc"]) == (["head.fc"], "")
     alike = ["a" * 20 + letter + "b" * 20 for letter in "xy"]
-    assert plots._short_names(alike) == (alike, "")
+    assert canvas.short_names(alike) == (alike, "")
 
 
 @pytest.mark.parametrize("with_errors", [True, False])

@@ -1,0 +1,26 @@
+"""Pictures: fidelity, contributions and edits, as matplotlib figures that can be told apart without colour.
+
+Every function returns a `matplotlib.figure.Figure` and touches no global state; `save` writes it, and a notebook shows
+it after `%matplotlib inline`::
+
+    from hf_coar import plots
+
+    plots.save(plots.predicted_against_measured(report, 0.05), "pictures/fidelity.png")
+
+matplotlib comes with `pip install "hf_coar[plots]"`.
+"""
+
+from hf_coar.plots.canvas import save
+from hf_coar.plots.contributions import contribution_by_layer, top_components
+from hf_coar.plots.edits import class_accuracies, edit_sweep
+from hf_coar.plots.fidelity import correlation_by_fraction, predicted_against_measured
+
+__all__ = [
+    "class_accuracies",
+    "contribution_by_layer",
+    "correlation_by_fraction",
+    "edit_sweep",
+    "predicted_against_measured",
+    "save",
+    "top_components",
+]

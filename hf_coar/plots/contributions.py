@@ -1,0 +1,129 @@
+"""What contributes: by layer, by component."""
+
+from collections.abc import Sequence
+
+import torch
+
+from hf_coar.attributions import Attributions
+from hf_coar.errors import CoarError
+
+# matplotlib's classes, by name only: it is imported where a picture is drawn.
+from hf_coar.plots import canvas
+from hf_coar.plots.canvas import Figure
+
+
+def contribution_by_layer(attributions: Attributions, examples: Sequence[int] | None = None) -> Figure:
+    """Mean absolute attribution of a layer's components, in the order of the network, a colour and hatch a kind.
+
+    An estimate's error adds to its size, so where there are standard errors a tick shows what they alone would
+    amount to, √(2/π) of their mean: a bar that ends at its tick shows nothing. Where there are none, the shortest bars
+    may be noise.
+
+    Args:
+        attributions: float32 weights [examples, components].
+        examples: indices of the examples to average over; all by default.
+
+    Returns:
+        A figure with one bar a module and kind of component, in the unit of the output; it grows with their number.
+
+    Raises:
+        CoarError: examples out of range, or no matplotlib.
+    """
+    chosen = canvas.chosen(examples, len(attributions))
+    sizes = attributions.weights[chosen].double().abs().mean(0)
+    errors = attributions.standard_errors
+    errors = None if errors is None else errors[chosen].double().mean(0) * (2 / torch.pi) ** 0.5
+    members: dict[tuple[str, str], list[int]] = {}
+    for group, start, stop in attributions.components.spans():
+        members.setdefault((group.module, group.kind), []).extend(range(start, stop))
+    if not members:
+        raise CoarError("the attributions have no components, so there is nothing to draw")
+    modules, kinds = [module for module, _ in members], list(dict.fromkeys(kind for _, kind in members))
+    short, prefix = canvas.short_names(modules)
+    values = [float(sizes[indices].mean()) for indices in members.values()]
+
+    figure, axes = canvas.new_of_rows(len(members))
+    for place, ((_, kind), value) in enumerate(zip(members, values, strict=True)):
+        style = kinds.index(kind) % len(canvas.COLOURS)
+        axes.barh(
+            place, value, 0.72, color=canvas.COLOURS[style], hatch=canvas.HATCHES[style], edgecolor="white", linewidth=0
+        )
+    canvas.rows(axes, short)
+    axes.grid(axis="x", color=canvas.FAINT, linewidth=0.5)
+    keys = canvas.kind_keys(kinds) if len(kinds) > 1 else []
+    if errors is not None:
+        floor = [float(errors[indices].mean()) for indices in members.values()]
+        rows = torch.arange(len(floor))
+        axes.vlines(floor, rows - 0.42, rows + 0.42, color="black", linewidth=1.6)
+        key = {"marker": "|", "markersize": 13, "markeredgewidth": 1.6, "label": "estimation error alone"}
+        keys += axes.plot([], [], linestyle="none", color="black", **key)
+    axes.set_xlim(0, max(values) * 1.05 or 1.0)
+    if keys:
+        canvas.legend_below(figure, axes, keys)
+    each = kinds[0] if len(kinds) == 1 else "component"
+    axes.set_xlabel(f"mean absolute attribution per {each}{canvas.unit(attributions)}")
+    if prefix:
+        axes.set_ylabel(f"in {canvas.plain(prefix)}")
+    largest = short[max(range(len(values)), key=values.__getitem__)]
+    counts = f"{canvas.count(len(attributions.components), each)} in {canvas.count(len(set(modules)), 'layer')}, "
+    canvas.title(
+        figure,
+        f"Contribution per {each}: largest in {largest}",
+        f"{counts}input at the top; {canvas.of(chosen, len(attributions))}",
+    )
+    return figure
+
+
+def top_components(attributions: Attributions, example: int, n: int = 15) -> Figure:
+    """The components with the largest absolute attributions to one example, ranked, with ± 1 standard error.
+
+    Args:
+        attributions: float32 weights [examples, components].
+        example: its index.
+        n: how many components to show; all of them where there are fewer.
+
+    Returns:
+        A figure, in the unit of the output; positive = keeping the component raises it.
+
+    Raises:
+        CoarError: an example out of range, `n` below 1, or no matplotlib.
+    """
+    [example] = canvas.chosen([example], len(attributions))
+    if n < 1:
+        raise CoarError(f"n={n}; give the number of components to show, at least 1")
+    weights = attributions.weights[example]
+    order = weights.abs().argsort(descending=True, stable=True)[:n].tolist()
+    if not order:
+        raise CoarError("the attributions have no components, so there is nothing to draw")
+    top = [attributions.components[index] for index in order]
+
+    figure, axes = canvas.new_of_rows(len(order))
+    for place, index in enumerate(order):
+        value = float(weights[index])
+        colour, hatch = (canvas.BLUE, "") if value >= 0 else (canvas.VERMILLION, "////")
+        axes.barh(place, value, 0.72, color=colour, hatch=hatch, edgecolor="white", linewidth=0)
+    errors = attributions.standard_errors
+    if errors is not None:
+        axes.errorbar(
+            weights[order].tolist(), range(len(order)), xerr=errors[example, order].tolist(), fmt="none",
+            ecolor="black", elinewidth=1, capsize=2,
+        )  # fmt: skip
+    axes.axvline(0, color=canvas.INK, linewidth=0.8)
+    modules = list(dict.fromkeys(group.module for group in attributions.components.groups))
+    short, prefix = canvas.short_names(modules)
+    names = dict(zip(modules, short, strict=True))
+    canvas.rows(axes, [f"{names[c.group.module]} {c.group.kind} {c.position}" for c in top])
+    if prefix:
+        axes.set_ylabel(f"in {canvas.plain(prefix)}")
+    axes.grid(axis="x", color=canvas.FAINT, linewidth=0.5)
+    bars = "" if errors is None else ", ± 1 standard error"
+    axes.set_xlabel(f"attribution{canvas.unit(attributions)}{bars}")
+    label = int(attributions.labels[example])
+    label = f" (class {label})" if label >= 0 else ""
+    output = attributions.config.get("output", "output")
+    canvas.title(
+        figure,
+        f"The {canvas.count(len(order), 'component')} with the largest attributions to example {example}{label}",
+        f"positive: keeping the component raises the {output}; hatched: lowers it",
+    )
+    return figure

@@ -1,0 +1,153 @@
+"""Before and after an edit."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from hf_coar.errors import CoarError
+
+# matplotlib's classes, by name only: it is imported where a picture is drawn.
+from hf_coar.plots import canvas
+from hf_coar.plots.canvas import Figure
+
+
+def class_accuracies(
+    names: Sequence[str],
+    before: Sequence[float] | Tensor,
+    after: Sequence[float] | Tensor,
+    highlight: str | Sequence[str] | None = None,
+) -> Figure:
+    """Accuracy of every class before and after an edit: two points a class, and the change in percentage points.
+
+    Args:
+        names: the classes, drawn from the top in this order; at most 100.
+        before: accuracies [classes], fractions from 0 to 1.
+        after: the same after the edit.
+        highlight: name or names of the classes that the edit is for.
+
+    Returns:
+        A figure, in percent.
+
+    Raises:
+        CoarError: lengths that differ, accuracies outside 0 … 1, an unknown class to highlight, or no matplotlib.
+    """
+    names = [str(name) for name in names]
+    if not 1 <= len(names) <= canvas.MAX_CLASSES:
+        raise CoarError(f"{len(names)} classes; a picture holds 1 to {canvas.MAX_CLASSES}: choose those that matter")
+    before, after = canvas.shares("before", before, len(names)), canvas.shares("after", after, len(names))
+    marked = [highlight] if isinstance(highlight, str) else list(highlight or ())
+    if unknown := [name for name in marked if name not in names]:
+        raise CoarError(f"highlight names {unknown}, and the classes are {names[:12]}")
+
+    figure, axes = canvas.new_of_rows(len(names))
+    size = canvas.font(len(names))
+    for place, (name, old, new) in enumerate(zip(names, before, after, strict=True)):
+        colour = canvas.VERMILLION if name in marked else canvas.BLUE
+        if name in marked:
+            axes.axhspan(place - 0.5, place + 0.5, color=canvas.VERMILLION, alpha=0.1, linewidth=0)
+        axes.plot([100 * old, 100 * new], [place, place], color=colour, linewidth=2, alpha=0.6, zorder=2)
+        axes.plot(100 * old, place, "o", color=colour, markerfacecolor="white", markersize=8, zorder=3)
+        axes.plot(100 * new, place, "D", color=colour, markersize=4.5, zorder=4)
+        change = f"{100 * (new - old):+.1f}".replace("-", "−")
+        axes.annotate(
+            "0.0" if change in ("+0.0", "−0.0") else change, (1, place), (40, 0), xycoords=("axes fraction", "data"),
+            textcoords="offset points", ha="right", va="center", fontsize=size, color=canvas.INK,
+            fontweight="bold" if name in marked else "normal",
+        )  # fmt: skip
+    axes.annotate(
+        "change\n(points)", (1, 1), (40, 2), xycoords="axes fraction", textcoords="offset points", ha="right",
+        va="bottom", fontsize=8, color=canvas.INK,
+    )  # fmt: skip
+    short = [canvas.shortened(name, canvas.LABEL_LENGTH) for name in names]
+    canvas.rows(axes, [f"▶ {label}" if name in marked else label for label, name in zip(short, names, strict=True)])
+    for label, name in zip(axes.get_yticklabels(), names, strict=True):
+        label.set_fontweight("bold" if name in marked else "normal")
+    low, high = 100 * min(before + after), 100 * max(before + after)
+    margin = max(2.0, 0.05 * (high - low))
+    axes.set_xlim(low - margin, high + margin)
+    axes.grid(axis="x", color=canvas.FAINT, linewidth=0.5)
+    axes.set_xlabel("accuracy (%)")
+    keys = [
+        axes.plot([], [], "o", color=canvas.INK, markerfacecolor="white", markersize=8, label="before")[0],
+        axes.plot([], [], "D", color=canvas.INK, markersize=4.5, label="after")[0],
+    ]
+    canvas.legend_below(figure, axes, keys)
+    others = [place for place, name in enumerate(names) if name not in marked]
+    target = canvas.shortened(marked[0], canvas.LABEL_LENGTH) if len(marked) == 1 else "edited classes"
+    parts = [(target, sorted({names.index(name) for name in marked}))]
+    parts.append(("other classes" if marked else "mean of the classes", others))
+    changes = [
+        f"{label} {canvas.mean_percent(before, places)} → {canvas.mean_percent(after, places)}"
+        for label, places in parts
+        if places
+    ]
+    canvas.title(figure, "Accuracy by class, before and after the edit", "; ".join(changes))
+    return figure
+
+
+def edit_sweep(
+    n_components: Sequence[int],
+    targets: Sequence[float] | Tensor,
+    others: Sequence[float] | Tensor,
+    chosen: int,
+    target_name: str = "targeted examples",
+    other_name: str = "other examples",
+) -> Figure:
+    """Accuracy of the targeted and of all other examples by the number of ablated components.
+
+    Args:
+        n_components: numbers of components that were ablated, [points], in any order; 0 = the model before the edit.
+        targets: accuracies on the targeted examples [points], fractions from 0 to 1.
+        others: accuracies on the others [points].
+        chosen: the number that the edit uses, one of `n_components`.
+        target_name: for the legend and title.
+        other_name: for the legend and title.
+
+    Returns:
+        A figure, in percent, with the chosen number marked.
+
+    Raises:
+        CoarError: lengths that differ, accuracies outside 0 … 1, a choice that was not tried, or no matplotlib.
+    """
+    counts = [int(count) for count in n_components]
+    if chosen not in counts or len(set(counts)) != len(counts) or min(counts) < 0:
+        raise CoarError(f"chosen={chosen} and n_components={counts}; give different numbers, the chosen one among them")
+    order = sorted(range(len(counts)), key=counts.__getitem__)
+    curves = {
+        target_name: canvas.shares("targets", targets, len(counts)),
+        other_name: canvas.shares("others", others, len(counts)),
+    }
+    figure, axes = canvas.new(4.0)
+    axes.axvline(chosen, color=canvas.INK, linewidth=1, linestyle=":", zorder=1)
+    at_choice = []
+    for place, (name, values) in enumerate(curves.items()):
+        colour, marker = (canvas.VERMILLION, canvas.BLUE)[place], canvas.MARKERS[place]
+        axes.plot(
+            [counts[i] for i in order], [100 * values[i] for i in order], color=colour, marker=marker,
+            linestyle=canvas.LINES[place], linewidth=1.5, markersize=5, label=canvas.plain(name),
+        )  # fmt: skip
+        value = values[counts.index(chosen)]
+        axes.plot(
+            chosen,
+            100 * value,
+            "o",
+            color="black",
+            markerfacecolor="none",
+            markersize=13,
+            markeredgewidth=1.4,
+            zorder=3,
+        )
+        start = f"{100 * values[counts.index(0)]:.1f} % → " if 0 in counts else ""
+        at_choice.append(f"{name} {start}{100 * value:.1f} %")
+    axes.annotate(
+        f"chosen: {chosen}", (chosen, 1), (0, 3), xycoords=("data", "axes fraction"), textcoords="offset points",
+        ha="center", va="bottom", fontsize=9, color=canvas.INK,
+    )  # fmt: skip
+    canvas.count_axis(axes, [counts[i] for i in order])
+    lowest = 100 * min(min(values) for values in curves.values())
+    axes.set_ylim(20 * max(0, (lowest - 5) // 20) - 2, 102)
+    axes.grid(axis="y", color=canvas.FAINT, linewidth=0.5)
+    axes.set_ylabel("accuracy (%)")
+    canvas.legend_below(figure, axes)
+    canvas.title(figure, f"Accuracy by the number of ablated components; chosen: {chosen}", "; ".join(at_choice))
+    return figure
