@@ -1,7 +1,6 @@
 """The files of attributions on disk and on the Hub: their names, and checks of what is read, from whomever it comes."""
 
 import hashlib
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -105,10 +104,8 @@ def read_config(path: Path, name: str) -> dict[str, Any]:
             raise CorruptFileError(f"{path} is damaged: its {key!r} is {str(config[key])[:80]!r}")
     if not _is_list_of_files(config.get("files")):
         raise CorruptFileError(f"{path} is damaged: it does not list the files of attributions with their checksums")
-    try:
-        json.dumps(config, ensure_ascii=False, allow_nan=False).encode()
-    except ValueError as error:  # NaN, or half of a surrogate pair
-        raise CorruptFileError(f"{path} is damaged: {error}") from error
+    if not files.is_json(config):
+        raise CorruptFileError(f"{path} is damaged: it holds numbers or characters that JSON does not know")
     return config
 
 

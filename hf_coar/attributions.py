@@ -10,6 +10,7 @@ README.md                   a card
 
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,8 +27,11 @@ _TOLD = ("class", "library", "id", "revision", "dtype", "n_parameters")
 _VERIFIED_AT_LOAD = 64 * 2**20  # bytes; larger files are checked row by row as they are read, or by `verify`
 
 
-class _Figures(Protocol):
-    def to_json(self) -> dict[str, Any]: ...
+class Figures(Protocol):
+    """What `evaluate` gives: figures as JSON values."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures, without the arrays."""
 
 
 class Attributions:
@@ -61,18 +65,22 @@ class Attributions:
         Raises:
             CoarError: the shapes do not agree.
         """
-        self._matrices = {"weights": _as_rows(weights)}
+        self._matrices = {"weights": rows.as_rows(weights)}
         if standard_errors is not None:
-            self._matrices["standard_errors"] = _as_rows(standard_errors)
+            self._matrices["standard_errors"] = rows.as_rows(standard_errors)
         self.bias = bias
-        self.components = components
+        self.components = replace(components, fingerprint=dict(config or {}).get("model", {}).get("fingerprint"))
         self.identity = identity
         self.config = dict(config or {})
         self.evaluation = dict(evaluation) if evaluation is not None else None
         shapes = {name: list(matrix.shape) for name, matrix in self._matrices.items()}
         n_examples = len(self)
-        if bias.shape != (n_examples,) or any(shape != [n_examples, len(components)] for shape in shapes.values()):
-            raise CoarError(f"{shapes}, bias {list(bias.shape)} and {len(components)} components do not fit together")
+        vectors = {"bias": bias, **vars(identity)}
+        lengths = {name: list(vector.shape) for name, vector in vectors.items()}
+        if any(shape != [n_examples, len(components)] for shape in shapes.values()) or any(
+            shape != [n_examples] for shape in lengths.values()
+        ):
+            raise CoarError(f"{shapes | lengths} and {len(components)} components do not fit together")
 
     @property
     def weights(self) -> Tensor:
@@ -198,7 +206,7 @@ class Attributions:
         folder: str | Path,
         dtype: str | torch.dtype | None = None,
         max_shard_size: int | str = "5GB",
-        report: _Figures | None = None,
+        report: Figures | None = None,
     ) -> None:
         """Save to a folder; a README.md that a person wrote or changed is left as it is.
 
@@ -219,7 +227,7 @@ class Attributions:
         source: str,
         dtype: Any,
         max_shard_size: int | str,
-        report: _Figures | None,
+        report: Figures | None,
         config: Mapping[str, Any],
     ) -> None:
         evaluation = self.evaluation if report is None else report.to_json()
@@ -230,7 +238,7 @@ class Attributions:
         checksums[artefact.COMPONENTS] = artefact.checksum(folder / artefact.COMPONENTS)
         if evaluation is not None:
             artefact.write_json(folder / artefact.EVALUATION, evaluation)
-        self._write_card(folder, source, config, evaluation)
+        self.write_card(folder, source, config, evaluation)
         # The configuration comes last: where it is, and its checksums are right, the rest is whole.
         artefact.write_json(
             folder / artefact.CONFIG, {"hf_coar_format": artefact.FORMAT_VERSION, "files": checksums, **config}
@@ -253,9 +261,17 @@ class Attributions:
             )
         return checksums
 
-    def _write_card(
+    def write_card(
         self, folder: Path, source: str, config: Mapping[str, Any], evaluation: Mapping[str, Any] | None
     ) -> None:
+        """Write the card, unless there is one that a person wrote or changed, and the Hub's file of results.
+
+        Args:
+            folder: with its `pictures`, if there are any.
+            source: from where the reader loads the attributions: Hub id, or "." for the folder itself.
+            config: as the card is to show it.
+            evaluation: `Report.to_json()`, or None.
+        """
         path = folder / hub.CARD
         if not path.exists() or cards.is_generated(path.read_text(encoding="utf-8", errors="replace")):
             pictures = sorted(
@@ -331,7 +347,7 @@ class Attributions:
         create_pr: bool = False,
         dtype: str | torch.dtype | None = None,
         max_shard_size: int | str = "5GB",
-        report: _Figures | None = None,
+        report: Figures | None = None,
         pictures: str | Path | None = None,
         card: str | Path | None = None,
     ) -> str:
@@ -371,33 +387,3 @@ class Attributions:
                 folder, repo_id, artefact.UPLOADED, commit_message, token, create_pr,
                 is_generated=cards.is_generated, stale=("attributions*.safetensors",),
             )  # fmt: skip
-
-
-def push_folder(folder: str | Path, repo_id: str, **settings: Any) -> str:
-    """Upload what `save_pretrained` made, with its evaluation and pictures, and its card if a person wrote that.
-
-    Args:
-        folder: made by `save_pretrained`, or the folder of a finished run.
-        repo_id: made if there is none.
-        settings: further ones of `Attributions.push_to_hub`.
-
-    Returns:
-        The address of the commit, or of the pull request.
-
-    Raises:
-        CoarError: no attributions there, or the Hub refuses.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise CoarError(f"there is no folder {str(folder)!r}; give one made by `hf-coar attribute` or `hf-coar edit`")
-    card = folder / hub.CARD
-    written = card.is_file() and not cards.is_generated(card.read_text(encoding="utf-8", errors="replace"))
-    return Attributions.from_pretrained(folder, verify=False).push_to_hub(
-        repo_id, pictures=folder / artefact.PICTURES, card=card if written else None, **settings
-    )
-
-
-def _as_rows(matrix: Tensor | Rows) -> Rows:
-    if isinstance(matrix, Tensor) and matrix.dim() != 2:
-        raise CoarError(f"weights or standard errors of shape {list(matrix.shape)}; expected [examples, components]")
-    return matrix if isinstance(matrix, Rows) else Rows([matrix])

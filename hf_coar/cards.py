@@ -113,7 +113,7 @@ def attributions_card(
         fidelity=_fidelity(evaluation),
         stability=_stability(stability),
         snippet=_snippet("attributions", source=json.dumps(source)),
-        next_snippet=_next_snippet(model, data, config),
+        next_snippet=_next_snippet(model, data),
         pictures=_gallery(pictures),
         fingerprint=model.get("fingerprint"),
         citation=_CITATION,
@@ -121,18 +121,21 @@ def attributions_card(
     return _marked(text)
 
 
-def _next_snippet(model: Mapping[str, Any], data: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+def _next_snippet(model: Mapping[str, Any], data: Mapping[str, Any]) -> str:
     """How to load the model and the data, where both are on the Hub."""
-    if not (hub_id(model) and hub_id(data)):
+    if not (hub_id(model) and hub_id(data)) or "selected" in data:
         return ""
     arguments = {"data": data.get("id"), "split": data.get("split"), "revision": model.get("revision")}
     arguments["data_revision"] = data.get("revision")
-    given = "".join(f", {key}={json.dumps(value)}" for key, value in arguments.items() if value)
+    given = [f"    {key}={json.dumps(value)}," for key, value in arguments.items() if value]
     lines = [
         "With the model and the data, predictions can be checked on masks of your own, and the model edited:",
         "",
         "```python",
-        f"model, data = coar.load({json.dumps(model['id'])}{given})",
+        "model, data = coar.load(",
+        f"    {json.dumps(model['id'])},",
+        *given,
+        ")",
         "print(coar.evaluate(attributions, model, data))",
         "edited = coar.edit(model, attributions, decrease=[0], n_components=10)",
         "```",
@@ -206,7 +209,7 @@ def edited_model_card(entries: Mapping[str, Any], source: str = ".", pictures: S
     revision = f", revision={json.dumps(base['revision'])}" if hub_id(base) and base.get("revision") else ""
     text = template("edited_model").substitute(
         metadata=_yaml_head(metadata),
-        title=f"{_model_name(base)}, {len(components)} components ablated",
+        title=f"{_model_name(base)}, {_count(len(components), 'component')} ablated".removeprefix("a "),
         model=_model_name(base),
         model_line=_model_line(base),
         data_line=_data_line(data),
@@ -215,7 +218,8 @@ def edited_model_card(entries: Mapping[str, Any], source: str = ".", pictures: S
         increase=_examples(entries.get("increase")),
         decrease=_examples(entries.get("decrease")),
         reference=_examples(entries.get("reference")),
-        n_components=len(components),
+        n_components=_count(len(components), "component"),
+        were="was" if len(components) == 1 else "were",
         granularity=entries.get("granularity"),
         components="\n".join(f"- `{component}`" for component in components),
         rule=_RULES.get(entries.get("rule"), entries.get("rule")),
@@ -256,7 +260,7 @@ _RULES = {"welch": "Welch's t between the targets' and the other examples' weigh
 
 def _aim(edit: Mapping[str, Any]) -> str:
     sides = [("raise", edit.get("increase")), ("lower", edit.get("decrease"))]
-    said = [f"{verb} the output on {len(examples)} examples" for verb, examples in sides if examples]
+    said = [f"{verb} the output on {_count(len(examples), 'example')}" for verb, examples in sides if examples]
     return " and ".join(said) + " and spare the others" if said else "change its outputs"
 
 
@@ -267,7 +271,7 @@ def _examples(indices: Any) -> str:
     if not indices:
         return "none"
     listed = ", ".join(map(str, indices[:12])) + (", …" if len(indices) > 12 else "")
-    return f"{len(indices)} examples: {listed}"
+    return f"{_count(len(indices), 'example')}: number {listed}"
 
 
 def _before_and_after(figures: Sequence[Sequence[str]]) -> str:
@@ -356,7 +360,7 @@ def _data_line(data: Mapping[str, Any]) -> str:
     parts += [f"split {data['split']}"] if data.get("split") else []
     parts += [f"revision `{data['revision']}`"] if data.get("revision") else []
     selected = data.get("selected")
-    parts += [f"{len(selected)} examples of it"] if isinstance(selected, Sequence) else []
+    parts += [f"{_count(len(selected), 'example')} of it"] if isinstance(selected, Sequence) else []
     return ", ".join(parts)
 
 
@@ -375,6 +379,10 @@ def _cost(cost: Any, n_examples: int) -> str:
     if not isinstance(cost, int | float):
         return "unknown"
     return f"{cost:g} forward passes an example, {cost * n_examples:,.0f} in all"
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
 def _percent(fraction: Any) -> str:

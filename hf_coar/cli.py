@@ -10,25 +10,30 @@ from typing import Any
 
 from hf_coar import (
     __version__,
+    allowance,
     budget,
     demo,
     editing,
     engine,
     evaluation,
+    folders,
     models,
     outputs,
     pipeline,
     workers,
 )
 from hf_coar import edited as edited_model
-from hf_coar.attributions import Attributions, push_folder
+from hf_coar.attributions import Attributions
+from hf_coar.baselines import BASELINES
 from hf_coar.components import GRANULARITIES, Components, find_components
 from hf_coar.data import Chunks, rows
 from hf_coar.errors import CoarError
 from hf_coar.path_gradient import PathGradient
 from hf_coar.regression import Regression
+from hf_coar.solvers import ARD, Lasso, Ridge
 
 USER_ERROR, INTERRUPTED = 2, 130
+_SOLVERS = {"ridge": Ridge, "lasso": Lasso, "ard": ARD}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -102,7 +107,7 @@ def _attribute(args: argparse.Namespace) -> str:
     with engine.running(**_running(args)):
         attributions = pipeline.attribute(
             model, data, _found(model, args), output=args.output, method=_method(args),
-            ablated_fraction=args.ablated_fraction, seed=args.seed, out=args.out,
+            ablated_fraction=args.ablated_fraction, seed=args.seed, out=args.out, budget=args.budget,
         )  # fmt: skip
     summary = {
         "attributions": str(args.out),
@@ -126,8 +131,14 @@ def _planned(args: argparse.Namespace, model: Any, data: Any) -> str:
     if n_examples is None:
         raise CoarError("the number of examples of a stream is not known beforehand; try without --streaming")
     components = _found(model, args)
+    method = _method(args) or PathGradient()
+    if args.budget is not None:
+        passes, timed = allowance.parse(args.budget)
+        if timed:
+            raise CoarError(f"--budget {args.budget!r} is timed when the run begins; give forward passes to --dry-run")
+        method = allowance.within(method, passes, args.ablated_fraction, len(components))
     planned = budget.budget(
-        model, rows(first, 0, 1), n_examples, len(components), _method(args), args.ablated_fraction, args.batch_size,
+        model, rows(first, 0, 1), n_examples, len(components), method, args.ablated_fraction, args.batch_size,
         team.count,
     )  # fmt: skip
     if args.json:
@@ -141,6 +152,8 @@ def _evaluate(args: argparse.Namespace) -> str:
     report = evaluation.evaluate(
         attributions, model, data, fractions=args.fractions, n_masks=args.n_masks, seed=args.seed, out=args.out
     )
+    if Path(args.attributions).is_dir() and engine.processes().is_main_process:
+        folders.add_evaluation(args.attributions, report)
     return json.dumps(report.to_json(), indent=2) if args.json else str(report)
 
 
@@ -166,7 +179,7 @@ def _push(args: argparse.Namespace) -> str:
     if (Path(args.folder) / edited_model.RECORD).is_file():
         address = edited_model.push_to_hub(args.folder, args.repo_id, **settings)
     else:
-        address = push_folder(args.folder, args.repo_id, dtype=args.dtype, **settings)
+        address = folders.push_folder(args.folder, args.repo_id, dtype=args.dtype, **settings)
     return json.dumps({"commit": address}, indent=2) if args.json else f"pushed: {address}"
 
 
@@ -188,9 +201,14 @@ def _found(model: Any, args: argparse.Namespace) -> Components:
 
 
 def _method(args: argparse.Namespace) -> Any:
+    """The estimator asked for; None where none was, so that `attribute` takes its default."""
+    rounds = {} if args.rounds is None else {"rounds": args.rounds}
+    if args.method is None and not rounds:
+        return None
     if args.method == "regression":
-        return Regression(n_masks=args.n_masks)
-    return PathGradient(rounds=args.rounds)
+        prior = PathGradient(**rounds) if args.prior else None
+        return Regression(n_masks=args.n_masks, solver=_SOLVERS[args.solver](), prior=prior)
+    return BASELINES[args.method]() if args.method in BASELINES else PathGradient(**rounds)
 
 
 def _with_sources(args: argparse.Namespace, attributions: Attributions) -> argparse.Namespace:
@@ -357,9 +375,15 @@ def _component_flags(parser: argparse.ArgumentParser) -> None:
 def _method_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", default="margin", help=f"one of {', '.join(outputs.names())} (default %(default)s)")
     parser.add_argument(
-        "--method", choices=("path_gradient", "regression"), default="path_gradient", help="(default %(default)s)"
+        "--method", choices=("path_gradient", "regression", *BASELINES),
+        help="by default path_gradient, or regression where no gradient gets through the model",
+    )  # fmt: skip
+    parser.add_argument("--budget", help="forward passes an example, or a time ('20 min'): decides rounds or masks")
+    parser.add_argument("--rounds", type=int, help=f"of path_gradient (default {PathGradient().rounds})")
+    parser.add_argument(
+        "--solver", choices=tuple(_SOLVERS), default="ridge", help="of regression (default %(default)s)"
     )
-    parser.add_argument("--rounds", type=int, default=8, help="of path_gradient (default %(default)s)")
+    parser.add_argument("--prior", choices=("path_gradient",), help="regression: begin from these attributions")
     parser.add_argument("--n-masks", type=int, default=5000, help="of regression (default %(default)s)")
     parser.add_argument("--ablated-fraction", type=float, default=0.05, help="(default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of all draws (default %(default)s)")

@@ -90,11 +90,34 @@ def save(edited: nn.Module, folder: str | Path, figures: Figures = (), pictures:
     if not entries:
         raise CoarError(f"the {type(edited).__name__} given was not made by coar.edit; save it with its own library")
     models.save_model(edited, folder)
+    _copy_preprocessing(entries.get("base") or {}, folder)
     for picture in sorted(Path(pictures).glob("*.png")) if pictures is not None else ():
         files.write_bytes(folder / artefact.PICTURES / picture.name, picture.read_bytes())
     entries = {**entries, "figures": [[str(cell) for cell in row] for row in figures]}
     files.write_json(folder / RECORD, entries)
     write_card(folder, entries, ".")
+
+
+# What image processors and tokenizers of transformers consist of.
+_PREPROCESSING = (
+    "preprocessor_config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json",
+    "special_tokens_map.json", "added_tokens.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model",
+    "chat_template.jinja",
+)  # fmt: skip
+
+
+def _copy_preprocessing(base: Mapping[str, Any], folder: Path) -> None:
+    """The base's image processor or tokenizer, as far as it is on this machine, so that pipelines find it."""
+    if base.get("library") != "transformers" or not base.get("id"):
+        return
+    source = hub.Source(base["id"], base.get("revision"), local_files_only=True)
+    for name in _PREPROCESSING:
+        try:
+            path = source.file_if_there(name)
+        except CoarError:  # neither a folder nor a Hub id
+            return
+        if path is not None and path.parent.resolve() != folder.resolve():
+            files.write_bytes(folder / name, path.read_bytes())
 
 
 def push_to_hub(

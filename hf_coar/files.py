@@ -93,6 +93,15 @@ def write_json(path: Path, value: Any, replace: bool = True) -> None:
     write_bytes(path, content.encode(), replace)
 
 
+def is_json(value: Any) -> bool:
+    """Whether a value can be written by `write_json`: no NaN, no half of a surrogate pair, nothing unknown to JSON."""
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, TypeError, RecursionError):
+        return False
+    return True
+
+
 def read_json(path: Path) -> Any:
     """Read JSON.
 

@@ -113,7 +113,7 @@ def check_edit(value: Any, where: str) -> dict[str, Any]:
     records = [value.get(key) or {} for key in ("base", "data")] if sane else []
     sane = sane and all(isinstance(entry, dict) for entry in records)
     sane = sane and all(isinstance(entry.get(key), str | None) for entry in records for key in _EDIT_TEXTS)
-    if not sane:
+    if not sane or not files.is_json(value):
         raise CorruptFileError(f"{where} is no record of an edit; delete it, or download the model again")
     return value
 

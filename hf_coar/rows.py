@@ -71,6 +71,17 @@ class Rows:
             self.row(index)
 
 
+def as_rows(matrix: Tensor | Rows) -> Rows:
+    """A tensor as rows, or rows as they are.
+
+    Raises:
+        CoarError: the tensor is no matrix.
+    """
+    if isinstance(matrix, Tensor) and matrix.dim() != 2:
+        raise CoarError(f"weights or standard errors of shape {list(matrix.shape)}; expected [examples, components]")
+    return matrix if isinstance(matrix, Rows) else Rows([matrix])
+
+
 def save(path: Path, matrices: Mapping[str, Tensor], columns: Mapping[str, Tensor]) -> str:
     """Write matrices [examples, …] and the small tensors [examples] beside them, atomically.
 

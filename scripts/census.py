@@ -137,7 +137,8 @@ def exactness_jobs() -> Iterator[tuple[str, Callable[[], dict]]]:
             result["failures"] += [f"{granularity}: {failure}" for failure in measured.failures()]
             result["bypassed"] += measured.bypassed
             if granularity == "unit":
-                result.update(dtype=str(measured.dtype), effect=measured.effect, unused=measured.unused)
+                result.update(dtype=str(measured.dtype), effect=measured.effect)
+                result.update(unused=measured.unused, notes=measured.notes)
         return result
 
     for head, model_type in tiny_models.transformers_pairs():
@@ -175,10 +176,104 @@ def sweep(jobs: Iterator[tuple[str, Callable[[], dict]]], table: Path, limit: in
                     result = job()
             except Exception as error:
                 stage = "built" if isinstance(error, coar.CoarError) else "error"
-                result = {stage: f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+                text = " ".join(str(error).split()).replace(sys.prefix, "…")[:160]
+                result = {stage: f"{type(error).__name__}: {text}"}
             seconds = round(time.perf_counter() - start, 2)
             lines.write(json.dumps({"name": name, "seconds": seconds, **result}) + "\n")
             lines.flush()
+
+
+def lines_of(folder: Path, step: str) -> list[dict]:
+    """All finished jobs of a step, by name."""
+    path = folder / f"{step}.jsonl"
+    found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return sorted({entry["name"]: entry for entry in found}.values(), key=lambda entry: entry["name"])
+
+
+def share(found: list[dict]) -> float:
+    """Covered weights of all that hold components."""
+    covered = sum(entry["covered"] for entry in found)
+    return covered / max(1, covered + sum(entry["missed"] for entry in found))
+
+
+def totals_of(coverage: list[dict], exactness: list[dict]) -> dict:
+    """The figures that the tests look at."""
+    totals: dict = {"exact": {}, "tiny": {}}
+    for library in ("timm", "transformers"):
+        of_library = [entry for entry in coverage if entry["name"].startswith(f"{library}/")]
+        found = [entry for entry in of_library if "covered" in entry]
+        unbuilt = [entry for entry in of_library if "error" in entry]
+        totals[library] = {
+            "architectures": len(of_library),
+            "constructible": len(of_library) - len(unbuilt),
+            "found": len(found),
+            "coverage": round(share(found), 6),
+            "lowest": round(min((share([entry]) for entry in found), default=0.0), 4),
+            "below_95": [entry["name"] for entry in found if share([entry]) < 0.95],
+            "slowest_search_seconds": round(max((entry["find"] for entry in found), default=0.0), 1),
+            "with_heads": sum("head" in entry["kinds"] for entry in found),
+            "with_experts": sum("expert" in entry["kinds"] for entry in found),
+        }
+        tiny = [e for e in exactness if "laws" in e and e["name"].startswith("timm/") == (library == "timm")]
+        totals["tiny"][library] = len(tiny)
+        totals["exact"][library] = sum(not entry["failures"] for entry in tiny)
+    return totals
+
+
+def verdict(entry: dict) -> str:
+    """One cell: exact or why not."""
+    if "laws" not in entry:
+        return f"no tiny model: {entry.get('error') or entry.get('built')}"
+    return "; ".join(entry["failures"] or ["exact", *entry.get("notes", ())])
+
+
+def report(folder: Path) -> str:
+    """The table: totals, one line an architecture, one line a tiny model."""
+    coverage, exactness = lines_of(folder, "coverage"), lines_of(folder, "exactness")
+    totals = totals_of(coverage, exactness)
+    rows = [
+        "# Census",
+        "",
+        f"timm {timm.__version__}, transformers {transformers.__version__}, torch {torch.__version__}; made by",
+        "`scripts/census.py`. Coverage: of the weights in matrices, filters and stacks of experts outside of",
+        "embeddings, classifier heads and norms, the share that holds components (granularity unit).",
+        "",
+        f"<!-- totals {json.dumps(totals)} -->",
+        "",
+        "| library | architectures | constructible | found | coverage | lowest | with heads | with experts |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for library in ("timm", "transformers"):
+        t = totals[library]
+        cells = [t["architectures"], t["constructible"], t["found"], f"{t['coverage']:.4%}", f"{t['lowest']:.2%}"]
+        rows.append(f"| {library} | " + " | ".join(map(str, [*cells, t["with_heads"], t["with_experts"]])) + " |")
+    exact, tiny = totals["exact"], totals["tiny"]
+    rows += [
+        "",
+        f"Exact: {exact['transformers']} of {tiny['transformers']} (head, type) pairs of transformers and "
+        f"{exact['timm']} of {tiny['timm']} families of timm that have a tiny model.",
+        "",
+        "## Exactness",
+        "",
+        "Hooks, weights and zeroing by hand; one mask an example; gates of one; gradients; saving and loading. Limits: "
+        "1e-9 of the logits' scale in float64, 1e-5 where the model computes in float32 inside.",
+        "",
+        "| model | components | result | unused weights |",
+        "|---|---|---|---|",
+    ]
+    for entry in exactness:
+        counts = ", ".join(f"{size:,} {name}" for name, size in entry.get("counts", {}).items())
+        unused = len(entry.get("unused", ())) or ""
+        rows.append(f"| {entry['name']} | {counts} | {verdict(entry).replace('|', '/')} | {unused} |")
+    rows += ["", "## Coverage", "", "| architecture | components by kind | coverage | left out |", "|---|---|---|---|"]
+    for entry in coverage:
+        if "covered" in entry:
+            kinds = ", ".join(f"{size:,} {kind}" for kind, size in entry["kinds"].items())
+            left = "; ".join(entry["reasons"]) if entry["missed"] else ""
+            rows.append(f"| {entry['name']} | {kinds} | {share([entry]):.2%} | {left} |")
+        else:
+            rows.append(f"| {entry['name']} | | | {(entry.get('error') or entry['built']).replace('|', '/')} |")
+    return "\n".join(rows) + "\n"
 
 
 def main() -> None:
@@ -196,6 +291,9 @@ def main() -> None:
     jobs = {"coverage": coverage_jobs, "exactness": exactness_jobs}
     if arguments.step in jobs:
         sweep(jobs[arguments.step](), arguments.folder / f"{arguments.step}.jsonl", arguments.limit)
+    else:
+        RESULT.parent.mkdir(parents=True, exist_ok=True)
+        RESULT.write_text(report(arguments.folder), encoding="utf-8")
 
 
 if __name__ == "__main__":

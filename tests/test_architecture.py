@@ -21,7 +21,7 @@ STEPS: list[set[str]] = [
     {"sites", "weights", "engine", "attributions"},
     {"masking"},
     {"fit", "measurement", "delta_reads", "shrinkage", "gradients", "stability"},
-    {"regression", "path_gradient", "evaluation", "editing", "edited", "baselines", "allowance"},
+    {"regression", "path_gradient", "evaluation", "editing", "edited", "folders", "baselines", "allowance"},
     {"pipeline", "plots", "explore", "budget"},
     {"demo"},
     {"__init__"},

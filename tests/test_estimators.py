@@ -183,7 +183,7 @@ def test_both_estimators_are_exact_on_a_linear_net(linear, method, fraction):
 @pytest.mark.parametrize("fraction", [0.02, 0.05, 0.11, 0.2, 0.3])
 @pytest.mark.parametrize("method", [coar.PathGradient(2), coar.Regression(600)], ids=lambda m: m.name)
 def test_the_bias_is_exact_on_a_linear_net(linear, method, fraction):
-    # BUG: above a fraction of 0.1 PathGradient's bias takes the fraction that should be off on average for the one that
+    # Once wrong: above a fraction of 0.1 PathGradient's bias takes the fraction that should be off on average for the one that
     # was, so that the luck of the background ends up in the bias (the weights are exact). Subtracting weights times the
     # gates really drawn in every pass, sum_i w_i g_i, would be exact.
     model, components, data, _, bias = linear
@@ -286,7 +286,7 @@ def test_data_of_every_kind(convnet, method):
 
 
 def test_data_that_stream(convnet, method):
-    # BUG: `Examples` has a `__len__` that raises TypeError for a stream, and `pipeline._tell_cost` takes its presence
+    # Once wrong: `Examples` has a `__len__` that raises TypeError for a stream, and `pipeline._tell_cost` takes its presence
     # for a length: no IterableDataset works, nor does coar.load(…, streaming=True).
     inputs, labels = pixels()
     table = datasets.Dataset.from_dict({"inputs": inputs.tolist(), "labels": labels.tolist()})
@@ -300,7 +300,7 @@ def test_the_demo_as_a_stream(demo_pair, demo_attributions):
         DEMO / "model", data=DEMO / "images.parquet", split="train[:12]", batch_size=12, streaming=True
     )
     assert torch.equal(next(iter(stream))["pixel_values"], next(iter(demo_pair[1]))["pixel_values"])
-    # BUG: as above.
+    # Once wrong: as above.
     found = coar.attribute(model, stream, method=coar.PathGradient(rounds=4), progress=False)
     assert torch.equal(found.weights, demo_attributions.weights)
 
@@ -359,7 +359,7 @@ class Branching(nn.Module):
 
 
 def test_modules_that_run_for_some_batches_only(method):
-    # BUG: which modules run is found out once, on the first batch; a module that this one does not need counts as dead
+    # Once wrong: which modules run is found out once, on the first batch; a module that this one does not need counts as dead
     # for all, so that its attributions depend on the batch size (and on where a run was resumed).
     torch.manual_seed(0)
     model, inputs, labels = Branching(), torch.randn(8, 4), torch.arange(8) % 3
@@ -846,7 +846,7 @@ def test_tensors_that_are_missing_are_errors(judged, tmp_path, lost):
 
 @pytest.mark.parametrize("wrong", ["bias", "standard_errors", "signatures", "labels"])
 def test_tensors_that_do_not_fit_together(judged, wrong):
-    # BUG: signatures and labels of another number of examples are taken.
+    # Once wrong: signatures and labels of another number of examples are taken.
     found = judged[2]
     parts = {"bias": found.bias, "standard_errors": found.standard_errors, **vars(found.identity)}
     parts[wrong] = parts[wrong][:5].clone()
@@ -932,7 +932,7 @@ def test_targets_that_make_no_sense(small, options, message):
 
 
 def test_targets_may_be_tensors_and_arrays(small):
-    # BUG: `increase or ()` asks a tensor or an array for its truth, which fails for more than one target.
+    # Once wrong: `increase or ()` asks a tensor or an array for its truth, which fails for more than one target.
     expected = editing.rank_components(small, increase=[0, 1]).tolist()
     assert editing.rank_components(small, increase=torch.tensor([0, 1])).tolist() == expected
     assert editing.rank_components(small, increase=np.array([0, 1]), reference=np.array([2, 3])).tolist() == expected

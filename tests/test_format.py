@@ -244,6 +244,9 @@ def test_another_model_is_refused_and_what_differs_is_named(made, demo_attributi
         coar.edit(changed, demo_attributions, decrease=[0])
     with pytest.raises(coar.CoarError, match="class 'ResNet' against 'Sequential'"):
         coar.edit(mlp.model, demo_attributions, decrease=[0])
+    with pytest.raises(coar.CoarError, match="components come with attributions of a model"):
+        with coar.ablate(changed, demo_attributions.components, torch.ones(len(demo_attributions.components))):
+            pass
     with pytest.raises(coar.CoarError, match="these attributions are of"):
         coar.evaluate(demo_attributions, changed, data, n_masks=3, progress=False)
 

@@ -161,8 +161,7 @@ def test_attribute_push_pull_edit_push_and_load_with_the_base_libraries_alone(tm
 
 TROUBLES = """
 import hf_coar as coar
-from hf_coar import attributions as module
-from hf_coar import edited
+from hf_coar import edited, folders
 
 found = {}
 
@@ -176,7 +175,7 @@ def pull(repo, **settings):
     return lambda: coar.Attributions.from_pretrained(repo, **settings)
 
 def push(repo, **settings):
-    return lambda: module.push_folder("artefact", repo, **settings)
+    return lambda: folders.push_folder("artefact", repo, **settings)
 
 faults(["PUT", "/objects/", "die", 99])
 attempt("died amid the upload", push("me/new"))

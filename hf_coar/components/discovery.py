@@ -82,8 +82,7 @@ def find_components(
     skipped += _without_rule(model, found)
     if not groups:
         raise NoComponentsError(_nothing_found(model, found, left_out, granularity, include, exclude))
-    plain = {(one.module, id(one.tensor)) for one in found}
-    shared = [_with_sharers(group, key[0], users, plain) for key, group in groups.items()]
+    shared = [_with_sharers(model, group, users[key[0]]) for key, group in groups.items()]
     return Components(tuple(shared), granularity, tuple(skipped))
 
 
@@ -249,23 +248,28 @@ def _group(
 
 
 def _users(model: nn.Module) -> dict[int, list[str]]:
-    """Names of the modules that hold a parameter, by the parameter's identity."""
+    """Names of the modules that hold a parameter or buffer, by its identity."""
     users: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
             users.setdefault(id(parameter), []).append(name)
+        for buffer in module.buffers(recurse=False):
+            users.setdefault(id(buffer), []).append(name)
     return users
 
 
-def _with_sharers(group: Group, tensor: int, users: Mapping[int, Sequence[str]], plain: set[tuple[str, int]]) -> Group:
+def _with_sharers(model: nn.Module, group: Group, users: Sequence[str]) -> Group:
     """The group with all other modules that use its parameter, heads and embeddings too: it is one weight."""
     owner = group.parameter.rpartition(".")[0]
-    others = tuple(name for name in users.get(tensor, ()) if name not in (group.module, owner))
+    others = tuple(name for name in users if name not in (group.module, owner))
     if not others:
         return group
-    # An embedding, say, reads a tied matrix in its own way, which hooks on its output do not show.
-    same_way = all((name, tensor) in plain for name in others) and group.site in ("output", "input")
-    return replace(group, shared_by=others, site=group.site if same_way else "weight")
+    # Each may read it in a way of its own (looked up, transposed, without running at all), which no hook on it shows.
+    parts = [name.split(".") for name in (group.module, *others)]
+    end = next((i for i, level in enumerate(zip(*parts, strict=False)) if len(set(level)) > 1), 0)
+    while end and isinstance(model.get_submodule(".".join(parts[0][:end])), nn.ModuleList | nn.ModuleDict):
+        end -= 1  # lists do not run
+    return replace(group, shared_by=others, site="weight", scope=".".join(parts[0][:end]))
 
 
 def _without_rule(model: nn.Module, found: Sequence[_Found]) -> list[Skipped]:

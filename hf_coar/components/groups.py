@@ -35,6 +35,7 @@ class Group:
         by_weights: what may be done to the stored weight: "scale" it, only "zero" it, or "never" change it.
         routed: the module runs on chosen tokens only (an expert), so that its rows do not tell the examples.
         head_block: input columns of one attention head, where the parameter is an attention's output projection.
+        scope: of a shared parameter, the module around all its users, whose forward the gates enter; else None.
     """
 
     module: str
@@ -51,6 +52,12 @@ class Group:
     by_weights: str = "scale"
     routed: bool = False
     head_block: int | None = None
+    scope: str | None = None
+
+    @property
+    def place(self) -> str:
+        """Name of the module whose forward the gates enter."""
+        return self.module if self.scope is None else self.scope
 
     def rows(self, weight: Tensor) -> Tensor:
         """A view of the weight whose first axis (or, for stacked matrices, first two) the components divide."""
@@ -118,11 +125,14 @@ class Components:
         groups: the groups, laid out one after the other.
         granularity: one of `GRANULARITIES`.
         skipped: weights that were left out, with the reason.
+        fingerprint: of the weights of the model that they belong to, where they come with attributions; `ablate`
+            refuses another model then.
     """
 
     groups: tuple[Group, ...]
     granularity: str = "unit"
     skipped: tuple[Skipped, ...] = field(default=(), compare=False)
+    fingerprint: str | None = field(default=None, compare=False)
 
     def __len__(self) -> int:
         """How many components."""

@@ -181,7 +181,8 @@ def _reloads(edited: nn.Module, batch: data.Batch, folder: Path) -> bool:
     inputs, outputs = folder / "inputs.tmp.safetensors", folder / "outputs.tmp.safetensors"
     files.write_tensors(inputs, {"pixel_values": batch["pixel_values"]})
     try:
-        command = [sys.executable, "-c", _RELOAD, str(folder), str(inputs), str(outputs)]
+        # -P: nothing that happens to lie in the current folder is imported.
+        command = [sys.executable, "-P", "-c", _RELOAD, str(folder), str(inputs), str(outputs)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise CoarError(f"timm alone cannot load the edited model: {done.stderr.strip().splitlines()[-1]}")

@@ -9,13 +9,15 @@ see none run once an example, inside the nearest module around them that can be 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from hf_coar import models
 from hf_coar.components import Components, Group
-from hf_coar.errors import CoarError
+from hf_coar.errors import CoarError, ModelMismatchError
 from hf_coar.masking import layout, weights
 from hf_coar.masking.layout import Layout, Layouts
 from hf_coar.masking.sites import (
@@ -56,6 +58,7 @@ def ablate(model: nn.Module, components: Components, kept: Any, how: str = "auto
     if how not in ("auto", "hooks", "weights"):
         raise CoarError(f"how={how!r}; there are 'auto', 'hooks' and 'weights'")
     tensors = weights.handles(model, components)
+    _check_fingerprint(model, components)
     if how == "auto":
         offloaded = any(tensor.device.type == "meta" for tensor in tensors)
         by_weights = kept.dim() == 1 and not kept.requires_grad and not offloaded
@@ -73,6 +76,24 @@ def ablate(model: nn.Module, components: Components, kept: Any, how: str = "auto
     else:
         with _zeroed(model, components, kept, tensors):
             yield model
+
+
+# Model -> the fingerprint that it was found to have. Taken once a model, as `ablate` runs once a mask.
+_found_to_have: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+
+
+def _check_fingerprint(model: nn.Module, components: Components) -> None:
+    """Components of attributions belong to one set of weights; those of `find_components` go by shapes alone."""
+    if components.fingerprint is None or _found_to_have.get(model) == components.fingerprint:
+        return
+    found = models.fingerprint(model)
+    if found != components.fingerprint:
+        raise ModelMismatchError(
+            f"these components come with attributions of a model with weights {components.fingerprint[:12]}…, and the "
+            f"{type(model).__name__} given has weights {found[:12]}…; load the model that was attributed, or take "
+            "components from find_components(model)"
+        )
+    _found_to_have[model] = found
 
 
 def check_same_model(model: nn.Module, components: Components) -> None:
@@ -187,8 +208,7 @@ def _by_place(pairs: Pairs) -> dict[tuple[str, str], list[tuple[Group, Tensor]]]
     places: dict[tuple[str, str], list[tuple[Group, Tensor]]] = {}
     for group, gate in pairs:
         site = "attention" if group.site.startswith("attention") else group.site
-        for name in (group.module, *group.shared_by):
-            places.setdefault((name, site), []).append((group, gate))
+        places.setdefault((group.place, site), []).append((group, gate))
     return places
 
 
@@ -241,7 +261,7 @@ def _divided(
 
 def _watched(model: nn.Module, components: Components) -> dict[str, nn.Module]:
     """All modules with gates and all modules around them, but the model itself."""
-    names = {name for group in components.groups for name in (group.module, *group.shared_by)}
+    names = {group.place for group in components.groups}
     for name in list(names):
         parts = name.split(".")
         names.update(".".join(parts[:end]) for end in range(1, len(parts)))
@@ -263,22 +283,15 @@ def _plan(pairs: Pairs, seen: layout.Probe, state: Pass) -> tuple[set[str], dict
     for group, gate in pairs:
         if gate.dim() == 1 or group.parameter in seen.inert:
             continue
-        names = (group.module, *group.shared_by)
-        silent = not any(seen.layouts.get(name) for name in names) and not _hidden(group)
-        for name in names:
-            if state.n_examples == 1:
-                if silent:
-                    bypassed.setdefault("", []).append((group, gate))
-                continue
-            reached = _has_layout(group, name, seen.layouts) or name not in seen.layouts
-            if reached and not silent and not _hidden(group):
-                continue
-            around = _nearest_divisible(name, group, seen.layouts)
+        silent = not seen.layouts.get(group.place) and not _hidden(group)
+        around: str | None = ""
+        if state.n_examples != 1 and not _has_layout(group, seen.layouts):
+            around = _nearest_divisible(group, seen.layouts)
             if around is None:
                 raise cannot_tell(group)
             loops.add(around)
-            if silent:
-                bypassed.setdefault(around, []).append((group, gate))
+        if silent:
+            bypassed.setdefault(around, []).append((group, gate))
     return loops, bypassed
 
 
@@ -287,9 +300,9 @@ def _hidden(group: Group) -> bool:
     return group.routed or group.site == "weight"
 
 
-def _has_layout(group: Group, name: str, layouts: Layouts) -> bool:
+def _has_layout(group: Group, layouts: Layouts) -> bool:
     """Whether the rows of the gates can be laid out along what the site sees."""
-    calls = layouts.get(name)
+    calls = layouts.get(group.place)
     if not calls or group.routed or group.site == "weight":
         return False
     if group.site.startswith("attention"):
@@ -298,8 +311,8 @@ def _has_layout(group: Group, name: str, layouts: Layouts) -> bool:
     return all(side and isinstance(side[0], Layout) for side in sides)
 
 
-def _nearest_divisible(name: str, group: Group, layouts: Layouts) -> str | None:
-    parts = name.split(".") if name else []
+def _nearest_divisible(group: Group, layouts: Layouts) -> str | None:
+    parts = group.place.split(".") if group.place else []
     # An expert sees the tokens that were sent to it: begin outside of it, at what holds the list of experts.
     for end in range(len(parts) - (1 if group.routed else 0), -1, -1):
         around = ".".join(parts[:end])
@@ -316,8 +329,8 @@ def _inert(model: nn.Module, components: Components, layouts: Layouts, run_pair:
     silent = {
         group.parameter
         for group, tensor in zip(components.groups, tensors, strict=True)
-        if not any(layouts.get(name) for name in (group.module, *group.shared_by))
-        and not _hidden(group)
+        if not layouts.get(group.place)
+        and not group.routed
         and group.by_weights != "never"
         and tensor.device.type != "meta"
     }

@@ -65,12 +65,10 @@ def contribution_by_layer(attributions: Attributions, examples: Sequence[int] | 
     if prefix:
         axes.set_ylabel(f"in {canvas.plain(prefix)}")
     largest = short[max(range(len(values)), key=values.__getitem__)]
-    counts = f"{canvas.count(len(attributions.components), each)} in {canvas.count(len(set(modules)), 'layer')}, "
-    canvas.title(
-        figure,
-        f"Contribution per {each}: largest in {largest}",
-        f"{counts}input at the top; {canvas.of(chosen, len(attributions))}",
-    )
+    layers = canvas.count(len(set(modules)), "layer")
+    detail = f"{canvas.count(len(attributions.components), each)} in {layers}, input at the top; "
+    detail += canvas.of(chosen, len(attributions))
+    canvas.title(figure, f"Contribution per {each}: largest in {largest}", detail)
     return figure
 
 

@@ -1,4 +1,4 @@
-"""Solvers: from masks and outputs to weights (`ridge`, `lasso`, `ard`), and the linear algebra under them (`design`)."""
+"""Solvers: from masks and outputs to weights: `Ridge`, `Lasso`, `ARD`; and what is under them (`design`, `systems`)."""
 
 from hf_coar.solvers.ard import ARD
 from hf_coar.solvers.base import Solver

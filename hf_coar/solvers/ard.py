@@ -1,5 +1,6 @@
 """Automatic relevance determination: one prior variance a component, learnt from all examples together."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -27,9 +28,10 @@ class ARD:
         v_i ← v_i sqrt((Σ_e u_ei² + a v / v_i) / (E γ_i + a)),   σ² ← σ² sqrt(mean_e |r_e|² / (σ² (m - 1 - Σγ)))
 
     where sqrt(v_i) u_ei is the posterior mean, γ_i the share of its prior variance that the data take away, r the
-    residual, and E the number of examples. The variances have an inverse gamma prior themselves, worth `pseudo_examples`
-    a, around their harmonic mean v: of a single example nobody can tell which variances are large. It is solved in the space of components or of masks, whichever is smaller. At the end, ridge regression
-    with these variances chooses the noise of every example by exact leave-one-out error.
+    residual, and E the number of examples. The variances have an inverse gamma prior themselves, worth a =
+    `pseudo_examples`, around their harmonic mean v: of a single example nobody can tell which variances are large. It
+    is solved in the space of components or of masks, whichever is smaller. At the end, ridge regression with these
+    variances chooses the noise of every example by exact leave-one-out error.
 
     Unlike for other solvers, an example's weights depend on the other examples.
 
@@ -129,7 +131,8 @@ def _in_masks(design: Design, centred: Tensor, state: _State, pseudo: float) -> 
         columns = scaled.columns(start, start + _COLUMNS)
         whitened = torch.linalg.solve_triangular(lower, columns, upper=False)
         gamma[start : start + _COLUMNS] = whitened.square().sum(0).double()
-    log_determinant = 2 * float(lower.diagonal().double().log().sum())
+    # With an intercept there are m - 1 directions; the one left out has the noise alone.
+    log_determinant = 2 * float(lower.diagonal().double().log().sum()) - math.log(state.noise)
     evidence = -0.5 * (log_determinant + float(half.double().square().sum(0).mean())) / n_masks
     return _moved(state, scaled.transposed(solved), gamma, state.noise * solved, evidence, pseudo)
 
@@ -151,7 +154,7 @@ class _InComponents:
         u = torch.cholesky_solve(target, lower) / state.noise
         gamma = 1 - diagonal_of_inverse(lower)
         n_masks = design.shape[0]
-        log_determinant = n_masks * torch.tensor(state.noise).log() + 2 * lower.diagonal().log().sum()
+        log_determinant = (n_masks - 1) * math.log(state.noise) + 2 * lower.diagonal().log().sum()
         fit = (self.power - (target * u).sum(0)) / state.noise
         evidence = -0.5 * float(log_determinant + fit.mean()) / n_masks
         residual = centred - design.times(scale[:, None] * u).double()

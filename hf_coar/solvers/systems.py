@@ -15,7 +15,7 @@ from torch import Tensor
 from hf_coar.solvers.design import Design, diagonal_of_inverse
 
 SPECTRAL_UP_TO = 1200  # rows of the smaller Gram matrix
-_LEFT_OUT = 8192  # masks that are left out in turn, where each of them costs a solve
+_LEFT_OUT = 4096  # masks, at most, that are left out in turn where each of them costs a solve
 _ILL_CONDITIONED = 30.0  # ratio of the pivots above which float32 is not enough
 
 
@@ -140,32 +140,28 @@ class Factored:
         return torch.linalg.solve_triangular(lower.T, half, upper=True)
 
     def left_out(self, columns: Tensor, strength: float) -> tuple[Tensor, Tensor | None]:
-        """See `System`; of many masks beside few components, an evenly spread part is left out in turn."""
+        """See `System`; of more than 4,096 masks, so many are left out in turn."""
         lower = self.factor(strength)
         if lower is None:
             return Spectral(self.design).left_out(columns, strength)
         solution = self._solution(lower, columns)
         if self.dual:
-            free = diagonal_of_inverse(lower).double()
+            # The trailing block of L is the factor of the trailing block of the inverse's inverse.
+            some = max(0, len(lower) - _LEFT_OUT)
+            free = diagonal_of_inverse(lower[some:, some:]).double()
             # Of the lifted null vector, 1 / (m (λ + lift)) is in the diagonal; with the intercept there is none of it.
-            free -= 1.0 / (len(free) * (strength + self._mean))
-            return solution / free.clamp_min(1e-30)[:, None].to(solution.dtype), solution
+            free -= 1.0 / (len(lower) * (strength + self._mean))
+            return solution[some:] / free.clamp_min(1e-30)[:, None].to(solution.dtype), solution
         return self._left_out_primal(lower, solution, columns), solution
 
     def _left_out_primal(self, lower: Tensor, solution: Tensor, columns: Tensor) -> Tensor:
-        n_masks = self.design.shape[0]
-        stride, residuals = max(1, n_masks // _LEFT_OUT), []
-        for start in range(0, n_masks, 1024 * stride):
-            stop = min(start + 1024 * stride, n_masks)
-            rows = (
-                torch.cat([self.design.rows(i, i + 1) for i in range(start, stop, stride)])
-                if stride > 1
-                else (self.design.rows(start, stop))
-            )
-            rows = rows.to(lower.dtype)
+        n_masks, residuals = self.design.shape[0], []
+        for start in range(max(0, n_masks - _LEFT_OUT), n_masks, 1024):
+            stop = min(start + 1024, n_masks)
+            rows = self.design.rows(start, stop).to(lower.dtype)
             leverage = torch.linalg.solve_triangular(lower, rows.T, upper=False).square().sum(0)
             free = (1.0 - leverage - 1.0 / n_masks).clamp_min(1e-12)
-            residuals.append((columns[start:stop:stride].to(lower.dtype) - rows @ solution) / free[:, None])
+            residuals.append((columns[start:stop].to(lower.dtype) - rows @ solution) / free[:, None])
         return torch.cat(residuals)
 
 
