@@ -149,8 +149,8 @@ class Attributions:
     def stability(self) -> float | None:
         """The correlation expected between an example's weights and those of a second run with another seed.
 
-        The mean over the examples of 1 - (mean squared standard error) / (variance of the weights), at least 0. None
-        without standard errors, or where no example's weights vary.
+        The mean over the examples of 1 - (mean squared standard error) / (variance of the weights); the module
+        `stability` gives it for each of them. None without standard errors, or where no example's weights vary.
         """
         if "standard_errors" not in self._matrices:
             return None
@@ -159,7 +159,7 @@ class Attributions:
             variance = self.row(index).double().var(correction=0)
             noise = self.row(index, "standard_errors").double().square().mean()
             if variance > 0:
-                found.append(float((1 - noise / variance).clamp_min(0)))
+                found.append(float(1 - noise / variance))
         return sum(found) / len(found) if found else None
 
     def sum_by(self, by: str) -> tuple[list[str], Tensor]:

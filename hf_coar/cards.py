@@ -184,8 +184,8 @@ def _stability(stability: float | None) -> str:
     if stability is None:
         return "Stability: unknown, as the estimator gave no standard errors."
     return (
-        f"Stability: {stability:.2f}. That is the correlation expected between an example's weights here and in a "
-        "second run with another seed, by the standard errors."
+        f"Stability: {max(stability, 0):.2f}. That is the correlation expected between an example's weights here and "
+        "in a second run with another seed, by the standard errors."
     )
 
 

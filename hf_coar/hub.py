@@ -181,6 +181,8 @@ def explain(error: BaseException) -> str:
 
     if type(error) is RuntimeError and isinstance(error.__cause__, _troubles()):
         error = error.__cause__  # "Error while uploading …", which says no more
+    if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, errors.HfHubHTTPError):
+        error = error.__cause__  # the Hub was reached, and is in trouble
     known = [
         (errors.HFValidationError, "it is neither a folder nor a Hub id such as user/name"),
         (errors.GatedRepoError, "its owner lets in only who accepted the conditions: do so on its page, then "

@@ -12,7 +12,7 @@ from hf_coar import models
 from hf_coar.components import Components
 from hf_coar.engine import Part, current, run
 from hf_coar.errors import CoarError, NonFiniteOutputError
-from hf_coar.masking import ablate
+from hf_coar.masking import Repeated, ablate
 from hf_coar.outputs import Output
 from hf_coar.sampling import Masks
 from hf_coar.store import Store
@@ -61,20 +61,25 @@ class _Passes:
     def __init__(self, model: nn.Module, components: Components, output: Output, masks: Masks) -> None:
         self.model, self.components, self.output, self.masks = model, components, output, masks
         self.together = current().masks_together
+        self._ablated: Repeated | None = None
 
     def compute(self, batch: data_module.Batch, first: int, part: Part) -> dict[str, Tensor]:
         """Outputs float32 [examples, masks of the part]."""
-        columns, where = [], f"({self.masks.ablated_fraction:.3g} ablated)"
+        if self._ablated is None:  # not before the model is where it runs
+            self._ablated = Repeated(self.model, self.components)
+        found = []
         with torch.no_grad():
             for kept in self.masks.rows(part.start, part.stop).split(self.together):
-                values = self._one(batch, kept[0])[None] if len(kept) == 1 else self._several(batch, kept)
-                for row in values:
-                    check_finite(row, first, f"mask {part.start + len(columns)} {where}", self.output)
-                    columns.append(row.cpu())
-        return {"outputs": torch.stack(columns, dim=1)}
+                found.append(self._one(batch, kept[0])[None] if len(kept) == 1 else self._several(batch, kept))
+            # Looked at once a part: on an accelerator every look waits for all that is under way.
+            outputs = torch.cat(found).cpu()
+        where = f"({self.masks.ablated_fraction:.3g} ablated)"
+        for index in (~outputs.isfinite()).any(1).nonzero().flatten().tolist():
+            check_finite(outputs[index], first, f"mask {part.start + index} {where}", self.output)
+        return {"outputs": outputs.T.contiguous()}
 
     def _one(self, batch: data_module.Batch, kept: Tensor) -> Tensor:
-        with ablate(self.model, self.components, kept):
+        with self._ablated(kept):
             return self.output(models.logits(self.model, batch), batch)
 
     def _several(self, batch: data_module.Batch, kept: Tensor) -> Tensor:

@@ -245,7 +245,7 @@ def test_every_trouble_has_a_message_that_says_what_to_do(folder, demo_attributi
         "private": ("private", "token"),
         "truncated once": ("OK",),
         "truncated": ("try again", "attributions.safetensors"),
-        "download 500": ("attributions.safetensors",),
+        "download 500": ("attributions.safetensors", "the Hub answered 500", "try again later"),
         "read-only token": ("403", "right to write"),
         "proposed": ("OK", "/discussions/1"),
         "their card": ("OK",),

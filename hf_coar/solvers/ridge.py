@@ -12,9 +12,9 @@ from hf_coar.solvers.base import check
 from hf_coar.solvers.design import Design
 from hf_coar.solvers.systems import Factored, Spectral
 
-_STEP = 2.5  # ratio of neighbouring strengths that are tried where each costs a factorisation
-_STEPS = (-12, 4)  # how far they may go, from the mean eigenvalue
-_FIRST = (-1, -2)  # where the search begins
+_STEP = 3.0  # ratio of neighbouring strengths that are tried where each costs a factorisation
+_STEPS = (-11, 3)  # how far they may go, from the mean eigenvalue
+_FIRST = (-1, 0, -2)  # where the search begins
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class Ridge:
 
     One Gram matrix, of masks or of components, whichever is smaller, serves all examples. Up to 1,200 rows it is
     decomposed once for all strengths. Above, every strength that is tried costs a Cholesky factorisation: the search
-    goes downhill in steps of 2.5 from the mean eigenvalue, until every example has its minimum between two
-    neighbours, which takes three to five of them. Of more than 4,096 masks, so many are left out in turn.
+    goes downhill in steps of a factor 3 from the mean eigenvalue, until for every example the errors are least
+    inside, or bend so that they will not fall beyond the end, which takes three of them as a rule. Of more than 4,096 masks, so many are left out in turn.
 
     Attributes:
         strength: λ in the scale of 0/1 masks; None chooses it. 0 is least squares, of least norm where there are fewer
@@ -155,6 +155,11 @@ def _try_strengths(system: Spectral | Factored, search: _Search, n_strengths: in
         for step in wanted:
             tried[step] = search.note(system, scale * _STEP**step)
         steps = sorted(tried)
-        best = torch.stack([tried[step] for step in steps]).argmin(0)
-        ends = {steps[0] - 1: bool((best == 0).any()), steps[-1] + 1: bool((best == len(steps) - 1).any())}
-        wanted = [step for step, is_wanted in ends.items() if is_wanted and _STEPS[0] <= step <= _STEPS[1]]
+        ends = {steps[0] - 1: steps[:3], steps[-1] + 1: steps[:-4:-1]}
+        wanted = [s for s, of in ends.items() if _STEPS[0] <= s <= _STEPS[1] and _falls(*(tried[i] for i in of))]
+
+
+def _falls(end: Tensor, inner: Tensor, third: Tensor) -> bool:
+    """Whether the errors of any example would go on falling beyond the end, as a parabola with half the bend says."""
+    bend = (third - 2 * inner + end).clamp_min(0)
+    return bool((inner - end > bend / 2).any())

@@ -1,0 +1,259 @@
+"""How much the engine costs beside the model: masked and gate passes against plain loops and the paper's procedure.
+
+    python scripts/benchmark_engine.py                                # all models, one thread, prints a table
+    python scripts/benchmark_engine.py --models demo --repeats 15
+    python scripts/benchmark_engine.py --processes                    # two processes of one thread against one
+    python scripts/benchmark_engine.py --write                        # also writes scripts/results/engine.md
+
+In one run, alternating, so that a noisy machine disturbs all sides alike; a figure is the median of the ratios.
+
+    a  plain      for every mask: model(**batch), batch in memory, no gradients
+    b  masked     the same number of masked passes through the engine, mask drawing, outputs and shards included
+    e  gradient   plain forward and backward to the one input
+    c  gates      the same number of gate passes through the engine
+    d  paper      for every mask: deep copy of the model, rows zeroed one by one, all the data read and run once
+
+Weights are random but for the demo's trained network; ResNet-50, ViT-B/16 and GPT-2 have their real sizes.
+"""
+
+import argparse
+import copy
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import hf_coar as coar
+from hf_coar import files, masking, models, outputs, sampling
+from hf_coar.engine import running
+from hf_coar.fit import Problem
+from hf_coar.measurement import measure
+from hf_coar.store import Store
+
+DEMO = Path(coar.__file__).parent / "demo"
+RESULTS = Path(__file__).parent / "results" / "engine.md"
+FRACTION = 0.05
+
+
+def resnet50() -> tuple[Any, Any]:
+    """ResNet-50, 224 × 224."""
+    import timm
+
+    return timm.create_model("resnet50"), [_pixels(4), _pixels(4)]
+
+
+def vit_b16() -> tuple[Any, Any]:
+    """ViT-B/16, 224 × 224."""
+    import timm
+
+    return timm.create_model("vit_base_patch16_224"), [_pixels(4), _pixels(4)]
+
+
+def gpt2() -> tuple[Any, Any]:
+    """GPT-2 (124 M), sequences of 128 tokens."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    batches = [{"input_ids": torch.randint(0, 50257, (4, 128))} for _ in range(2)]
+    return GPT2LMHeadModel(GPT2Config(attn_implementation="eager")), batches
+
+
+def demo() -> tuple[Any, Any]:
+    """The demo's small residual network, 28 × 28, read from its Parquet file."""
+    return coar.load(DEMO / "model", DEMO / "images.parquet", split="train[:128]", batch_size=64)
+
+
+MODELS = {"resnet50": resnet50, "vit_b16": vit_b16, "gpt2": gpt2, "demo": demo}
+MASKS = {"demo": 64}  # passes a measurement; small models need more of them to be timed
+
+
+def _pixels(count: int) -> dict[str, torch.Tensor]:
+    return {"pixel_values": torch.randn(count, 3, 224, 224), "labels": torch.arange(count)}
+
+
+class Bench:
+    """One model, its data, and the sides that are compared."""
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        """Build the model and its components."""
+        torch.manual_seed(0)
+        self.model, self.data = MODELS[name]()
+        self.model = self.model.eval().to(device)
+        self.batches = [{k: v.to(device) for k, v in batch.items()} for batch in self.data]
+        self.components = coar.find_components(self.model)
+        self.output = outputs.get("token_margin" if name == "gpt2" else "margin")
+        self.n_masks, self.device = MASKS.get(name, 4), device
+        self.repeats = 0
+
+    def plain(self) -> None:
+        """Side a."""
+        with models.frozen(self.model), torch.no_grad():
+            for batch in self.batches:
+                for _ in range(self.n_masks):
+                    models.logits(self.model, batch)
+
+    def masked(self) -> None:
+        """Side b."""
+        masks = sampling.Masks(len(self.components), FRACTION, self.n_masks, 0, sampling.MASKS)
+        with tempfile.TemporaryDirectory() as folder:
+            store = Store(folder, {})
+            measure(store, self.model, self.batches, self.components, self.output, masks, progress=False)
+
+    def gradient(self) -> None:
+        """Side e; language models take the gradient to their embedded tokens."""
+        with models.frozen(self.model):
+            for batch in self.batches:
+                inputs = {k: v for k, v in batch.items() if k != "labels"}
+                if "input_ids" in inputs:
+                    embedded = self.model.get_input_embeddings()(inputs.pop("input_ids"))
+                    inputs["inputs_embeds"] = embedded
+                leaf = next(iter(inputs.values())).detach().requires_grad_()
+                inputs[next(iter(inputs))] = leaf
+                for _ in range(self._n_gate_passes()):
+                    values = self.output(models.logits(self.model, inputs), batch)
+                    torch.autograd.grad(values.sum(), leaf)
+
+    def gates(self) -> None:
+        """Side c."""
+        method = coar.PathGradient(rounds=2, delta=False, shrink=False)
+        with tempfile.TemporaryDirectory() as folder:
+            store, fraction = Store(folder, {}), 2 / (2 * self._n_gate_passes())
+            method.fit(
+                Problem(self.model, self.batches, self.components, self.output, fraction, 0, store, progress=False)
+            )
+
+    def _n_gate_passes(self) -> int:
+        return 20 if self.n_masks > 4 else 6  # two rounds
+
+    def paper(self) -> None:
+        """Side d."""
+        masks = sampling.Masks(len(self.components), FRACTION, self.n_masks, 0, sampling.MASKS)
+        with torch.no_grad():
+            for kept in masks.rows(0, self.n_masks):
+                ablated = copy.deepcopy(self.model)
+                parameters = dict(ablated.named_parameters())
+                for group, gates in zip(self.components.groups, kept.split(self.components.sizes()), strict=True):
+                    rows = parameters[group.parameter].data.movedim(group.axis, 0)
+                    for row in (~gates).nonzero().flatten().tolist():
+                        rows[row] = 0
+                for batch in self.data:
+                    self.output(models.logits(ablated, {k: v.to(self.device) for k, v in batch.items()}), batch)
+
+    def seconds(self, side: Callable[[], None]) -> float:
+        """Wall time of one side."""
+        started = time.perf_counter()
+        side()
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
+        return time.perf_counter() - started
+
+
+def compare(name: str, device: torch.device, repeats: int) -> str:
+    """A row of the table."""
+    bench = Bench(name, device)
+    masking.check_same_model(bench.model, bench.components)
+    sides = {"a": bench.plain, "b": bench.masked, "d": bench.paper, "e": bench.gradient, "c": bench.gates}
+    for side in sides.values():
+        side()
+    times: dict[str, list[float]] = {side: [] for side in sides}
+    for _ in range(repeats):
+        for key, side in sides.items():
+            times[key].append(bench.seconds(side))
+    ratio = {
+        pair: statistics.median(x / y for x, y in zip(times[pair[0]], times[pair[1]], strict=True))
+        for pair in ("ab", "ec", "db")
+    }
+    n_examples = sum(len(batch[next(iter(batch))]) for batch in bench.batches)
+    rate = n_examples * bench.n_masks / statistics.median(times["b"])
+    return (
+        f"| {name} | {len(bench.components):,} | {len(bench.batches)} × {n_examples // len(bench.batches)} | "
+        f"{rate:,.1f} | {ratio['ab']:.2f} | {ratio['ec']:.2f} | {ratio['db']:.2f} |"
+    )
+
+
+# ----------------------------------------------------------------------------------------------------- two processes
+
+_WORKER = """
+import sys, time
+import torch
+import hf_coar as coar
+from hf_coar.engine import running
+torch.set_num_threads(1)
+model, data = coar.load(sys.argv[1] + "/model", sys.argv[1] + "/images.parquet", batch_size=32, split="train[:512]")
+coar.attribute(model, list(data)[:1], method=coar.PathGradient(rounds=2), progress=False)  # warm
+print("ready", flush=True)
+sys.stdin.readline()
+begun = time.perf_counter()
+with running(worker=sys.argv[3]):
+    method = coar.PathGradient(rounds=2, shrink=False)
+    coar.attribute(model, data, method=method, out=sys.argv[2], progress=False)
+print(time.perf_counter() - begun, flush=True)
+"""
+
+
+def seconds_of(n_processes: int) -> float:
+    """Wall time of one run shared by processes of one thread each, from the first unit to the saved attributions."""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        children = [
+            subprocess.Popen(
+                [sys.executable, "-c", _WORKER, str(DEMO), folder, f"{i}/{n_processes}"],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+            )
+            for i in range(n_processes)
+        ]  # fmt: skip
+        for child in children:
+            child.stdout.readline()
+        for child in children:
+            child.stdin.write("go\n")
+            child.stdin.flush()
+        return max(float(child.communicate()[0].split()[-1]) for child in children)
+
+
+def processes(repeats: int) -> str:
+    """A line on two processes against one."""
+    ratios = [seconds_of(1) / seconds_of(2) for _ in range(repeats)]
+    return f"two processes of one thread against one (demo, 512 images): {statistics.median(ratios):.2f} × as fast"
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16"))
+    parser.add_argument("--processes", action="store_true", help="measure only two processes against one")
+    parser.add_argument("--write", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    lines = []
+    if not args.processes:
+        lines += ["| model | components | data | masked, examples/s | a/b (≥ 0.95) | e/c (≥ 0.85) | d/b |"]
+        lines += ["|---|---|---|---|---|---|---|"]
+        sys.stdout.write("\n".join(lines) + "\n")
+        for name in args.models:
+            with running(dtype=args.dtype):
+                lines.append(compare(name, torch.device(args.device), args.repeats))
+            sys.stdout.write(lines[-1] + "\n")
+            sys.stdout.flush()
+    if args.processes or args.write:
+        lines += ["", processes(args.repeats)]
+        sys.stdout.write(lines[-1] + "\n")
+    if args.write:
+        note = (
+            f"# The engine beside the plain forward\n\n{__doc__.split(chr(10), 1)[1].strip()}\n\n"
+            f"Machine: two CPU cores, {args.threads} thread(s), float32, {args.repeats} repeats. GPU: not run.\n\n"
+        )
+        files.write_bytes(RESULTS, (note + "\n".join(lines) + "\n").encode())
+
+
+if __name__ == "__main__":
+    main()
