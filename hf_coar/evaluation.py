@@ -1,5 +1,6 @@
 """Evaluation: predicted against measured outputs, on fresh random masks that no fit has seen."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -64,9 +65,9 @@ class Report:
             "fractions": [
                 {
                     "ablated_fraction": fraction,
-                    "correlation": self.correlation[fraction],
-                    "interval": list(self.interval[fraction]),
-                    "slope": self.slope[fraction],
+                    "correlation": _finite(self.correlation[fraction]),
+                    "interval": [_finite(end) for end in self.interval[fraction]],
+                    "slope": _finite(self.slope[fraction]),
                     "n_undefined": int(self.per_example[fraction].isnan().sum()),
                 }
                 for fraction in self.correlation
@@ -82,6 +83,11 @@ class Report:
         if self.mean_reliability is not None:
             lines.append(f"reliability of the weights {self.mean_reliability:.3f} (1 = another seed gives the same)")
         return "\n".join(lines)
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN: where nothing varies there is no correlation."""
+    return value if math.isfinite(value) else None
 
 
 def evaluate(
@@ -120,7 +126,7 @@ def evaluate(
     """
     _check(attributions, fractions, n_masks, seed)
     fingerprint = models.fingerprint(model)
-    attributions.check_model(fingerprint)
+    attributions.check_model(fingerprint, models.record(model))
     output = outputs.get(output or attributions.config["output"])
     data = data_module.batches(data, batch_size)
     settings = {"task": "evaluate", "seed": seed, "n_masks": n_masks, "model": {"fingerprint": fingerprint}}

@@ -36,6 +36,10 @@ _CORE_HINTS = {"q", "k", "v", "qk", "kv", "qkv", "qkvs", "query", "key", "value"
 _FEED_FORWARD = {"mlp", "ffn", "ff", "intermediate", "feed", "experts", "expert", "fc", "fc1", "fc2"}
 
 
+# Heads that take turns within the width, so that no block of columns is one head's.
+_INTERLEAVED = {"timm.models.nest.Attention"}
+
+
 def head_blocks(model: nn.Module, matrices: Sequence[tuple[str, Matrix]]) -> dict[tuple[str, str], int]:
     """Input columns a head, by (module name, parameter inside it), for every output projection of an attention.
 
@@ -85,10 +89,16 @@ def _descendants(names: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _attribute(module: nn.Module, names: Sequence[str]) -> int:
-    return next((value for name in names if type(value := vars(module).get(name)) is int and value > 0), 0)
+    """A whole number that the module knows by one of these names; an attention may leave it to its configuration."""
+    places = [vars(module)]
+    if "attention" in type(module).__name__.lower() and hasattr(module, "config"):
+        places.append(getattr(module.config, "__dict__", {}))
+    return next((v for known in places for name in names if type(v := known.get(name)) is int and v > 0), 0)
 
 
 def _knows_heads(module: nn.Module) -> bool:
+    if f"{type(module).__module__}.{type(module).__qualname__}" in _INTERLEAVED:
+        return False
     return bool(_attribute(module, (*_COUNTS, *_VALUE_SIZES, *_SIZES)))
 
 
@@ -110,18 +120,26 @@ def _output_projection(
     """The matrix that reads the heads: inside the attention, or in a sibling of it such as `output.dense`."""
     own = [name for name in inside[core] if _innermost(name, core, modules)]
     roles = {name: _role(name[len(core) + 1 if core else 0 :]) for name in own}
+    makes_heads = any(role & (_CORE_HINTS | {"in"}) for role in roles.values())
+    # What only names a number of heads and holds no queries (an encoder, say) is no attention with matrices far inside.
+    near = [name for name in own if makes_heads or name.count(".") - (core.count(".") + bool(core)) <= 1]
     # Of an output projection in two steps (o_a, o_b) the first one reads the heads.
-    found = [name for name in own if roles[name] & _OUTPUT and not (roles[name] - {"a"}) & _SOURCE]
-    if found:
-        return found[-1]
-    if not any(role & _CORE_HINTS for role in roles.values()) or not core:
-        return None
+    found = [name for name in near if roles[name] & _OUTPUT and not (roles[name] - {"a"}) & _SOURCE]
+    plainly = [name for name in found if not roles[name] - _OUTPUT - {"a", "lin", "linear", "c", "layer"}]
+    if plainly:
+        return plainly[-1]
+    beside = _beside(core, inside) if makes_heads and core else None
+    return beside or (found[-1] if found else None)
+
+
+def _beside(core: str, inside: Mapping[str, list[str]]) -> str | None:
+    """An output projection in a sibling of the attention."""
     parent = core.rpartition(".")[0]
     for name in inside.get(parent, ()):
         path = name[len(parent) + 1 if parent else 0 :]
-        beside = not name.startswith(f"{core}.") and path.count(".") <= 1
         words = set().union(*(_words(part) for part in path.split(".")))
-        if beside and words & _OUTPUT and not words & (_SOURCE | _FEED_FORWARD):
+        outside = not name.startswith(f"{core}.") and path.count(".") <= 1
+        if outside and words & _OUTPUT and not words & (_SOURCE | _FEED_FORWARD):
             return name
     return None
 

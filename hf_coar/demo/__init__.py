@@ -17,10 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_coar import data, editing, evaluation, files, models, pipeline, plots
+from hf_coar import data, edited, editing, evaluation, files, folders, models, pipeline, plots
 from hf_coar.attributions import Attributions
 from hf_coar.components import Components, find_components
-from hf_coar.edited import save
 from hf_coar.errors import CoarError
 from hf_coar.path_gradient import PathGradient
 
@@ -107,11 +106,13 @@ def run(out: str | Path = "coar-demo", forget: str = FORGOTTEN, progress: bool =
     decrease = (attributions.labels == target).nonzero().flatten().tolist()
     ranking = editing.rank_components(attributions, decrease=decrease)
     n_components, sweep = _choose(model, components, ranking, choosing, target)
-    edited = editing.edit(model, attributions, decrease=decrease, n_components=n_components)
+    changed = editing.edit(model, attributions, decrease=decrease, n_components=n_components)
 
-    before, after = (class_accuracies(each, held_out, len(names)) for each in (model, edited))
+    before, after = (class_accuracies(each, held_out, len(names)) for each in (model, changed))
     forgetting = _Forgetting(names, target, before, after)
-    _save(edited, out / "edited", forgetting)
+    pictures = _draw(out / "pictures", attributions, report, forgetting, sweep, n_components)
+    folders.add_evaluation(out / "attributions", report)
+    edited.save(changed, out / "edited", _rows(forgetting), pictures=out / "pictures")
     logger.info("edit: loading the saved model with timm alone")
     figures = {
         "n_components": len(components),
@@ -121,9 +122,8 @@ def run(out: str | Path = "coar-demo", forget: str = FORGOTTEN, progress: bool =
         "ablated": n_components,
         "forgotten_accuracy": forgetting.of_target,
         "others_accuracy": forgetting.of_others,
-        "reloaded_without_hf_coar": _reloads(edited, next(iter(held_out)), out / "edited"),
+        "reloaded_without_hf_coar": _reloads(changed, next(iter(held_out)), out / "edited"),
     }
-    pictures = _draw(out / "pictures", attributions, report, forgetting, sweep, n_components)
     figures["seconds"] = round(time.monotonic() - started, 1)
     files.write_json(out / "figures.json", figures)
     return DemoReport(_text(len(attributed.dataset), report, forgetting, figures, pictures, out), figures)
@@ -168,15 +168,15 @@ def _choose(
     return chosen, sweep
 
 
-def _save(edited: nn.Module, folder: Path, forgetting: _Forgetting) -> None:
-    rows = [
+def _rows(forgetting: _Forgetting) -> list[tuple[str, str, str]]:
+    """Figures for the edited model's card."""
+    return [
         (f"accuracy on {forgetting.names[forgetting.target]}", *(f"{x:.1%}" for x in forgetting.of_target)),
         ("mean accuracy on the other classes", *(f"{x:.1%}" for x in forgetting.of_others)),
     ]
-    save(edited, folder, rows)
 
 
-def _reloads(edited: nn.Module, batch: data.Batch, folder: Path) -> bool:
+def _reloads(changed: nn.Module, batch: data.Batch, folder: Path) -> bool:
     """The saved model, loaded by timm alone in a process of its own, gives the edited model's logits bit for bit."""
     inputs, outputs = folder / "inputs.tmp.safetensors", folder / "outputs.tmp.safetensors"
     files.write_tensors(inputs, {"pixel_values": batch["pixel_values"]})
@@ -190,8 +190,8 @@ def _reloads(edited: nn.Module, batch: data.Batch, folder: Path) -> bool:
     finally:
         inputs.unlink(missing_ok=True)
         outputs.unlink(missing_ok=True)
-    with models.frozen(edited), torch.no_grad():
-        return torch.equal(models.logits(edited, batch), reloaded)
+    with models.frozen(changed), torch.no_grad():
+        return torch.equal(models.logits(changed, batch), reloaded)
 
 
 def _draw(
