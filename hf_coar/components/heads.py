@@ -57,7 +57,7 @@ def head_blocks(model: nn.Module, matrices: Sequence[tuple[str, Matrix]]) -> dic
     of_name = dict(matrices)
     inside = _descendants(names)
     for core, module in modules.items():
-        if core in of_name or not _knows_heads(module) or not inside.get(core):
+        if not _knows_heads(module) or not inside.get(core):
             continue
         output = _output_projection(core, module, inside, modules)
         if output is None:

@@ -118,15 +118,20 @@ def _place(pair: _Sketch | str, triple: _Sketch | str) -> tuple[Place, str]:
         return UNKNOWN, _SINGLE
     seen, entries = triple.entries[axis], pair.entries[axis]
     each = len(entries) // 2
-    scale = float(seen.abs().max())
-    major = float((entries.view(2, each)[list(_TRIPLE)].flatten() - seen).abs().max())
-    minor = float((entries.view(each, 2)[:, list(_TRIPLE)].flatten() - seen).abs().max())
-    if min(major, minor) > 0.05 * scale:
+    major = entries.view(2, each)
+    minor = entries.view(each, 2).T
+    off_major = float((major[list(_TRIPLE)].flatten() - seen).abs().max())
+    off_minor = float((minor[list(_TRIPLE)].T.flatten() - seen).abs().max())
+    example_major = off_major <= off_minor
+    a, b = major if example_major else minor
+    rounding = 1e-5 * float(seen.abs().max())
+    # What is off must be little beside what sets the two examples apart.
+    if min(off_major, off_minor) > max(0.05 * float((a - b).abs().max()), rounding):
         return UNKNOWN, _SINGLE
     if each == 1:
         return Layout(axis), _SINGLE
-    if min(major, minor) < 0.2 * max(major, minor):
-        return Layout(axis, major < minor), _SEEN
+    if min(off_major, off_minor) < 0.2 * max(off_major, off_minor) and max(off_major, off_minor) > rounding:
+        return Layout(axis, example_major), _SEEN
     return Layout(axis), _GUESS
 
 

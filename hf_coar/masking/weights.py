@@ -59,16 +59,21 @@ class Edit:
 
     def apply(self) -> None:
         """Change the weight."""
-        self.saved = self.rows[self.index]
-        if self.factors is None:
-            self.rows[self.index] = 0
-        else:
-            self.rows[self.index] = self.saved * self.factors
+        self.saved = self.rows[self.index] if len(self.index) > 1 else self.rows.index_select(0, *self.index)
+        self._write(None if self.factors is None else self.saved * self.factors)
 
     def undo(self) -> None:
         """Put back what was there, bit for bit."""
         if self.saved is not None:
-            self.rows[self.index] = self.saved
+            self._write(self.saved)
+
+    def _write(self, values: Tensor | None) -> None:
+        if len(self.index) > 1:
+            self.rows[self.index] = 0 if values is None else values
+        elif values is None:
+            self.rows.index_fill_(0, *self.index, 0)  # for a single index these are the fast ways
+        else:
+            self.rows.index_copy_(0, *self.index, values)
 
 
 @dataclass

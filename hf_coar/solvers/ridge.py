@@ -23,8 +23,9 @@ class Ridge:
 
     One Gram matrix, of masks or of components, whichever is smaller, serves all examples. Up to 1,200 rows it is
     decomposed once for all strengths. Above, every strength that is tried costs a Cholesky factorisation: the search
-    goes downhill in steps of a factor 3 from the mean eigenvalue, until for every example the errors are least
-    inside, or bend so that they will not fall beyond the end, which takes three of them as a rule. Of more than 4,096 masks, so many are left out in turn.
+    goes downhill in steps of a factor 3 from the mean eigenvalue, until for every example the errors are least inside,
+    or bend so that they will not fall beyond the end, which takes three of them as a rule. Of more than 4,096 masks, so
+    many are left out in turn.
 
     Attributes:
         strength: λ in the scale of 0/1 masks; None chooses it. 0 is least squares, of least norm where there are fewer
@@ -105,6 +106,7 @@ class _Search:
         self.error = centred.new_full((n_examples,), torch.inf)
         self.strength, self.factor = torch.zeros_like(self.error), torch.zeros_like(self.error)
         self.solution: Tensor | None = None
+        self.complete = True  # whether all that was tried came with its solution
 
     def note(self, system: Spectral | Factored, strength: float) -> Tensor:
         """Try a strength; returns the errors float64 [examples]."""
@@ -125,6 +127,7 @@ class _Search:
         self.error = torch.where(better, errors, self.error)
         self.strength = torch.where(better, strength, self.strength)
         self.factor = torch.where(better, factor, self.factor)
+        self.complete = self.complete and solution is not None
         if solution is not None:
             fitted = solution[:, :n_examples]
             if self.predicted is not None:
@@ -134,7 +137,7 @@ class _Search:
 
     def weights(self, system: Spectral | Factored, strength: float | None) -> Tensor:
         """Weights [components, examples] of what the prior leaves over, at the best strengths or at the one given."""
-        if strength is None and self.solution is not None and isinstance(system, Factored):
+        if strength is None and self.complete and self.solution is not None and isinstance(system, Factored):
             return system.weights(self.solution).double()
         left_over = self.centred
         if self.predicted is not None:
@@ -160,6 +163,7 @@ def _try_strengths(system: Spectral | Factored, search: _Search, n_strengths: in
 
 
 def _falls(end: Tensor, inner: Tensor, third: Tensor) -> bool:
-    """Whether the errors of any example would go on falling beyond the end, as a parabola with half the bend says."""
+    """Whether any example's log error would fall on beyond the end, as a parabola with half the bend says."""
+    end, inner, third = (errors.clamp_min(1e-300).log() for errors in (end, inner, third))
     bend = (third - 2 * inner + end).clamp_min(0)
     return bool((inner - end > bend / 2).any())
