@@ -11,6 +11,7 @@ from hf_coar.fit import Method
 from hf_coar.measurement import MASKS_A_UNIT
 
 _FLOAT = 4  # bytes
+_GATE_EFFICIENCY = 0.8  # of gate passes against plain forward and backward passes: scripts/benchmark_engine.py, e/c
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,9 @@ class Budget:
         return round(self.parameter_bytes + self.batch_size * (kept * self.activation_bytes + gates))
 
     def seconds(self, flops_per_second: float) -> float:
-        """Wall time, if every process computes at this rate."""
+        """Wall time, if every process computes at this rate in plain forward passes."""
+        if self.differentiates:
+            flops_per_second *= _GATE_EFFICIENCY
         # Whole units: the last round of them may leave some processes without work.
         rounds = -(-self.n_units // self.processes)
         return self.total_flops / self.n_units * rounds / flops_per_second

@@ -78,26 +78,9 @@ def _log_to_terminal() -> None:
 
 
 def _components(args: argparse.Namespace) -> str:
-    model = models.load_model(args.model, args.revision, args.trust_remote_code)
+    model = models.load_architecture(args.model, args.revision, args.trust_remote_code)
     components = _found(model, args)
-    if args.json:
-        skipped = [vars(entry) for entry in components.skipped]
-        return json.dumps({"n_components": len(components), **components.to_json(), "skipped": skipped}, indent=2)
-    return components_table(components)
-
-
-def components_table(components: Components) -> str:
-    """The groups of components and what was left out, as a table."""
-    width = max(len(group.module) for group in components.groups)
-    lines = [f"{len(components)} components, granularity {components.granularity}", ""]
-    lines += [f"  {g.module:<{width}}  {g.size:>6}  {g.kind}" for g in components.groups]
-    reasons: dict[str, list[int]] = {}
-    for entry in components.skipped:
-        reasons.setdefault(entry.reason, []).append(entry.n_parameters)
-    if reasons:
-        lines += ["", "left out:"]
-        lines += [f"  {len(n)} modules with {sum(n):,} parameters: {reason}" for reason, n in reasons.items()]
-    return "\n".join(lines)
+    return json.dumps(components.tree_json(), indent=2) if args.json else components.tree()
 
 
 def _attribute(args: argparse.Namespace) -> str:
@@ -255,7 +238,11 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     verb = _verb(
-        verbs, "components", _components, "list the components of a model", "hf-coar components timm/resnet18.a1_in1k"
+        verbs,
+        "components",
+        _components,
+        "list the components of a model, from its configuration alone",
+        "hf-coar components timm/resnet18.a1_in1k",
     )
     _model_flags(verb)
     _component_flags(verb)

@@ -69,7 +69,8 @@ def _rename(temporary: str, path: Path, replace: bool) -> None:
 
 def remove_stale_temporaries(folder: Path, age: float = 86400.0) -> None:
     """Delete what writers that were killed more than `age` seconds ago left behind; younger ones may be at work."""
-    for path in Path(folder).glob(".*.tmp"):
+    # Ours, and those in which safetensors makes a file before it renames it.
+    for path in (*Path(folder).glob(".*.tmp"), *Path(folder).glob(".tmp*")):
         try:
             if time.time() - path.stat().st_mtime > age:
                 path.unlink()

@@ -77,6 +77,49 @@ def load_model(
     return model.eval()
 
 
+def load_architecture(
+    name: str | Path, revision: str | None = None, trust_remote_code: bool = False, token: str | bool | None = None
+) -> nn.Module:
+    """A model without its weights, from its `config.json` alone, on the meta device: shapes and names, no memory.
+
+    Args:
+        name: local folder or Hub id.
+        revision: branch, tag or commit on the Hub.
+        trust_remote_code: run code that comes with the model; never on by itself.
+        token: for private repositories.
+
+    Raises:
+        ModelError: no such model, or nothing that these libraries can build.
+    """
+    source = hub.Source(str(name), revision, token)
+    config = _read_config(source)
+    try:
+        with torch.device("meta"):
+            if "architecture" in config and "pretrained_cfg" in config:
+                import timm
+
+                model = timm.create_model(f"local-dir:{source.file('config.json').parent}", pretrained=False)
+            else:
+                model = _build_transformers(source, config, trust_remote_code)
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(f"{source.name!r} cannot be built from its config.json: {_first_line(error)}") from error
+    setattr(model, _RECORD, {"id": str(name), "revision": source.commit})
+    return model.eval()
+
+
+def _build_transformers(source: hub.Source, config: Mapping[str, Any], trust_remote_code: bool) -> nn.Module:
+    import transformers
+
+    options = {"revision": source.commit, "trust_remote_code": trust_remote_code}
+    loader = _transformers_class(source.name, config, trust_remote_code)
+    built = transformers.AutoConfig.from_pretrained(source.name, **options)
+    if hasattr(loader, "from_config"):
+        return loader.from_config(built, trust_remote_code=trust_remote_code)
+    return loader(built)
+
+
 def _read_config(source: hub.Source) -> dict:
     try:
         config = files.read_json(source.file("config.json"))
@@ -143,20 +186,24 @@ def _load_timm(source: hub.Source) -> nn.Module:
 
 
 def _load_transformers(name: str, config: Mapping[str, Any], options: Mapping[str, Any]) -> nn.Module:
-    import transformers
-
-    architecture = (config.get("architectures") or [None])[0]
-    loader = getattr(transformers, architecture or "", None)
-    if loader is None and not options["trust_remote_code"]:
-        raise ModelError(
-            f"{name!r} needs the class {architecture!r}, which transformers {transformers.__version__} does not hold; "
-            "if you trust the code that comes with it, pass trust_remote_code=True"
-        )
-    loader = loader or _remote_class(transformers, config)
+    loader = _transformers_class(name, config, options["trust_remote_code"])
     try:
         return loader.from_pretrained(name, use_safetensors=True, **options)
     except (OSError, ValueError, RuntimeError, TypeError) as error:
         raise ModelError(f"transformers cannot load {name!r}: {_first_line(error)}") from error
+
+
+def _transformers_class(name: str, config: Mapping[str, Any], trust_remote_code: bool) -> Any:
+    import transformers
+
+    architecture = (config.get("architectures") or [None])[0]
+    loader = getattr(transformers, architecture or "", None)
+    if loader is None and not trust_remote_code:
+        raise ModelError(
+            f"{name!r} needs the class {architecture!r}, which transformers {transformers.__version__} does not hold; "
+            "if you trust the code that comes with it, pass trust_remote_code=True"
+        )
+    return loader or _remote_class(transformers, config)
 
 
 def _remote_class(transformers: Any, config: Mapping[str, Any]) -> Any:

@@ -46,21 +46,21 @@ def resnet50() -> tuple[Any, Any]:
     """ResNet-50, 224 × 224."""
     import timm
 
-    return timm.create_model("resnet50"), [_pixels(4)]
+    return timm.create_model("resnet50"), [_pixels(2)]
 
 
 def vit_b16() -> tuple[Any, Any]:
     """ViT-B/16, 224 × 224."""
     import timm
 
-    return timm.create_model("vit_base_patch16_224"), [_pixels(4)]
+    return timm.create_model("vit_base_patch16_224"), [_pixels(2)]
 
 
 def gpt2() -> tuple[Any, Any]:
     """GPT-2 (124 M), sequences of 128 tokens."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    return GPT2LMHeadModel(GPT2Config()), [{"input_ids": torch.randint(0, 50257, (4, 128))}]
+    return GPT2LMHeadModel(GPT2Config()), [{"input_ids": torch.randint(0, 50257, (2, 128))}]
 
 
 def demo() -> tuple[Any, Any]:
@@ -88,7 +88,7 @@ class Bench:
         self.batches = [{k: v.to(device) for k, v in batch.items()} for batch in self.data]
         self.components = coar.find_components(self.model)
         self.output = outputs.get("token_margin" if name == "gpt2" else "margin")
-        self.n_masks, self.device = MASKS.get(name, 4), device
+        self.n_masks, self.device = MASKS.get(name, 6), device
 
     def plain(self) -> None:
         """Side a."""
@@ -244,7 +244,8 @@ def main() -> None:
     if args.write:
         note = (
             f"# The engine beside the plain forward\n\n{__doc__.split(chr(10), 1)[1].strip()}\n\n"
-            f"Machine: two CPU cores, {args.threads} thread(s), float32, {args.repeats} repeats. GPU: not run.\n\n"
+            f"Machine: two CPU cores, {args.threads} thread(s), float32, {args.repeats} repeats, other work going on. "
+            "GPU: not run.\n\n"
         )
         files.write_bytes(RESULTS, (note + "\n".join(lines) + "\n").encode())
 

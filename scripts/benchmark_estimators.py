@@ -2,9 +2,9 @@
 
     python scripts/benchmark_estimators.py conv vit gpt2 --models models --examples 32 --seeds 0 1 2
 
-`conv` is the embedded demo model; `vit` and `gpt2` come from `scripts/train_benchmark_models.py` (in `--models`). One
-unit of cost is one forward pass of one example. The evaluation masks (100 at the fraction, 100 at a quarter of it) are
-of seeds that no fit uses, and nothing is chosen by them. *Least squares* is the paper's procedure: independent masks and
+`conv` is the embedded demo model; `vit` and `gpt2` come from `scripts/train_benchmark_models.py` (in `--models`). One unit
+of cost is one forward pass of one example. The evaluation masks (100 at the fraction, 100 at a quarter) are of
+seeds that no fit uses, and nothing is chosen by them. *Least squares* is the paper's procedure: independent masks and
 least squares with early stopping, the number of steps chosen on a tenth of the masks that is held out from the fit.
 
 Everything measured is kept in `--cache` and not measured again. Writes `estimators.json`, `.md` and `.png` to `--out`.
@@ -16,6 +16,7 @@ import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,7 @@ def cost_to_reach(points: list[tuple[float, float]], level: float) -> float | No
     points = sorted(points)
     if points[0][1] >= level:
         return points[0][0]
-    for (cost_a, a), (cost_b, b) in zip(points, points[1:], strict=False):
+    for (cost_a, a), (cost_b, b) in pairwise(points):
         if a < level <= b:
             return math.exp(math.log(cost_a) + (level - a) / (b - a) * (math.log(cost_b) - math.log(cost_a)))
     return None

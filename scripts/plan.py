@@ -147,7 +147,7 @@ def check() -> tuple[list[str], float]:
     batches, components = list(data), coar.find_components(model)
     example = {"pixel_values": batches[0]["pixel_values"][:1]}
     lines, worst = ["| method | predicted, s | measured, s |", "|---|---|---|"], 1.0
-    for method in (coar.Regression(n_masks=64), coar.PathGradient(rounds=2)):
+    for method in (coar.Regression(n_masks=256), coar.PathGradient(rounds=8)):
         found = budget(model, example, 128, len(components), method, 0.05, 32)
         pairs = []
         for _ in range(3):  # rate and run side by side, since others may use the machine

@@ -43,7 +43,8 @@ def attribute(folder, method="path", **options):
 
 def content(folder):
     """Bytes by name of every file of a run, but what a killed writer left behind."""
-    paths = (path for path in sorted(Path(folder).rglob("*")) if path.is_file() and path.suffix != ".tmp")
+    paths = [path for path in sorted(Path(folder).rglob("*")) if path.is_file() and path.suffix != ".tmp"]
+    paths = [path for path in paths if not path.name.startswith(".tmp")]  # safetensors', before it renames them
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 

@@ -183,7 +183,7 @@ def test_both_estimators_are_exact_on_a_linear_net(linear, method, fraction):
 @pytest.mark.parametrize("fraction", [0.02, 0.05, 0.11, 0.2, 0.3])
 @pytest.mark.parametrize("method", [coar.PathGradient(2), coar.Regression(600)], ids=lambda m: m.name)
 def test_the_bias_is_exact_on_a_linear_net(linear, method, fraction):
-    # Once wrong: above a fraction of 0.1 PathGradient's bias takes the fraction that should be off on average for the one that
+    # Once: above a fraction of 0.1 PathGradient's bias takes the fraction that should be off on average for the one that
     # was, so that the luck of the background ends up in the bias (the weights are exact). Subtracting weights times the
     # gates really drawn in every pass, sum_i w_i g_i, would be exact.
     model, components, data, _, bias = linear
@@ -286,7 +286,7 @@ def test_data_of_every_kind(convnet, method):
 
 
 def test_data_that_stream(convnet, method):
-    # Once wrong: `Examples` has a `__len__` that raises TypeError for a stream, and `pipeline._tell_cost` takes its presence
+    # Once: `Examples` has a `__len__` that raises TypeError for a stream, and `pipeline._tell_cost` takes its presence
     # for a length: no IterableDataset works, nor does coar.load(…, streaming=True).
     inputs, labels = pixels()
     table = datasets.Dataset.from_dict({"inputs": inputs.tolist(), "labels": labels.tolist()})
@@ -359,7 +359,7 @@ class Branching(nn.Module):
 
 
 def test_modules_that_run_for_some_batches_only(method):
-    # Once wrong: which modules run is found out once, on the first batch; a module that this one does not need counts as dead
+    # Once: which modules run is found out once, on the first batch; a module that this one does not need counts as dead
     # for all, so that its attributions depend on the batch size (and on where a run was resumed).
     torch.manual_seed(0)
     model, inputs, labels = Branching(), torch.randn(8, 4), torch.arange(8) % 3

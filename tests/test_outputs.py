@@ -240,7 +240,7 @@ def test_token_outputs_need_tokens_of_the_right_shape(which):
 @pytest.mark.parametrize("which", TOKEN_OUTPUTS)
 @pytest.mark.parametrize("token", [7, -1])
 def test_tokens_outside_the_vocabulary_are_an_error(which, token):
-    # Once wrong: a token of 7 in a vocabulary of 7 gives torch's IndexError or RuntimeError instead of a DataError, and a
+    # Once: a token of 7 in a vocabulary of 7 gives torch's IndexError or RuntimeError instead of a DataError, and a
     # label of -1 (only -100 is ignored) silently counts as token 0.
     logits, batch = language_case()
     batch["labels"] = batch["input_ids"].clone()
