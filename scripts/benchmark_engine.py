@@ -88,7 +88,7 @@ class Bench:
         self.batches = [{k: v.to(device) for k, v in batch.items()} for batch in self.data]
         self.components = coar.find_components(self.model)
         self.output = outputs.get("token_margin" if name == "gpt2" else "margin")
-        self.n_masks, self.device = MASKS.get(name, 6), device
+        self.n_masks, self.device = MASKS.get(name, 4), device
 
     def plain(self) -> None:
         """Side a."""

@@ -2,8 +2,8 @@
 
     python scripts/benchmark_estimators.py conv vit gpt2 --models models --examples 32 --seeds 0 1 2
 
-`conv` is the embedded demo model; `vit` and `gpt2` come from `scripts/train_benchmark_models.py` (in `--models`). One unit
-of cost is one forward pass of one example. The evaluation masks (100 at the fraction, 100 at a quarter) are of
+`conv` is the embedded demo model; `vit` and `gpt2` come from `scripts/train_benchmark_models.py` (in `--models`).
+One unit of cost is one forward pass of one example. The evaluation masks (100 at the fraction, 100 at a quarter) are of
 seeds that no fit uses, and nothing is chosen by them. *Least squares* is the paper's procedure: independent masks and
 least squares with early stopping, the number of steps chosen on a tenth of the masks that is held out from the fit.
 

@@ -183,7 +183,7 @@ def test_both_estimators_are_exact_on_a_linear_net(linear, method, fraction):
 @pytest.mark.parametrize("fraction", [0.02, 0.05, 0.11, 0.2, 0.3])
 @pytest.mark.parametrize("method", [coar.PathGradient(2), coar.Regression(600)], ids=lambda m: m.name)
 def test_the_bias_is_exact_on_a_linear_net(linear, method, fraction):
-    # Once: above a fraction of 0.1 PathGradient's bias takes the fraction that should be off on average for the one that
+    # above a fraction of 0.1 PathGradient's bias takes the fraction that should be off on average for the one that
     # was, so that the luck of the background ends up in the bias (the weights are exact). Subtracting weights times the
     # gates really drawn in every pass, sum_i w_i g_i, would be exact.
     model, components, data, _, bias = linear

@@ -70,7 +70,7 @@ def test_neighbouring_seeds_do_not_overlap():
 @pytest.mark.parametrize("seed", [2**32, 2**53, 2**63 - 2, 2**63, 2**64 - 2])
 @pytest.mark.filterwarnings("error")
 def test_large_seeds_have_streams_of_their_own(seed):
-    # Once: from 2^63 on, NumPy makes floats of the list [seed, purpose], so that neighbouring seeds share one stream and
+    # from 2^63 on, NumPy makes floats of the list [seed, purpose], so that neighbouring seeds share one stream and
     # 2^64 - 1 is the same as 0 (with a RuntimeWarning); np.array([seed, purpose], dtype=np.uint64) would be exact.
     streams = {tuple(sampling.words(s, MASKS, 0, 0, 4).tolist()) for s in (0, seed, seed + 1)}
     assert len(streams) == 3
