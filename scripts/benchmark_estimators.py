@@ -236,7 +236,7 @@ def figure(rows: list[dict[str, Any]], path: Path) -> None:
         axes.set(xscale="log", xlabel="cost (forward passes an example)", title=name)
         axes.grid(alpha=0.3)
     drawing.axes[0].set_ylabel("mean correlation on fresh masks")
-    drawing.axes[-1].legend(fontsize=8, loc="lower right")
+    drawing.axes[-1].legend(fontsize=8, loc="lower left")
     drawing.savefig(path)
 
 
