@@ -26,7 +26,7 @@ from hf_coar.components import Components
 from hf_coar.engine import Part, run
 from hf_coar.errors import CoarError
 from hf_coar.fit import Fit, Problem
-from hf_coar.gradients import FORWARD_AND_BACKWARD
+from hf_coar.gate_passes import FORWARD_AND_BACKWARD, GatePasses
 from hf_coar.measurement import check_finite, measure
 
 
@@ -173,10 +173,12 @@ class GradientTimesParameter(_Baseline):
         Raises:
             ModelError: no gradient reaches the gates.
         """
+        passes = GatePasses(problem.model, problem.components, problem.output)
 
         def compute(batch: data_module.Batch, first: int, part: Part) -> dict[str, Tensor]:
-            gates = torch.ones(data_module.size(batch), len(problem.components))
-            values, weights = gradients.to_gates(problem.model, problem.components, problem.output, batch, gates)
+            device = next(iter(batch.values())).device
+            passes.begin_batch()
+            values, weights = passes(batch, torch.ones(data_module.size(batch), len(problem.components), device=device))
             check_finite(values, first, "no mask", problem.output)
             return {"weights": weights.cpu(), "outputs": values.cpu()}
 

@@ -10,6 +10,12 @@ exactly: f(x + (1 - g) u) - f(x - g u). So a delta read is
 with grad_f the gradient arriving at the value of f. It needs no knowledge of the model: what is element-wise is found
 by running (module calls without parameters are tried out, functions are known by name), and where nothing is found the
 correction is zero and the derivative is left.
+
+*Smoothing*: what is read averages over random ablations, which move the x of every f. The slope of f at the one x of a
+pass is a noisy sample of the average slope, above all where f has a kink. So the backward pass can take the slope of f
+averaged over a window around x, [f(x + w) - f(x - w)] / 2 w, while the forward pass stays as it is. A window as wide as
+the ablations move x would be right for a single pass; over many passes a narrower one leaves less bias
+(`scripts/benchmark_estimators.py` compares).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -70,9 +76,9 @@ class DeltaReads:
 class _Tracker(TorchFunctionMode):
     """Follows gated outputs to the element-wise functions that consume them."""
 
-    def __init__(self, reads: DeltaReads) -> None:
+    def __init__(self, reads: DeltaReads, smoothing: float) -> None:
         super().__init__()
-        self.reads = reads
+        self.reads, self.smoothing = reads, smoothing
         self._tracked: dict[int, tuple[Tensor, list[_Contribution]]] = {}
         self.paused = 0
 
@@ -85,6 +91,10 @@ class _Tracker(TorchFunctionMode):
         entry = self._tracked.get(id(tensor))
         return entry[1] if entry is not None else []
 
+    def concerns(self, x: Tensor) -> bool:
+        """Whether an element-wise function of x is not to run as usual."""
+        return bool(self.contributions(x)) or (self.smoothing > 0 and x.requires_grad)
+
     def _track(self, tensor: Tensor, contributions: list[_Contribution]) -> None:
         # The tensor itself is held, so that its id is not given to another one while this is alive.
         if contributions:
@@ -96,8 +106,9 @@ class _Tracker(TorchFunctionMode):
         first = args[0] if args else kwargs.get("input")
         if self.paused or not isinstance(first, Tensor):
             return func(*args, **kwargs)
-        if name in ELEMENTWISE and self.contributions(first):
-            return self.through(lambda x: func(x, *args[1:], **kwargs), first)
+        if name in ELEMENTWISE and self.concerns(first):
+            rest = {key: value for key, value in kwargs.items() if key != "input"}
+            return self.through(lambda x: func(x, *args[1:], **rest), first)
         result = func(*args, **kwargs)
         if isinstance(result, Tensor):
             self._follow(name, first, args, kwargs, result)
@@ -127,15 +138,16 @@ class _Tracker(TorchFunctionMode):
         return [_Contribution(c.part * scale, c.level) for c in self.contributions(tensor)]
 
     def through(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """Run an element-wise function on a tracked tensor, and correct the reads when the gradient comes back."""
+        """Run an element-wise function, smoothed if asked for, and correct the reads when the gradient comes back."""
         contributions = self.contributions(x)
         self.paused += 1
         try:
-            excesses = _excesses(function, x.detach(), contributions)
-            value = function(x)
+            slope = _mean_slope(function, x.detach(), self.smoothing) if self.smoothing else _slope(function, x)
+            excesses = _excesses(function, x.detach(), slope, contributions)
+            value = _with_slope(function, x, slope) if self.smoothing and x.requires_grad else function(x)
         finally:
             self.paused -= 1
-        if value.requires_grad:
+        if value.requires_grad and contributions:
             reads = self.reads  # not self: a tensor that holds its tracker would hold itself
 
             def correct(gradient: Tensor) -> None:
@@ -150,11 +162,52 @@ class _Tracker(TorchFunctionMode):
         self._tracked.clear()
 
 
-def _excesses(function: Callable[[Tensor], Tensor], x: Tensor, contributions: list[_Contribution]) -> list[Tensor]:
-    """By how much the exact difference exceeds slope × part, for every contribution."""
+def _slope(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """The derivative at x."""
     with torch.enable_grad():
-        variable = x.clone().requires_grad_()
-        (slope,) = torch.autograd.grad(function(variable + 0).sum(), variable)
+        variable = x.detach().clone().requires_grad_()
+        return torch.autograd.grad(function(variable + 0).sum(), variable)[0]
+
+
+@torch.no_grad()
+def _mean_slope(function: Callable[[Tensor], Tensor], x: Tensor, smoothing: float) -> Tensor:
+    """The slope averaged over a uniform window around x, whose standard deviation is `smoothing` times that of x."""
+    # Of one example, or one position of one: images have their example first, sequences any order of axes.
+    axes = tuple(range(1, x.dim())) if x.dim() > 3 else (-1,)
+    half = (smoothing * 3**0.5) * x.std(axes, keepdim=True, correction=0).clamp_min(_SMALL)
+    return function(x + half).sub_(function(x - half)).div_(2 * half)
+
+
+_SMALL = 1e-6
+
+
+class _WithSlope(torch.autograd.Function):
+    """A value that was computed without gradients, and the slope that it is to have."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor, slope: Tensor) -> Tensor:
+        ctx.save_for_backward(slope)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (slope,) = ctx.saved_tensors
+        return gradient * slope, None, None
+
+
+def _with_slope(function: Callable[[Tensor], Tensor], x: Tensor, slope: Tensor) -> Tensor:
+    """function(x), in place if it is, with another slope."""
+    with torch.no_grad():
+        original = x.detach().clone()
+        value = function(original)
+    result = _WithSlope.apply(x, value, slope)
+    return x.copy_(result) if value.data_ptr() == original.data_ptr() else result
+
+
+def _excesses(
+    function: Callable[[Tensor], Tensor], x: Tensor, slope: Tensor, contributions: list[_Contribution]
+) -> list[Tensor]:
+    """By how much the exact difference exceeds slope × part, for every contribution."""
     with torch.no_grad():
         return [
             function(torch.addcmul(x, c.part, 1 - c.level.detach()))
@@ -183,15 +236,19 @@ def _batch_norm_scale(
 
 
 @contextmanager
-def followed(activations: list[nn.Module], fired: FiredGroups, reads: DeltaReads) -> Iterator[None]:
+def followed(
+    activations: list[nn.Module], fired: FiredGroups, reads: DeltaReads, smoothing: float = 0.0
+) -> Iterator[None]:
     """Inside the block forward passes are followed; the backward passes of what they computed fill `reads`.
 
     Args:
         activations: modules known to be element-wise, see `elementwise_modules`.
         fired: of the gates that are active, which tell of every gated output.
         reads: filled later, while gradients flow.
+        smoothing: the width of the windows over which slopes are averaged, in standard deviations of what goes into the
+            function; 0 for none.
     """
-    tracker = _Tracker(reads)
+    tracker = _Tracker(reads, smoothing)
     fired.observe = tracker.observe
     try:
         for module in activations:
@@ -207,7 +264,7 @@ def followed(activations: list[nn.Module], fired: FiredGroups, reads: DeltaReads
 
 def _followed(module: nn.Module, forward: Callable[..., Tensor], tracker: _Tracker) -> Callable[..., Tensor]:
     def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if tracker.paused or not tracker.contributions(x):
+        if tracker.paused or not tracker.concerns(x):
             return forward(x, *args, **kwargs)
         return tracker.through(lambda value: forward(value, *args, **kwargs), x)
 

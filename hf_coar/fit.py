@@ -45,12 +45,14 @@ class Fit:
         bias: float32 [examples].
         standard_errors: float32 [examples, components], of the weights; None where the estimator gives none.
         identity: of the examples.
+        cost: forward passes an example that were spent on average, where `Method.cost` could only say the most.
     """
 
     weights: Tensor
     bias: Tensor
     standard_errors: Tensor | None
     identity: Identity
+    cost: float | None = None
 
 
 class Method(Protocol):
@@ -63,7 +65,7 @@ class Method(Protocol):
         ...
 
     def cost(self, ablated_fraction: float, n_components: int | None = None) -> float:
-        """Forward passes an example; a forward and backward pass counts as three."""
+        """Forward passes an example, or the most of them; a forward and backward pass counts as three."""
         ...
 
     def fit(self, problem: Problem) -> Fit:

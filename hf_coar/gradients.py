@@ -1,4 +1,4 @@
-"""Gradients that the baselines need: to the gates of components, and to their activations along a path of inputs."""
+"""Gradients to the activations of components along a path of inputs, which baselines need; whether there are any."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,39 +13,7 @@ from hf_coar.components import Components, Group
 from hf_coar.errors import CoarError, ModelError
 from hf_coar.outputs import Output
 
-FORWARD_AND_BACKWARD = 3.0  # cost of a forward and backward pass, in forward passes
-
 Watched = list[list[Tensor]]  # the activations of every group, one a run of its module
-
-
-def to_gates(
-    model: nn.Module, components: Components, output: Output, batch: data_module.Batch, gates: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Outputs and their gradients to the gates from one forward and backward pass.
-
-    Args:
-        model: whose gates these are.
-        components: its components.
-        output: to be differentiated.
-        batch: of examples.
-        gates: float32 [examples, components].
-
-    Returns:
-        outputs float32 [examples], gradients float32 [examples, components]; 0 where a gate is not reached.
-
-    Raises:
-        ModelError: the forward blocks all gradients.
-    """
-    device = next(iter(batch.values())).device
-    leaves = [part.contiguous().to(device) for part in gates.split(components.sizes(), dim=1)]
-    for leaf in leaves:
-        leaf.requires_grad_()
-    with torch.enable_grad(), masking.gated(model, components, leaves):
-        values = output(models.logits(model, batch), batch)
-        _check_differentiable(values, model)
-        gradients = torch.autograd.grad(values.sum(), leaves, allow_unused=True)
-    parts = [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, gradients, strict=True)]
-    return values.detach(), torch.cat(parts, dim=1)
 
 
 def reach_gates(model: nn.Module, components: Components, output: Output, batch: data_module.Batch) -> bool:

@@ -1,0 +1,170 @@
+"""PathGradient's sizes: one pass, a fixed number of rounds, as many as are needed; smoothing; live attributions."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import hf_coar as coar
+from hf_coar import data, live
+from hf_coar.delta_reads import DeltaReads, _mean_slope, followed
+from hf_coar.gate_rounds import Sums
+from hf_coar.masking import FiredGroups
+
+
+def attribute(pair, method, **options):
+    model, batches = pair
+    return coar.attribute(model, batches, method=method, progress=False, **options)
+
+
+def fidelity(pair, found, n_masks=60):
+    model, batches = pair
+    return coar.evaluate(found, model, batches, fractions=(0.05,), n_masks=n_masks, progress=False).correlation[0.05]
+
+
+# ------------------------------------------------------------------------------------------------------------ one pass
+
+
+def test_one_pass_costs_three_and_predicts(demo_pair):
+    found = attribute(demo_pair, coar.PathGradient(rounds=0))
+    assert found.config["cost"] == 3.0 and found.standard_errors is None
+    assert fidelity(demo_pair, found) > 0.7
+
+
+def test_one_pass_with_everything_in_place_is_predicted_roughly(demo_pair):
+    model, batches = demo_pair
+    found = attribute(demo_pair, coar.PathGradient(rounds=0))
+    with torch.no_grad():
+        batch = next(iter(batches))
+        measured = coar.outputs.get("margin")(model(batch["pixel_values"]), batch)
+    predicted = found.predict(torch.ones(1, len(found.components), dtype=torch.bool))[0, : len(measured)]
+    assert torch.corrcoef(torch.stack([predicted, measured]))[0, 1] > 0.7
+
+
+def test_the_batch_size_moves_nothing_in_one_pass(demo_pair):
+    model, batches = demo_pair
+    whole = data.as_batch(next(iter(batches)))
+    parts = [data.rows(whole, 0, 3), data.rows(whole, 3, 8)]
+    a = attribute((model, [data.rows(whole, 0, 8)]), coar.PathGradient(rounds=0))
+    b = attribute((model, parts), coar.PathGradient(rounds=0))
+    assert (a.weights - b.weights).abs().max() < 1e-3 * a.weights.abs().max()
+
+
+# --------------------------------------------------------------------------------------------------- as many as needed
+
+
+def test_auto_stops_when_every_example_is_reliable(demo_pair):
+    level = 0.9
+    method = coar.PathGradient(rounds="auto", reliability=level, max_rounds=12, shrink=False)
+    found = attribute(demo_pair, method)
+    reliability = coar.stability.reliability(found)
+    spent = found.config["cost"]
+    assert 2 * 30 <= spent < 12 * 30
+    done = reliability >= level - 1e-4
+    assert done.float().mean() > 0.5 and spent < attribute(demo_pair, coar.PathGradient(rounds=12)).config["cost"]
+
+
+def test_auto_does_not_depend_on_the_batch_size(demo_pair):
+    model, batches = demo_pair
+    whole = data.rows(data.as_batch(next(iter(batches))), 0, 6)
+    method = coar.PathGradient(rounds="auto", reliability=0.85, max_rounds=6, shrink=False)
+    together = attribute((model, [whole]), method)
+    alone = attribute((model, [data.rows(whole, i, i + 1) for i in range(6)]), method)
+    assert together.config["cost"] == alone.config["cost"]
+    assert (together.weights - alone.weights).abs().max() < 1e-3 * together.weights.abs().max()
+
+
+def test_auto_with_an_unreachable_level_takes_the_most(demo_pair):
+    model, batches = demo_pair
+    small = (model, [data.rows(data.as_batch(next(iter(batches))), 0, 2)])
+    auto = attribute(small, coar.PathGradient(rounds="auto", reliability=0.9999, max_rounds=4))
+    fixed = attribute(small, coar.PathGradient(rounds=4))
+    assert auto.config["cost"] == fixed.config["cost"] == 120
+    assert torch.equal(auto.weights, fixed.weights)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rounds": 1}, {"rounds": -2}, {"rounds": "many"}, {"rounds": True},
+        {"rounds": "auto", "max_rounds": 3}, {"rounds": "auto", "reliability": 1.0},
+    ],
+)  # fmt: skip
+def test_sizes_that_make_no_sense(options):
+    with pytest.raises(coar.CoarError, match="PathGradient"):
+        coar.PathGradient(**options)
+
+
+# ----------------------------------------------------------------------------------------------------------- smoothing
+
+
+def test_the_mean_slope_is_the_mean_of_the_slopes():
+    x = torch.linspace(-2, 2, 41)[None]
+    half = 0.5 * 3**0.5 * x.std(correction=0)
+    grid = torch.linspace(-1, 1, 4001)[:, None] * half
+    for function, slope in ((F.relu, lambda z: (z > 0).float()), (torch.tanh, lambda z: 1 - torch.tanh(z) ** 2)):
+        expected = slope(x + grid).mean(0)
+        assert torch.allclose(_mean_slope(function, x, 0.5)[0], expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_smoothing_leaves_the_forward_pass_as_it_is(in_place):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(inplace=in_place), nn.Conv2d(4, 3, 3), nn.ReLU6(in_place))
+    x = torch.randn(2, 2, 9, 9, requires_grad=True)
+    plain = net(x)
+    (slope,) = torch.autograd.grad(plain.sum(), x)
+    with followed([net[1], net[3]], FiredGroups(net, []), DeltaReads(), smoothing=0.5):
+        smoothed = net(x)
+    (other,) = torch.autograd.grad(smoothed.sum(), x)
+    assert torch.equal(plain, smoothed)
+    assert not torch.allclose(slope, other)
+
+
+def test_smoothing_helps_where_there_are_kinks(demo_pair):
+    with_it = fidelity(demo_pair, attribute(demo_pair, coar.PathGradient(rounds=2)))
+    without = fidelity(demo_pair, attribute(demo_pair, coar.PathGradient(rounds=2, smooth=False)))
+    assert with_it > without
+
+
+# ---------------------------------------------------------------------------------------------------------------- live
+
+
+def test_live_ends_where_attribute_does(demo_pair):
+    model, batches = demo_pair
+    few = data.rows(data.as_batch(next(iter(batches))), 0, 3)
+    components = coar.find_components(model)
+    seen = list(live.rounds(model, few, components, max_rounds=4))
+    assert [r.rounds for r in seen] == [0, 1, 2, 3, 4]
+    assert [r.cost for r in seen] == [3, 33, 63, 93, 123]
+    assert seen[0].standard_errors is None and seen[-1].standard_errors is not None
+    assert (seen[-1].reliability > seen[2].reliability).float().mean() > 0.5
+    found = attribute((model, [few]), coar.PathGradient(rounds=4))
+    assert torch.allclose(seen[-1].weights, found.weights, atol=1e-5)
+    one = attribute((model, [few]), coar.PathGradient(rounds=0))
+    assert torch.allclose(seen[0].weights, one.weights, atol=1e-5)
+
+
+def test_live_leaves_the_model_as_it_was_between_rounds(demo_pair):
+    model, batches = demo_pair
+    few = data.rows(data.as_batch(next(iter(batches))), 0, 1)
+    components = coar.find_components(model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for _ in live.rounds(model, few, components, max_rounds=1):
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_live_refuses(demo_pair):
+    model, batches = demo_pair
+    with pytest.raises(coar.CoarError, match="max_rounds"):
+        next(live.rounds(model, next(iter(batches)), coar.find_components(model), max_rounds=-1))
+
+
+def test_reliability_of_pure_noise_is_about_zero():
+    torch.manual_seed(0)
+    sums = Sums(2, 4000, torch.device("cpu"))
+    for _ in range(6):
+        noise = torch.randn(2, 4000)
+        sums.add([0, 1], type("R", (), {"soft": noise, "hard": noise, "gates": noise, "output": noise[:, 0]}))
+    assert sums.reliability().abs().max() < 0.1
