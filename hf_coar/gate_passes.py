@@ -66,6 +66,33 @@ class GatePasses:
         parts = [c if d is None else d + c for d, c in zip(derivatives, corrections, strict=True)]
         return values.detach(), torch.cat(parts, dim=1)
 
+    def energies(self, batch: data_module.Batch) -> tuple[Tensor, Tensor]:
+        """One forward pass with everything in place.
+
+        Returns:
+            outputs float32 [examples] and energies, float32 [examples, components]: the sum of the squares of what the
+            component adds to its module's output; 0 where gates enter elsewhere.
+        """
+        count, device = data_module.size(batch), next(iter(batch.values())).device
+        leaves = [torch.ones(count, size, device=device, requires_grad=True) for size in self._sizes]
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+
+        def note(gated: Tensor, part: Tensor, level: Tensor) -> None:
+            energy = part.detach().float().square().sum_to_size(level.shape)
+            found[id(level)] = (level, energy + found[id(level)][1] if id(level) in found else energy)
+
+        with torch.enable_grad(), masking.gated(self.model, self.components, leaves) as fired:
+            fired.observe = note
+            values = self.output(models.logits(self.model, batch), batch)
+        self._check_differentiable(values)
+        if not found:
+            return values.detach(), torch.zeros(count, len(self.components), device=device)
+        levels, energies = zip(*found.values(), strict=True)
+        # How gates were spread over an activation, autograd knows to gather again.
+        gathered = torch.autograd.grad(levels, leaves, energies, allow_unused=True)
+        parts = [torch.zeros_like(gate) if g is None else g for gate, g in zip(leaves, gathered, strict=True)]
+        return values.detach(), torch.cat(parts, dim=1)
+
     def _check_differentiable(self, values: Tensor) -> None:
         if not values.requires_grad:
             raise ModelError(

@@ -75,16 +75,21 @@ class GateRounds:
         check_finite(values, examples[0], f"all gates at {level:.3g}", self.output)
         return Reads(reads, reads, gates, values)
 
-    def round(self, batch: data_module.Batch, examples: Sequence[int], index: int) -> Reads:
+    def round(
+        self, batch: data_module.Batch, examples: Sequence[int], index: int, apart: Tensor | None = None
+    ) -> Reads:
         """One round.
 
         Args:
             batch: of the examples.
             examples: their numbers in the data set.
             index: of the round, from 0.
+            apart: components that stay in place and are not read, bool [examples, components].
         """
         levels, block = self._draw(examples, index)
         levels, block = levels.to(_device(batch)), block.to(_device(batch))
+        if apart is not None:
+            block[apart] = -1
         soft, hard, gates = (torch.zeros_like(levels) for _ in range(3))
         outputs = torch.zeros(len(examples), device=levels.device)
         # Early rounds have few slopes to average over; later ones, that have more, need less smoothing, and its bias.
@@ -92,13 +97,15 @@ class GateRounds:
         for b in range(self.blocks):
             in_block = block == b
             level = torch.where(in_block, levels, self._others(examples, levels, index, b))
+            level = level if apart is None else level.masked_fill(apart, 1.0)
             values, reads = self.passes(batch, level, smoothing)
             check_finite(values, examples[0], f"round {index}, pass {b}", self.output)
             soft += reads * in_block
             hard += reads * ~in_block
             gates += level / self.blocks
             outputs += values / self.blocks
-        return Reads(soft, hard / max(self.blocks - 1, 1), gates, outputs)
+        hard = hard / max(self.blocks - 1, 1)
+        return Reads(soft, hard if apart is None else hard.masked_fill_(apart, 0.0), gates, outputs)
 
     def _draw(self, examples: Sequence[int], index: int) -> tuple[Tensor, Tensor]:
         """Gate levels float32 and block numbers int32, both [examples, components]."""

@@ -13,6 +13,7 @@ from hf_coar.engine import placed
 from hf_coar.errors import CoarError
 from hf_coar.gate_passes import FORWARD_AND_BACKWARD
 from hf_coar.gate_rounds import GateRounds, Sums
+from hf_coar.outliers import Outliers, find
 from hf_coar.outputs import Output
 from hf_coar.path_gradient import PathGradient
 from hf_coar.workers import processes
@@ -78,17 +79,22 @@ def rounds(
     batch, method = data_module.as_batch(batch), PathGradient()
     examples = range(data_module.size(batch))
     gate_rounds = GateRounds(model, components, outputs.get(output), ablated_fraction, seed)
+    outliers: Outliers | None = None
     sums = Sums(len(examples), len(components), processes().device)
+    cost = 0.0
     for index in range(-1, max_rounds):
         with models.frozen(model), placed(model, processes().device) as device:
             here = data_module.to_device(batch, device)
-            reads = gate_rounds.single(here, examples) if index < 0 else gate_rounds.round(here, examples, index)
-        if index < 0:
-            means = {name: value.cpu() for name, value in vars(reads).items()}
-        else:
-            sums.add(examples, reads)
-            means = {name: value.cpu() for name, value in sums.means().items()}
+            if index < 0:
+                reads = gate_rounds.single(here, examples)
+                means = {name: getattr(reads, name).cpu() for name in ("soft", "output")}
+            else:
+                if outliers is None:
+                    outliers = find(gate_rounds.passes, here, method.max_outliers)
+                    cost += 1 + float((outliers.indices >= 0).sum(1).float().mean())
+                sums.add(examples, gate_rounds.round(here, examples, index, outliers.mask(len(components))))
+                found = sums.means() | {"outliers": outliers.indices, "effects": outliers.effects}
+                means = {name: value.cpu() for name, value in found.items()}
+        cost += FORWARD_AND_BACKWARD * (1 if index < 0 else gate_rounds.blocks)
         weights, errors = method.estimate(means, components.sizes())
-        passes = 1 + gate_rounds.blocks * (index + 1)
-        known = sums.reliability().cpu() if index > 0 else None
-        yield Round(weights, errors, means["output"], index + 1, FORWARD_AND_BACKWARD * passes, known)
+        yield Round(weights, errors, means["output"], index + 1, cost, sums.reliability().cpu() if index > 0 else None)

@@ -17,6 +17,7 @@ from hf_coar.errors import CoarError
 from hf_coar.fit import Fit, Problem
 from hf_coar.gate_passes import FORWARD_AND_BACKWARD
 from hf_coar.gate_rounds import GateRounds, Sums, n_blocks
+from hf_coar.outliers import Outliers, find
 from hf_coar.shrinkage import shrink
 
 
@@ -39,6 +40,9 @@ class PathGradient:
             `delta_reads`; needs `delta`.
         shrink: pull noisy reads towards steady ones, see `shrinkage`; without it the weights are plain means over the
             rounds, with the standard errors of those.
+        max_outliers: components of an example that are set apart at most, see `outliers`; 0 for none. They cost a
+            forward pass each, and looking for them one; `cost` leaves these out, the attributions' `config["cost"]`
+            counts them.
         reliability: for "auto": the split-half reliability of an example's plain means over the rounds (before they
             are shrunk) at which it has enough rounds; between 0 and 1.
         max_rounds: for "auto": an even number.
@@ -48,6 +52,7 @@ class PathGradient:
     delta: bool = True
     smooth: bool = True
     shrink: bool = True
+    max_outliers: int = 16
     reliability: float = 0.8
     max_rounds: int = 32
     name = "path_gradient"
@@ -56,6 +61,8 @@ class PathGradient:
         """Check the rounds."""
         if self.rounds != "auto" and not _is_even(self.rounds, 0):
             raise CoarError(f"PathGradient(rounds={self.rounds!r}): must be an even number, 0 or more, or 'auto'")
+        if isinstance(self.max_outliers, bool) or not isinstance(self.max_outliers, int) or self.max_outliers < 0:
+            raise CoarError(f"PathGradient(max_outliers={self.max_outliers!r}): must be a whole number, 0 or more")
         if not _is_even(self.max_rounds, 2):
             raise CoarError(f"PathGradient(max_rounds={self.max_rounds!r}): must be an even number, at least 2")
         if not isinstance(self.reliability, int | float) or not 0 < self.reliability < 1:
@@ -64,7 +71,7 @@ class PathGradient:
     def settings(self) -> dict:
         """What determines the numbers, for `run.json`."""
         found = {"name": self.name, "rounds": self.rounds, "delta": self.delta, "smooth": self.smooth}
-        found |= {"shrink": self.shrink}
+        found |= {"shrink": self.shrink, "max_outliers": self.max_outliers}
         if self.rounds == "auto":
             found |= {"reliability": self.reliability, "max_rounds": self.max_rounds}
         return found
@@ -96,10 +103,16 @@ class PathGradient:
         reads = problem.store.gather(part.name, count)
         weights, errors = self.estimate(reads, problem.components.sizes())
         bias = reads["output"] - (weights * reads["gates"]).sum(1)
-        cost = None
-        if self.rounds == "auto":
-            cost = FORWARD_AND_BACKWARD * rounds.blocks * float(reads["rounds"].mean())
-        return Fit(weights, bias, errors, data_module.Identity.of(reads), cost)
+        return Fit(weights, bias, errors, data_module.Identity.of(reads), self._spent(reads, rounds.blocks))
+
+    def _spent(self, reads: Mapping[str, Tensor], blocks: int) -> float:
+        """Forward passes that an example took on average."""
+        if self.rounds == 0:
+            return FORWARD_AND_BACKWARD
+        passes = FORWARD_AND_BACKWARD * blocks * float(reads["rounds"].mean())
+        if "outliers" in reads:
+            passes += 1 + float((reads["outliers"] >= 0).sum(1).float().mean())
+        return passes
 
     @property
     def _most_rounds(self) -> int:
@@ -113,29 +126,39 @@ class PathGradient:
             single = rounds.single(batch, range(first, first + count))
             return {"soft": single.soft, "gates": single.gates, "output": single.output}
         sums = Sums(count, len(rounds.components), next(iter(batch.values())).device)
+        outliers = find(rounds.passes, batch, self.max_outliers) if self.max_outliers else None
+        apart = None if outliers is None else outliers.mask(len(rounds.components))
         rows = list(range(count))
         for index in range(self._most_rounds):
             some = batch if len(rows) == count else {name: value[rows] for name, value in batch.items()}
-            sums.add(rows, rounds.round(some, [first + row for row in rows], index))
+            sums.add(
+                rows, rounds.round(some, [first + row for row in rows], index, None if apart is None else apart[rows])
+            )
             if self.rounds == "auto" and index % 2:
                 enough = (sums.reliability() >= self.reliability).tolist()
                 rows = [row for row in rows if not enough[row]]
                 if not rows:
                     break
-        return sums.means()
+        found = sums.means()
+        return found if outliers is None else found | {"outliers": outliers.indices, "effects": outliers.effects}
 
     def estimate(self, reads: Mapping[str, Tensor], sizes: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """Weights and standard errors, float32 [examples, components], from what was read of the examples.
 
         Args:
-            reads: `gate_rounds.Sums.means`, or the fields of a single pass's `gate_rounds.Reads`.
+            reads: `gate_rounds.Sums.means` with the fields of `Outliers` as `outliers` and `effects` if there are any,
+                or what a single pass read as `soft`.
             sizes: components of every layer, in order.
         """
         if "variance" not in reads:
             return reads["soft"], None
         if self.shrink:
-            return shrink(reads["soft"], reads["hard"], reads["variance"], sizes)
-        return reads["soft"], reads["variance"].sqrt()
+            weights, errors = shrink(reads["soft"], reads["hard"], reads["variance"], sizes)
+        else:
+            weights, errors = reads["soft"].clone(), reads["variance"].sqrt()
+        if "outliers" in reads:
+            Outliers(reads["outliers"], reads["effects"]).into(weights, errors)
+        return weights, errors
 
 
 def _is_even(value: object, least: int) -> bool:

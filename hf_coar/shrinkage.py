@@ -4,10 +4,12 @@ Soft reads are right on average and noisy, hard reads (the same component read w
 biased. Layer by layer the soft reads are pulled towards calibrated hard reads, in two ways whose errors differ, so that
 their mean beats either:
 
-- empirical Bayes by component: how much a component's effects vary over the examples beyond their noise says how far
-  its soft reads are to be believed (Efron, Morris 1973);
+- empirical Bayes by component, at two levels: a component's mean over the examples, and each example's deviation from
+  it; how much they vary beyond their noise says how far they are to be believed (Efron, Morris 1973). Many effects,
+  above all in language models, are much the same for all examples, and their mean has the least noise;
 - a Wiener filter across examples: the covariance of the examples' corrections, learnt from all components of the layer,
-  says which examples tell about each other.
+  says which examples tell about each other. It takes all components of a layer as equally noisy. Where few of them have
+  nearly all of the noise, it would be learnt from those, and has no say.
 
 Examples are treated in blocks of fixed indices, so that the batch size moves nothing.
 """
@@ -51,21 +53,53 @@ def _blocks(n_examples: int, sizes: Sequence[int]) -> Iterator[tuple[slice, slic
 
 
 def _shrink_layer(soft: Tensor, hard: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
-    # A handful of rounds says little about one read's noise; its component's mean over the examples says more.
-    variance = (variance + variance.mean(0)) / 2 + _TINY
+    variance = _steadied(variance)
     by_component, variance_a = _empirical_bayes(soft, hard, variance)
     by_example, variance_b = _wiener(soft, hard, variance)
-    return (by_component + by_example) / 2, (variance_a + variance_b) / 2
+    share = 0.5 * min(1.0, _participation(variance.mean(0)) / _EVEN)
+    return torch.lerp(by_component, by_example, share), torch.lerp(variance_a, variance_b, share)
 
 
-def _empirical_bayes(soft: Tensor, hard: Tensor, variance: Tensor, iterations: int = 3) -> tuple[Tensor, Tensor]:
-    """Towards the calibrated hard reads, one prior variance a component; weights and posterior variances."""
+_PRIOR_EXAMPLES = 2  # for how many examples the mean of the layer speaks where a component's noise is estimated
+
+
+def _steadied(variance: Tensor) -> Tensor:
+    """Better estimates of the noise: a handful of rounds says little about one read's, its component and layer more."""
+    count = len(variance)
+    trust = count / (count + _PRIOR_EXAMPLES)
+    of_component = torch.lerp(variance.mean(), variance.mean(0), trust)
+    return (trust * variance + (2 - trust) * of_component) / 2 + _TINY
+
+
+_EVEN = 0.1  # participation from which the noise counts as evenly spread; between .05 and .2 nothing much changes
+
+
+def _participation(noise: Tensor) -> float:
+    """The fraction of the components among which noise [components] is spread, by the participation ratio."""
+    return float(noise.sum().square() / (len(noise) * noise.square().sum()).clamp_min(_TINY**2))
+
+
+def _empirical_bayes(soft: Tensor, hard: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+    """Means over the examples, and deviations from them, each shrunk by component; weights and posterior variances."""
+    count = soft.shape[0]
+    mean_soft, mean_hard = soft.mean(0, keepdim=True), hard.mean(0, keepdim=True)
+    mean, left = _towards(mean_soft, mean_hard, variance.mean(0, keepdim=True) / count)
+    if count == 1:
+        return mean, left
+    # Deviations from a mean of the same reads have lost a little of their variance.
+    whole = count / (count - 1)
+    deviation, rest = _towards(soft - mean_soft, hard - mean_hard, variance, whole)
+    return mean + deviation, left + rest / whole
+
+
+def _towards(soft: Tensor, hard: Tensor, variance: Tensor, whole: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Soft reads shrunk towards the calibrated hard reads, with one prior variance a component."""
     prior = torch.zeros(soft.shape[1], dtype=soft.dtype)
-    for _ in range(iterations):
+    for _ in range(3):
         precision = 1 / (variance + prior)
         slope = (precision * soft * hard).sum() / (precision * hard.square()).sum().clamp_min(_TINY)
         correction = soft - slope * hard
-        excess = (correction.square() - variance).mean(0).clamp_min(0)
+        excess = (whole * correction.square() - variance).mean(0).clamp_min(0)
         prior = (excess + excess.mean()) / 2
     return slope * hard + correction * prior / (prior + variance), variance * prior / (prior + variance)
 

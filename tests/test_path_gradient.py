@@ -9,7 +9,7 @@ import hf_coar as coar
 from hf_coar import data, live
 from hf_coar.delta_reads import DeltaReads, _mean_slope, followed
 from hf_coar.gate_rounds import Sums
-from hf_coar.masking import FiredGroups
+from hf_coar.masking import FiredGroups, ablate
 
 
 def attribute(pair, method, **options):
@@ -79,7 +79,7 @@ def test_auto_with_an_unreachable_level_takes_the_most(demo_pair):
     small = (model, [data.rows(data.as_batch(next(iter(batches))), 0, 2)])
     auto = attribute(small, coar.PathGradient(rounds="auto", reliability=0.9999, max_rounds=4))
     fixed = attribute(small, coar.PathGradient(rounds=4))
-    assert auto.config["cost"] == fixed.config["cost"] == 120
+    assert auto.config["cost"] == fixed.config["cost"] == 121  # one pass looks for outliers
     assert torch.equal(auto.weights, fixed.weights)
 
 
@@ -136,7 +136,7 @@ def test_live_ends_where_attribute_does(demo_pair):
     components = coar.find_components(model)
     seen = list(live.rounds(model, few, components, max_rounds=4))
     assert [r.rounds for r in seen] == [0, 1, 2, 3, 4]
-    assert [r.cost for r in seen] == [3, 33, 63, 93, 123]
+    assert [r.cost for r in seen] == [3, 34, 64, 94, 124]
     assert seen[0].standard_errors is None and seen[-1].standard_errors is not None
     assert (seen[-1].reliability > seen[2].reliability).float().mean() > 0.5
     found = attribute((model, [few]), coar.PathGradient(rounds=4))
@@ -168,3 +168,62 @@ def test_reliability_of_pure_noise_is_about_zero():
         noise = torch.randn(2, 4000)
         sums.add([0, 1], type("R", (), {"soft": noise, "hard": noise, "gates": noise, "output": noise[:, 0]}))
     assert sums.reliability().abs().max() < 0.1
+
+
+# ------------------------------------------------------------------------------------------------------------ outliers
+
+
+class Massive(nn.Module):
+    """A net with one row that dwarfs its layer, and without which the output collapses."""
+
+    def __init__(self, factor=100.0):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.head = nn.Linear(8, 64), nn.Linear(64, 64), nn.Linear(64, 3)
+        with torch.no_grad():
+            self.first.weight[5] *= factor
+            self.head.weight[:, :] *= 0.3
+
+    def forward(self, x):
+        hidden = self.first(x)
+        hidden = torch.tanh(self.second(hidden / hidden.square().mean(-1, keepdim=True).sqrt())) + 0.01 * hidden
+        return self.head(hidden)
+
+
+def massive(factor=100.0, count=6):
+    inputs = torch.randn(count, 8, generator=torch.Generator().manual_seed(1)).abs() + 0.3
+    return Massive(factor).eval(), [{"inputs": inputs, "labels": torch.arange(count) % 3}]
+
+
+def test_outliers_get_their_exact_differences():
+    model, batches = massive()
+    components = coar.find_components(model, exclude=["head"])
+    found = coar.attribute(model, batches, components, method=coar.PathGradient(rounds=2), progress=False)
+    kept = torch.ones(len(components), dtype=torch.bool)
+    margin = coar.outputs.get("margin")
+    with torch.no_grad():
+        before = margin(model(batches[0]["inputs"]), batches[0])
+        kept[5] = False
+        with ablate(model, components, kept):
+            after = margin(model(batches[0]["inputs"]), batches[0])
+    assert torch.allclose(found.weights[:, 5], before - after, atol=1e-4)
+    assert (found.standard_errors[:, 5] == 0).all()
+    assert (found.standard_errors[:, 6] > 0).any()
+    assert found.config["cost"] == 60 + 1 + 1
+
+
+def test_without_outliers_there_are_none():
+    model, batches = massive(factor=1.0)
+    found = coar.attribute(model, batches, method=coar.PathGradient(rounds=2), progress=False)
+    assert found.config["cost"] == 60 + 1
+    none = coar.attribute(model, batches, method=coar.PathGradient(rounds=2, max_outliers=0), progress=False)
+    assert none.config["cost"] == 60
+    assert torch.equal(found.weights, none.weights)
+
+
+def test_outliers_do_not_depend_on_the_batch_size():
+    model, batches = massive()
+    parts = [data.rows(batches[0], 0, 1), data.rows(batches[0], 1, 6)]
+    a = coar.attribute(model, batches, method=coar.PathGradient(rounds=2), progress=False)
+    b = coar.attribute(model, parts, method=coar.PathGradient(rounds=2), progress=False)
+    assert torch.allclose(a.weights, b.weights, atol=1e-4)
