@@ -1,0 +1,235 @@
+"""Bring your own input: an image or a text, attributed round by round while the visitor watches."""
+
+import hashlib
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from html import escape
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_coar import live, outputs
+from hf_coar.data import Batch
+from hf_coar.errors import CoarError
+from hf_coar.explore import drawing, panels
+from hf_coar.explore.drawing import number, thumbnail
+from hf_coar.explore.links import View
+from hf_coar.explore.outcome import Outcome
+from hf_coar.explore.source import Source
+
+MAX_ROUNDS = 16
+_KEPT_IMAGES, _LARGEST_SIDE = 64, 1024  # uploads kept for their links, and pixels that are kept of one
+
+
+class Uploads:
+    """Images of visitors, by a name made from their pixels, as long as the explorer runs; the oldest go first."""
+
+    def __init__(self) -> None:
+        """None yet."""
+        self._images: OrderedDict[str, Any] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def keep(self, image: Any) -> str:
+        """Keep a PIL image.
+
+        Returns:
+            Its name, for links.
+        """
+        image = image.copy()
+        image.thumbnail((_LARGEST_SIDE, _LARGEST_SIDE))
+        name = hashlib.sha256(f"{image.mode} {image.size}".encode() + image.tobytes()).hexdigest()[:20]
+        with self._lock:
+            self._images[name] = image
+            self._images.move_to_end(name)
+            while len(self._images) > _KEPT_IMAGES:
+                self._images.popitem(last=False)
+        return name
+
+    def get(self, name: str) -> Any:
+        """The image of that name.
+
+        Raises:
+            CoarError: it is gone; links to uploaded images work while the explorer that made them runs.
+        """
+        with self._lock:
+            if name not in self._images:
+                raise CoarError(
+                    "the uploaded image of this link is gone: uploads are kept only while the explorer runs; upload it "
+                    "again"
+                )
+            return self._images[name]
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """The attribution of a visitor's input after some rounds.
+
+    Attributes:
+        found: the model's prediction.
+        value: the output that is attributed.
+        tokens: of a language model the tokens of the text; no others follow from it.
+        explained: the class, or of a language model the position of the token, whose output is attributed; -1 for the
+            mean over all tokens.
+        last: weights, standard errors, cost and number of rounds up to now.
+        errors: the typical standard error after every round that had one, in the unit of the output.
+        reliabilities: the expected correlation with another seed's after every round that had one.
+    """
+
+    found: Outcome
+    value: float
+    tokens: tuple[int, ...]
+    explained: int
+    last: "live.Round"
+    errors: tuple[float, ...]
+    reliabilities: tuple[float, ...]
+
+
+def arriving(source: Source, content: Any, explained: int = -1, max_rounds: int = MAX_ROUNDS) -> Iterator[Arrived]:
+    """The attribution of an image or text, better with every item.
+
+    Args:
+        source: whose model and components.
+        content: a PIL image, or a text.
+        explained: the class whose output is attributed, or of a language model the position of the token; -1 for the
+            predicted class, or all tokens.
+        max_rounds: when it ends by itself.
+
+    Raises:
+        CoarError: nothing was given, or it cannot be prepared for this model.
+    """
+    if content is None or (isinstance(content, str) and not content.strip()):
+        raise CoarError("nothing to attribute yet: upload an image" if source.kind == "image" else "type a text first")
+    batch, found, explained = _targeted(source, source.prepare_own(content), explained)
+    value, tokens = float(source.run(batch).outputs[0]), ()
+    if source.is_language_model:
+        tokens = tuple(batch["input_ids"][0][_attended(batch)].tolist())
+    config, errors, reliabilities = source.attributions.config, [], []
+    rounds = live.rounds(
+        source.model, {name: value.to(source.device) for name, value in batch.items()}, source.components,
+        output=source.output.name, ablated_fraction=config.get("ablated_fraction", 0.05),
+        seed=config.get("seed", 0), max_rounds=max_rounds,
+    )  # fmt: skip
+    try:
+        while True:
+            with source.lock:  # a round at a time, so that others get their turn in between
+                one = next(rounds, None)
+            if one is None:
+                return
+            if one.standard_errors is not None:
+                errors.append(float(one.standard_errors[0].square().mean().sqrt()))
+            if one.reliability is not None:
+                reliabilities.append(float(one.reliability[0]))
+            yield Arrived(found, value, tokens, explained, one, tuple(errors), tuple(reliabilities))
+    finally:
+        rounds.close()
+
+
+def _targeted(source: Source, batch: Batch, explained: int) -> tuple[Batch, Outcome, int]:
+    """The batch with the labels that are to be explained, the prediction, and what is explained."""
+    if source.is_language_model:
+        found = source.run(batch)
+        if explained < 0:
+            return batch, found, -1
+        places = _attended(batch).nonzero().flatten().tolist()
+        if not 1 <= explained < len(places):
+            raise CoarError(f"token {explained}: of this text, tokens 1 to {len(places) - 1} follow from others")
+        labels = torch.full_like(batch["input_ids"], outputs.IGNORED_LABEL)
+        labels[0, places[explained]] = batch["input_ids"][0, places[explained]]
+        return {**batch, "labels": labels}, found, explained
+    found = source.run({**batch, "labels": torch.zeros(1, dtype=torch.long)})
+    explained = int(found.classes[0]) if explained < 0 else explained
+    return {**batch, "labels": torch.tensor([explained])}, found, explained
+
+
+def _attended(batch: Batch) -> Tensor:
+    return batch.get("attention_mask", torch.ones_like(batch["input_ids"]))[0].bool()
+
+
+def panel(source: Source, content: Any, arrived: Arrived, running: bool) -> str:
+    """What has arrived, as HTML."""
+    weights = arrived.last.weights[0].cpu()
+    errors = arrived.last.standard_errors
+    errors = errors[0].cpu() if errors is not None else None
+    of_text = isinstance(content, str)
+    picture = _text(source, content, arrived) if of_text else f'<div class="coar-big">{thumbnail(content, 256)}</div>'
+    of = "" if arrived.explained < 0 else f" of {source.class_name(arrived.explained)}"
+    if arrived.tokens:
+        one = arrived.explained
+        of = ", mean over the tokens" if one < 0 else f" of token {one}, {source.token(arrived.tokens[one])!r}"
+    rounds = arrived.last.rounds
+    state = f"round {rounds} of {MAX_ROUNDS}" if rounds else "first pass"
+    output = number(arrived.value, 2)
+    classes = " coar-of-text" if of_text else ""
+    return panels.wrapped(
+        f'<div class="coar-top{classes}">{picture}<div>{panels.top_table(source, arrived.found)}'
+        f"{drawing.note(f'attributed: the {source.output.name}{of}: {output} {source.unit}')}</div></div>"
+        f'<div class="coar-figures" role="status"><div class="coar-figure"><b>{state}</b>'
+        f"<span>{'more is arriving …' if running else 'done'}</span></div>"
+        f"{_cost(arrived)}{_noise(source, arrived)}</div>"
+        f"{panels.attribution(source, weights, errors)}{panels.ranked(source, weights, errors, View(), ticks=False)}"
+    )
+
+
+def _text(source: Source, content: str, arrived: Arrived) -> str:
+    """The text; of a language model every token that follows from others is a button that explains it."""
+    if not arrived.tokens:
+        return f'<div class="coar-text" tabindex="0">{escape(content)}</div>'
+    words = [source.token(token) for token in arrived.tokens]
+    hits = (arrived.found.tokens[0] == arrived.found.targets[0]).tolist()
+    pieces = [escape(words[0])] + [
+        drawing.button(
+            "token", place, escape(word), "coar-token" + (" coar-hit" if hit else ""), f"explain token {place}, {word}",
+            f' aria-pressed="{"true" if place == arrived.explained else "false"}"',
+        )
+        for place, (word, hit) in enumerate(zip(words[1:], hits, strict=True), start=1)
+    ]  # fmt: skip
+    every = drawing.button("token", -1, "Explain all tokens", "coar-small") if arrived.explained >= 0 else ""
+    said = drawing.note("Click a token to explain it alone; underlined: the token that the model expects.")
+    return f'<div><div class="coar-text">{"".join(pieces)}</div>{said}{every}</div>'
+
+
+def _cost(arrived: Arrived) -> str:
+    return f'<div class="coar-figure"><b>{arrived.last.cost:,.0f}</b><span>forward passes so far</span></div>'
+
+
+def _noise(source: Source, arrived: Arrived) -> str:
+    """Standard error and reliability, now and by round."""
+    if not arrived.errors:
+        return '<div class="coar-figure"><b>–</b><span>standard errors come from the second round on</span></div>'
+    said = [(f"± {arrived.errors[-1]:.2g}", f"typical standard error, {source.unit}", arrived.errors)]
+    if arrived.reliabilities:
+        last = f"{arrived.reliabilities[-1]:.3f}"
+        said.append((last, "reliability (1: another seed agrees)", arrived.reliabilities))
+    return "".join(
+        f'<div class="coar-figure"><b>{value} {_line(series)}</b><span>{escape(name)}</span></div>'
+        for value, name, series in said
+    )
+
+
+def _line(values: Sequence[float]) -> str:
+    """A small line from 0 up to the largest value, one point a round."""
+    top, n = max(max(values), 1e-30), max(len(values) - 1, 1)
+    points = " ".join(f"{2 + 66 * i / n:.1f},{20 - 17 * max(value, 0) / top:.1f}" for i, value in enumerate(values))
+    return (
+        '<svg class="coar-spark" viewBox="0 0 70 22" role="img" aria-label="by round">'
+        f'<polyline points="{points}"/><path class="coar-axis" d="M1 21H69"/></svg>'
+    )
+
+
+def content_of(view: View, uploads: Uploads) -> Any:
+    """The visitor's input that a view names; None if it names none.
+
+    Raises:
+        CoarError: its image is gone.
+    """
+    if view.image:
+        return uploads.get(view.image)
+    return view.text or None
+
+
+def without_input(view: View) -> View:
+    """The view without an input of the visitor's own."""
+    return replace(view, text="", image="", explained=-1)

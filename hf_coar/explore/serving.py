@@ -1,0 +1,75 @@
+"""Serving the explorer: `launch` opens attributions and shows the page until Ctrl-C."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hf_coar.attributions import Attributions
+from hf_coar.errors import CoarError
+from hf_coar.explore import style
+from hf_coar.explore.app import Page
+from hf_coar.explore.layout import gradio
+from hf_coar.explore.source import open_source
+
+logger = logging.getLogger(__name__)
+
+
+class Address(str):
+    """Where the explorer is served, such as `http://127.0.0.1:7860/`; `close()` ends it."""
+
+    close: Callable[[], None]
+
+
+def launch(
+    attributions: str | Path | Attributions,
+    model: Any = None,
+    data: Any = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    open_browser: bool = False,
+    share: bool = False,
+    *,
+    block: bool = True,
+) -> str:
+    """Serve the explorer of some attributions.
+
+    Args:
+        attributions: folder or Hub id, or loaded.
+        model: Hub id, folder or loaded; by default as the attributions name it.
+        data: Hub id, folder or file, or loaded (batches are held in memory); by default as the attributions name it.
+        revision: of the model: branch, tag or commit.
+        trust_remote_code: run code that comes with the model.
+        host: "127.0.0.1" for this machine only, "0.0.0.0" for everybody who can reach it.
+        port: by default the first free one from 7860 on.
+        open_browser: open the page.
+        share: also through a public address of Gradio's for some days.
+        block: return only after Ctrl-C; without it the address has a `close()`.
+
+    Returns:
+        The address.
+
+    Raises:
+        CoarError: Gradio is not installed, the port is taken, or the attributions, model or data cannot be opened.
+        ModelMismatchError: another model than was attributed.
+        DataError: other data than were attributed.
+    """
+    gr = gradio()
+    page = Page(open_source(attributions, model, data, revision, trust_remote_code))
+    fonts = ["system-ui", "sans-serif"]
+    theme = gr.themes.Default(primary_hue="blue", neutral_hue="slate", font=fonts, font_mono=["monospace"])
+    try:
+        _, local, public = page.blocks.launch(
+            server_name=host, server_port=port, inbrowser=open_browser, share=share, quiet=True,
+            prevent_thread_lock=True, theme=theme, css=style.CSS, footer_links=[], show_error=True, ssr_mode=False,
+        )  # fmt: skip
+    except OSError as error:
+        raise CoarError(f"cannot serve at {host}:{port or '7860 …'}: {error}; give another port") from error
+    address = Address(public or local)
+    address.close = page.blocks.close
+    logger.info("explorer: %s (Ctrl-C ends it)", address)
+    if block:
+        page.blocks.block_thread()
+    return address

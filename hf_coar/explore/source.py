@@ -1,0 +1,317 @@
+"""What the explorer shows: attributions with the model and the data that they are of, read example by example."""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_coar import data as data_module
+from hf_coar import models, outputs, workers
+from hf_coar.attributions import Attributions
+from hf_coar.errors import CoarError, DataError
+from hf_coar.explore.columns import Progress, Summary, no_progress
+from hf_coar.explore.outcome import Outcome
+
+BATCH_SIZE = 32
+_CACHED_BYTES = 256 * 2**20  # of prepared batches, so that the next ablation does not decode them again
+_TEXT_COLUMNS = ("text", "sentence", "content")
+_LABEL_COLUMNS = ("label", "labels", "target", "fine_label")
+
+
+class Source:
+    """Attributions, model and data behind one door; whoever runs the model holds `lock`.
+
+    Attributes:
+        attributions: read row by row.
+        model: in evaluation mode.
+        components: of the attributions.
+        output: that was attributed.
+        class_names: by class; empty where nobody named them.
+        device: of the model.
+        lock: held while the model runs, as an ablation changes it for that time.
+    """
+
+    def __init__(self, attributions: Attributions, model: nn.Module, data: Any) -> None:
+        """Model and data are loaded already.
+
+        Raises:
+            ModelMismatchError: another model than was attributed.
+            DataError: other examples than were attributed.
+        """
+        attributions.check_model(models.fingerprint(model), models.record(model))
+        self.attributions, self.model, self.components = attributions, model.eval(), attributions.components
+        self.output = outputs.get(attributions.config.get("output") or "margin")
+        self.device = models.device_of(model)
+        self.lock = threading.RLock()
+        batches = data_module.batches(data)
+        self._examples = batches if isinstance(batches, data_module.Examples) else None
+        self._list = None if self._examples is not None else [data_module.as_batch(item) for item in batches]
+        self._places = self._places_of_rows()
+        self._batches: OrderedDict[tuple[int, ...], dict[str, Tensor]] = OrderedDict()
+        self._predicted: dict[int, Outcome] = {}
+        self._summary: Summary | None = None
+        self.class_names = self._named_classes()
+        self._check_examples()
+
+    def _places_of_rows(self) -> list[int]:
+        """Where in the data every row of the attributions comes from: examples that could not be read have none."""
+        skipped = set(self.attributions.config.get("skipped") or ())
+        places = [i for i in range(len(self.attributions) + len(skipped)) if i not in skipped]
+        if self._examples is not None:
+            if not hasattr(self._examples.dataset, "__len__"):
+                raise DataError("the explorer reaches examples by their number; load the data without streaming")
+            n_there = len(self._examples.dataset)
+        else:
+            self._starts = [0]
+            for batch in self._list:
+                self._starts.append(self._starts[-1] + data_module.size(batch))
+            n_there = self._starts[-1]
+        if places and places[-1] >= n_there:
+            raise DataError(
+                f"the data hold {n_there} examples, and the attributions are of {len(places)}; give the same data set "
+                "and split"
+            )
+        return places
+
+    def _check_examples(self) -> None:
+        rows = sorted({0, len(self) // 2, len(self) - 1})
+        ours = self.attributions.identity
+        known = data_module.Identity(ours.signatures[rows], ours.labels[rows])
+        known.check(data_module.Identity.of(data_module.identity(self.batch(rows))))
+
+    def __len__(self) -> int:
+        """How many examples."""
+        return len(self.attributions)
+
+    @property
+    def unit(self) -> str:
+        """Of the output."""
+        return self.attributions.config.get("unit") or self.output.unit
+
+    @property
+    def is_language_model(self) -> bool:
+        """Whether the output is of tokens, not of classes."""
+        return self.output.name.startswith("token_")
+
+    def summary(self, progress: Progress = no_progress) -> Summary:
+        """Of all components; one pass over the files at the first call."""
+        with self.lock:
+            if self._summary is None:
+                self._summary = Summary.of(self.attributions, progress)
+            return self._summary
+
+    # ------------------------------------------------------------------------------------------------------ examples
+
+    def raw(self, row: int) -> Mapping[str, Any]:
+        """An example as its data set holds it, or its tensors where there is no data set."""
+        if self._examples is not None:
+            return self._examples.dataset[self._places[row]]
+        return {name: value[0] for name, value in self.batch([row]).items()}
+
+    def batch(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        """Some examples as the model reads them, with their labels.
+
+        Raises:
+            DataError: they can no longer be read.
+        """
+        key = tuple(rows)
+        if key in self._batches:
+            self._batches.move_to_end(key)
+            return self._batches[key]
+        places = [self._places[row] for row in rows]
+        if self._examples is not None:
+            found = data_module.as_batch(self._examples.prepare([self._examples.dataset[place] for place in places]))
+        else:
+            found = self._of_list(places)
+        self._batches[key] = found
+        while len(self._batches) > 1 and sum(map(_n_bytes, self._batches.values())) > _CACHED_BYTES:
+            self._batches.popitem(last=False)
+        return found
+
+    def _of_list(self, places: Sequence[int]) -> dict[str, Tensor]:
+        single = []
+        for place in places:
+            number = next(n for n in range(len(self._list)) if place < self._starts[n + 1])
+            start = place - self._starts[number]
+            single.append(data_module.rows(self._list[number], start, start + 1))
+        lengths = {name: {one[name].shape for one in single} for name in single[0]}
+        if any(len(shapes) > 1 for shapes in lengths.values()):
+            raise DataError("batches of texts were padded differently; give the explorer a data set of `datasets`")
+        return {name: torch.cat([one[name] for one in single]) for name in single[0]}
+
+    def prepare_own(self, content: Any) -> dict[str, Tensor]:
+        """An image or text of the visitor's as a batch of one; its label is still to be set.
+
+        Raises:
+            DataError: the data are tensors, so that nobody knows how to make more of them.
+        """
+        if self._examples is None:
+            raise DataError("the data are batches of tensors, which do not say how an image or a text becomes one")
+        first = dict(self._examples.dataset[self._places[0]])
+        column = text_column(first) if isinstance(content, str) else image_column(first)
+        if column is None:
+            raise DataError(f"the data set holds no {'texts' if isinstance(content, str) else 'images'}")
+        return data_module.as_batch(self._examples.prepare([{**first, column: content}]))
+
+    @property
+    def kind(self) -> str:
+        """What the examples are: "image", "text" or "tensors"."""
+        if self._examples is None:
+            batch = self._list[0]
+            return "image" if "pixel_values" in batch else "tensors"
+        first = self._examples.dataset[self._places[0]]
+        return "image" if image_column(first) else "text" if text_column(first) else "tensors"
+
+    @property
+    def takes_own(self) -> bool:
+        """Whether a visitor's own image or text can be prepared."""
+        return self._examples is not None and self.kind in ("image", "text")
+
+    # ----------------------------------------------------------------------------------------------------- the model
+
+    def run(self, batch: Mapping[str, Tensor]) -> Outcome:
+        """The model as it is now on one batch."""
+        on_device = data_module.to_device(batch, self.device)
+        with self.lock, torch.no_grad():
+            logits = models.logits(self.model, on_device).float()
+            values = self.output(logits, on_device).cpu()
+        return Outcome.of(logits, values, on_device)
+
+    def measure(self, rows: Sequence[int], progress: Progress = no_progress) -> Outcome:
+        """The model as it is now (within `ablate`, ablated) on many examples, a batch at a time."""
+        parts = []
+        for chunk in chunks(rows):
+            parts.append(self.run(self.batch(chunk)))
+            done = sum(len(part.outputs) for part in parts)
+            progress(done / len(rows), f"running the model: {done} of {len(rows)} examples")
+        return Outcome.joined(parts)
+
+    def predictions(self, rows: Sequence[int], progress: Progress = no_progress) -> list[Outcome]:
+        """What the unchanged model says of some examples, one outcome an example; kept for the next time."""
+        with self.lock:
+            absent = [row for row in rows if row not in self._predicted]
+            for chunk in chunks(absent):
+                found = self.run(self.batch(chunk))
+                for place, row in enumerate(chunk):
+                    self._predicted[row] = found.at(place)
+                done = sum(row in self._predicted for row in rows)
+                progress(done / len(rows), f"running the model: {done} of {len(rows)} examples")
+            return [self._predicted[row] for row in rows]
+
+    def is_right(self, row: int) -> bool:
+        """Whether the model's prediction is the label (of a language model: more than half of the tokens)."""
+        found = self.predictions([row])[0]
+        if found.classes is not None:
+            return int(found.classes[0]) == self.label(row)
+        return bool((found.tokens[0] == found.targets[0]).float().mean() > 0.5)
+
+    def label(self, row: int) -> int:
+        """An example's label; -1 where it has none."""
+        return int(self.attributions.labels[row])
+
+    def class_name(self, index: int) -> str:
+        """A class by its name, or as `class 3`."""
+        if 0 <= index < len(self.class_names):
+            return self.class_names[index]
+        return f"class {index}" if index >= 0 else "no label"
+
+    def token(self, index: int) -> str:
+        """A token as text."""
+        tokenizer = self.tokenizer
+        return f"token {index}" if tokenizer is None else tokenizer.decode([index])
+
+    @property
+    def tokenizer(self) -> Any:
+        """Of a transformers model whose files are at hand, or None."""
+        if not hasattr(self, "_tokenizer"):
+            self._tokenizer = _tokenizer(self.model) if self.kind == "text" else None
+        return self._tokenizer
+
+    @property
+    def n_classes(self) -> int:
+        """How many classes the labels and names speak of; 0 for a language model."""
+        labels = self.attributions.labels
+        return 0 if self.is_language_model else max(len(self.class_names), int(labels.max()) + 1)
+
+    def _named_classes(self) -> list[str]:
+        if self.is_language_model:
+            return []
+        features = dict(getattr(getattr(self._examples, "dataset", None), "features", None) or {})
+        for feature in features.values():
+            if type(feature).__name__ == "ClassLabel":
+                return [str(name) for name in feature.names]
+        named = getattr(getattr(self.model, "config", None), "id2label", None)
+        if isinstance(named, Mapping):
+            return [str(named[key]) for key in sorted(named)]
+        return [str(name) for name in getattr(self.model, "pretrained_cfg", {}).get("label_names") or ()]
+
+
+def chunks(rows: Sequence[int]) -> Iterator[list[int]]:
+    """Rows in lists of a batch's size."""
+    for start in range(0, len(rows), BATCH_SIZE):
+        yield list(rows[start : start + BATCH_SIZE])
+
+
+def image_column(raw: Mapping[str, Any]) -> str | None:
+    """The entry of a raw example that holds an image."""
+    return next((name for name, value in raw.items() if hasattr(value, "convert") and hasattr(value, "size")), None)
+
+
+def text_column(raw: Mapping[str, Any]) -> str | None:
+    """The entry of a raw example that holds its text."""
+    texts = [name for name, value in raw.items() if isinstance(value, str)]
+    return next((name for name in _TEXT_COLUMNS if name in texts), texts[0] if texts else None)
+
+
+def _n_bytes(batch: Mapping[str, Tensor]) -> int:
+    return sum(value.numel() * value.element_size() for value in batch.values())
+
+
+def _tokenizer(model: nn.Module) -> Any:
+    from transformers import AutoTokenizer
+
+    known = models.record(model)
+    try:
+        return AutoTokenizer.from_pretrained(known["id"], revision=known["revision"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def open_source(
+    attributions: str | Path | Attributions,
+    model: str | Path | nn.Module | None = None,
+    data: Any = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Source:
+    """Attributions with the model and the data that they name, or that are given.
+
+    Raises:
+        CoarError: no such attributions, or they do not say where their model or data came from.
+        ModelMismatchError: another model.
+        DataError: other data.
+    """
+    if not isinstance(attributions, Attributions):
+        attributions = Attributions.from_pretrained(attributions)
+    of_model, of_data = attributions.config.get("model") or {}, attributions.config.get("data") or {}
+    if not isinstance(model, nn.Module):
+        name = model or _known(of_model.get("id"), "model")
+        model = models.load_model(name, revision or of_model.get("revision"), trust_remote_code)
+        model.to(workers.processes().device)
+    if data is None or isinstance(data, str | Path):
+        name = data or _known(of_data.get("id"), "data")
+        data = data_module.load_data(
+            name, model, of_data.get("split"), of_data.get("revision"), max_length=of_data.get("max_length") or 512
+        )
+        data = data.select(of_data["selected"]) if of_data.get("selected") else data
+    return Source(attributions, model, data)
+
+
+def _known(name: Any, what: str) -> str:
+    if not name:
+        raise CoarError(f"the attributions do not say where their {what} came from; give --{what}")
+    return name

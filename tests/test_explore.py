@@ -1,0 +1,628 @@
+"""The explorer without a browser: links, views, live ablations, edits, own input, export; never the whole matrix."""
+
+import dataclasses
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+import zipfile
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import same_state, state_of
+from torch import nn
+
+import hf_coar as coar
+from hf_coar import demo, editing, explore, models, rows
+from hf_coar.data import Identity, identity
+from hf_coar.errors import CoarError, DataError, ModelMismatchError
+from hf_coar.explore import columns, drawing, layout, links, measuring, own, panels, views
+from hf_coar.explore.columns import Summary
+from hf_coar.explore.links import View
+from hf_coar.explore.source import Source, open_source
+
+N = 40
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Attributions of the demo's first images, on disk."""
+    folder = tmp_path_factory.mktemp("explore") / "attributions"
+    model, data = coar.load(demo.MODEL, demo.IMAGES, split=f"train[:{N}]")
+    method = coar.PathGradient(rounds=2)
+    coar.attribute(model, data, method=method, progress=False).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def source(folder):
+    return open_source(folder)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """A folder of attributions of texts, for a classifier and for a language model."""
+    import datasets
+    from tokenizers import Tokenizer, pre_tokenizers
+    from tokenizers import models as token_models
+    from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    base = tmp_path_factory.mktemp("texts")
+    words = ["<pad>", "<eos>", "good", "bad", "film", "very", "a"]
+    tokenizer = Tokenizer(token_models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+    content = {"text": ["a very good film", "bad film", "a good film", "very bad"], "label": [1, 0, 1, 0]}
+    datasets.Dataset.from_dict(content).to_parquet(base / "texts.parquet")
+    config = {"vocab_size": 7, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16, "pad_token_id": 0}
+    for name, kind, output in (
+        ("classifier", GPT2ForSequenceClassification, "margin"), ("language", GPT2LMHeadModel, "token_margin"),
+    ):  # fmt: skip
+        torch.manual_seed(0)
+        kind(GPT2Config(**config)).save_pretrained(base / f"{name}-model")
+        fast.save_pretrained(base / f"{name}-model")
+        model, data = coar.load(base / f"{name}-model", base / "texts.parquet")
+        attributions = coar.attribute(
+            model, data, output=output, method=coar.PathGradient(rounds=2), ablated_fraction=0.1, progress=False
+        )
+        attributions.save_pretrained(base / name)
+    return base
+
+
+# -------------------------------------------------------------------------------------------------------------- links
+
+VIEWS = {
+    "nothing": View(),
+    "example": View(example=17, k=20, side="hurt", label=3, wrong=True, page=1),
+    "ticked": View(example=2, ticked=(3, 4, 5, 99)),
+    "component": View(view="components", component=831, layer="layer1.0"),
+    "edit": View(view="edit", lower=(1, 2), higher=(7,), spared=(30, 31, 32), n_components=25),
+    "own text": View(view="own", text="größer & <b>kühner</b>?\n#1=2"),
+    "own image": View(view="own", image="0123abcd", explained=4),
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_a_link_brings_back_its_view(name):
+    view = VIEWS[name]
+    assert links.from_query("?" + links.to_query(view), N, 832, 10) == view
+
+
+@pytest.mark.parametrize(
+    ("query", "words"),
+    [
+        ("view=cellar", "'cellar'"), ("example=40", "from 0 to 39"), ("example=x", "'x'"), ("k=-1", "k=-1"),
+        ("view=edit&lower=1,2,400", "lower=400"), ("ticked=0-999999999", "list such as"), ("label=10", "from -1 to 9"),
+        ("n_components=0", "from 1 to 832"), ("component=832", "from 0 to 831"), ("side=up", "help, hurt"),
+        ("text=" + 3000 * "a", "3,000 characters"),
+    ],
+)  # fmt: skip
+def test_a_link_that_makes_no_sense_says_why(query, words):
+    with pytest.raises(CoarError, match=re.escape(words)):
+        links.from_query(query, N, 832, 10)
+
+
+def test_entries_of_others_in_a_link_are_ignored():
+    assert links.from_query("?__theme=dark&utm=1&example=3", N, 832) == View(example=3)
+
+
+# -------------------------------------------------------------------------------------------------------------- views
+
+
+class Checker(HTMLParser):
+    """Tags that are opened and closed in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.buttons, self.acts = [], 0, []
+
+    def handle_starttag(self, tag, attributes):
+        self.buttons += tag == "button"
+        self.acts += [value for name, value in attributes if name == "data-act"]
+        if tag not in ("img", "input", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        pass
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def checked(html):
+    checker = Checker()
+    checker.feed(html)
+    assert not checker.open
+    return checker
+
+
+def test_examples_are_buttons_with_their_predictions(source):
+    html = panels.gallery(source, View(example=3))
+    assert checked(html).acts.count("example") == panels.PAGE
+    assert html.count('aria-current="true"') == 1 and "page 1 of 2" in html
+    outcome = source.predictions([3])[0]
+    assert source.class_name(int(outcome.classes[0])) in html
+
+
+def test_wrong_predictions_are_found(source):
+    found, more = panels.filtered(source, View(wrong=True))
+    logits = torch.cat([models.logits(source.model, source.batch([i])).detach() for i in range(N)])
+    expected = (logits.argmax(1) != source.attributions.labels).nonzero().flatten().tolist()
+    assert found == expected and expected and not more
+
+
+def test_an_example_shows_its_strongest_components_with_errors(source):
+    html = panels.example(source, View(example=5, k=3))
+    checked(html)
+    weights, errors = source.attributions.row(5), source.attributions.row(5, "standard_errors")
+    best = weights.topk(3).indices.tolist()
+    assert html.count(" checked>") == 3
+    assert all(f'data-act="tick" data-value="{i}"' in html for i in best)
+    places = drawing.digits(float(weights.abs().max()))
+    assert f"{drawing.number(float(weights[best[0]]), places)} ± {float(errors[best[0]]):.{places}f}" in html
+    assert "keeping the component raises the margin" in html
+
+
+def test_the_heat_map_holds_every_component(source):
+    weights = source.attributions.row(0)
+    strips = panels.strips(source.components, weights)
+    assert torch.equal(torch.cat([strip.values for strip in strips]), weights)
+    assert [strip.first for strip in strips] == [start for _, start, _ in source.components.spans()]
+
+
+def test_many_matrices_are_drawn_layer_by_layer():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 3), nn.Linear(3, 4)
+
+    components = coar.find_components(nn.ModuleDict({"layers": nn.ModuleList(Block() for _ in range(40))}))
+    weights = torch.randn(len(components))
+    strips = panels.strips(components, weights)
+    assert len(components.groups) == 80 and [strip.name for strip in strips[:2]] == ["layers.0", "layers.1"]
+    assert len(strips) == 40 and torch.equal(torch.cat([strip.values for strip in strips]), weights)
+
+
+def test_long_rows_of_a_heat_map_share_cells_and_keep_the_sum():
+    values, chosen = drawing._cells(drawing.Strip("long", 1000, torch.arange(-300.0, 1000.0)))
+    assert len(values) <= drawing.MOST_CELLS and float(values.sum()) == float(torch.arange(-300.0, 1000.0).sum())
+    assert int(chosen[0]) == 1000 and int(chosen[-1]) == 1000 + 1299
+
+
+@pytest.mark.parametrize(
+    ("largest", "factor", "said"),
+    [(12.0, 1, ""), (0.1, 1, ""), (0.054, 1000, "10⁻³ "), (0.002, 1000, "10⁻³ "), (4e-7, 1e9, "10⁻⁹ "), (0.0, 1, "")],
+)
+def test_small_numbers_are_written_with_a_power_of_ten(largest, factor, said):
+    found, power = drawing.scale(largest)
+    assert found == pytest.approx(factor) and power == said
+    assert drawing.number(-0.5) == "−0.500"
+
+
+def test_a_component_shows_whom_it_helps_and_hurts(source):
+    html = views.component(source, View(component=100, ticked=(5, 100)))
+    checked(html)
+    weights = source.attributions.weights[:, 100]
+    cards = re.findall(r'coar-card" data-act="example" data-value="(\d+)"', html)
+    n_helped = min(8, int((weights > 0).sum()))
+    assert [int(card) for card in cards[:n_helped]] == weights.topk(n_helped).indices.tolist()
+    assert int(cards[-1]) in weights.topk(8, largest=False).indices.tolist()
+    assert "Untick it" in html and "Ablate the 2 ticked" in html
+
+
+def test_the_list_of_components_is_by_size_within_a_layer(source):
+    html = views.component_list(source, View(view="components", layer="layer2.0"))
+    names, index = source.components.regroup("layer")
+    sizes = source.attributions.weights.abs().mean(0).masked_fill(index != names.index("layer2.0"), -1)
+    shown = re.findall(r'data-act="component" data-value="(\d+)"', html)
+    assert [int(i) for i in shown] == sizes.argsort(descending=True)[: len(shown)].tolist()
+
+
+def test_texts_of_others_are_no_html(texts):
+    source = open_source(texts / "classifier")
+    hostile = {"text": '<img src=x onerror="alert(1)">', "label": 0}
+    assert "<img" not in panels.content_of(hostile, 50)
+    assert '"><' not in drawing.button("a", '"><script>', "x")
+    assert checked(panels.gallery(source, View())).buttons >= 4
+
+
+# ------------------------------------------------------------------------------------------------------ live ablations
+
+
+def test_what_if_measures_the_live_model_and_leaves_it_as_it_was(source):
+    before = state_of(source.model)
+    components, kept = [26, 300, 700], torch.ones(832, dtype=torch.bool)
+    kept[components] = False
+    change = measuring.what_if(source, components, [0, 5, 9])
+    assert same_state(source.model, before)
+    batch = source.batch([0, 5, 9])
+    with torch.no_grad():
+        was = source.output(models.logits(source.model, batch), batch)
+        with coar.ablate(source.model, source.components, kept):
+            logits = models.logits(source.model, batch)
+            now = source.output(logits, batch)
+    torch.testing.assert_close(change.measured, now - was)
+    assert torch.equal(change.after.classes, logits.argmax(1))
+    torch.testing.assert_close(change.predicted, -source.attributions.weights[[0, 5, 9]][:, components].sum(1))
+    expected = source.attributions.standard_errors[[0, 5, 9]][:, components].square().sum(1).sqrt()
+    torch.testing.assert_close(change.error, expected)
+
+
+def test_accuracies_and_flips_are_counted(source):
+    components = measuring.strongest(source, 5, 20, "help")
+    change = measuring.what_if(source, components, range(N))
+    found = measuring.accuracies(source, change)
+    assert sum(one.count for one in found) == N
+    right = int((change.after.classes == source.attributions.labels).sum())
+    assert sum(one.after for one in found) == right
+    assert len(change.flips()) == int((change.before.classes != change.after.classes).sum()) > 0
+    html = views.change(source, View(example=5), components, change)
+    checked(html)
+    assert f"Predictions that flip: {len(change.flips())} of {N}" in html
+
+
+def test_visitors_at_the_same_time_do_not_meet(source):
+    """Ablations change the one model for a moment; each visitor sees only the own one."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    sets = [measuring.strongest(source, row, 30, "help") for row in range(6)]
+    alone = [measuring.what_if(source, one, range(N)).after.outputs for one in sets]
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(lambda one: measuring.what_if(source, one, range(N)).after.outputs, sets))
+    assert all(torch.equal(a, b) for a, b in zip(alone, found, strict=True))
+
+
+def test_nothing_ticked_is_an_error(source):
+    with pytest.raises(CoarError, match="no components are ticked"):
+        measuring.what_if(source, [], [0])
+
+
+def test_measured_examples_are_bounded_and_spread(source, monkeypatch):
+    monkeypatch.setattr(measuring, "MOST_MEASURED", 8)
+    found = measuring.measured_rows(source, [39])
+    assert 8 <= len(found) <= 9 and 39 in found and found[0] == 0 and found[4] >= 16
+
+
+# -------------------------------------------------------------------------------------------------------------- edits
+
+
+def marked(source, label=1):
+    return tuple((source.attributions.labels == label).nonzero().flatten().tolist())
+
+
+def test_the_preview_ranks_as_editing_does(source):
+    view = View(view="edit", lower=marked(source), n_components=7)
+    chosen, components, change = measuring.preview(source, view)
+    expected = editing.rank_components(source.attributions, decrease=view.lower, reference=chosen.spared)
+    assert list(components) == expected[:7].tolist()
+    held_out = {row for row in range(N) if row % 4 == 3} - set(view.lower)
+    assert not held_out & {*chosen.spared, *change.rows}
+    checked(views.edit(source, view, chosen, components, change))
+
+
+def test_clicks_mark_move_and_unmark():
+    view = measuring.toggled(View(), 3, "lower")
+    assert view.lower == (3,)
+    moved = measuring.toggled(view, 3, "spared")
+    assert (moved.lower, moved.spared) == ((), (3,))
+    assert measuring.toggled(moved, 3, "spared") == View()
+
+
+def test_a_saved_edit_loads_with_timm_alone_and_has_its_card(source, tmp_path):
+    import timm
+
+    view = View(view="edit", lower=marked(source), n_components=6)
+    before = state_of(source.model)
+    archive = measuring.save_edit(source, view, tmp_path)
+    assert same_state(source.model, before)
+    zipfile.ZipFile(archive).extractall(tmp_path / "out")
+    edited = timm.create_model(f"local-dir:{tmp_path / 'out' / 'edited-model'}", pretrained=True)
+    zeroed = sum(
+        int((weight.flatten(1) == 0).all(1).sum()) for weight in edited.state_dict().values() if weight.dim() == 4
+    )
+    assert zeroed == 6
+    entries = models.record(models.load_model(tmp_path / "out" / "edited-model"))["edit"]
+    assert entries["decrease"] == list(view.lower)  # rows of the attributions, not of the part that was ranked
+    _, components, _ = measuring.preview(source, view)
+    assert sorted(entries["indices"]) == sorted(components)
+    card = (tmp_path / "out" / "edited-model" / "README.md").read_text()
+    assert "held out" in card and all(str(source.components[i]) in card for i in components)
+
+
+def test_an_edit_without_targets_or_references_says_so(source):
+    with pytest.raises(CoarError, match="no targets yet"):
+        measuring.sides(source, View())
+    with pytest.raises(CoarError, match="none is left to spare"):
+        measuring.sides(source, View(lower=tuple(range(N))))
+
+
+# ---------------------------------------------------------------------------------------------------------- own input
+
+
+def test_own_images_arrive_round_by_round_and_become_more_reliable(source):
+    from PIL import Image
+
+    before, image = state_of(source.model), source.raw(4)["image"]
+    arrived = list(own.arriving(source, image.convert("RGB").resize((56, 56), Image.Resampling.NEAREST), max_rounds=8))
+    assert same_state(source.model, before)
+    assert [one.last.rounds for one in arrived] == list(range(9))
+    assert arrived[0].last.weights.shape == (1, 832)
+    assert len(arrived[-1].errors) == len(arrived[-1].reliabilities) == 7
+    assert arrived[-1].reliabilities[-1] > arrived[-1].reliabilities[0]
+    expected = source.attributions.row(4)
+    assert float(torch.corrcoef(torch.stack([arrived[-1].last.weights[0], expected]))[0, 1]) > 0.8
+    for one in (arrived[0], arrived[-1]):
+        checked(own.panel(source, image, one, running=True))
+
+
+def test_own_texts_of_classifiers_and_language_models(texts):
+    for name in ("classifier", "language"):
+        source = open_source(texts / name)
+        arrived = list(own.arriving(source, "a bad good film", max_rounds=2))
+        assert len(arrived) == 3
+        checked(own.panel(source, "a bad good film", arrived[-1], running=False))
+        for html in (panels.gallery(source, View()), panels.example(source, View(example=1, k=2))):
+            checked(html)
+        change = measuring.what_if(source, [0, 50, 100], range(4))
+        checked(views.change(source, View(), [0, 50, 100], change))
+        assert len(measuring.accuracies(source, change)) == (2 if name == "classifier" else 1)
+
+
+def test_one_token_of_a_text_can_be_explained(texts):
+    source = open_source(texts / "language")
+    every = next(own.arriving(source, "a bad good film"))
+    single = [next(own.arriving(source, "a bad good film", explained=place)) for place in (1, 2, 3)]
+    assert [one.tokens for one in single] == [(6, 3, 2, 4)] * 3
+    assert every.value == pytest.approx(sum(one.value for one in single) / 3, abs=1e-5)
+    torch.testing.assert_close(every.last.weights, sum(one.last.weights for one in single) / 3, atol=1e-4, rtol=1e-3)
+    html = own.panel(source, "a bad good film", single[1], running=False)
+    assert checked(html).acts.count("token") == 4 and "of token 2, &#x27;good&#x27;" in html
+    for outside in (0, 4):
+        with pytest.raises(CoarError, match="tokens 1 to 3"):
+            next(own.arriving(source, "a bad good film", explained=outside))
+
+
+def test_another_class_can_be_explained(source):
+    image = source.raw(4)["image"]
+    predicted = next(own.arriving(source, image))
+    other = next(own.arriving(source, image, explained=(predicted.explained + 1) % 10))
+    assert other.value < 0 < predicted.value
+
+
+def test_nothing_to_attribute_is_an_error(source, texts):
+    with pytest.raises(CoarError, match="upload an image"):
+        next(own.arriving(source, None))
+    with pytest.raises(CoarError, match="type a text"):
+        next(own.arriving(open_source(texts / "language"), "  "))
+
+
+def test_uploads_are_kept_by_name_and_bounded(source, monkeypatch):
+    monkeypatch.setattr(own, "_KEPT_IMAGES", 2)
+    uploads = own.Uploads()
+    names = [uploads.keep(source.raw(i)["image"]) for i in range(3)]
+    assert uploads.get(names[2]).size == (28, 28)
+    with pytest.raises(CoarError, match="upload it again"):
+        uploads.get(names[0])
+
+
+# ------------------------------------------------------------------------------------------ never the whole matrix
+
+
+def wide(tmp_path, n_examples=60, n_components=5000, dtype="float16", max_shard_size="200KB"):
+    """Attributions in several half-precision files, where `weights` would read everything."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, n_components), nn.ReLU(), nn.Linear(n_components, 3))
+    data = [{"inputs": torch.randn(20, 4), "labels": torch.randint(3, (20,))} for _ in range(n_examples // 20)]
+    ids = [identity(batch) for batch in data]
+    known = Identity(*(torch.cat([one[name] for one in ids]) for name in ("signatures", "labels")))
+    config = {
+        "model": {**models.record(model), "fingerprint": models.fingerprint(model)}, "data": {}, "output": "margin",
+        "unit": "logits", "granularity": "unit", "n_components": n_components, "method": {"name": "none"},
+        "ablated_fraction": 0.05, "seed": 0, "cost": None,
+    }  # fmt: skip
+    components = coar.find_components(model, include=["0"])
+    weights = torch.randn(n_examples, n_components)
+    errors = torch.rand(n_examples, n_components) if dtype == "float16" else None
+    made = coar.Attributions(weights, torch.zeros(n_examples), errors, components, known, config)
+    made.save_pretrained(tmp_path, dtype=dtype, max_shard_size=max_shard_size)
+    return model, data, weights.half().float() if dtype == "float16" else weights
+
+
+def test_no_view_reads_the_whole_matrix(tmp_path, monkeypatch):
+    model, data, _ = wide(tmp_path)
+    allowed = rows.Rows.tensor
+
+    def forbidden(self):
+        assert self.shape[0] < 60, "the whole matrix was asked for"
+        return allowed(self)
+
+    monkeypatch.setattr(rows.Rows, "tensor", forbidden)
+    source = open_source(tmp_path, model, data)
+    checked(panels.gallery(source, View()) + panels.example(source, View(example=33, k=5)))
+    checked(views.component(source, View(component=4321)) + views.component_list(source, View()))
+    components = measuring.ablated(source, View(example=33, k=500))
+    change = measuring.what_if(source, components, measuring.measured_rows(source, [33]))
+    checked(views.change(source, View(example=33), components, change))
+    view = View(lower=(0, 1), n_components=9)
+    checked(views.edit(source, view, *measuring.preview(source, view)))
+    measuring.save_edit(source, view, tmp_path / "edit")
+    with pytest.raises(AssertionError, match="whole matrix"):
+        _ = source.attributions.weights
+
+
+def test_columns_entries_and_the_pass_are_those_of_the_matrix(tmp_path):
+    _, _, weights = wide(tmp_path)
+    attributions = coar.Attributions.from_pretrained(tmp_path)
+    assert len(attributions._matrices["weights"]._parts) > 1
+    assert torch.equal(columns.column(attributions, 4321), weights[:, 4321])
+    some, index = [0, 33, 59], torch.tensor([7, 4999, 0])
+    assert torch.equal(columns.entries(attributions, some, index), weights[some][:, index])
+    torch.testing.assert_close(columns.sums(attributions, some, index), weights[some][:, index].sum(1))
+    found = Summary.of(attributions)
+    torch.testing.assert_close(found.mean, weights.mean(0))
+    torch.testing.assert_close(found.size, weights.abs().mean(0))
+
+
+def test_references_of_large_attributions_are_drawn(tmp_path, monkeypatch):
+    model, data, _ = wide(tmp_path)
+    monkeypatch.setattr(measuring, "_MOST_ENTRIES", 20 * 5000)
+    chosen = measuring.sides(open_source(tmp_path, model, data), View(lower=(0, 1)))
+    assert len(chosen.spared) == 18 and chosen.n_others == 43
+
+
+@pytest.mark.slow
+def test_large_attributions_open_in_a_second(tmp_path):
+    """5,000 examples × 100,000 components, 2 GB on disk and of memory to make them."""
+    model, data, _ = wide(tmp_path, 5000, 100_000, "float32", "5GB")
+
+    def held():
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
+
+    source, before = open_source(tmp_path, model, data), held()
+    source.summary()
+    for draw in (
+        lambda: panels.gallery(source, View(page=30)), lambda: panels.example(source, View(example=4000)),
+        lambda: views.component(source, View(component=99_000)), lambda: views.component_list(source, View()),
+    ):  # fmt: skip
+        started = time.monotonic()
+        draw()
+        assert time.monotonic() - started < 1
+    assert held() - before < 300  # MB, of a matrix of 2,000
+
+
+# ---------------------------------------------------------------------------------------------- opening and serving
+
+
+def test_another_model_or_other_data_are_refused(folder):
+    attributions = coar.Attributions.from_pretrained(folder)
+    model, data = coar.load(demo.MODEL, demo.IMAGES, split=f"train[:{N}]")
+    other = models.load_model(demo.MODEL)
+    with torch.no_grad():
+        next(other.parameters()).add_(1)
+    with pytest.raises(ModelMismatchError):
+        open_source(attributions, other, data)
+    with pytest.raises(DataError, match="not those that were attributed"):
+        open_source(attributions, model, data.select([*range(1, N), 0]))
+    with pytest.raises(DataError, match="hold 10 examples"):
+        open_source(attributions, model, data.select(range(10)))
+    _, stream = coar.load(demo.MODEL, demo.IMAGES, streaming=True)
+    with pytest.raises(DataError, match="without streaming"):
+        open_source(attributions, model, stream)
+
+
+def test_attributions_that_name_no_source_say_what_to_give(tmp_path):
+    model, _, _ = wide(tmp_path)
+    with pytest.raises(CoarError, match="give --model"):
+        explore.launch(tmp_path)
+    with pytest.raises(CoarError, match="give --data"):
+        open_source(tmp_path, model)
+    with pytest.raises(CoarError, match="give --model"):
+        explore.export(tmp_path, tmp_path / "space")
+
+
+def test_a_missing_gradio_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(CoarError, match=re.escape('pip install "hf_coar[explore]"')):
+        layout.gradio()
+
+
+def test_the_import_does_not_import_gradio():
+    code = "import sys, hf_coar.explore; sys.exit('gradio' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def fetched(address, seconds=90, alive=lambda: True):
+    """The page at an address, as soon as it is served."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            return urllib.request.urlopen(address, timeout=10).read().decode()
+        except OSError:
+            if time.monotonic() > end or not alive():
+                raise
+            time.sleep(0.3)
+
+
+def test_the_page_is_served_and_closed(folder):
+    pytest.importorskip("gradio", reason='needs pip install "hf_coar[explore]"')
+    address = explore.launch(folder, block=False, port=free_port())
+    try:
+        assert "hf_coar explorer" in fetched(address)
+    finally:
+        address.close()
+    with pytest.raises(OSError):
+        urllib.request.urlopen(address, timeout=2)
+
+
+def test_a_taken_port_is_one_clear_error(folder):
+    pytest.importorskip("gradio", reason='needs pip install "hf_coar[explore]"')
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(CoarError, match="give another port"):
+            explore.launch(folder, block=False, port=taken.getsockname()[1])
+
+
+# ------------------------------------------------------------------------------------------------------------- export
+
+
+def test_an_export_stands_alone_and_runs_as_it_is(folder, tmp_path):
+    pytest.importorskip("gradio", reason='needs pip install "hf_coar[explore]"')
+    space = explore.export(folder, tmp_path / "space")
+    from huggingface_hub import SpaceCard
+
+    card = SpaceCard.load(space / "README.md").data
+    assert (card.sdk, card.app_file) == ("gradio", "app.py") and card.sdk_version.startswith("6.")
+    assert (space / "requirements.txt").read_text().startswith("hf_coar[explore]")
+    held = sorted(path.relative_to(space).as_posix() for path in space.rglob("*") if path.is_file())
+    assert "attributions/attributions.safetensors" in held and "model/model.safetensors" in held
+    assert "data/images.parquet" in held and not any("shards" in path for path in held)
+    written = [path for path in space.rglob("*") if path.suffix in (".py", ".md", ".json")]
+    assert not [path for path in written if str(demo.FOLDER) in path.read_text()]  # no path of this machine
+    port = free_port()
+    environment = {**os.environ, "GRADIO_SERVER_PORT": str(port), "HF_HUB_OFFLINE": "1"}
+    app = subprocess.Popen([sys.executable, "app.py"], cwd=space, env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        assert "hf_coar explorer" in fetched(f"http://127.0.0.1:{port}/", alive=lambda: app.poll() is None)
+    finally:
+        app.kill()
+        app.communicate()
+
+
+def test_an_export_names_what_is_on_the_hub(folder, tmp_path):
+    space = explore.export(
+        folder, tmp_path / "space", model="timm/resnet18.a1_in1k", data="user/pictures", revision="v1"
+    )
+    text = (space / "app.py").read_text()
+    assert '"timm/resnet18.a1_in1k"' in text and '"user/pictures"' in text and '"v1"' in text
+    assert 'HERE / "attributions"' in text and not (space / "model").exists()
+    readme = (space / "README.md").read_text()
+    assert "- timm/resnet18.a1_in1k" in readme and "- user/pictures" in readme
+    compile(text, "app.py", "exec")
+
+
+def test_an_export_replaces_an_earlier_one_and_nothing_else(folder, tmp_path):
+    explore.export(folder, tmp_path / "space")
+    explore.export(folder, tmp_path / "space")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    with pytest.raises(CoarError, match="holds other things"):
+        explore.export(folder, tmp_path / "mine")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_views_are_plain_values():
+    assert all(isinstance(field.default, int | str | bool | tuple) for field in dataclasses.fields(View))
+    assert isinstance(Source.__doc__, str)
