@@ -45,7 +45,8 @@ class Fit:
         bias: float32 [examples].
         standard_errors: float32 [examples, components], of the weights; None where the estimator gives none.
         identity: of the examples.
-        cost: forward passes an example that were spent on average, where `Method.cost` could only say the most.
+        cost: forward passes an example that were spent on average, where `Method.cost` could only say about how many.
+        checked: what fresh masks said of the fit, see `PathGradient.check_masks`.
     """
 
     weights: Tensor
@@ -53,6 +54,7 @@ class Fit:
     standard_errors: Tensor | None
     identity: Identity
     cost: float | None = None
+    checked: dict[str, float] | None = None
 
 
 class Method(Protocol):

@@ -6,8 +6,9 @@ ablated in the background, is what the regression on random masks estimates. One
 whole block of components at once; its cost does not depend on how many there are.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -17,8 +18,15 @@ from hf_coar.errors import CoarError
 from hf_coar.fit import Fit, Problem
 from hf_coar.gate_passes import FORWARD_AND_BACKWARD
 from hf_coar.gate_rounds import GateRounds, Sums, n_blocks
+from hf_coar.measurement import measure
 from hf_coar.outliers import Outliers, find
+from hf_coar.sampling import CHECKS, Masks
 from hf_coar.shrinkage import shrink
+
+logger = logging.getLogger(__name__)
+
+_FEWEST_CHECKS = 8
+_LOW = 0.5  # correlation below which attributions predict too little to be used as they are
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,9 @@ class PathGradient:
         max_outliers: components of an example that are set apart at most, see `outliers`; 0 for none. They cost a
             forward pass each, and looking for them one; `cost` leaves these out, the attributions' `config["cost"]`
             counts them.
+        check_masks: fresh masked forward passes an example that judge the result: one factor for all weights makes the
+            scale of the predictions right, and the correlation goes into the attributions' `config["checked"]`, with a
+            warning where it is low. 0 for none; 32 are enough.
         reliability: for "auto": the split-half reliability of an example's plain means over the rounds (before they
             are shrunk) at which it has enough rounds; between 0 and 1.
         max_rounds: for "auto": an even number.
@@ -53,6 +64,7 @@ class PathGradient:
     smooth: bool = True
     shrink: bool = True
     max_outliers: int = 16
+    check_masks: int = 0
     reliability: float = 0.8
     max_rounds: int = 32
     name = "path_gradient"
@@ -61,8 +73,12 @@ class PathGradient:
         """Check the rounds."""
         if self.rounds != "auto" and not _is_even(self.rounds, 0):
             raise CoarError(f"PathGradient(rounds={self.rounds!r}): must be an even number, 0 or more, or 'auto'")
-        if isinstance(self.max_outliers, bool) or not isinstance(self.max_outliers, int) or self.max_outliers < 0:
+        if not _is_whole(self.max_outliers) or self.max_outliers < 0:
             raise CoarError(f"PathGradient(max_outliers={self.max_outliers!r}): must be a whole number, 0 or more")
+        if not _is_whole(self.check_masks) or 0 < self.check_masks < _FEWEST_CHECKS or self.check_masks < 0:
+            raise CoarError(
+                f"PathGradient(check_masks={self.check_masks!r}): must be 0, or a whole number from {_FEWEST_CHECKS} on"
+            )
         if not _is_even(self.max_rounds, 2):
             raise CoarError(f"PathGradient(max_rounds={self.max_rounds!r}): must be an even number, at least 2")
         if not isinstance(self.reliability, int | float) or not 0 < self.reliability < 1:
@@ -71,14 +87,14 @@ class PathGradient:
     def settings(self) -> dict:
         """What determines the numbers, for `run.json`."""
         found = {"name": self.name, "rounds": self.rounds, "delta": self.delta, "smooth": self.smooth}
-        found |= {"shrink": self.shrink, "max_outliers": self.max_outliers}
+        found |= {"shrink": self.shrink, "max_outliers": self.max_outliers, "check_masks": self.check_masks}
         if self.rounds == "auto":
             found |= {"reliability": self.reliability, "max_rounds": self.max_rounds}
         return found
 
     def cost(self, ablated_fraction: float, n_components: int | None = None) -> float:
         """Forward passes an example, counting a forward and backward pass as three; the most, where rounds vary."""
-        return FORWARD_AND_BACKWARD * max(self._most_rounds * n_blocks(ablated_fraction), 1)
+        return FORWARD_AND_BACKWARD * max(self._most_rounds * n_blocks(ablated_fraction), 1) + self.check_masks
 
     def fit(self, problem: Problem) -> Fit:
         """Estimate the attributions.
@@ -103,13 +119,41 @@ class PathGradient:
         reads = problem.store.gather(part.name, count)
         weights, errors = self.estimate(reads, problem.components.sizes())
         bias = reads["output"] - (weights * reads["gates"]).sum(1)
-        return Fit(weights, bias, errors, data_module.Identity.of(reads), self._spent(reads, rounds.blocks))
+        fit = Fit(weights, bias, errors, data_module.Identity.of(reads), self._spent(reads, rounds.blocks))
+        return self._checked(fit, problem) if self.check_masks else fit
+
+    def _checked(self, fit: Fit, problem: Problem) -> Fit:
+        """Scaled by what fresh masks show, and judged by them."""
+        masks = Masks(len(problem.components), problem.ablated_fraction, self.check_masks, problem.seed, CHECKS)
+        measured, _ = measure(
+            problem.store, problem.model, problem.data, problem.components, problem.output, masks, kind="checks",
+            progress=problem.progress,
+        )  # fmt: skip
+        predicted = masks.rows(0, masks.count).float() @ fit.weights.T
+        p, m = predicted - predicted.mean(0), measured - measured.mean(0)
+        scale = float((p * m).sum() / p.square().sum().clamp_min(1e-30))
+        scales = p.square().sum(0) * m.square().sum(0)
+        correlation = float(((p * m).sum(0) / scales.sqrt())[scales > 0].mean())
+        if not correlation > _LOW:
+            logger.warning(
+                "the attributions predict %d fresh masks with a correlation of %.2f only; more rounds, a smaller "
+                "ablated_fraction, or hf_coar.Regression(prior=%r) may do better",
+                masks.count, correlation, replace(self, check_masks=0),
+            )  # fmt: skip
+        scale = scale if scale > 0 else 1.0
+        return replace(
+            fit,
+            weights=fit.weights * scale,
+            bias=(measured - scale * predicted).mean(0),
+            standard_errors=None if fit.standard_errors is None else fit.standard_errors * scale,
+            checked={"n_masks": masks.count, "correlation": correlation, "scale": scale},
+        )
 
     def _spent(self, reads: Mapping[str, Tensor], blocks: int) -> float:
         """Forward passes that an example took on average."""
         if self.rounds == 0:
-            return FORWARD_AND_BACKWARD
-        passes = FORWARD_AND_BACKWARD * blocks * float(reads["rounds"].mean())
+            return FORWARD_AND_BACKWARD + self.check_masks
+        passes = FORWARD_AND_BACKWARD * blocks * float(reads["rounds"].mean()) + self.check_masks
         if "outliers" in reads:
             passes += 1 + float((reads["outliers"] >= 0).sum(1).float().mean())
         return passes
@@ -161,5 +205,9 @@ class PathGradient:
         return weights, errors
 
 
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _is_even(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least and value % 2 == 0
+    return _is_whole(value) and value >= least and value % 2 == 0

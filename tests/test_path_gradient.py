@@ -227,3 +227,35 @@ def test_outliers_do_not_depend_on_the_batch_size():
     a = coar.attribute(model, batches, method=coar.PathGradient(rounds=2), progress=False)
     b = coar.attribute(model, parts, method=coar.PathGradient(rounds=2), progress=False)
     assert torch.allclose(a.weights, b.weights, atol=1e-4)
+
+
+# -------------------------------------------------------------------------------------------------------------- checks
+
+
+def test_fresh_masks_set_the_scale_and_are_reported(demo_pair, monkeypatch):
+    monkeypatch.setattr("hf_coar.gate_rounds._SMOOTHING_OF_ONE_PASS", 0.0)  # then the scale is off by a quarter
+    plain = attribute(demo_pair, coar.PathGradient(rounds=0))
+    checked = attribute(demo_pair, coar.PathGradient(rounds=0, check_masks=32))
+    assert checked.config["cost"] == 3 + 32
+    model, batches = demo_pair
+
+    def slope(found):
+        report = coar.evaluate(found, model, batches, fractions=(0.05,), n_masks=60, progress=False)
+        return report.slope[0.05]
+
+    assert abs(slope(checked) - 1) < 0.1 < abs(slope(plain) - 1)
+    assert checked.config["checked"]["n_masks"] == 32 and 0.5 < checked.config["checked"]["correlation"] < 1
+    factor = checked.config["checked"]["scale"]
+    assert torch.allclose(checked.weights, plain.weights * factor, rtol=1e-4)
+
+
+def test_a_low_correlation_on_fresh_masks_is_a_warning(demo_pair, monkeypatch, caplog):
+    monkeypatch.setattr("hf_coar.path_gradient._LOW", 0.99)
+    attribute(demo_pair, coar.PathGradient(rounds=0, check_masks=8))
+    assert "correlation of 0." in caplog.text and "prior=" in caplog.text
+
+
+@pytest.mark.parametrize("number", [-1, 3, 2.5, True])
+def test_checks_that_make_no_sense(number):
+    with pytest.raises(coar.CoarError, match="check_masks"):
+        coar.PathGradient(check_masks=number)
