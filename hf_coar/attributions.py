@@ -90,7 +90,7 @@ class Attributions:
     @property
     def standard_errors(self) -> Tensor | None:
         """Float32 [examples, components] of the weights, like them; None where the estimator gave none."""
-        return self._matrices["standard_errors"].tensor() if "standard_errors" in self._matrices else None
+        return self._matrices["standard_errors"].tensor() if self.has_standard_errors else None
 
     def __len__(self) -> int:
         """How many examples."""
@@ -118,9 +118,25 @@ class Attributions:
             CoarError: there are no standard errors.
             CorruptFileError: the row in the file is not what was written.
         """
+        return self.matrix(of).row(index)
+
+    def matrix(self, of: str = "weights") -> rows.Rows:
+        """The weights or the standard errors as rows that are read when asked for.
+
+        Args:
+            of: "weights" or "standard_errors".
+
+        Raises:
+            CoarError: there are no such ones.
+        """
         if of not in self._matrices:
             raise CoarError(f"of={of!r}; there are {', '.join(self._matrices)}")
-        return self._matrices[of].row(index)
+        return self._matrices[of]
+
+    @property
+    def has_standard_errors(self) -> bool:
+        """Whether there are standard errors; reads nothing."""
+        return "standard_errors" in self._matrices
 
     def verify(self) -> None:
         """Check every row of what was loaded against its checksum; this reads the files once.
@@ -152,7 +168,7 @@ class Attributions:
         The mean over the examples of 1 - (mean squared standard error) / (variance of the weights); the module
         `stability` gives it for each of them. None without standard errors, or where no example's weights vary.
         """
-        if "standard_errors" not in self._matrices:
+        if not self.has_standard_errors:
             return None
         found = []
         for index in range(len(self)):

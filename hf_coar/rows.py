@@ -35,6 +35,11 @@ class Rows:
         """(examples, columns)."""
         return sum(len(part) for part in self._parts), self._parts[0].shape[1]
 
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """The pieces, one below the other, mapped from their files and in their dtype; for readers of single columns."""
+        return tuple(self._parts)
+
     def tensor(self) -> Tensor:
         """All rows, float32. Mapped from the file where it holds them so; else read at the first call and kept."""
         if self._whole is None:

@@ -53,6 +53,8 @@ def load_data(
         )
     description = {"id": str(name), "split": split, "revision": commit or _cached_commit(dataset) or revision}
     description["fingerprint"] = getattr(dataset, "_fingerprint", None)
+    if not columns["image"]:
+        description["max_length"] = max_length
     if streaming and columns["image"]:
         # A stream that fails while it decodes is over; left to `prepare`, a bad image costs one example.
         dataset = dataset.cast_column(columns["image"], _undecoded(dataset.features[columns["image"]]))

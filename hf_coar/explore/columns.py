@@ -20,12 +20,12 @@ def column(attributions: Attributions, component: int, of: str = "weights") -> T
 
     The files are mapped, so that this reads one page of a file an example.
     """
-    return torch.cat([part[:, component].float() for part in _parts(attributions, of)])
+    return torch.cat([part[:, component].float() for part in attributions.matrix(of).parts])
 
 
 def entries(attributions: Attributions, rows: Sequence[int], components: Tensor, of: str = "weights") -> Tensor:
     """Some components' weights of some examples, float32 [rows, components]."""
-    parts, found = _parts(attributions, of), torch.empty(len(rows), len(components))
+    parts, found = attributions.matrix(of).parts, torch.empty(len(rows), len(components))
     for place, row in enumerate(rows):
         for part in parts:
             if row < len(part):
@@ -46,16 +46,6 @@ def sums(
     return found
 
 
-def has_errors(attributions: Attributions) -> bool:
-    """Whether there are standard errors."""
-    return "standard_errors" in attributions._matrices
-
-
-def _parts(attributions: Attributions, of: str) -> list[Tensor]:
-    """The mapped pieces of a matrix, one below the other."""
-    return attributions._matrices[of]._parts
-
-
 @dataclass(frozen=True)
 class Summary:
     """One pass over all rows.
@@ -74,7 +64,7 @@ class Summary:
         n_components, done = len(attributions.components), 0
         total, absolute = torch.zeros(n_components), torch.zeros(n_components)
         n_rows = max(1, 2**22 // n_components)  # 16 MB a block
-        for part in _parts(attributions, "weights"):
+        for part in attributions.matrix().parts:
             for block in part.split(n_rows):
                 block = block.float()
                 total += block.sum(0)

@@ -128,7 +128,7 @@ def what_if(source: Source, components: Sequence[int], rows: Sequence[int], prog
         raise CoarError("no components are ticked: tick some, or move the slider")
     rows, index = list(rows), torch.as_tensor(components, dtype=torch.long)
     error = None
-    if columns.has_errors(source.attributions):
+    if source.attributions.has_standard_errors:
         error = columns.sums(source.attributions, rows, index, squares_of_errors=True).sqrt()
     predicted = -columns.sums(source.attributions, rows, index)
     before = Outcome.joined(source.predictions(rows, progress))

@@ -134,7 +134,7 @@ def example(source: Source, view: View) -> str:
     """One example: what it is, what the model says, its components by layer and in order."""
     row, found = view.example, source.predictions([view.example])[0]
     weights = source.attributions.row(row)
-    errors = source.attributions.row(row, "standard_errors") if columns.has_errors(source.attributions) else None
+    errors = source.attributions.row(row, "standard_errors") if source.attributions.has_standard_errors else None
     of_text = source.kind != "image"
     big = _text(source, row, found) if of_text else f'<div class="coar-big">{content(source, row, 256)}</div>'
     label = source.label(row)

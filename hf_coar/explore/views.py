@@ -26,7 +26,7 @@ def component(source: Source, view: View) -> str:
     group = one.group
     where = f"{group.kind} {one.position + 1} of {group.size} in {group.parameter}"
     mean, size = float(weights.mean()), float(weights.abs().mean())
-    errors, places = columns.has_errors(source.attributions), drawing.digits(float(weights.abs().max()))
+    errors, places = source.attributions.has_standard_errors, drawing.digits(float(weights.abs().max()))
     error = columns.column(source.attributions, view.component, "standard_errors") if errors else None
     ticked = view.component in view.ticked
     pressed = f' aria-pressed="{"true" if ticked else "false"}"'
