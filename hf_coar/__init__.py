@@ -12,10 +12,10 @@ from hf_coar.components import Components, find_components
 from hf_coar.edited import undo
 from hf_coar.editing import edit
 from hf_coar.errors import CoarError
-from hf_coar.evaluation import Report, evaluate
+from hf_coar.evaluation import Report
 from hf_coar.masking import ablate
 from hf_coar.path_gradient import PathGradient
-from hf_coar.pipeline import attribute, load
+from hf_coar.pipeline import attribute, evaluate, load
 from hf_coar.regression import Regression
 from hf_coar.solvers import ARD, Lasso, Ridge
 

@@ -222,7 +222,8 @@ def edited_model_card(entries: Mapping[str, Any], source: str = ".", pictures: S
         were="was" if len(components) == 1 else "were",
         granularity=entries.get("granularity"),
         components="\n".join(f"- `{component}`" for component in components),
-        rule=_RULES.get(entries.get("rule"), entries.get("rule")),
+        rule=_rule(entries),
+        ablated=_ablated(entries),
         output=entries.get("output"),
         figures=_before_and_after(entries.get("figures") or ()),
         snippet=_load_script(base, source),
@@ -255,7 +256,33 @@ def _load_script(base: Mapping[str, Any], source: str) -> str:
     return script + "  # `model` as its own code builds it"
 
 
-_RULES = {"welch": "Welch's t between the targets' and the other examples' weights, a component at a time (COAR-Edit)"}
+_RULES = {
+    "welch": "Welch's t between the targets' and the other examples' weights, a component at a time (COAR-Edit)",
+    "mean_difference": "difference of the mean weights of the targets and the others",
+    "penalised": "gain on the targets, minus four times the mean size of the effect on the others",
+    "lightly_penalised": "gain on the targets, minus the mean size of the effect on the others",
+    "hinge": "gain on the targets, minus three times what the others lose on average",
+    "harm_over_spread": "gain on the targets minus three times the harm to the others, over the spread of both",
+    "covariance": "forward selection: most gain on the targets for the least drift of the others",
+    "covariance_bold": "forward selection: most gain on the targets for the least drift of the others, boldly",
+    "covariance_careful": "forward selection: most gain on the targets for the least drift of the others, warily",
+    "covariance_hinge": "forward selection: most gain on the targets for the least fall of the others",
+}
+
+
+def _rule(edit: Mapping[str, Any]) -> str:
+    """In words; and whether it was chosen."""
+    said = str(_RULES.get(edit.get("rule"), edit.get("rule")))
+    tried = edit.get("tried")
+    if not isinstance(tried, Sequence) or isinstance(tried, str) or not tried:
+        return said
+    return f"{said}; it and the number of components are the best on validation of {len(tried)} candidates"
+
+
+def _ablated(edit: Mapping[str, Any]) -> str:
+    """What became of the weights."""
+    gate = edit.get("gate")
+    return f"scaled by {gate:g}" if isinstance(gate, int | float) and gate else "set to zero"
 
 
 def _aim(edit: Mapping[str, Any]) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from hf_coar import data as data_module
 from hf_coar import models, workers
 from hf_coar.errors import CoarError, DataError
+from hf_coar.progress import Progress, duration
 from hf_coar.store import Store
 from hf_coar.workers import Team, processes
 
@@ -172,8 +173,6 @@ def run(
         DataError: no examples, a batch that is none, other data than before, or (if strict) an unreadable example.
         CoarError: not even one example fits into memory.
     """
-    from tqdm import tqdm
-
     options, state = current(), processes()
     team = workers.team(options.worker)
     chunks = data_module.Chunks(data)
@@ -181,7 +180,7 @@ def run(
         models.frozen(model),
         placed(model, state.device) as device,
         _autocast(device, options.dtype),
-        tqdm(desc=what, unit="unit", disable=not (progress and state.is_main_process)) as bar,
+        Progress(what, progress and state.is_main_process) as bar,
     ):
         job = _Job(store, chunks, parts, compute, device, team, options.strict, what, bar)
         job.do_own()
@@ -209,7 +208,7 @@ class _Job:
     team: Team
     strict: bool
     what: str
-    bar: Any
+    bar: Progress
     bounds: dict[int, tuple[int, int]] = field(default_factory=dict)  # of the batches passed so far
     fits: int | None = None  # examples that fit into memory at once, once that was found out
     longest: float = 0.0  # seconds of the longest unit
@@ -305,11 +304,12 @@ class _Job:
             part = self.parts[number]
             if self.team.count > 1:
                 self.store.refresh()
-            if self.store.missing(part.name, chunk.start, chunk.stop):
+            todo = bool(self.store.missing(part.name, chunk.start, chunk.stop))
+            if todo:
                 pieces = pieces if pieces is not None else self._read(chunk)
                 for first, last in self.store.missing(part.name, chunk.start, chunk.stop):
                     self._do_stretch(part, pieces, first, last)
-            self.bar.update()
+            self.bar.update(part.cost * (chunk.stop - chunk.start), computed=todo)
 
     def _read(self, chunk: data_module.Chunk) -> list[tuple[int, data_module.Batch]]:
         read = chunk.read()
@@ -333,7 +333,7 @@ class _Job:
                 self._note_time(time.monotonic() - begun)
 
     def _note_time(self, seconds: float) -> None:
-        if not self.longest and self.bar.total and not self.bar.disable:
+        if not self.longest and self.bar.total and self.bar.shown:
             left = seconds * (self.bar.total - self.bar.n - 1)
             logger.info("%s: the first unit took %.1f s; about %s to go", self.what, seconds, duration(left))
         self.longest = max(self.longest, seconds)
@@ -405,10 +405,3 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _OUT_OF_MEMORY)
-
-
-def duration(seconds: float) -> str:
-    """Such as `45 s`, `12 min`, `3.4 h`."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,17 +1,31 @@
-"""The pieces in order: `load` a model and data, `attribute` them."""
+"""The pieces in order: `load` a model and data, `attribute` them, `evaluate` the attributions."""
 
 import logging
 import operator
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from hf_coar import allowance, engine, gradients, masking, models, outputs, sampling, workers
+from hf_coar import (
+    allowance,
+    engine,
+    evaluation,
+    gradients,
+    masking,
+    models,
+    outputs,
+    report,
+    sampling,
+    tracking,
+    workers,
+)
 from hf_coar import data as data_module
 from hf_coar.attributions import Attributions
 from hf_coar.components import Components, find_components
+from hf_coar.evaluation import Report
 from hf_coar.fit import Method, Problem
 from hf_coar.outputs import Output
 from hf_coar.path_gradient import PathGradient
@@ -66,6 +80,7 @@ def attribute(
     batch_size: int | None = None,
     progress: bool = True,
     budget: float | str | None = None,
+    log_with: Any = None,
 ) -> Attributions:
     """How much every component contributes to the output of every example.
 
@@ -86,9 +101,11 @@ def attribute(
         budget: decides the number of rounds or masks in the place of the method's own: as many as cost no more than
             this many forward passes an example, or than a time such as `"20 min"` for all of them (one batch is timed
             first; a run that resumes keeps its number).
+        log_with: where figures of the run go while it runs: "trackio", "tensorboard", "wandb", an
+            `accelerate.tracking.GeneralTracker`, or several of them; see `tracking`.
 
     Returns:
-        The attributions, also saved in `out`.
+        The attributions, also saved in `out`, with a page `report.html` to look at.
 
     Raises:
         CoarError: arguments that make no sense; the message says which and what to do.
@@ -108,12 +125,66 @@ def attribute(
         config = _config(model, data, components, output, method, ablated_fraction, seed)
         _tell_cost(batches, config)
         store = Store(folder, {"task": "attribute", **config, "components": components.to_json()})
-        fit = method.fit(replace(problem, store=store))
-        config |= {"skipped": list(store.skipped)} if store.skipped else {}  # the rows leave these examples out
-        attributions = Attributions(fit.weights, fit.bias, fit.standard_errors, components, fit.identity, config)
+        with tracking.tracked(log_with, out, {"task": "attribute", **config}) as run:
+            fit = method.fit(replace(problem, store=store))
+            known = {"cost": fit.cost, "checked": fit.checked}
+            config |= {name: value for name, value in known.items() if value is not None}
+            config |= {"skipped": list(store.skipped)} if store.skipped else {}  # the rows leave these examples out
+            attributions = Attributions(fit.weights, fit.bias, fit.standard_errors, components, fit.identity, config)
+            run.figures({"reliability": attributions.stability()})
         if out is not None and workers.processes().is_main_process:
+            report.write_first(folder, attributions)  # first, so that the card shows its pictures
             attributions.save_pretrained(folder)
     return attributions
+
+
+def evaluate(
+    attributions: Attributions,
+    model: nn.Module,
+    data: Any,
+    fractions: Sequence[float] = (0.05, 0.0125),
+    n_masks: int = 100,
+    seed: int = 1,
+    output: "str | Output | outputs.OutputFunction | None" = None,
+    out: str | Path | None = None,
+    batch_size: int | None = None,
+    progress: bool = True,
+    log_with: Any = None,
+) -> Report:
+    """Compare predictions with the model's outputs under fresh random masks.
+
+    Args:
+        attributions: to be judged.
+        model: the model that was attributed.
+        data: the data that were attributed, in the same order.
+        fractions: ablated fractions to judge at.
+        n_masks: masks a fraction; the cost is one forward pass a mask and example.
+        seed: of the masks; must not be the seed of the fit.
+        output: the attributed output; needed only if it was a function of your own.
+        out: folder of the run, which resumes; a temporary one by default.
+        batch_size: changes speed only.
+        progress: show a progress bar.
+        log_with: where figures of the run go, as for `attribute`.
+
+    Returns:
+        The report; its figures are also saved as `evaluation.json` in `out`, with a page `report.html` to look at.
+
+    Raises:
+        CoarError: the seed of the fit, a fraction outside (0, 1), or fewer than 3 masks.
+        ModelMismatchError: another model.
+        DataError: other data.
+    """
+    settings = {"task": "evaluate", "n_masks": n_masks, "seed": seed, "fit": attributions.config}
+    with tracking.tracked(log_with, out, settings) as run:
+        found = evaluation.evaluate(
+            attributions, model, data, fractions, n_masks, seed, output, out, batch_size, progress
+        )
+        run.figures({f"correlation at {fraction:g}": value for fraction, value in found.correlation.items()})
+        run.figures({f"slope at {fraction:g}": value for fraction, value in found.slope.items()})
+        run.figures({"reliability": found.mean_reliability})
+    if out is not None and workers.processes().is_main_process:
+        report.write(out, attributions, found)
+    return found
 
 
 def _default_method(model: nn.Module, batches: Any, components: Components, output: Output) -> Method:

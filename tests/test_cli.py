@@ -1,5 +1,6 @@
 """The command line: every verb on real input, the exit codes, one clear line for every error."""
 
+import inspect
 import json
 import re
 import subprocess
@@ -9,7 +10,8 @@ import pytest
 import torch
 
 import hf_coar as coar
-from hf_coar import cli, demo, models
+from hf_coar import cli, demo, explore, models
+from hf_coar.cli import verbs
 
 MODEL, IMAGES = str(demo.MODEL), str(demo.IMAGES)
 
@@ -36,7 +38,7 @@ def run(tmp_path_factory):
         "attribute", MODEL, IMAGES, "--split", "train[:24]", "--rounds", 2, "--batch-size", 12, "--out", folder
     )
     assert code == 0
-    assert "24 examples × 832 components" in out
+    assert "24 examples × 832 components" in out and f"report: {folder / 'report.html'}" in out
     return folder
 
 
@@ -92,9 +94,9 @@ def test_edit_saves_an_ordinary_model(run, tmp_path):
 
 def test_indices_ranges_and_labels_name_examples(run):
     attributions = coar.Attributions.from_pretrained(run)
-    assert cli._examples(["3", "7-9"], "increase", attributions) == [3, 7, 8, 9]
+    assert verbs.examples(["3", "7-9"], "increase", attributions) == [3, 7, 8, 9]
     expected = (attributions.labels == 8).nonzero().flatten().tolist()
-    assert expected and cli._examples(["label=8"], "increase", attributions) == expected
+    assert expected and verbs.examples(["label=8"], "increase", attributions) == expected
 
 
 ERRORS = {
@@ -109,6 +111,13 @@ ERRORS = {
     "token output": (["attribute", MODEL, IMAGES, "--output", "token_margin", "--out", "OUT"], "language models"),
     "no attributions": (["evaluate", MODEL], "holds no attributions"),
     "class": (["demo", "--forget", "Hat", "--out", "OUT"], "no class 'Hat'"),
+    "masks without regression": (["attribute", MODEL, IMAGES, "--n-masks", "9", "--out", "OUT"], "--method regression"),
+    "rounds in words": (["attribute", MODEL, IMAGES, "--reliability", "0.9", "--out", "OUT"], "add --rounds auto"),
+    "rounds of a baseline": (
+        ["attribute", MODEL, IMAGES, "--method", "weight_norm", "--rounds", "2", "--out", "OUT"],
+        "--method path_gradient",
+    ),
+    "tracker": (["attribute", MODEL, IMAGES, "--split", "train[:2]", "--log-with", "joy", "--out", "OUT"], "joy"),
 }
 
 
@@ -144,16 +153,33 @@ def test_the_seed_of_the_fit_and_other_settings_are_refused(run):
 
 
 def test_help_has_an_example_for_every_verb():
-    for verb in ("components", "attribute", "evaluate", "edit", "demo"):
+    for verb in cli.parser()._subparsers._group_actions[0].choices:
         code, out, _ = hf_coar(verb, "--help")
-        assert code == 0 and f"example:\n  hf-coar {verb}" in out
+        assert (
+            code == 0 and f"example:\n  hf-coar {verb}" in out and f"usage: hf-coar {verb}" in out and "--json" in out
+        )
+
+
+MISTAKES = {
+    "verb": (["attribut"], "did you mean attribute?"),
+    "flag": (["components", MODEL, "--granulraity", "head"], "did you mean --granularity?"),
+    "choice": (["edit", "runs/x", "--rule", "welsh", "--out", "x"], "did you mean welch?"),
+    "missing": (["attribute", MODEL], "required: data, --out"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistyped_flags_take_two_lines(name):
+    arguments, words = MISTAKES[name]
+    code, out, err = hf_coar(*arguments)
+    assert code == 2 and out == "" and words in err and "--help" in err.splitlines()[1] and len(err.splitlines()) == 2
 
 
 def test_ctrl_c_says_how_to_go_on(monkeypatch, tmp_path):
     def interrupt(*arguments, **keywords):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli.pipeline, "attribute", interrupt)
+    monkeypatch.setattr(verbs.pipeline, "attribute", interrupt)
     code, out, err = hf_coar("attribute", MODEL, IMAGES, "--out", tmp_path)
     assert code == 130 and out == "" and "run the same command again" in err
 
@@ -202,3 +228,81 @@ def test_text_classifiers_and_language_models_from_folders(tmp_path):
             if "c_" in name and weight.dim() == 2
         ]
         assert sum(ablated) == 2
+
+
+def test_no_colour_but_on_a_terminal(monkeypatch):
+    """Neither in a pipe nor where NO_COLOR is set; the words are the same."""
+    from io import StringIO
+
+    from hf_coar.cli import terminal
+
+    class Terminal(StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    assert terminal.red("wrong", Terminal()) == "\033[31mwrong\033[0m"
+    assert terminal.red("wrong", StringIO()) == "wrong"
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert terminal.red("wrong", Terminal()) == "wrong"
+    done = subprocess.run([sys.executable, "-m", "hf_coar", "components", MODEL], capture_output=True, text=True)
+    assert done.returncode == 0 and "\033" not in done.stdout + done.stderr
+
+
+def test_evaluation_draws_the_page_and_the_card_shows_the_pictures(run):
+    code, out, _ = hf_coar("evaluate", run, "--n-masks", 10, "--fractions", 0.05)
+    assert code == 0 and f"report: {run / 'report.html'}" in out
+    assert "Predicted against measured" in (run / "report.html").read_text(encoding="utf-8")
+    assert "](pictures/predicted_against_measured.png)" in (run / "README.md").read_text(encoding="utf-8")
+    page = (run / "report.html").read_bytes()
+    code, _, _ = hf_coar("attribute", "--config", run / "run.yaml")  # a repeated run keeps it
+    assert code == 0 and (run / "report.html").read_bytes() == page
+
+
+def test_methods_from_flags():
+    def method(*words):
+        return verbs._method(cli.parser().parse_args(["attribute", "m", "d", "--out", "x", *words]))
+
+    assert method() is None
+    assert (
+        method("--rounds", "0") == method("--method", "path_gradient", "--rounds", "0") == coar.PathGradient(rounds=0)
+    )
+    auto = coar.PathGradient(rounds="auto", reliability=0.9, max_rounds=8)
+    assert method("--rounds", "auto", "--reliability", "0.9", "--max-rounds", "8") == auto
+    assert method("--method", "regression", "--solver", "ard", "--n-masks", "9") == coar.Regression(9, coar.ARD())
+    by_prior = coar.Regression(prior=coar.PathGradient(rounds=2))
+    assert method("--method", "regression", "--prior", "path_gradient", "--rounds", "2") == by_prior
+    assert method("--method", "weight_norm") == coar.baselines.WeightNorm()
+
+
+def test_explore_passes_its_flags_on(run, tmp_path, monkeypatch):
+    seen = {}
+    keywords = set(inspect.signature(explore.launch).parameters)
+    address = "http://h:1/"
+    monkeypatch.setattr(verbs.explorer, "launch", lambda *given, **named: seen.update(named, given=given) or address)
+    code, out, _ = hf_coar("explore", run, "--port", 1, "--open-browser", "--share", "--json")
+    assert code == 0 and json.loads(out) == {"address": address}
+    assert seen["given"] == (str(run),) and seen["port"] == 1 and seen["open_browser"] and seen["share"]
+    assert set(seen) - {"given"} <= keywords
+    monkeypatch.setattr(verbs.explorer, "export", lambda *given, **named: seen.update(named, given=given) or tmp_path)
+    code, out, _ = hf_coar("explore", run, "--export", tmp_path)
+    assert code == 0 and str(tmp_path) in out and seen["given"] == (str(run), str(tmp_path))
+
+
+def test_trackers_leave_standard_output_to_the_result(tmp_path):
+    pytest.importorskip("tensorboard")
+    command = ["attribute", MODEL, IMAGES, "--split", "train[:2]", "--rounds", 2, "--include", "layer3.*", "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "hf_coar",
+        *map(str, command),
+        "--log-with",
+        "tensorboard",
+        "--out",
+        tmp_path / "r",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["n_examples"] == 2
+    assert list((tmp_path / "r" / "logs").rglob("events.*"))

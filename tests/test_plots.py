@@ -277,6 +277,96 @@ def test_a_wide_edit_sweep_has_a_logarithmic_axis_with_a_zero():
     assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "1", "10", "100", "2\u2009000"]
 
 
+def blocks(depth=3):
+    groups = [Group("stem.conv", "filter", "stem.conv.weight", 0, 4)]
+    for i in range(depth):
+        groups += [
+            Group(f"blocks.{i}.attn.qkv", "neuron", f"blocks.{i}.attn.qkv.weight", 0, 6),
+            Group(f"blocks.{i}.mlp.fc1", "neuron", f"blocks.{i}.mlp.fc1.weight", 0, 5),
+            Group(f"blocks.{i}.mlp.experts.0.up", "neuron", f"blocks.{i}.mlp.experts.0.up.weight", 0, 2),
+            Group(f"blocks.{i}.mlp.experts.1.up", "neuron", f"blocks.{i}.mlp.experts.1.up.weight", 0, 2),
+        ]
+    return groups
+
+
+def test_the_heat_map_has_a_cell_a_layer_and_kind():
+    attributions = make_attributions(blocks())
+    figure = plots.contribution_heat_map(attributions, examples=[0, 2])
+    axes = axes_of(figure)
+    assert row_labels(axes) == ["stem.conv", "blocks.0", "blocks.1", "blocks.2"]
+    columns = [label.get_text() for label in axes.get_xticklabels()]
+    assert columns == ["itself", "attn.qkv", "mlp.fc1", "mlp.experts.*.up"]
+    table = torch.as_tensor(axes.images[0].get_array().filled(torch.nan))
+    assert table.shape == (4, 4) and table.isnan().sum() == 6
+    sizes = attributions.weights[[0, 2]].abs().mean(0)
+    assert table[0, 0] == pytest.approx(float(sizes[:4].mean()))
+    assert table[1, 3] == pytest.approx(float(sizes[15:19].mean()))  # both experts
+    assert len([text for text in axes.texts if text.get_text()]) == 10
+    assert "2 of 8 examples" in figure.get_suptitle()
+
+
+def test_the_heat_map_tells_kinds_of_one_module_apart():
+    groups = [
+        Group("h.0.attn", "head", "h.0.attn.weight", 0, 2),
+        Group("h.0.attn", "input feature", "h.0.attn.weight", 1, 4),
+        Group("h.1.attn", "head", "h.1.attn.weight", 0, 2),
+    ]
+    axes = axes_of(plots.contribution_heat_map(make_attributions(groups)))
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["attn head", "attn input feature"]
+
+
+COSTS = {
+    "least squares": [(400, 0.5), (11840, 0.88), (2400, 0.7)],
+    "path gradient": [(60, 0.87), (240, 0.89), (120, 0.88)],
+}
+
+
+def test_cost_against_correlation_marks_the_factor():
+    figure = plots.cost_against_correlation(COSTS, reference="least squares", detail="32 examples")
+    axes = axes_of(figure)
+    assert axes.get_xscale() == "log" and len(axes.lines) == 2
+    assert list(axes.lines[0].get_xdata()) == [400, 2400, 11840]
+    factor = 11840 / 120
+    assert f"{factor:.3g} × fewer" in [text.get_text() for text in axes.texts]
+    assert f"{factor:.3g} ×" in figure.get_suptitle() and "32 examples" in figure.get_suptitle()
+    assert legend_labels(figure) == list(COSTS)
+    styles = {(line.get_color(), line.get_marker(), line.get_linestyle()) for line in axes.lines}
+    assert len({colour for colour, _, _ in styles}) == len({marker for _, marker, _ in styles}) == 2
+
+
+def test_cost_against_correlation_in_panels():
+    other = {"path gradient": [(60, 0.5), (240, 0.6)], "least squares": [(400, 0.9)]}
+    figure = plots.cost_against_correlation({"ViT": COSTS, "GPT-2": other}, reference="least squares")
+    first, second = figure.axes
+    assert first.get_ylim() == second.get_ylim()
+    assert first.lines[1].get_color() == second.lines[1].get_color()  # a method looks the same everywhere
+    assert not second.texts and "GPT-2" not in figure.get_suptitle()  # never reached there
+    assert len(legend_labels(figure)) == 2
+
+
+def test_baselines_of_one_point_or_no_cost_and_more_methods_than_colours():
+    points = COSTS | {"weight norm": [(0, 0.1)]} | {f"baseline {i}": [(10 + i, 0.2)] for i in range(8)}
+    figure = plots.cost_against_correlation(points)
+    axes = axes_of(figure)
+    assert list(axes.lines[2].get_ydata()) == [0.1, 0.1] and axes.lines[2].get_marker() == "None"
+    looks = {(line.get_color(), line.get_marker(), line.get_markerfacecolor()) for line in axes.lines}
+    assert len(looks) == len(points) == len(legend_labels(figure))
+
+
+def test_cost_to_reach():
+    assert plots.cost_to_reach(COSTS["path gradient"], 0.5) == 60
+    assert plots.cost_to_reach(COSTS["path gradient"], 0.95) is None
+    assert plots.cost_to_reach([(10, 0.0), (1000, 1.0)], 0.5) == pytest.approx(100)
+
+
+def test_accuracies_by_group_say_the_worst():
+    names = ["landbird on land", "landbird on water", "waterbird on land"]
+    figure = plots.group_accuracies(names, [0.9, 0.5, 0.8], [0.9, 0.7, 0.6], "landbird on water", sizes=[3, 1, 1])
+    assert "worst group 50.0 % → 60.0 %" in figure.get_suptitle()
+    assert "mean over examples 80.0 % → 80.0 %" in figure.get_suptitle()
+    assert row_labels(axes_of(figure)) == ["landbird on land (3)", "▶ landbird on water (1)", "waterbird on land (1)"]
+
+
 def test_save_makes_folders_and_gives_the_path(tmp_path):
     path = tmp_path / "deep" / "er" / "top.png"
     figure = plots.top_components(make_attributions(), 0)
@@ -308,6 +398,12 @@ ERRORS = {
     "n": (lambda: plots.top_components(make_attributions(), 0, n=0), "n=0"),
     "chosen": (lambda: plots.edit_sweep([1, 2], [0.5, 0.6], [0.9, 0.8], chosen=3), r"chosen=3 and .*\[1, 2\]"),
     "sweep twice": (lambda: plots.edit_sweep([1, 1], [0.5, 0.6], [0.9, 0.8], chosen=1), "different numbers"),
+    "no costs": (lambda: plots.cost_against_correlation({}), "every method needs one"),
+    "cost": (lambda: plots.cost_against_correlation({"a": [(-1, 0.5)]}), "a: cost -1, correlation 0.5"),
+    "correlation": (lambda: plots.cost_against_correlation({"a": [(1, 1.5)]}), "correlation 1.5"),
+    "reference": (lambda: plots.cost_against_correlation(COSTS, "ridge"), "reference='ridge'"),
+    "group sizes": (lambda: plots.group_accuracies(["a", "b"], [0.5, 0.5], [1, 1], sizes=[3]), r"sizes=\[3\]"),
+    "unknown group": (lambda: plots.group_accuracies(["a"], [0.5], [0.6], highlight="z"), "and the groups are"),
     "sweep lengths": (lambda: plots.edit_sweep([1, 2], [0.5], [0.9, 0.8], chosen=1), "targets has 1 values"),
 }
 

@@ -11,15 +11,20 @@ matplotlib comes with `pip install "hf_coar[plots]"`.
 """
 
 from hf_coar.plots.canvas import save
-from hf_coar.plots.contributions import contribution_by_layer, top_components
-from hf_coar.plots.edits import class_accuracies, edit_sweep
+from hf_coar.plots.contributions import contribution_by_layer, contribution_heat_map, top_components
+from hf_coar.plots.costs import cost_against_correlation, cost_to_reach
+from hf_coar.plots.edits import class_accuracies, edit_sweep, group_accuracies
 from hf_coar.plots.fidelity import correlation_by_fraction, predicted_against_measured
 
 __all__ = [
     "class_accuracies",
     "contribution_by_layer",
+    "contribution_heat_map",
     "correlation_by_fraction",
+    "cost_against_correlation",
+    "cost_to_reach",
     "edit_sweep",
+    "group_accuracies",
     "predicted_against_measured",
     "save",
     "top_components",

@@ -53,19 +53,27 @@ def save(figure: Figure, path: str | Path) -> Path:
 
 def new(height: float, width: float = WIDTH) -> tuple[Figure, Axes]:
     """A figure with one pair of axes; sizes in inches."""
+    figure, [axes] = new_panels(height, [width])
+    return figure, axes
+
+
+def new_panels(height: float, widths: Sequence[float]) -> tuple[Figure, list[Axes]]:
+    """A figure with axes side by side on one vertical scale; sizes in inches."""
     try:
         import matplotlib.figure
     except ImportError as error:
         raise CoarError('pictures need matplotlib; install it with: pip install "hf_coar[plots]"') from error
-    figure = matplotlib.figure.Figure(figsize=(width, height), dpi=DPI, facecolor="white", layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(INK)
-    axes.tick_params(labelsize=9, colors=INK)
-    axes.xaxis.label.set(color=INK, fontsize=9.5)
-    axes.yaxis.label.set(color=INK, fontsize=9.5)
-    axes.set_axisbelow(True)
-    return figure, axes
+    size = (sum(widths), height)
+    figure = matplotlib.figure.Figure(figsize=size, dpi=DPI, facecolor="white", layout="constrained")
+    panels = figure.subplots(1, len(widths), squeeze=False, sharey=True, width_ratios=widths)[0]
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(INK)
+        axes.tick_params(labelsize=9, colors=INK)
+        axes.xaxis.label.set(color=INK, fontsize=9.5)
+        axes.yaxis.label.set(color=INK, fontsize=9.5)
+        axes.set_axisbelow(True)
+    return figure, list(panels)
 
 
 def new_of_rows(n_rows: int) -> tuple[Figure, Axes]:

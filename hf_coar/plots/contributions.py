@@ -1,5 +1,7 @@
-"""What contributes: by layer, by component."""
+"""What contributes: by layer, by layer and kind of module, by component."""
 
+import math
+import re
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +12,8 @@ from hf_coar.errors import CoarError
 # matplotlib's classes, by name only: it is imported where a picture is drawn.
 from hf_coar.plots import canvas
 from hf_coar.plots.canvas import Figure
+
+_ITSELF = "itself"  # the column of layers that are one module
 
 
 def contribution_by_layer(attributions: Attributions, examples: Sequence[int] | None = None) -> Figure:
@@ -70,6 +74,92 @@ def contribution_by_layer(attributions: Attributions, examples: Sequence[int] | 
     detail += canvas.of(chosen, len(attributions))
     canvas.title(figure, f"Contribution per {each}: largest in {largest}", detail)
     return figure
+
+
+def contribution_heat_map(attributions: Attributions, examples: Sequence[int] | None = None) -> Figure:
+    """Mean absolute attribution of the components by layer and kind of module, darker = more.
+
+    A row is a numbered block of the network (`blocks.3`), a column what its modules are called inside (`attn.qkv`), so
+    that the same kind of module stands in one column however deep it lies. Experts of one layer count as one kind. Of
+    one model at most: an estimate's error adds to the sizes, see `contribution_by_layer`.
+
+    Args:
+        attributions: float32 weights [examples, components].
+        examples: indices of the examples to average over; all by default.
+
+    Returns:
+        A figure with one cell a layer and kind, in the unit of the output; white cells are of kinds that a layer lacks.
+
+    Raises:
+        CoarError: examples out of range, no components, or no matplotlib.
+    """
+    chosen = canvas.chosen(examples, len(attributions))
+    sizes = attributions.weights[chosen].double().abs().mean(0)
+    if not len(sizes):
+        raise CoarError("the attributions have no components, so there is nothing to draw")
+    cells, kind = _cells(attributions)
+    layers, columns = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))
+    table = torch.full((len(layers), len(columns)), torch.nan, dtype=torch.float64)
+    for (layer, column), indices in cells.items():
+        table[layers.index(layer), columns.index(column)] = sizes[indices].mean()
+
+    short, prefix = canvas.short_names(layers)
+    width = min(14.0, max(4.2, 2.2 + 0.75 * len(columns)))
+    figure, axes = canvas.new(1.9 + max(3, len(layers)) * max(canvas.row(len(layers)), 0.2), width)
+    from matplotlib.colors import LinearSegmentedColormap
+
+    shades = LinearSegmentedColormap.from_list("shades", ("#EEF5FA", *canvas.SHADES))
+    top = float(table.nan_to_num(0).max()) or 1.0
+    image = axes.imshow(table.numpy(), aspect="auto", cmap=shades, vmin=0, vmax=top, interpolation="nearest")
+    if len(columns) <= 12 and len(layers) <= 40:
+        _write_cells(axes, table, top)
+    canvas.rows(axes, short)
+    axes.set_ylim(len(layers) - 0.5, -0.5)
+    axes.set_xticks(range(len(columns)), [canvas.plain(canvas.shortened(name, 24)) for name in columns], fontsize=8.5)
+    axes.tick_params(axis="x", length=0, rotation=30 if len(columns) > 1 else 0)
+    for label in axes.get_xticklabels():
+        label.set_horizontalalignment("right" if len(columns) > 1 else "center")
+        label.set_rotation_mode("anchor")
+    axes.spines[["left", "bottom"]].set_visible(False)
+    if prefix:
+        axes.set_ylabel(f"in {canvas.plain(prefix)}")
+    bar = figure.colorbar(image, ax=axes, shrink=0.9, pad=0.02)
+    bar.set_label(f"mean absolute attribution\nper {kind}{canvas.unit(attributions)}", color=canvas.INK, fontsize=8.5)
+    bar.ax.tick_params(labelsize=8, colors=canvas.INK)
+    bar.outline.set_visible(False)
+    at = int(table.nan_to_num(-1).argmax())
+    most = f"{layers[at // len(columns)]} {columns[at % len(columns)]}".removesuffix(f" {_ITSELF}")
+    detail = f"{canvas.count(len(attributions.components), kind)}, input at the top; "
+    canvas.title(figure, f"Contribution per {kind}: largest in {most}", detail + canvas.of(chosen, len(attributions)))
+    return figure
+
+
+def _cells(attributions: Attributions) -> tuple[dict[tuple[str, str], list[int]], str]:
+    """(layer, kind of module) -> indices of components, in the order of the network; and what one component is."""
+    names, layer_of = attributions.components.regroup("layer")
+    kinds = {group.kind for group in attributions.components.groups}
+    found: dict[tuple[str, str, str], list[int]] = {}
+    for group, start, stop in attributions.components.spans():
+        layer = names[int(layer_of[start])]
+        inside = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", group.module.removeprefix(layer).removeprefix("."))
+        found.setdefault((layer, inside or _ITSELF, group.kind), []).extend(range(start, stop))
+    several = {name for name in {key[1] for key in found} if len({key[2] for key in found if key[1] == name}) > 1}
+    cells = {
+        (layer, f"{name} {kind}" if name in several else name): indices
+        for (layer, name, kind), indices in found.items()
+    }
+    return cells, kinds.pop() if len(kinds) == 1 else "component"
+
+
+def _write_cells(axes: canvas.Axes, table: torch.Tensor, top: float) -> None:
+    digits = max(0, (2 if top >= 1 else 1) - math.floor(math.log10(top)))
+    for row, values in enumerate(table.tolist()):
+        for column, value in enumerate(values):
+            if not math.isnan(value):
+                axes.text(
+                    column, row, f"{value:.{digits}f}", ha="center", va="center", fontsize=7,
+                    color="white" if value > 0.55 * top else canvas.INK,
+                )  # fmt: skip
 
 
 def top_components(attributions: Attributions, example: int, n: int = 15) -> Figure:

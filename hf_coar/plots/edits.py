@@ -32,12 +32,70 @@ def class_accuracies(
         CoarError: lengths that differ, accuracies outside 0 … 1, an unknown class to highlight, or no matplotlib.
     """
     names = [str(name) for name in names]
+    figure, before, after, marked = _before_and_after(names, before, after, highlight, names, ("class", "classes"))
+    others = [place for place, name in enumerate(names) if name not in marked]
+    target = canvas.shortened(marked[0], canvas.LABEL_LENGTH) if len(marked) == 1 else "edited classes"
+    parts = [(target, sorted({names.index(name) for name in marked}))]
+    parts.append(("other classes" if marked else "mean of the classes", others))
+    changes = [
+        f"{label} {canvas.mean_percent(before, places)} → {canvas.mean_percent(after, places)}"
+        for label, places in parts
+        if places
+    ]
+    canvas.title(figure, "Accuracy by class, before and after the edit", "; ".join(changes))
+    return figure
+
+
+def group_accuracies(
+    names: Sequence[str],
+    before: Sequence[float] | Tensor,
+    after: Sequence[float] | Tensor,
+    highlight: str | Sequence[str] | None = None,
+    sizes: Sequence[int] | None = None,
+) -> Figure:
+    """Accuracy of every group of examples before and after an edit, such as landbirds on water; the worst in the title.
+
+    Args:
+        names: the groups, drawn from the top in this order; at most 100.
+        before: accuracies [groups], fractions from 0 to 1.
+        after: the same after the edit.
+        highlight: name or names of the groups that the edit is for.
+        sizes: examples a group [groups], said beside the names; the mean over all examples weighs by them.
+
+    Returns:
+        A figure, in percent.
+
+    Raises:
+        CoarError: lengths that differ, accuracies outside 0 … 1, an unknown group to highlight, or no matplotlib.
+    """
+    names = [str(name) for name in names]
+    if sizes is not None and (len(sizes) != len(names) or min(sizes, default=0) < 1):
+        raise CoarError(f"sizes={list(sizes)[:12]}; expected {len(names)} numbers of examples, each at least 1")
+    labels = names if sizes is None else [f"{name} ({size:,})" for name, size in zip(names, sizes, strict=True)]
+    figure, before, after, _ = _before_and_after(names, before, after, highlight, labels, ("group", "groups"))
+    weights = [1] * len(names) if sizes is None else list(sizes)
+    means = [sum(w * x for w, x in zip(weights, each, strict=True)) / sum(weights) for each in (before, after)]
+    changes = f"worst group {100 * min(before):.1f} % → {100 * min(after):.1f} %; "
+    changes += f"mean over {'groups' if sizes is None else 'examples'} {100 * means[0]:.1f} % → {100 * means[1]:.1f} %"
+    canvas.title(figure, "Accuracy by group, before and after the edit", changes)
+    return figure
+
+
+def _before_and_after(
+    names: Sequence[str],
+    before: Sequence[float] | Tensor,
+    after: Sequence[float] | Tensor,
+    highlight: str | Sequence[str] | None,
+    labels: Sequence[str],
+    nouns: tuple[str, str],
+) -> tuple[Figure, list[float], list[float], list[str]]:
+    """The figure without its title, the checked accuracies, and the names that are marked."""
     if not 1 <= len(names) <= canvas.MAX_CLASSES:
-        raise CoarError(f"{len(names)} classes; a picture holds 1 to {canvas.MAX_CLASSES}: choose those that matter")
+        raise CoarError(f"{len(names)} {nouns[1]}; a picture holds 1 to {canvas.MAX_CLASSES}: choose those that matter")
     before, after = canvas.shares("before", before, len(names)), canvas.shares("after", after, len(names))
     marked = [highlight] if isinstance(highlight, str) else list(highlight or ())
     if unknown := [name for name in marked if name not in names]:
-        raise CoarError(f"highlight names {unknown}, and the classes are {names[:12]}")
+        raise CoarError(f"highlight names {unknown}, and the {nouns[1]} are {names[:12]}")
 
     figure, axes = canvas.new_of_rows(len(names))
     size = canvas.font(len(names))
@@ -58,7 +116,7 @@ def class_accuracies(
         "change\n(points)", (1, 1), (40, 2), xycoords="axes fraction", textcoords="offset points", ha="right",
         va="bottom", fontsize=8, color=canvas.INK,
     )  # fmt: skip
-    short = [canvas.shortened(name, canvas.LABEL_LENGTH) for name in names]
+    short = [canvas.shortened(label, canvas.LABEL_LENGTH) for label in labels]
     canvas.rows(axes, [f"▶ {label}" if name in marked else label for label, name in zip(short, names, strict=True)])
     for label, name in zip(axes.get_yticklabels(), names, strict=True):
         label.set_fontweight("bold" if name in marked else "normal")
@@ -72,17 +130,7 @@ def class_accuracies(
         axes.plot([], [], "D", color=canvas.INK, markersize=4.5, label="after")[0],
     ]
     canvas.legend_below(figure, axes, keys)
-    others = [place for place, name in enumerate(names) if name not in marked]
-    target = canvas.shortened(marked[0], canvas.LABEL_LENGTH) if len(marked) == 1 else "edited classes"
-    parts = [(target, sorted({names.index(name) for name in marked}))]
-    parts.append(("other classes" if marked else "mean of the classes", others))
-    changes = [
-        f"{label} {canvas.mean_percent(before, places)} → {canvas.mean_percent(after, places)}"
-        for label, places in parts
-        if places
-    ]
-    canvas.title(figure, "Accuracy by class, before and after the edit", "; ".join(changes))
-    return figure
+    return figure, before, after, marked
 
 
 def edit_sweep(

@@ -57,6 +57,7 @@ def predicted_against_measured(
         [low, high], [low, high], color=canvas.VERMILLION, linewidth=1.3, linestyle="--", label="predicted = measured"
     )
     axes.set(xlim=(low, high), ylim=(low, high), aspect="equal")
+    axes.locator_params(nbins=6)
     axes.grid(color=canvas.FAINT, linewidth=0.5)
     axes.legend(loc="upper left", fontsize=8, frameon=True, framealpha=0.9, edgecolor="none")
     axes.set_xlabel(f"predicted output minus the example's mean ({unit})")

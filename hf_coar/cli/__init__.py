@@ -1,0 +1,38 @@
+"""The command line: verbs (`verbs`), their flags (`flags`), flags from a file (`config`), the screen (`terminal`)."""
+
+import sys
+from collections.abc import Sequence
+
+from hf_coar import workers
+from hf_coar.cli import config, terminal
+from hf_coar.cli.flags import parser
+from hf_coar.errors import CoarError
+
+__all__ = ["INTERRUPTED", "USER_ERROR", "main", "parser"]
+
+USER_ERROR, INTERRUPTED = 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb.
+
+    Returns:
+        The exit code: 0, 2 for an error that the user can put right, 130 for Ctrl-C.
+    """
+    verb = "hf-coar"
+    terminal.log_to_screen()
+    try:
+        args = config.parse(parser(), sys.argv[1:] if arguments is None else list(arguments))
+        verb = f"hf-coar {args.verb}"
+        with config.written_back(args):
+            result = args.run(args)
+        speaks = workers.processes().is_main_process
+    except CoarError as error:
+        sys.stderr.write(f"{terminal.red(f'{verb}:', sys.stderr)} {error}\n")
+        return USER_ERROR
+    except KeyboardInterrupt:
+        sys.stderr.write(f"\n{verb}: interrupted; run the same command again to go on from here\n")
+        return INTERRUPTED
+    if speaks:
+        sys.stdout.write(f"{result}\n")
+    return 0

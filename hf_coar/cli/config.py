@@ -1,0 +1,154 @@
+"""Flags from a YAML file, and back: `--config FILE.yaml`, and the `run.yaml` that every run leaves in its folder."""
+
+import argparse
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hf_coar import files, workers
+from hf_coar.errors import CoarError
+
+RUN = "run.yaml"
+_VERB, _OUT = "verb", "out"
+_OF_THE_CALL = ("config", "json", "dry_run", "worker", "help")  # of this call, not of the run
+_NOT_FLAGS = (_VERB, "run", "config")
+
+
+def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
+    """The flags: those of the command line, then those of the file that `--config` names, then the defaults.
+
+    Raises:
+        CoarError: a file that cannot be read, is for another verb, or has unknown keys or values.
+    """
+    path = _path(arguments)
+    if path is not None and (verb := _verb(parser, arguments)) is not None:
+        _apply(verb, _read(path), path)
+    return parser.parse_args(arguments)
+
+
+def _path(arguments: Sequence[str]) -> Path | None:
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    finder.add_argument("--config", type=Path)
+    try:
+        return finder.parse_known_args(arguments)[0].config
+    except argparse.ArgumentError:
+        return None  # the parser itself will say it
+
+
+def _verb(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.ArgumentParser | None:
+    """The verb's own parser."""
+    choices = next(a.choices for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    return next((choices[word] for word in arguments if word in choices), None)
+
+
+def flags(verb: argparse.ArgumentParser) -> dict[str, argparse.Action]:
+    """Everything that may stand in a file, by its keyword."""
+    return {
+        action.dest: action
+        for action in verb._actions
+        if not isinstance(action, argparse._HelpAction) and action.dest not in _NOT_FLAGS
+    }
+
+
+def _read(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise CoarError(f"--config {path}: cannot be read ({error})") from error
+    except yaml.YAMLError as error:
+        raise CoarError(f"--config {path}: this is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, Mapping):
+        raise CoarError(f"--config {path}: expected lines such as `rounds: 8`, and found {type(values).__name__}")
+    return {str(key).replace("-", "_"): value for key, value in values.items()}
+
+
+def _apply(verb: argparse.ArgumentParser, values: dict[str, Any], path: Path) -> None:
+    """Values of a file become the defaults of a verb."""
+    name, known = verb.prog.split()[-1], flags(verb)
+    given = values.pop(_VERB, None)
+    if given not in (None, name):
+        raise CoarError(f"--config {path} is for hf-coar {given}, and this is hf-coar {name}")
+    if given and _OUT in known:
+        values.setdefault(_OUT, str(path.parent))  # a run's own file: the folder in which it lies, wherever that is now
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        close = {key: difflib.get_close_matches(key, known, n=1) for key in unknown}
+        told = ", ".join(key + (f" (did you mean {close[key][0]}?)" if close[key] else "") for key in unknown)
+        raise CoarError(f"--config {path}: hf-coar {name} has no {told}; it has {', '.join(sorted(known))}")
+    for key, value in values.items():
+        if value is None:
+            continue  # as if it were not there
+        action = known[key]
+        action.default = _converted(action, value, f"--config {path}: {key}")
+        action.required = False
+        if not action.option_strings:
+            action.nargs = action.nargs or "?"
+
+
+def _converted(action: argparse.Action, value: Any, where: str) -> Any:
+    """A value of a file as the command line would make it."""
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            raise CoarError(f"{where}: {value!r} is neither true nor false")
+        return value
+    if action.nargs in ("+", "*"):
+        return [_one(action, entry, where) for entry in (value if isinstance(value, list) else [value])]
+    return _one(action, value, where)
+
+
+def _one(action: argparse.Action, value: Any, where: str) -> Any:
+    if isinstance(value, bool | list | Mapping):
+        raise CoarError(f"{where}: {value!r} is not a single number or word")
+    try:
+        found = action.type(str(value)) if callable(action.type) else str(value)
+    except (ValueError, argparse.ArgumentTypeError) as error:
+        raise CoarError(f"{where}: {value!r} is not of type {getattr(action.type, '__name__', '?')}") from error
+    if action.choices is not None and found not in action.choices:
+        raise CoarError(f"{where}: {value!r}; there are {', '.join(map(str, action.choices))}")
+    return found
+
+
+@contextmanager
+def written_back(args: argparse.Namespace) -> Iterator[None]:
+    """All flags go into `run.yaml` in the run's folder when the block is over, or was interrupted half-way."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        _write(args)
+        raise
+    _write(args)
+
+
+def _write(args: argparse.Namespace) -> None:
+    out = getattr(args, _OUT, None)
+    if out is None or getattr(args, "dry_run", False) or not Path(out).is_dir():
+        return
+    if not workers.processes().is_main_process:
+        return
+    values = {key: value for key, value in vars(args).items() if key not in (*_OF_THE_CALL, *_NOT_FLAGS, _OUT)}
+    files.write_bytes(_free(Path(out), args.verb), text(args.verb, values).encode())
+
+
+def _free(folder: Path, verb: str) -> Path:
+    """`run.yaml`, unless another verb left its own there: then `evaluate.yaml` or whatever the verb is."""
+    path = folder / RUN
+    try:
+        other = path.is_file() and _read(path).get(_VERB) != verb
+    except CoarError:
+        other = True
+    return folder / f"{verb}.yaml" if other else path
+
+
+def text(verb: str, values: Mapping[str, Any]) -> str:
+    """A file for `--config`; flags that were not given are null."""
+    import yaml
+
+    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+    plain = {key: str(value) if isinstance(value, Path) else value for key, value in plain.items()}
+    head = f"# hf-coar {verb} --config {RUN} goes on in this folder, with --out elsewhere it does the same again.\n"
+    head += "# Flags on the command line win; paths are as they were given.\n"
+    return head + yaml.safe_dump({_VERB: verb, **plain}, sort_keys=False, allow_unicode=True, default_flow_style=False)

@@ -1,0 +1,274 @@
+"""The flags of every verb, spelled as the keywords of the functions that they call."""
+
+import argparse
+import difflib
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from hf_coar import __version__, demo, editing, outputs
+from hf_coar.baselines import BASELINES
+from hf_coar.cli import completion, terminal, verbs
+from hf_coar.components import GRANULARITIES
+from hf_coar.path_gradient import PathGradient
+from hf_coar.regression import Regression
+from hf_coar.tracking import TRACKERS
+
+_TARGETS = "examples as indices (17), ranges (20-39) or labels (label=3)"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in two lines, and not after a screenful of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        found = re.match(r"unrecognized arguments: (.*)", message)
+        words = re.findall(r"invalid choice: '(.*?)'", message)
+        words += [word for word in found[1].split() if word.startswith("-")] if found else []
+        known = [option for action in self._actions for option in action.option_strings]
+        known += [str(choice) for action in self._actions for choice in action.choices or ()]
+        close = [match[0] for word in words if (match := difflib.get_close_matches(word, known, n=1))]
+        hint = f"; did you mean {', '.join(close)}?" if close else ""
+        name = terminal.red(f"{self.prog}:", sys.stderr)
+        self.exit(2, f"{name} {message}{hint}\nall flags, with an example: {self.prog} --help\n")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[argparse.Namespace, list[str]]:
+        """As argparse does, except that a verb reports its unknown flags itself, and knows what is close to them."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown and not self._subparsers:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Lines of the flags' own, in two columns."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if isinstance(action, argparse.BooleanOptionalAction):
+            return action.option_strings[0]  # its --no-… goes without saying, where most flags have none
+        return super()._format_action_invocation(action)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line; `args.run(args)` runs the verb."""
+    whole = _Parser(
+        prog="hf-coar", description="Component attribution by regression (COAR) for any Hugging Face or timm model."
+    )
+    whole.add_argument("--version", action="version", version=f"hf-coar {__version__}")
+    each = whole.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for add in (_components, _attribute, _evaluate, _edit, _explore, _push, _demo):
+        add(each)
+    _completion(each, whole)
+    return whole
+
+
+# ------------------------------------------------------------------------------------------------------------ verbs
+
+
+def _components(each: Any) -> None:
+    verb = _verb(
+        each, "components", verbs.components, "list the components of a model, from its configuration alone",
+        "hf-coar components timm/resnet18.a1_in1k", "MODEL [flags]",
+    )  # fmt: skip
+    _model_flags(verb)
+    _component_flags(verb)
+
+
+def _attribute(each: Any) -> None:
+    verb = _verb(
+        each, "attribute", verbs.attribute, "attribute a model's outputs on a data set to its components",
+        "hf-coar attribute timm/resnet18.a1_in1k imagenet-1k --split 'validation[:2000]' --out runs/resnet18",
+        "MODEL DATA --out FOLDER [flags]",
+    )  # fmt: skip
+    _model_flags(verb)
+    verb.add_argument("data", help="Hub id, folder or file of the data set")
+    _data_flags(verb)
+    _component_flags(verb)
+    _method_flags(verb)
+    _running_flags(verb)
+    _tracker_flag(verb)
+    verb.add_argument("--dry-run", action="store_true", help="say what it would cost and who would do what, and stop")
+
+
+def _evaluate(each: Any) -> None:
+    verb = _verb(
+        each, "evaluate", verbs.evaluate, "compare predictions with the model's outputs under fresh masks",
+        "hf-coar evaluate runs/resnet18 --fractions 0.05 0.0125", "ATTRIBUTIONS [flags]",
+    )  # fmt: skip
+    _attributions_flags(verb)
+    verb.add_argument("--data", help="Hub id, folder or file of the data set; by default as attributed")
+    _data_flags(verb)
+    verb.add_argument(
+        "--fractions", type=float, nargs="+", default=(0.05, 0.0125), metavar="F",
+        help="ablated fractions to judge at (default 0.05 0.0125)",
+    )  # fmt: skip
+    verb.add_argument("--n-masks", type=int, default=100, help="masks a fraction (default %(default)s)")
+    verb.add_argument("--seed", type=int, default=1, help="of the masks; not that of the fit (default %(default)s)")
+    verb.add_argument("--out", help="folder of the run, which resumes")
+    _tracker_flag(verb)
+
+
+def _edit(each: Any) -> None:
+    verb = _verb(
+        each, "edit", verbs.edit, "save a copy of the model in which a few components are ablated",
+        "hf-coar edit runs/resnet18 --decrease label=3 --n-components 20 --out edited",
+        "ATTRIBUTIONS --out FOLDER (--increase E … | --decrease E …) [flags]",
+    )  # fmt: skip
+    _attributions_flags(verb)
+    verb.add_argument("--increase", nargs="+", metavar="E", help=f"raise the outputs of these: {_TARGETS}")
+    verb.add_argument("--decrease", nargs="+", metavar="E", help=f"lower the outputs of these: {_TARGETS}")
+    verb.add_argument("--reference", nargs="+", metavar="E", help="leave the outputs of these; all others by default")
+    verb.add_argument("--n-components", type=int, default=10, help="how many to ablate (default %(default)s)")
+    verb.add_argument(
+        "--rule", choices=tuple(sorted(editing.RULES)), default="welch", help="which come first (default %(default)s)"
+    )
+    verb.add_argument("--out", required=True, help="folder for the edited model")
+
+
+def _explore(each: Any) -> None:
+    verb = _verb(
+        each, "explore", verbs.explore, "look at attributions in the browser, and ablate on the live model",
+        "hf-coar explore runs/resnet18 --open-browser", "ATTRIBUTIONS [flags]",
+    )  # fmt: skip
+    _attributions_flags(verb)
+    verb.add_argument("--data", help="Hub id, folder or file of the data set; by default as attributed")
+    verb.add_argument(
+        "--host", default="127.0.0.1", help="0.0.0.0 for everybody who can reach it (default %(default)s)"
+    )
+    verb.add_argument("--port", type=int, help="by default the first free one from 7860 on")
+    _switch(verb, "--open-browser", "open the page")
+    _switch(verb, "--share", "also through a public address of Gradio's for some days")
+    verb.add_argument("--export", metavar="FOLDER", help="serve nothing; write a folder that a Space of the Hub runs")
+
+
+def _push(each: Any) -> None:
+    verb = _verb(
+        each, "push", verbs.push, "upload attributions or an edited model to the Hub, with a card",
+        "hf-coar push runs/resnet18 user/resnet18-attributions", "FOLDER USER/NAME [flags]",
+    )  # fmt: skip
+    verb.add_argument("folder", help="made by hf-coar attribute or edit; a folder pictures/ in it goes onto the card")
+    verb.add_argument("repo_id", help="user/name on the Hub; made if there is none")
+    _switch(verb, "--private", "if it is made")
+    verb.add_argument("--commit-message", help="first line of the commit")
+    _switch(verb, "--create-pr", "propose the commit instead of making it")
+    verb.add_argument("--dtype", choices=("float32", "float16"), help="of the attributions (default float32)")
+
+
+def _demo(each: Any) -> None:
+    verb = _verb(each, "demo", verbs.demo_run, "the whole job on an embedded model and data", "hf-coar demo", "[flags]")
+    verb.add_argument("--out", default="coar-demo", help="folder for everything made (default %(default)s)")
+    verb.add_argument("--forget", default=demo.FORGOTTEN, help="class to forget (default %(default)s)")
+
+
+def _completion(each: Any, whole: argparse.ArgumentParser) -> None:
+    verb = _verb(
+        each, "completion", lambda args: verbs.completion_script(args, whole),
+        "print the script with which a shell completes verbs, flags and their values",
+        "hf-coar completion bash > ~/.local/share/bash-completion/completions/hf-coar",
+        "{bash,zsh,fish}",
+    )  # fmt: skip
+    verb.add_argument("shell", choices=completion.SHELLS, help="for which it is")
+
+
+def _verb(
+    each: Any, name: str, run: Callable[[argparse.Namespace], str], what: str, example: str, usage: str
+) -> argparse.ArgumentParser:
+    verb = each.add_parser(
+        name, help=what, description=what[0].upper() + what[1:] + ".", epilog=f"example:\n  {example}",
+        usage=f"hf-coar {name} {usage}".rstrip(), formatter_class=_Formatter,
+    )  # fmt: skip
+    verb.set_defaults(run=run)
+    verb.add_argument("--config", type=Path, metavar="FILE.yaml", help="flags by keyword, such as `rounds: 8`")
+    verb.add_argument("--json", action="store_true", help="print the result as JSON")
+    return verb
+
+
+# ------------------------------------------------------------------------------------------------- flags of several
+
+
+def _switch(verb: argparse._ActionsContainer, flag: str, what: str) -> None:
+    """On or off; `--no-…` so that the command line can switch off what a file has on."""
+    verb.add_argument(flag, action=argparse.BooleanOptionalAction, default=False, help=what)
+
+
+def _model_flags(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("model", help="Hub id or folder of a timm or transformers model")
+    _source_flags(verb)
+
+
+def _attributions_flags(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("attributions", help="folder or Hub id of attributions")
+    verb.add_argument("--model", help="Hub id or folder of the model; by default as attributed")
+    _source_flags(verb)
+
+
+def _source_flags(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--revision", help="branch, tag or commit of the model")
+    _switch(verb, "--trust-remote-code", "run code that comes with the model")
+
+
+def _data_flags(verb: argparse.ArgumentParser) -> None:
+    verb = verb.add_argument_group("data")
+    verb.add_argument("--split", help="such as 'validation[:2000]'")
+    verb.add_argument("--data-revision", help="branch, tag or commit of the data set")
+    verb.add_argument("--batch-size", type=int, default=32, help="examples a batch (default %(default)s)")
+    _switch(verb, "--streaming", "read the data while running")
+    verb.add_argument("--max-length", type=int, default=512, help="tokens at which texts are cut (default %(default)s)")
+
+
+def _running_flags(verb: argparse.ArgumentParser) -> None:
+    verb = verb.add_argument_group("running, which changes speed only")
+    verb.add_argument("--worker", metavar="I/N", help="this is worker I (from 0) of N that share the folder")
+    verb.add_argument("--dtype", choices=("bfloat16", "float16"), help="compute in lower precision")
+    _switch(verb, "--compile", "torch.compile for masked passes")
+    verb.add_argument("--masks-together", type=int, default=1, metavar="K", help="masks in one forward pass")
+    _switch(verb, "--strict", "an example that cannot be read is an error")
+
+
+def _rounds(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
+def _tracker_flag(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--log-with", nargs="+", metavar="TRACKER", help=f"accelerate's trackers: {', '.join(TRACKERS)}, …"
+    )
+
+
+def _component_flags(verb: argparse.ArgumentParser) -> None:
+    verb = verb.add_argument_group("components")
+    verb.add_argument("--granularity", choices=GRANULARITIES, default="unit", help="(default %(default)s)")
+    verb.add_argument("--include", nargs="+", metavar="GLOB", help="only modules that match")
+    verb.add_argument("--exclude", nargs="+", metavar="GLOB", help="no modules that match")
+
+
+def _method_flags(verb: argparse.ArgumentParser) -> None:
+    verb = verb.add_argument_group("method")
+    verb.add_argument("--output", default="margin", help=f"one of {', '.join(outputs.names())} (default %(default)s)")
+    verb.add_argument(
+        "--method", choices=("path_gradient", "regression", *BASELINES), metavar="METHOD",
+        help=f"path_gradient, regression, or a baseline: {', '.join(BASELINES)}; by default path_gradient, or "
+        "regression where no gradient gets through the model",
+    )  # fmt: skip
+    verb.add_argument("--budget", help="forward passes an example, or a time ('20 min'): decides rounds or masks")
+    verb.add_argument(
+        "--rounds", type=_rounds, metavar="N", help="of path_gradient: an even number, 0 for a single pass, or 'auto': "
+        f"as many as an example needs (default {PathGradient().rounds})",
+    )  # fmt: skip
+    verb.add_argument(
+        "--reliability", type=float, metavar="R",
+        help=f"at which --rounds auto has enough (default {PathGradient().reliability})",
+    )  # fmt: skip
+    verb.add_argument(
+        "--max-rounds", type=int, metavar="N", help=f"of --rounds auto (default {PathGradient().max_rounds})"
+    )
+    verb.add_argument("--solver", choices=tuple(verbs.SOLVERS), help="of regression (default ridge)")
+    verb.add_argument("--prior", choices=("path_gradient",), help="regression: begin from these attributions")
+    verb.add_argument("--n-masks", type=int, help=f"of regression (default {Regression().n_masks})")
+    verb.add_argument("--ablated-fraction", type=float, default=0.05, help="(default %(default)s)")
+    verb.add_argument("--seed", type=int, default=0, help="of all draws (default %(default)s)")
+    verb.add_argument("--out", required=True, help="folder of the run, which resumes")

@@ -1,0 +1,50 @@
+"""What concerns the screen: colour on a terminal only, messages beside progress bars."""
+
+import logging
+import os
+import sys
+from typing import TextIO
+
+_RED, _BOLD, _FAINT, _OFF = "\033[31m", "\033[1m", "\033[2m", "\033[0m"
+
+
+def colours(stream: TextIO) -> bool:
+    """Whether to write in colour: on a terminal, unless `NO_COLOR` is set (https://no-color.org) or it knows none."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def red(text: str, stream: TextIO) -> str:
+    """The text in red."""
+    return _painted(text, _RED, stream)
+
+
+def bold(text: str, stream: TextIO) -> str:
+    """The text in bold."""
+    return _painted(text, _BOLD, stream)
+
+
+def faint(text: str, stream: TextIO) -> str:
+    """The text in grey."""
+    return _painted(text, _FAINT, stream)
+
+
+def _painted(text: str, code: str, stream: TextIO) -> str:
+    return f"{code}{text}{_OFF}" if colours(stream) else text
+
+
+class _BesideProgressBars(logging.Handler):
+    """Writes above the progress bars instead of through them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        text = self.format(record)
+        tqdm.write(text if record.levelno > logging.INFO else faint(text, sys.stderr), file=sys.stderr)
+
+
+def log_to_screen() -> None:
+    """What the package has to say goes to standard error, once however often this is called."""
+    logger = logging.getLogger("hf_coar")
+    if not logger.handlers:
+        logger.addHandler(_BesideProgressBars())
+        logger.setLevel(logging.INFO)

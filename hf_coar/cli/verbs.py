@@ -1,0 +1,234 @@
+"""What every verb does: from its flags to the text that it prints."""
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_coar import allowance, budget, demo, editing, engine, folders, models, pipeline, report, workers
+from hf_coar import edited as edited_model
+from hf_coar import explore as explorer
+from hf_coar.attributions import Attributions
+from hf_coar.baselines import BASELINES
+from hf_coar.cli import completion, terminal
+from hf_coar.components import Components, find_components
+from hf_coar.data import Chunks, rows
+from hf_coar.errors import CoarError
+from hf_coar.path_gradient import PathGradient
+from hf_coar.regression import Regression
+from hf_coar.solvers import ARD, Lasso, Ridge
+
+SOLVERS = {"ridge": Ridge, "lasso": Lasso, "ard": ARD}
+
+_OF_PATHS, _OF_REGRESSION = ("rounds", "reliability", "max_rounds"), ("n_masks", "solver", "prior")
+
+
+def components(args: argparse.Namespace) -> str:
+    """The components of a model, as a tree."""
+    model = models.load_architecture(args.model, args.revision, args.trust_remote_code)
+    found = _found(model, args)
+    if args.json:
+        return json.dumps(found.tree_json(), indent=2)
+    head, _, rest = found.tree().partition("\n")
+    return f"{terminal.bold(head, sys.stdout)}\n{rest}"
+
+
+def attribute(args: argparse.Namespace) -> str:
+    """Attribute, or with `--dry-run` say what that would cost."""
+    model, data = _loaded(args)
+    if args.dry_run:
+        return _planned(args, model, data)
+    with engine.running(**_running(args)):
+        attributions = pipeline.attribute(
+            model, data, _found(model, args), output=args.output, method=_method(args),
+            ablated_fraction=args.ablated_fraction, seed=args.seed, out=args.out, budget=args.budget,
+            log_with=args.log_with,
+        )  # fmt: skip
+    summary = {
+        "attributions": str(args.out),
+        "n_examples": len(attributions),
+        "n_components": len(attributions.components),
+        "cost": attributions.config["cost"],
+        "report": str(Path(args.out) / report.PAGE),
+    }
+    if args.json:
+        return json.dumps(summary, indent=2)
+    return (
+        f"{summary['n_examples']} examples × {summary['n_components']} components, saved in {args.out}\n"
+        f"report: {summary['report']}\n"
+        f"next: {terminal.bold(f'hf-coar evaluate {shlex.quote(str(args.out))}', sys.stdout)}"
+    )
+
+
+def _planned(args: argparse.Namespace, model: Any, data: Any) -> str:
+    """What `attribute` would do: units, processes, cost; nothing is written."""
+    chunks, team = Chunks(data), workers.team(args.worker)
+    _, first = chunks.at(0).read().pieces[0]
+    n_examples = chunks.at(len(chunks) - 1).stop if chunks.count is not None else None
+    if n_examples is None:
+        raise CoarError("the number of examples of a stream is not known beforehand; try without --streaming")
+    components = _found(model, args)
+    method = _method(args) or PathGradient()
+    if args.budget is not None:
+        passes, timed = allowance.parse(args.budget)
+        if timed:
+            raise CoarError(f"--budget {args.budget!r} is timed when the run begins; give forward passes to --dry-run")
+        method = allowance.within(method, passes, args.ablated_fraction, len(components))
+    planned = budget.budget(
+        model, rows(first, 0, 1), n_examples, len(components), method, args.ablated_fraction, args.batch_size,
+        team.count,
+    )  # fmt: skip
+    if args.json:
+        return json.dumps({**vars(planned), "n_units": planned.n_units, "worker": team.index}, indent=2)
+    return f"{planned}\nthis is     process {team.index} of {team.count}; nothing was run"
+
+
+def evaluate(args: argparse.Namespace) -> str:
+    """Compare with the model; figures and pictures go to the attributions that they judge, where those are local."""
+    attributions = Attributions.from_pretrained(args.attributions)
+    model, data = _loaded(_with_sources(args, attributions))
+    found = pipeline.evaluate(
+        attributions, model, data, fractions=args.fractions, n_masks=args.n_masks, seed=args.seed, out=args.out,
+        log_with=args.log_with,
+    )  # fmt: skip
+    folder, page = Path(args.attributions), None
+    if folder.is_dir() and workers.processes().is_main_process:
+        page = report.write(folder, attributions, found)
+        folders.add_evaluation(folder, found)  # last, so that the card shows the pictures
+    if args.json:
+        return json.dumps(found.to_json(), indent=2)
+    head, _, rest = str(found).partition("\n")
+    return f"{terminal.bold(head, sys.stdout)}\n{rest}" + (f"\nreport: {page}" if page else "")
+
+
+def edit(args: argparse.Namespace) -> str:
+    """Save an edited model, and say how to load it."""
+    attributions = Attributions.from_pretrained(args.attributions)
+    args = _with_sources(args, attributions)
+    model = models.load_model(args.model, args.revision, args.trust_remote_code)
+    sides = {side: examples(getattr(args, side), side, attributions) for side in ("increase", "decrease", "reference")}
+    edited = editing.edit(model, attributions, n_components=args.n_components, rule=args.rule, **sides)
+    edited_model.save(edited, args.out)
+    snippet = models.load_snippet(edited, str(args.out))
+    ablated = models.record(edited)["edit"]["components"]
+    if args.json:
+        return json.dumps({"edited": str(args.out), "components": ablated, "load": snippet}, indent=2)
+    return "\n".join(
+        ["ablated:", *[f"  {name}" for name in ablated], f"saved in {args.out}; load it with", f"  {snippet}"]
+    )
+
+
+def explore(args: argparse.Namespace) -> str:
+    """Serve the explorer until Ctrl-C, or write it into a folder."""
+    sources = {"model": args.model, "data": args.data, "revision": args.revision}
+    if args.export is not None:
+        folder = explorer.export(args.attributions, args.export, **sources)
+        if args.json:
+            return json.dumps({"space": str(folder)}, indent=2)
+        return f"saved in {folder}; python {shlex.quote(str(folder / 'app.py'))} serves it, as does a Space of the Hub"
+    address = explorer.launch(
+        args.attributions, **sources, trust_remote_code=args.trust_remote_code, host=args.host, port=args.port,
+        open_browser=args.open_browser, share=args.share,
+    )  # fmt: skip
+    return json.dumps({"address": str(address)}, indent=2) if args.json else f"served {address}"
+
+
+def push(args: argparse.Namespace) -> str:
+    """Upload what `attribute` or `edit` made."""
+    settings = {"private": True if args.private else None, "create_pr": args.create_pr}
+    settings |= {"commit_message": args.commit_message} if args.commit_message else {}
+    if (Path(args.folder) / edited_model.RECORD).is_file():
+        address = edited_model.push_to_hub(args.folder, args.repo_id, **settings)
+    else:
+        address = folders.push_folder(args.folder, args.repo_id, dtype=args.dtype, **settings)
+    return json.dumps({"commit": address}, indent=2) if args.json else f"pushed: {address}"
+
+
+def demo_run(args: argparse.Namespace) -> str:
+    """The whole job on what the package holds."""
+    found = demo.run(args.out, args.forget)
+    return json.dumps(found.figures, indent=2) if args.json else found.text
+
+
+def completion_script(args: argparse.Namespace, whole: argparse.ArgumentParser) -> str:
+    """The script for a shell."""
+    script = completion.script(whole, args.shell)
+    return json.dumps({"shell": args.shell, "script": script}, indent=2) if args.json else script
+
+
+def _loaded(args: argparse.Namespace) -> tuple[Any, Any]:
+    return pipeline.load(
+        args.model, args.data, split=args.split, revision=args.revision, data_revision=args.data_revision,
+        batch_size=args.batch_size, streaming=args.streaming, max_length=args.max_length,
+        trust_remote_code=args.trust_remote_code,
+    )  # fmt: skip
+
+
+def _running(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in ("worker", "dtype", "compile", "masks_together", "strict")}
+
+
+def _found(model: Any, args: argparse.Namespace) -> Components:
+    return find_components(model, args.granularity, args.include, args.exclude)
+
+
+def _method(args: argparse.Namespace) -> Any:
+    """The estimator asked for; None where none was, so that `attribute` takes its default.
+
+    Raises:
+        CoarError: a flag of another method, which would have no effect.
+    """
+    given = {name: getattr(args, name) for name in (*_OF_PATHS, *_OF_REGRESSION) if getattr(args, name) is not None}
+    on_paths = {name: value for name, value in given.items() if name in _OF_PATHS}
+    useful = () if args.method in BASELINES else _OF_PATHS
+    if args.method == "regression":
+        useful = (*_OF_REGRESSION, *(_OF_PATHS if args.prior else ()))
+    for name, value in given.items():
+        if name not in useful:
+            owner = "path_gradient" if name in _OF_PATHS else "regression"
+            raise CoarError(f"--{name.replace('_', '-')} {value} is of another method; add --method {owner}")
+    if args.rounds != "auto" and set(on_paths) - {"rounds"}:
+        raise CoarError("--reliability and --max-rounds say when --rounds auto has enough; add --rounds auto")
+    if args.method == "regression":
+        n_masks = {} if args.n_masks is None else {"n_masks": args.n_masks}
+        prior = PathGradient(**on_paths) if args.prior else None
+        return Regression(solver=SOLVERS[args.solver or "ridge"](), prior=prior, **n_masks)
+    if args.method is None and not on_paths:
+        return None
+    return BASELINES[args.method]() if args.method in BASELINES else PathGradient(**on_paths)
+
+
+def _with_sources(args: argparse.Namespace, attributions: Attributions) -> argparse.Namespace:
+    """Model and data as the attributions name them, unless they are given."""
+    model, data = attributions.config["model"], attributions.config["data"]
+    known = {"model": model.get("id"), "revision": model.get("revision"), "data": data.get("id")}
+    known |= {"split": data.get("split"), "data_revision": data.get("revision")}
+    filled = {name: getattr(args, name, None) or value for name, value in known.items()}
+    for name in ("model", "data") if hasattr(args, "data") else ("model",):
+        if filled[name] is None:
+            raise CoarError(f"the attributions do not say where their {name} came from; give --{name}")
+    return argparse.Namespace(**{**vars(args), **filled})
+
+
+def examples(words: Sequence[str] | None, side: str, attributions: Attributions) -> list[int] | None:
+    """Indices of examples from words such as `17`, `20-39`, `label=3`."""
+    if words is None:
+        return None
+    found: list[int] = []
+    for word in words:
+        first, _, last = word.partition("-")
+        if word.startswith("label="):
+            wanted = word.removeprefix("label=")
+            indices = (attributions.labels == int(wanted)).nonzero().flatten().tolist() if wanted.isdigit() else []
+            if not indices:
+                present = sorted(set(attributions.labels.tolist()))
+                raise CoarError(f"--{side} {word}: no such label; the examples have {present[:30]}")
+            found += indices
+        elif first.isdigit() and (last.isdigit() or not last):
+            found += range(int(first), int(last or first) + 1)
+        else:
+            raise CoarError(f"--{side} {word}: write an index (17), a range (20-39) or a label (label=3)")
+    return found

@@ -1,0 +1,44 @@
+"""COAR-Edit: ablate the few components that move the outputs of target examples, and spare those of references.
+
+What to ablate first is said by a rule (`rules`), how much of it by validation (`choosing`, with the ready-made
+`measures`), and `edit` does it (`making`).
+"""
+
+from hf_coar.editing.choosing import (
+    Candidate,
+    Choice,
+    Constraint,
+    Goal,
+    choose,
+    choose_n_components,
+    numbers_to_try,
+)
+from hf_coar.editing.making import edit, kept_without, rank_components
+from hf_coar.editing.measures import AtLeast, AtMost, Keep, accuracy, mean_output, worst_accuracy
+from hf_coar.editing.rules import AUTO, RULES, Rule, Sides, best_first, rule, welch_scores
+
+__all__ = [
+    "AUTO",
+    "AtLeast",
+    "AtMost",
+    "Candidate",
+    "Choice",
+    "Constraint",
+    "Goal",
+    "Keep",
+    "RULES",
+    "Rule",
+    "Sides",
+    "accuracy",
+    "best_first",
+    "choose",
+    "choose_n_components",
+    "edit",
+    "kept_without",
+    "mean_output",
+    "numbers_to_try",
+    "rank_components",
+    "rule",
+    "welch_scores",
+    "worst_accuracy",
+]

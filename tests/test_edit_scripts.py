@@ -1,0 +1,142 @@
+"""The scripts of the edits, made tiny: every effect points the right way. On the images that come with hf_coar."""
+
+import argparse
+import statistics
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+
+import edit_backdoor  # noqa: E402
+import edit_common as common  # noqa: E402
+import edit_fix_error  # noqa: E402
+import edit_forget_class  # noqa: E402
+import edit_language_model  # noqa: E402
+import edit_subgroup  # noqa: E402
+import edit_tasks as tasks  # noqa: E402
+import edit_typographic  # noqa: E402
+
+import hf_coar as coar  # noqa: E402
+
+
+@pytest.fixture
+def args(tmp_path):
+    """As on a machine without the raw files."""
+    return argparse.Namespace(
+        fashion_mnist=tmp_path / "absent", runs=tmp_path / "runs", results=tmp_path / "results",
+        cards=tmp_path / "cards", model=None, seeds=1, threads=1,
+    )  # fmt: skip
+
+
+def check_files(args, name):
+    """The report, its figures, the picture and the card are there, and the card is about the edited model."""
+    for ending in ("md", "json", "png"):
+        assert (args.results / f"{name}.{ending}").stat().st_size > 500
+    card = (args.cards / f"edited_{name}.md").read_text(encoding="utf-8")
+    assert "ablated" in card and "| before | after |" in card and str(args.runs) not in card
+    return (args.results / f"{name}.md").read_text(encoding="utf-8")
+
+
+def test_fix_error(args):
+    model, _, examples = tasks.classifier(args, 0)
+    found = edit_fix_error.run(model, examples, 0, 3, 40, 200, 350, singles=False, rounds=2)
+    edits = {name: found[name] for name in edit_fix_error.methods_of([found])}
+    ours, random = edits[edit_fix_error.OURS], edits[common.RANDOM]
+    assert sum(edit["fixed"] for edit in ours) == 3 > sum(edit["fixed"] for edit in random)
+    assert statistics.fmean(edit_fix_error.losses(ours)) < 3
+    edit_fix_error.report(args, [found], 0.0)
+    text = check_files(args, "fix_error")
+    assert all(name in text for name in edits)
+
+
+def test_forget_class(args):
+    args.classes = [1]
+    model, training, examples = tasks.classifier(args, 0)
+    found = edit_forget_class.run(
+        model, training, examples, 0, [1], 8, 300, 500, singles=False, rounds=2, rules=("covariance", "welch"),
+        numbers=(8, 24, 60),
+    )  # fmt: skip
+    ours, random = found[edit_forget_class.OURS][0], found[common.RANDOM][0]
+    assert ours["before"] > 90 and ours["after"] < 20 < random["after"]
+    assert edit_forget_class.loss_of_others(ours) < 5
+    edit_forget_class.report(args, [found], 0.0)
+    assert "Trouser" in check_files(args, "forget_class")
+
+
+def test_backdoor(args):
+    model, pool, test = edit_backdoor.backdoored(args, 0, n_training=1000, epochs=14, share=0.15, wide=False)
+    found = edit_backdoor.run(model, pool, test, 0, n_draws=1, n_final=600, singles=False, rounds=2)
+    ours, random, (triggered, clean) = found[edit_backdoor.OURS][0], found[common.RANDOM][0], found["before"]
+    assert triggered < 45 and clean > 60
+    assert ours["triggered"] > triggered + 8 and ours["triggered"] > random["triggered"] + 8
+    assert ours["clean"] > clean - 8
+    edit_backdoor.report(args, [found], 0.0)
+    check_files(args, "backdoor")
+
+
+def test_subgroup(args):
+    model, *parts = edit_subgroup.biased(args, 0, 420, 16, classes=((0, 2, 6), (1, 3, 4)), agree=0.9)
+    found = edit_subgroup.run(model, *parts, 0, per_group=10, singles=False, rounds=2, rules=("covariance", "welch"))
+    before, ours = (found["methods"][name] for name in ("before", edit_subgroup.OURS))
+    assert before["worst"] < 60 < before["average"]
+    assert ours["worst"] > before["worst"] + 5 and ours["average"] > before["average"] - 8
+    edit_subgroup.report(args, [found], 0.0)
+    check_files(args, "subgroup")
+
+
+def test_typographic(args):
+    (images, labels), (others, of_others) = (tasks.raw_fashion_mnist(args.fashion_mnist, p) for p in ("train", "t10k"))
+    clip = edit_typographic.trained_clip(args.runs / "clip", images, labels, 0, steps=150, batch=64)
+    parts = [
+        edit_typographic.pairs(others[rows], of_others[rows], seed)
+        for seed, rows in enumerate((slice(0, 30), slice(30, 330), slice(330, 800)))
+    ]
+    found = edit_typographic.run(
+        edit_typographic.zero_shot(clip), *parts, 0, n_pairs=30, singles=False, rounds=2, rules=("covariance", "hinge")
+    )
+    before, ours = (found["methods"][name] for name in ("before", edit_typographic.OURS))
+    assert before["clean"] > before["attacked"] + 10
+    assert edit_typographic.recovered(ours, before) > 10 and ours["clean"] > before["clean"] - 6
+    edit_typographic.report(args, [found], 0.0)
+    check_files(args, "typographic")
+
+
+def test_written_words_are_inside_the_picture():
+    images, labels = torch.zeros(10, 1, 28, 28, dtype=torch.uint8), torch.arange(10)
+    clean = edit_typographic.pictures(images, [None] * 10, 0)
+    written = edit_typographic.pictures(images, labels.tolist(), 0)
+    assert clean.shape == (10, 3, 40, 40) and (clean == clean.min()).all()
+    ink = (written != clean)[:, 0]
+    assert ink.any((1, 2)).all() and not ink[:, :28].any()
+    assert len({tuple(row.flatten().tolist()) for row in ink}) == 10
+    assert all(a != b for a, b in zip(edit_typographic.other_labels(labels, 3), labels.tolist(), strict=True))
+
+
+def test_language_model(args):
+    import sysconfig
+
+    library = Path(sysconfig.get_paths()["stdlib"])
+    code = [(library / f"{name}.py").read_text() for name in ("argparse", "ast", "calendar", "cmd", "csv", "enum")]
+    texts = {
+        "code": edit_language_model.divided(code),
+        "licences": edit_language_model.divided(edit_language_model.licences(Path(sysconfig.get_paths()["purelib"]))),
+    }
+    model, tokenizer = edit_language_model.trained(args.runs / "lm", texts, 0, steps=120, width=32, layers=2)
+    tokens = edit_language_model.held_out_windows(texts, tokenizer, 0, 90)
+    found = edit_language_model.run(model, tokens, 0, 10, 30, n_singles=0, rounds=2, rules=("covariance", "hinge"))
+    before, ours, random = (found["methods"][name] for name in ("before", edit_language_model.OURS, common.RANDOM))
+    code_up, licences_up = (edit_language_model.rise(ours, before, [name]) for name in ("code", "licences"))
+    assert code_up > 0.05 and licences_up < code_up / 2
+    assert code_up - licences_up > edit_language_model.rise(random, before, ["code"]) - edit_language_model.rise(
+        random, before, ["licences"]
+    )
+    assert coar.models.record(found["edited"])["edit"]["output"] == "token_log_prob"
+
+
+def test_spread_and_table():
+    assert common.spread([1.0, 3.0]) == "2.0 ± 1.4" and common.spread([-0.25], 2) == "−0.25"
+    assert common.table(["a", "b"], [[1, "x"]]) == "| a | b |\n|---|---|\n| 1 | x |"
