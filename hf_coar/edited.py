@@ -20,7 +20,7 @@ Figures = Sequence[Sequence[str]]  # (what, before, after), such as ("accuracy o
 
 
 def undo(edited: nn.Module, base: nn.Module) -> nn.Module:
-    """The original of an edited model, bit for bit: a copy in which what the edit zeroed is put back from the base.
+    """The original of an edited model, bit for bit: a copy in which what the edit changed is put back from the base.
 
     Args:
         edited: from `edit`, or from `models.load_model` of a folder or repository that `hf-coar edit` or `push` made.
@@ -51,7 +51,7 @@ def undo(edited: nn.Module, base: nn.Module) -> nn.Module:
     if left or models.fingerprint(restored) != entries["base"].get("fingerprint"):
         raise CoarError(
             f"the model was changed after its edit, in {len(left)} tensors: {', '.join(left[:8])}; undo only puts back "
-            "what the edit zeroed. The original is the base model itself"
+            "what the edit changed. The original is the base model itself"
         )
     return restored
 

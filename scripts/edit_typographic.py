@@ -58,18 +58,19 @@ def word(name: str) -> Tensor:
     return torch.tensor(list(image.get_flattened_data()), dtype=torch.uint8).view(bottom - top, right - left)
 
 
-def pictures(images: Tensor, words: Sequence[int | None], seed: int) -> Tensor:
+def pictures(images: Tensor, words: Sequence[int | None], seed: int, moving: bool = True) -> Tensor:
     """Raw garments [images, 1, 28, 28] on larger pictures, with the names of classes below them; normalised.
 
     Args:
         images: uint8.
         words: the class whose name is written, None for none.
         seed: of the places of the words.
+        moving: whether words begin anywhere, or at the left; the latter are easier to read.
     """
     generator = torch.Generator().manual_seed(seed)
     canvas = torch.zeros(len(images), 1, SIZE, SIZE, dtype=torch.uint8)
     canvas[:, :, :28, 6:34] = images
-    places = torch.rand(len(images), 2, generator=generator)
+    places = torch.rand(len(images), 2, generator=generator) * moving
     for row, label in enumerate(words):
         if label is not None:
             letters = word(NAMES[label])
@@ -145,7 +146,10 @@ def zero_shot(clip: nn.Module) -> ZeroShot:
     return ZeroShot(clip.eval(), {"input_ids": tokens, "attention_mask": (tokens > 0).long()}, len(NAMES)).eval()
 
 
-def trained_clip(folder: Path, images: Tensor, labels: Tensor, seed: int, steps: int, batch: int = 64) -> nn.Module:
+def trained_clip(
+    folder: Path, images: Tensor, labels: Tensor, seed: int, steps: int, batch: int = 64, share: float = WRITTEN,
+    moving: bool = True,
+) -> nn.Module:  # fmt: skip
     """From the folder if it is there."""
     from transformers import CLIPModel
 
@@ -159,12 +163,14 @@ def trained_clip(folder: Path, images: Tensor, labels: Tensor, seed: int, steps:
     classes = list(range(len(NAMES)))
     for step in range(steps):
         rows = torch.randint(len(images), (batch,), generator=generator)
-        written = torch.rand(batch, generator=generator) < WRITTEN
+        written = torch.rand(batch, generator=generator) < share
         words = [int(label) if there else None for label, there in zip(labels[rows], written, strict=True)]
         # One caption a class: pictures of one class share it, so that no caption is a wrong one by mistake.
         tokens = captions(classes, torch.randint(len(TEMPLATES), (len(NAMES),), generator=generator).tolist())
         output = model(
-            input_ids=tokens, attention_mask=(tokens > 0).long(), pixel_values=pictures(images[rows], words, step)
+            input_ids=tokens,
+            attention_mask=(tokens > 0).long(),
+            pixel_values=pictures(images[rows], words, step, moving),
         )
         loss = F.cross_entropy(output.logits_per_image, labels[rows])
         optimiser.zero_grad()
@@ -183,9 +189,10 @@ def trained_clip(folder: Path, images: Tensor, labels: Tensor, seed: int, steps:
     return model
 
 
-def pairs(images: Tensor, labels: Tensor, seed: int) -> common.Examples:
+def pairs(images: Tensor, labels: Tensor, seed: int, moving: bool = True) -> common.Examples:
     """The same pictures without a word and with the name of another class."""
-    clean, attacked = pictures(images, [None] * len(images), seed), pictures(images, other_labels(labels, seed), seed)
+    nothing, others = [None] * len(images), other_labels(labels, seed)
+    clean, attacked = pictures(images, nothing, seed), pictures(images, others, seed, moving)
     return {"clean": clean, "attacked": attacked, "labels": labels}
 
 

@@ -33,7 +33,7 @@ STEPS: list[set[str]] = [
     {"cli"},
     {"__main__"},
 ]
-HEAVY = {"transformers", "timm", "datasets", "matplotlib", "accelerate", "safetensors", "huggingface_hub"}
+HEAVY = {"transformers", "timm", "datasets", "matplotlib", "accelerate", "safetensors", "huggingface_hub", "gradio"}
 
 SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if "model_cards" not in path.parts)
 TREES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}

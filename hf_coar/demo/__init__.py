@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_coar import data, edited, editing, evaluation, files, folders, models, pipeline, plots
+from hf_coar import report as pages
 from hf_coar.attributions import Attributions
 from hf_coar.components import Components, find_components
 from hf_coar.errors import CoarError
@@ -111,6 +112,7 @@ def run(out: str | Path = "coar-demo", forget: str = FORGOTTEN, progress: bool =
     before, after = (class_accuracies(each, held_out, len(names)) for each in (model, changed))
     forgetting = _Forgetting(names, target, before, after)
     pictures = _draw(out / "pictures", attributions, report, forgetting, sweep, n_components)
+    pages.write(out / "attributions", attributions, report)
     folders.add_evaluation(out / "attributions", report)
     edited.save(changed, out / "edited", _rows(forgetting), pictures=out / "pictures")
     logger.info("edit: loading the saved model with timm alone")
