@@ -37,7 +37,7 @@ class Rows:
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
-        """The pieces, one below the other, mapped from their files and in their dtype; for readers of single columns."""
+        """The pieces, one below the other, mapped from files and in their dtype; for reading single columns."""
         return tuple(self._parts)
 
     def tensor(self) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_coar.components import Components
-from hf_coar.explore import columns, drawing
+from hf_coar.explore import drawing
 from hf_coar.explore.columns import Progress, no_progress
 from hf_coar.explore.drawing import Strip, button, heading, note, number, percent
 from hf_coar.explore.links import View
