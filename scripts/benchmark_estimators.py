@@ -169,7 +169,7 @@ def regressions(task: Task, components: coar.Components, seed: int, cache: Path,
 
 
 def paths(task: Task, components: coar.Components, seed: int, cache: Path) -> Fits:
-    """PathGradient round by round, which are the weights of `PathGradient(rounds=…)`; and its plain form."""
+    """PathGradient round by round, which are the weights of `PathGradient(rounds=…)`; and without some of its parts."""
     file = cache / f"{task.name}-live-{seed}.safetensors"
     if not file.exists():
         found = {}
@@ -185,6 +185,8 @@ def paths(task: Task, components: coar.Components, seed: int, cache: Path) -> Fi
     if len(components) <= MOST_COMPONENTS_ONE_BY_ONE:
         plain = coar.PathGradient(rounds=4, delta=False, shrink=False, max_outliers=0)
         yield from attributed(task, components, seed, cache, "path gradient, plain", plain)
+        unsmoothed = coar.PathGradient(rounds=4, smooth=False)
+        yield from attributed(task, components, seed, cache, "path gradient, slopes not smoothed", unsmoothed)
 
 
 def references(task: Task, components: coar.Components, seed: int, cache: Path) -> Fits:
