@@ -79,7 +79,9 @@ class GatePasses:
 
         def note(gated: Tensor, part: Tensor, level: Tensor) -> None:
             energy = part.detach().float().square().sum_to_size(level.shape)
-            found[id(level)] = (level, energy + found[id(level)][1] if id(level) in found else energy)
+            energy = energy + found[id(level)][1].float() if id(level) in found else energy
+            # Half precision ends at 65,504; such a row is an outlier all the same.
+            found[id(level)] = (level, energy.clamp_max(torch.finfo(level.dtype).max / 8).to(level.dtype))
 
         with torch.enable_grad(), masking.gated(self.model, self.components, leaves) as fired:
             fired.observe = note

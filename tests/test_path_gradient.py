@@ -212,6 +212,15 @@ def test_outliers_get_their_exact_differences():
     assert found.config["cost"] == 60 + 1 + 1
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_outliers_of_models_in_half_precision(dtype):
+    model, batches = massive()
+    model, batches = model.to(dtype), [{**batches[0], "inputs": batches[0]["inputs"].to(dtype)}]
+    found = coar.attribute(model, batches, method=coar.PathGradient(rounds=2), progress=False)
+    assert found.config["cost"] == 60 + 1 + 1
+    assert found.weights.isfinite().all()
+
+
 def test_without_outliers_there_are_none():
     model, batches = massive(factor=1.0)
     found = coar.attribute(model, batches, method=coar.PathGradient(rounds=2), progress=False)
