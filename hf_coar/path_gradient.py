@@ -150,13 +150,13 @@ class PathGradient:
         )
 
     def _spent(self, reads: Mapping[str, Tensor], blocks: int) -> float:
-        """Forward passes that an example took on average."""
+        """Forward passes that an example took on average, to a tenth."""
         if self.rounds == 0:
             return FORWARD_AND_BACKWARD + self.check_masks
         passes = FORWARD_AND_BACKWARD * blocks * float(reads["rounds"].mean()) + self.check_masks
         if "outliers" in reads:
             passes += 1 + float((reads["outliers"] >= 0).sum(1).float().mean())
-        return passes
+        return round(passes, 1)
 
     @property
     def _most_rounds(self) -> int:
