@@ -53,7 +53,7 @@ def number_of(method: Method) -> str | None:
 
 
 def within(method: Method, passes: float, ablated_fraction: float, n_components: int) -> Method:
-    """The method with as many rounds (an even number), masks or steps as a budget affords.
+    """The method with as many rounds (an even number, or one single pass), masks or steps as a budget affords.
 
     Args:
         method: of any size; all but its size stays.
@@ -67,8 +67,13 @@ def within(method: Method, passes: float, ablated_fraction: float, n_components:
     name = number_of(method)
     smallest = method if name is None else replace(method, **{name: _NUMBERS[name][0]})
     least = smallest.cost(ablated_fraction, n_components)
+    if least > passes and name == "rounds":
+        smallest = replace(method, rounds=0)  # a single pass
+        least = smallest.cost(ablated_fraction, n_components)
+        if least <= passes:
+            return smallest
     if least > passes:
-        size = "" if name is None else f" with {name}={_NUMBERS[name][0]}"
+        size = "" if name is None else f" with {name}={getattr(smallest, name)}"
         raise CoarError(
             f"a budget of {passes:.4g} forward passes an example is too small: {type(method).__name__}{size} costs "
             f"{least:g} at ablated_fraction={ablated_fraction:g}; give more, take fewer examples, or another method"

