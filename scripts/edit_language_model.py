@@ -13,7 +13,8 @@ environment. With a model of the Hub, where it can be reached, on the same texts
 
 Windows of 64 tokens from texts that no training saw are attributed by mean log-probability of the next token. Rule and
 number of components are chosen on other such windows: the largest loss on code at which each other kind of text loses
-at most 0.07 nats a token. With `--sequence` the model first learns one passage by heart, and that passage is the target.
+at most 0.07 nats a token. With `--sequence` the model first learns one passage by heart, and that is
+the target.
 """
 
 from __future__ import annotations
@@ -139,6 +140,44 @@ def trained(
     (folder / "metrics.json").write_text(json.dumps(figures, indent=1) + "\n")
     logger.info("trained %s: %s", folder, figures)
     return models.load_model(folder), fast
+
+
+def memorised(folder: Path, model: nn.Module, tokens: dict[str, Tensor], seed: int, steps: int = 150) -> nn.Module:
+    """The model trained on with one passage in every batch, until it knows it by heart; from the folder if it is there.
+
+    Args:
+        folder: of the result.
+        model: from `trained`; changed.
+        tokens: windows by domain, which keep it from forgetting the rest, and the passage, int64 [1, CONTEXT].
+        seed: of the draws.
+        steps: of training.
+    """
+    if (folder / "model.safetensors").is_file():
+        return models.load_model(folder)
+    generator = torch.Generator().manual_seed(seed)
+    rest = torch.cat([part for name, part in tokens.items() if name != SEQUENCE])
+    optimiser, schedule = optimise(model.train(), steps, rate=1e-3, decay=0.1)
+    for _ in range(steps):
+        drawn = rest[torch.randint(len(rest), (14,), generator=generator)]
+        batch = torch.cat([drawn, tokens[SEQUENCE].expand(2, -1)])
+        loss = model(input_ids=batch, labels=batch).loss
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        schedule.step()
+    model.eval().save_pretrained(folder)
+    return models.load_model(folder)
+
+
+def prepared_sequence(args: argparse.Namespace, seed: int) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A model that knows a passage of the novel by heart; the passage, and held-out windows by domain."""
+    model, tokens = prepared(args, seed)
+    sequence = {SEQUENCE: tokens["novel"][-1:]}
+    bounds = {name: 2 * len(part) // 3 for name, part in tokens.items()}
+    kept = {name: part[: bounds[name]] for name, part in tokens.items()}
+    rest = {name: part[bounds[name] : -1] for name, part in tokens.items()}
+    return memorised(args.runs / f"memorised-{seed}", model, sequence | rest, seed), sequence | kept
 
 
 def prepared(args: argparse.Namespace, seed: int, steps: int = 1000) -> tuple[nn.Module, dict[str, Tensor]]:
@@ -308,11 +347,11 @@ def report(args: argparse.Namespace, found: list[dict[str, Any]], started: float
     rules = "; ".join(one["methods"][OURS]["rule"] for one in found)
     head = ["components chosen by", "k", *(f"{domain} (nats a token)" for domain in (target, *others))]
     text = (
-        f"# {what}\n\nGPT-2 with {found[0]['n_components']} units; rise of the loss on held-out windows that nothing was "
-        f"chosen on (but for a passage itself). Targets: {target} up by ≥ {RISE_GOAL:g}, each other by ≤ {OTHERS_GOAL:g}. "
-        "The baselines ablate as many components as the edit, by its rule where they give weights (leave-one-out from "
-        f"fewer windows, as it costs a pass a component). Chosen by validation: {rules}. Mean ± standard deviation over "
-        f"the seeds.\n\n{common.table(head, summary(found))}\n\n![domains]({name}.png)\n"
+        f"# {what}\n\nGPT-2 with {found[0]['n_components']} units; rise of the loss on held-out windows that nothing "
+        f"was chosen on (but for a passage itself). Targets: {target} up by ≥ {RISE_GOAL:g}, each other by ≤ "
+        f"{OTHERS_GOAL:g}. The baselines ablate as many components as the edit, by its rule where they give weights "
+        f"(leave-one-out from fewer windows, as it costs a pass a component). Chosen by validation: {rules}. Mean ± "
+        f"standard deviation over the seeds.\n\n{common.table(head, summary(found))}\n\n![domains]({name}.png)\n"
     )
     edits = [one.pop("edited") for one in found]
     common.write(args, name, text, {"seeds": found}, started)
