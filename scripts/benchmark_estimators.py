@@ -31,7 +31,7 @@ from torch import Tensor, nn
 import hf_coar as coar
 from hf_coar import data, demo, evaluation, live, models, outliers, outputs, plots, sampling
 from hf_coar.baselines import BASELINES
-from hf_coar.gate_passes import GatePasses
+from hf_coar.gate_passes import FORWARD_AND_BACKWARD, GatePasses
 from hf_coar.measurement import measure
 from hf_coar.store import Store
 
@@ -182,7 +182,9 @@ def paths(task: Task, components: coar.Components, seed: int, cache: Path) -> Fi
                 save_file(found, f"{file}.partial")
         Path(f"{file}.partial").rename(file)
     for cost, weights in load_file(file).items():
-        yield "path gradient", float(cost), weights
+        # Live rounds begin with a single pass, which the method itself does without.
+        single = FORWARD_AND_BACKWARD if float(cost) > FORWARD_AND_BACKWARD else 0.0
+        yield "path gradient", float(cost) - single, weights
     if len(components) <= MOST_COMPONENTS_ONE_BY_ONE:
         plain = coar.PathGradient(rounds=4, delta=False, shrink=False, max_outliers=0)
         yield from attributed(task, components, seed, cache, "path gradient, plain", plain)
