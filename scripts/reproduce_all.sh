@@ -28,3 +28,4 @@ $python scripts/edit_subgroup.py --fashion-mnist "$images"
 $python scripts/edit_backdoor.py --fashion-mnist "$images"
 $python scripts/edit_typographic.py --fashion-mnist "$images"
 $python scripts/edit_language_model.py --moby-dick "$novel"
+$python scripts/edit_language_model.py --moby-dick "$novel" --sequence
