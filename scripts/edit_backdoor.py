@@ -183,7 +183,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     started, found = common.start(args), []
-    for seed in range(args.seeds):
+    for seed in common.seeds(args):
         wide = not args.narrow
         model, pool, test = from_the_hub(args, seed) if args.model else backdoored(args, seed, wide=wide)
         found.append(run(model, pool, test, seed, singles=not args.model))

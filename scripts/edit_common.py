@@ -41,7 +41,8 @@ def parser(description: str) -> argparse.ArgumentParser:
     """The options that all scripts have."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--fashion-mnist", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
-    made.add_argument("--seeds", type=int, default=3, help="how many: 0, 1, … (default: %(default)s)")
+    made.add_argument("--seeds", type=int, default=3, help="how many (default: %(default)s)")
+    made.add_argument("--first-seed", type=int, default=0, help="others are drawn from it on (default: %(default)s)")
     made.add_argument(
         "--runs", type=Path, default=Path("runs/edits"), help="trained models, attributions, edited models"
     )
@@ -49,6 +50,11 @@ def parser(description: str) -> argparse.ArgumentParser:
     made.add_argument("--cards", type=Path, default=ROOT / "model_cards")
     made.add_argument("--threads", type=int, default=2)
     return made
+
+
+def seeds(args: argparse.Namespace) -> range:
+    """Those that were asked for."""
+    return range(args.first_seed, args.first_seed + args.seeds)
 
 
 def add_hub_options(made: argparse.ArgumentParser) -> None:
@@ -217,7 +223,8 @@ def write(args: argparse.Namespace, name: str, text: str, figures: dict[str, Any
     """`<name>.md` and `<name>.json` in the folder of the results."""
     args.results.mkdir(parents=True, exist_ok=True)
     seconds = round(time.monotonic() - started)
-    text = f"{text.rstrip()}\n\n{args.seeds} seeds, {args.threads} threads, {seconds} s.\n"
+    which = f"Seeds {', '.join(map(str, seeds(args)))}"
+    text = f"{text.rstrip()}\n\n{which}; {args.threads} threads, {seconds} s.\n"
     (args.results / f"{name}.md").write_text(text, encoding="utf-8")
     (args.results / f"{name}.json").write_text(json.dumps({**figures, "seconds": seconds}, indent=1) + "\n")
     logger.info("%s\n%s", args.results / f"{name}.md", text)

@@ -144,7 +144,7 @@ def main() -> None:
     args = parser.parse_args()
     started, found = common.start(args), []
     sizes = {"n_validation": 800, "n_final": 1000} if args.model else {}
-    for seed in range(args.seeds):
+    for seed in common.seeds(args):
         model, _, examples = tasks.classifier(args, seed)
         found.append(run(model, examples, seed, args.targets, singles=not args.no_leave_one_out, **sizes))
         logger.info("seed %d: %s", seed, summary([found[-1]])[1])

@@ -178,7 +178,7 @@ def main() -> None:
     parser.add_argument("--no-leave-one-out", action="store_true", help="it costs a pass a component and example")
     args = parser.parse_args()
     started, found = common.start(args), []
-    for seed in range(args.seeds):
+    for seed in common.seeds(args):
         model, training, examples = tasks.classifier(args, seed)
         found.append(run(model, training, examples, seed, args.classes, singles=not args.no_leave_one_out))
         for row in summary([found[-1]]):

@@ -316,7 +316,7 @@ def main() -> None:
     parser.add_argument("--sequence", action="store_true", help="forget a passage that was learned by heart instead")
     args = parser.parse_args()
     started, found = common.start(args), []
-    for seed in range(args.seeds):
+    for seed in common.seeds(args):
         model, tokens = (prepared_sequence if args.sequence else prepared)(args, seed)
         options = {"fraction": 0.025} if args.model else {}
         found.append(run(model, tokens, seed, n_singles=0 if args.no_leave_one_out else 3, **options))

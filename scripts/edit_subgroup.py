@@ -209,7 +209,7 @@ def main() -> None:
     parser.add_argument("--group-column", help="column of 0 and 1 that tells the groups of a label apart")
     args = parser.parse_args()
     started, found = common.start(args), []
-    for seed in range(args.seeds):
+    for seed in common.seeds(args):
         model, *parts = from_the_hub(args, seed) if args.model else biased(args, seed)
         shares = torch.bincount(parts[0][1]).float() / len(parts[0][1]) if args.model else None
         options = {} if shares is None else {"shares": shares, "minority": shares.argsort()[:2].tolist()}

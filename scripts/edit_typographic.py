@@ -335,7 +335,7 @@ def main() -> None:
     common.add_hub_options(parser)
     args = parser.parse_args()
     started, found = common.start(args), []
-    for seed in range(args.seeds):
+    for seed in common.seeds(args):
         parts = from_the_hub(args, seed) if args.model else prepared(args, seed)
         found.append(run(*parts, seed, singles=not args.model))
         for row in summary([found[-1]]):
