@@ -28,7 +28,7 @@ def args(tmp_path):
     """As on a machine without the raw files."""
     return argparse.Namespace(
         fashion_mnist=tmp_path / "absent", runs=tmp_path / "runs", results=tmp_path / "results",
-        cards=tmp_path / "cards", model=None, seeds=1, threads=1,
+        cards=tmp_path / "cards", model=None, first_seed=0, seeds=1, threads=1,
     )  # fmt: skip
 
 
