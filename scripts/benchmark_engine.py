@@ -54,14 +54,14 @@ def vit_b16() -> tuple[Any, Any]:
     """ViT-B/16, 224 × 224."""
     import timm
 
-    return timm.create_model("vit_base_patch16_224"), [_pixels(4)]
+    return timm.create_model("vit_base_patch16_224"), [_pixels(2)]
 
 
 def gpt2() -> tuple[Any, Any]:
     """GPT-2 (124 M), sequences of 128 tokens."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    return GPT2LMHeadModel(GPT2Config()), [{"input_ids": torch.randint(0, 50257, (8, 128))}]
+    return GPT2LMHeadModel(GPT2Config()), [{"input_ids": torch.randint(0, 50257, (4, 128))}]
 
 
 def demo() -> tuple[Any, Any]:
