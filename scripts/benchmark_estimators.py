@@ -59,7 +59,7 @@ def task(name: str, folder: Path, n_examples: int) -> Task:
     """One of the benchmark's tasks."""
     if name.startswith("conv"):
         model, data = coar.load(demo.MODEL, demo.IMAGES, split=f"train[:{n_examples}]", batch_size=n_examples)
-        return Task(name, model, data, "margin", 0.1 if name == "conv10" else 0.05)
+        return Task(name, model, data, "margin", 0.1 if name == "conv10" else 0.05, rounds=(*ROUNDS, 16))
     folder = folder / name.partition("-")[0]
     model, examples = models.load_model(folder), load_file(folder / "examples.safetensors")
     if name.startswith("smollm2"):
@@ -298,14 +298,22 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+TITLES = {"conv": "ResNet, 5 %", "conv10": "ResNet, 10 %", "vit": "ViT, 5 %", "gpt2": "GPT-2, 5 %"}
+
+
 def figure(rows: list[dict[str, Any]]) -> Any:
     """Cost against correlation, a panel a task of which least squares had enough masks."""
     shown = ("path gradient", "ARD", "ridge", "least squares (paper)", "leave one out", "gradient times parameter")
+    sizes = {row["task"]: row["n_components"] for row in rows}
     panels: dict[str, dict[str, list]] = {}
     for (name, method), points in mean_over_seeds(rows).items():
-        if method in shown and name in ("conv", "conv10", "vit", "gpt2"):
+        if method in shown and name in TITLES:
             panels.setdefault(name, {})[method] = [(cost, means["correlation"]) for cost, means in points]
-    ordered = {name: {m: curves[m] for m in shown if m in curves} for name, curves in panels.items()}
+    ordered = {
+        f"{TITLES[name]}, {sizes[name]:,} components": {m: panels[name][m] for m in shown if m in panels[name]}
+        for name in TITLES
+        if name in panels
+    }
     n_seeds = len({row["seed"] for row in rows})
     return plots.cost_against_correlation(ordered, "least squares (paper)", detail=f"{n_seeds} seeds, 32 examples each")
 
