@@ -1,7 +1,7 @@
 """Cost against correlation, side by side: the paper's procedure, ridge, ARD, the baselines, PathGradient.
 
     python scripts/benchmark_estimators.py conv conv10 vit gpt2 --models models --seeds 0 1 2
-    python scripts/benchmark_estimators.py mobilenet smollm2-a smollm2-b --models models --seeds 0
+    python scripts/benchmark_estimators.py mobilenet smollm2-a smollm2-b --models models --seeds 0 --most-masks 0
 
 `conv` is the embedded demo model, ablated by 5 %, and `conv10` by the paper's 10 %; `vit` and `gpt2` come from
 `scripts/train_benchmark_models.py` (in `--models`), `mobilenet` (on photographs) and `smollm2` (two disjoint sets of 16
@@ -67,7 +67,8 @@ def task(name: str, folder: Path, n_examples: int) -> Task:
         batch = {"input_ids": examples["input_ids"][first : first + 16]}
         return Task(name, model, [batch], "token_margin", 0.025, 300, (0, 2, 4))
     batch = {key: value[:n_examples] for key, value in examples.items()}
-    return Task(name, model, [batch], "token_margin" if name == "gpt2" else "margin")
+    rounds = (0, 2, 4) if name == "mobilenet" else ROUNDS
+    return Task(name, model, [batch], "token_margin" if name == "gpt2" else "margin", rounds=rounds)
 
 
 @dataclass(frozen=True)
