@@ -18,6 +18,7 @@ the ablations move x would be right for a single pass; over many passes a narrow
 (`scripts/benchmark_estimators.py` compares).
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -174,7 +175,10 @@ def _mean_slope(function: Callable[[Tensor], Tensor], x: Tensor, smoothing: floa
     """The slope averaged over a uniform window around x, whose standard deviation is `smoothing` times that of x."""
     # Of one example, or one position of one: images have their example first, sequences any order of axes.
     axes = tuple(range(1, x.dim())) if x.dim() > 3 else (-1,)
-    half = (smoothing * 3**0.5) * x.std(axes, keepdim=True, correction=0).clamp_min(_SMALL)
+    mean_square = torch.linalg.vector_norm(x, dim=axes, keepdim=True).square() / math.prod(x.shape[a] for a in axes)
+    # Not x.std(), which is several times slower.
+    deviation = (mean_square - x.mean(axes, keepdim=True).square()).clamp_min(_SMALL**2).sqrt()
+    half = (smoothing * 3**0.5) * deviation
     return function(x + half).sub_(function(x - half)).div_(2 * half)
 
 
