@@ -299,20 +299,19 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-TITLES = {"conv": "ResNet, 5 %", "conv10": "ResNet, 10 %", "vit": "ViT, 5 %", "gpt2": "GPT-2, 5 %"}
+TITLES = {"conv": "ResNet (5 %)", "conv10": "ResNet (10 %)", "vit": "ViT (5 %)", "gpt2": "GPT-2 (5 %)"}
 
 
 def figure(rows: list[dict[str, Any]]) -> Any:
     """Cost against correlation, a panel a task of which least squares had enough masks."""
     shown = ("path gradient", "ARD", "ridge", "least squares (paper)", "leave one out", "gradient times parameter")
-    sizes = {row["task"]: row["n_components"] for row in rows}
     panels: dict[str, dict[str, list]] = {}
     for (name, method), points in mean_over_seeds(rows).items():
         if method in shown and name in TITLES:
             panels.setdefault(name, {})[method] = [(cost, means["correlation"]) for cost, means in points]
     ordered = {
-        f"{TITLES[name]}, {sizes[name]:,} components": {m: panels[name][m] for m in shown if m in panels[name]}
-        for name in TITLES
+        title: {m: panels[name][m] for m in shown if m in panels[name]}
+        for name, title in TITLES.items()
         if name in panels
     }
     n_seeds = len({row["seed"] for row in rows})
