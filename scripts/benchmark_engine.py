@@ -70,7 +70,7 @@ def demo() -> tuple[Any, Any]:
 
 
 MODELS = {"resnet50": resnet50, "vit_b16": vit_b16, "gpt2": gpt2, "demo": demo}
-GATE_PASSES = 10  # two rounds of five passes, at a fraction of 10 %
+GATE_ROUNDS = {"demo": 8}  # of five passes each, at a fraction of 10 %; two for large models
 MASKS = {"demo": 64}  # passes a measurement; small models need more of them to be timed
 
 
@@ -89,7 +89,7 @@ class Bench:
         self.batches = [{k: v.to(device) for k, v in batch.items()} for batch in self.data]
         self.components = coar.find_components(self.model)
         self.output = outputs.get("token_margin" if name == "gpt2" else "margin")
-        self.n_masks, self.device = MASKS.get(name, 4), device
+        self.n_masks, self.n_rounds, self.device = MASKS.get(name, 4), GATE_ROUNDS.get(name, 2), device
 
     def plain(self) -> None:
         """Side a."""
@@ -115,14 +115,14 @@ class Bench:
                     inputs["inputs_embeds"] = embedded
                 leaf = next(iter(inputs.values())).detach().requires_grad_()
                 inputs[next(iter(inputs))] = leaf
-                for _ in range(GATE_PASSES):
+                for _ in range(5 * self.n_rounds):
                     values = self.output(models.logits(self.model, inputs), batch)
                     torch.autograd.grad(values.sum(), leaf)
 
     def gates(self, delta: bool = False) -> None:
         """Side c, or f."""
         method = coar.PathGradient(
-            rounds=2, delta=delta, shrink=False, max_outliers=coar.PathGradient.max_outliers if delta else 0
+            rounds=self.n_rounds, delta=delta, shrink=False, max_outliers=coar.PathGradient.max_outliers if delta else 0
         )
         with tempfile.TemporaryDirectory() as folder:
             store = Store(folder, {})
