@@ -13,6 +13,9 @@ them the embedded one serves all seeds. The paper's own set-up, where the Hub ca
 Every rule ablates the fewest components, up to 60, that get the image right; of the rules, validation images choose the
 one whose model is the most accurate, by a smooth count. Where that still costs more than 2.5 points of it no edit is
 made, and the image counts as not fixed. The paper's way: Welch's score, and the fewest components that get it right.
+
+The list of rules and the allowance were set on the images of seed 0; `--first-seed 3` takes images that had no part in
+it (of the same test set, and in the same networks).
 """
 
 from __future__ import annotations
