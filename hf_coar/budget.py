@@ -11,7 +11,8 @@ from hf_coar.fit import Method
 from hf_coar.measurement import MASKS_A_UNIT
 
 _FLOAT = 4  # bytes
-_GATE_EFFICIENCY = 0.8  # of gate passes against plain forward and backward passes: scripts/benchmark_engine.py, e/c
+# Of gate passes against plain forward and backward passes; scripts/benchmark_engine.py, between e/c and e/f.
+_GATE_EFFICIENCY = 0.7
 
 
 @dataclass(frozen=True)
