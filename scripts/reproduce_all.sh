@@ -22,7 +22,7 @@ for seed in 1 2; do
     fi
 done
 models=(--models runs/demo-1 runs/demo-2)
-$python scripts/edit_fix_error.py --fashion-mnist "$images" "${models[@]}"
+$python scripts/edit_fix_error.py --fashion-mnist "$images" "${models[@]}" --first-seed 3
 $python scripts/edit_forget_class.py --fashion-mnist "$images" "${models[@]}"
 $python scripts/edit_subgroup.py --fashion-mnist "$images"
 $python scripts/edit_backdoor.py --fashion-mnist "$images"
