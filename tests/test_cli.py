@@ -57,7 +57,7 @@ def test_attribute_says_its_cost_before_and_resumes(run):
     code, out, err = hf_coar(
         "attribute", MODEL, IMAGES, "--split", "train[:24]", "--rounds", 2, "--batch-size", 12, "--out", run, "--json"
     )
-    assert code == 0 and json.loads(out)["cost"] == 60
+    assert code == 0 and json.loads(out)["cost"] == 61
     assert "832 components" in err and "60 forward passes an example" in err
     assert {path: path.stat().st_mtime_ns for path in run.glob("shards/*")} == shards
 
