@@ -51,7 +51,7 @@ class _Contribution:
 
 
 class DeltaReads:
-    """Corrections to the gates' derivatives, collected while a backward pass runs."""
+    """What belongs to gates, such as corrections to their derivatives, collected where the gates are spread out."""
 
     def __init__(self) -> None:
         """Nothing was collected yet."""

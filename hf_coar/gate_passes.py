@@ -75,25 +75,18 @@ class GatePasses:
         """
         count, device = data_module.size(batch), next(iter(batch.values())).device
         leaves = [torch.ones(count, size, device=device, requires_grad=True) for size in self._sizes]
-        found: dict[int, tuple[Tensor, Tensor]] = {}
+        energies = DeltaReads()
 
         def note(gated: Tensor, part: Tensor, level: Tensor) -> None:
             energy = part.detach().float().square().sum_to_size(level.shape)
-            energy = energy + found[id(level)][1].float() if id(level) in found else energy
             # Half precision ends at 65,504; such a row is an outlier all the same.
-            found[id(level)] = (level, energy.clamp_max(torch.finfo(level.dtype).max / 8).to(level.dtype))
+            energies.add(level, energy.clamp_max(torch.finfo(level.dtype).max / 64).to(level.dtype))
 
         with torch.enable_grad(), masking.gated(self.model, self.components, leaves) as fired:
             fired.observe = note
             values = self.output(models.logits(self.model, batch), batch)
         self._check_differentiable(values)
-        if not found:
-            return values.detach(), torch.zeros(count, len(self.components), device=device)
-        levels, energies = zip(*found.values(), strict=True)
-        # How gates were spread over an activation, autograd knows to gather again.
-        gathered = torch.autograd.grad(levels, leaves, energies, allow_unused=True)
-        parts = [torch.zeros_like(gate) if g is None else g for gate, g in zip(leaves, gathered, strict=True)]
-        return values.detach(), torch.cat(parts, dim=1)
+        return values.detach(), torch.cat(energies.corrections(leaves), dim=1)
 
     def _check_differentiable(self, values: Tensor) -> None:
         if not values.requires_grad:

@@ -80,7 +80,7 @@ def rounds(
     examples = range(data_module.size(batch))
     gate_rounds = GateRounds(model, components, outputs.get(output), ablated_fraction, seed)
     outliers: Outliers | None = None
-    sums = Sums(len(examples), len(components), processes().device)
+    sums: Sums | None = None
     cost = 0.0
     for index in range(-1, max_rounds):
         with models.frozen(model), placed(model, processes().device) as device:
@@ -92,6 +92,7 @@ def rounds(
                 if outliers is None:
                     outliers = find(gate_rounds.passes, here, method.max_outliers)
                     cost += 1 + float((outliers.indices >= 0).sum(1).float().mean())
+                sums = sums or Sums(len(examples), len(components), device)
                 sums.add(examples, gate_rounds.round(here, examples, index, outliers.mask(len(components))))
                 found = sums.means() | {"outliers": outliers.indices, "effects": outliers.effects}
                 means = {name: value.cpu() for name, value in found.items()}

@@ -20,7 +20,6 @@ import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -210,17 +209,6 @@ def attributed(task: Task, components: coar.Components, seed: int, cache: Path, 
     yield name, found.config["cost"], found.weights
 
 
-def cost_to_reach(points: list[tuple[float, float]], level: float) -> float | None:
-    """The least cost at which a method has a correlation, between its points by the logarithm of the cost."""
-    points = sorted(points)
-    if points[0][1] >= level:
-        return points[0][0]
-    for (cost_a, a), (cost_b, b) in pairwise(points):
-        if a < level <= b:
-            return math.exp(math.log(cost_a) + (level - a) / (b - a) * (math.log(cost_b) - math.log(cost_a)))
-    return None
-
-
 def rows_of(task: Task, seed: int, cache: Path, most_masks: int) -> list[dict[str, Any]]:
     """All figures of one task and seed."""
     components = coar.find_components(task.model)
@@ -291,7 +279,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             if key not in means:
                 continue
             curve = [(spent, known[key]) for spent, known in table[name, "path gradient"]]
-            needed, most = cost_to_reach(curve, means[key]), max(curve)
+            needed, most = plots.cost_to_reach(curve, means[key]), max(curve)
             reached = f"{needed:.0f}" if needed else f"not reached ({most[1]:.3f} at {most[0]:g})"
             factor = f"{cost / needed:.0f} ×" if needed else "–"
             masks = f"{cost / sizes[name]:.2g} masks a component"
@@ -322,7 +310,7 @@ def main() -> None:
     """Run the tasks, write table and figure."""
     names = ("conv", "conv10", "vit", "gpt2", "mobilenet", "smollm2-a", "smollm2-b")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tasks", nargs="*", choices=names, help="none: only make table and figure again")
+    parser.add_argument("tasks", nargs="*", metavar="TASK", help=f"{', '.join(names)}; none: table and figure anew")
     parser.add_argument("--models", type=Path, default=Path("models"))
     parser.add_argument("--examples", type=int, default=32)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -330,6 +318,8 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("runs/benchmark"))
     parser.add_argument("--out", type=Path, default=Path("scripts/results"))
     args = parser.parse_args()
+    if unknown := sorted(set(args.tasks) - set(names)):
+        parser.error(f"no task {', '.join(unknown)}; there are {', '.join(names)}")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args.out.mkdir(parents=True, exist_ok=True)
     kept = args.out / "estimators.json"

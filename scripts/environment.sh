@@ -9,4 +9,4 @@ python=${PYTHON:-python3}
 }
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 echo "installing into $(basename "$PWD")/.venv (the first time: some 6 GB, minutes) ..."
-.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[$1]"
+.venv/bin/python -m pip install --quiet --quiet --disable-pip-version-check --editable ".[$1]"
