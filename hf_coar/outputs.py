@@ -33,11 +33,13 @@ class Output:
         unit: of its values.
         function: (logits, batch) -> [examples]. Classifiers give logits [examples, classes], language models
             [examples, positions, vocabulary]; `batch` is the batch on the model's device.
+        boundary: the value at which right turns into wrong; None where no value does.
     """
 
     name: str
     unit: str
     function: OutputFunction
+    boundary: float | None = None
 
     def __call__(self, logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
         """The outputs, float32 [examples].
@@ -58,11 +60,11 @@ class Output:
 _OUTPUTS: dict[str, Output] = {}
 
 
-def register(name: str, unit: str) -> Callable[[OutputFunction], OutputFunction]:
-    """Decorator: makes a function (logits, batch) -> [examples] known as `output=name`."""
+def register(name: str, unit: str, boundary: float | None = None) -> Callable[[OutputFunction], OutputFunction]:
+    """Decorator: makes a function (logits, batch) -> [examples] known as `output=name`; see `Output`."""
 
     def add(function: OutputFunction) -> OutputFunction:
-        _OUTPUTS[name] = Output(name, unit, function)
+        _OUTPUTS[name] = Output(name, unit, function, boundary)
         return function
 
     return add
@@ -121,7 +123,7 @@ def _margins(logits: Tensor, targets: Tensor) -> Tensor:
     return correct - best_other
 
 
-@register("margin", unit="logits")
+@register("margin", unit="logits", boundary=0.0)
 def margin(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
     """Correct logit minus the largest other logit (the paper's output for classifiers); above 0 = classified right."""
     return _margins(logits, _labels(logits, batch))
@@ -197,7 +199,7 @@ def _mean_over_real(values: Tensor, real: Tensor) -> Tensor:
     return torch.where(real, values, 0.0).sum(1) / real.sum(1)
 
 
-@register("token_margin", unit="logits")
+@register("token_margin", unit="logits", boundary=0.0)
 def token_margin(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
     """Margin of the next token, mean over the real ones (the paper's output for language models)."""
     targets, real = next_tokens(logits, batch)

@@ -9,8 +9,9 @@ About nine minutes on two cores. The paper's own set-up, where the Hub can be re
     python scripts/edit_forget_class.py --model timm/resnet50.tv_in1k --data ILSVRC/imagenet-1k \\
         --split "validation[:8000]" --no-leave-one-out
 
-Training images are attributed, once by margin and once by log-probability. Rule, output and number of components are
-chosen on validation images: the most accurate model on the other classes that gets at most 6 % of the class right.
+Training images are attributed by margin and by log-probability, anew after every four filters that go. Output and
+number of components are chosen on validation images: the most accurate model on the other classes that gets at most 6 %
+of the class right.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,98 +35,180 @@ from train_demo_model import CLASS_NAMES
 import hf_coar as coar
 from hf_coar import editing
 
-OURS, WELCH = "rule, output and k by validation", "Welch on margins, k by validation"
-RULES = ("covariance", "covariance_hinge", "hinge", "welch")
-NUMBERS = (8, 14, 24, 40, 60, 90)
+OURS, AT_ONCE = "covariance in steps of 4, output and k by validation", "covariance, output and k by validation"
+WELCH = "Welch on margins, k by validation (paper)"
+OUTPUTS, RULE, STEP = ("margin", "log_prob"), "covariance", 4
+NUMBERS = (8, 14, 24, 40, 60, 90)  # where there are no steps
 FORGOTTEN = 0.06  # accuracy on validation
 TARGET, OTHERS_LOSE = 10.0, 1.5  # percent, points
 
 
+@dataclass(frozen=True)
+class Setting:
+    """What all edits of one seed share."""
+
+    model: nn.Module
+    components: coar.Components
+    attributed: common.Batches
+    few: common.Batches  # of them, for leave-one-out
+    validation: common.Batches
+    judged: common.Batches
+    seed: int
+
+    @cached_property
+    def present(self) -> list[int]:
+        """The classes."""
+        return labels_of(self.judged).unique().tolist()
+
+    @cached_property
+    def accuracies(self) -> Tensor:
+        """Of every class before any edit, in percent, float32 [classes]."""
+        return by_class(self.model, self.judged, 1 + max(self.present))
+
+    def attributing(self, output: str) -> Any:
+        """Attributes a model by one pass."""
+        return lambda it: common.attribute(it, self.attributed, self.components, self.seed, output, rounds=0)
+
+    def row(self, label: int, changed: nn.Module, k: int = 0, rule: str = "") -> dict[str, Any]:
+        """The figures of one edit."""
+        others, before = [other for other in self.present if other != label], self.accuracies
+        after = by_class(changed, self.judged, len(before))
+        return {
+            "class": label, "before": float(before[label]), "after": float(after[label]),
+            "others_before": float(before[others].mean()), "others_after": float(after[others].mean()),
+            "k": k, "rule": rule,
+        }  # fmt: skip
+
+    def goals(self, label: int) -> dict[str, Any]:
+        """What the choice goes by, on validation."""
+        own = labels_of(self.validation) == label
+        forgotten = editing.accuracy(self.validation, own.nonzero()[:, 0])
+        spared = editing.accuracy(self.validation, (~own).nonzero()[:, 0])
+        return {"validation": spared, "constraint": editing.AtMost(forgotten, FORGOTTEN)}
+
+
+def labels_of(data: common.Batches) -> Tensor:
+    """Int64 [examples]."""
+    return torch.cat([batch["labels"] for batch in data])
+
+
+def own_of(data: common.Batches, label: int) -> list[int]:
+    """Indices of the examples of a class."""
+    return (labels_of(data) == label).nonzero()[:, 0].tolist()
+
+
 def by_class(model: nn.Module, data: common.Batches, n_classes: int) -> Tensor:
     """Accuracy of every class in percent, float32 [classes]."""
-    right = (common.output_of(model, data) > 0).float()
-    labels = torch.cat([batch["labels"] for batch in data])
+    right, labels = (common.output_of(model, data) > 0).float(), labels_of(data)
     count = torch.bincount(labels, minlength=n_classes)
     return 100 * torch.bincount(labels, right, minlength=n_classes).float() / count.clamp_min(1)
 
 
-def run(
+def setting(
     model: nn.Module,
     training: common.Examples,
     examples: common.Examples,
     seed: int,
-    classes: Sequence[int],
-    per_class: int = 30,
-    n_validation: int = 1000,
-    n_final: int = 3000,
-    singles: bool = True,
-    rounds: int = 8,
-    rules: Sequence[str] = RULES,
-    numbers: Sequence[int] = NUMBERS,
-) -> dict[str, Any]:
+    per_class: int = 60,
+    n_validation: int = 4000,
+    n_final: int = 6000,
+    n_singles: int = 20,
+) -> Setting:
+    """Draws the examples.
+
+    Args:
+        model: of all edits.
+        training: to attribute.
+        examples: to choose and to judge on.
+        seed: of the draws.
+        per_class: images to attribute.
+        n_validation: images.
+        n_final: images.
+        n_singles: images a class for leave-one-out, which costs a pass a component and example; 0 = without it.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(examples["labels"]), generator=generator)
+    shuffled = torch.randperm(len(training["labels"]), generator=generator)
+    chosen = [shuffled[training["labels"][shuffled] == label] for label in examples["labels"].unique()]
+    attributed, few = (
+        common.batches(training, torch.cat([rows[:count] for rows in chosen]), size=100) if count else []
+        for count in (per_class, n_singles)
+    )
+    parts = (order[:n_validation], order[n_validation : n_validation + n_final])
+    components = coar.find_components(model)
+    return Setting(model, components, attributed, few, *(common.batches(examples, rows) for rows in parts), seed)
+
+
+def run(of: Setting, classes: Sequence[int], rounds: int = 8, step: int = STEP) -> dict[str, Any]:
     """All edits of one seed.
+
+    Args:
+        of: model and data.
+        classes: to forget, each in turn.
+        rounds: of the attributions that are made once.
+        step: components between two of the others.
 
     Returns:
         by method: a list of {class, before, after, others_before, others_after, k, rule}; and "edited", the first one.
     """
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(examples["labels"]), generator=generator)
-    validation = common.batches(examples, order[:n_validation])
-    judged = common.batches(examples, order[n_validation : n_validation + n_final])
-    present = examples["labels"].unique().tolist()
-    shuffled = torch.randperm(len(training["labels"]), generator=generator)
-    chosen = [shuffled[training["labels"][shuffled] == label][:per_class] for label in present]
-    attributed = common.batches(training, torch.cat(chosen), size=50)
-    labels = torch.cat([batch["labels"] for batch in attributed])
-    components = coar.find_components(model)
-    outputs = [common.attribute(model, attributed, components, seed, name, rounds) for name in ("margin", "log_prob")]
-    weights = common.baseline_weights(model, attributed, components, singles=singles)
-    n_classes = max(present) + 1
-    before = by_class(model, judged, n_classes)
-    of_validation = torch.cat([batch["labels"] for batch in validation])
-    found: dict[str, Any] = {"accuracy": float(before[present].mean()), "n_components": len(components), "edited": None}
-
+    whole = [common.attribute(of.model, of.attributed, of.components, of.seed, name, rounds) for name in OUTPUTS]
+    weights = common.baseline_weights(of.model, of.attributed, of.components, singles=False)
+    singles = common.baseline_weights(of.model, of.few, of.components)[common.SINGLES] if of.few else None
+    found: dict[str, Any] = {
+        "accuracy": float(of.accuracies[of.present].mean()), "n_components": len(of.components), "edited": None,
+    }  # fmt: skip
     for label in classes:
-        others = [other for other in present if other != label]
-
-        def note(
-            method: str, changed: nn.Module | None, k: int = 0, rule: str = "", label: int = label, others: Any = others
-        ) -> None:
-            if changed is None:
-                return
-            after = by_class(changed, judged, n_classes)
-            means = {"others_before": float(before[others].mean()), "others_after": float(after[others].mean())}
-            row = {"class": label, "before": float(before[label]), "after": float(after[label]), **means}
-            found.setdefault(method, []).append({**row, "k": k, "rule": rule})
-
-        forgotten = editing.AtMost(editing.accuracy(validation, (of_validation == label).nonzero()[:, 0]), FORGOTTEN)
-        spared = editing.accuracy(validation, (of_validation != label).nonzero()[:, 0])
-        sides = {"decrease": (labels == label).nonzero()[:, 0].tolist()}
-        changed = coar.edit(
-            model, outputs, **sides, rule=list(rules), validation=spared, constraint=forgotten, n_components=numbers
-        )
-        entries = coar.models.record(changed)["edit"]
-        rule, k = entries["rule"], len(entries["indices"])
-        note(OURS, changed, k, f"{rule} on {entries['output']}")
-        if found["edited"] is None:
-            found["edited"] = (changed, before, by_class(changed, judged, n_classes))
-        by_margin = editing.rank_components(outputs[0], **sides)
-        most = common.chosen_of(model, components, by_margin, spared, forgotten, numbers=numbers)
-        rankings = common.baseline_rankings(model, components, weights, sides, rule, seed)
-        for name, ranking, count in [(WELCH, by_margin, most), *[(*row, k) for row in rankings.items()]]:
-            if count is not None:
-                common.measured(model, components, ranking, count, lambda it, n=name, c=count: note(n, it, c))
-        note(common.TUNING, fine_tuned(model, attributed, labels, label, spared, forgotten))
+        rows, edited = of_class(of, label, whole, weights, singles, step)
+        for method, row in rows.items():
+            found.setdefault(method, []).append(row)
+        if found["edited"] is None and edited is not None:
+            found["edited"] = (edited, label, rows[OURS])
+        logger.info("seed %d, class %d: %s", of.seed, label, rows.get(OURS))
     return found
 
 
-def fine_tuned(
-    model: nn.Module, attributed: common.Batches, labels: Tensor, label: int, validation: Any, constraint: Any
-) -> nn.Module | None:
+def of_class(
+    of: Setting,
+    label: int,
+    whole: Sequence[coar.Attributions],
+    weights: dict[str, coar.Attributions],
+    singles: coar.Attributions | None,
+    step: int,
+) -> tuple[dict[str, dict[str, Any]], nn.Module | None]:
+    """Forget one class: the figures by method, and the edited model."""
+    sides, goals = {"decrease": own_of(of.attributed, label)}, of.goals(label)
+    options = {**sides, **goals, "rule": RULE}
+    edits = {
+        OURS: common.edited_if_any(of.model, [of.attributing(name) for name in OUTPUTS], step=step, **options),
+        AT_ONCE: common.edited_if_any(of.model, whole, n_components=NUMBERS, **options),
+    }
+    rows: dict[str, dict[str, Any]] = {}
+    for method, edited in edits.items():
+        if edited is not None:
+            entries = coar.models.record(edited)["edit"]
+            rows[method] = of.row(label, edited, len(entries["indices"]), entries["output"])
+    k = rows[OURS]["k"] if OURS in rows else max(NUMBERS)
+    rankings = {WELCH: editing.rank_components(whole[0], **sides)}
+    rankings |= common.baseline_rankings(of.model, of.components, weights, sides, RULE, of.seed)
+    if singles is not None:
+        rankings[common.SINGLES] = editing.rank_components(singles, decrease=own_of(of.few, label), rule=RULE)
+    counts: dict[str, int | None] = dict.fromkeys(rankings, k)
+    counts[WELCH] = common.chosen_of(of.model, of.components, rankings[WELCH], numbers=NUMBERS, **goals)
+    for name, ranking in rankings.items():
+        count = counts[name]
+        if count is not None:
+            rows[name] = common.measured(
+                of.model, of.components, ranking, count, lambda it, k=count: of.row(label, it, k)
+            )
+    tuned = fine_tuned(of, label, goals)
+    return rows if tuned is None else {**rows, common.TUNING: of.row(label, tuned)}, edits[OURS]
+
+
+def fine_tuned(of: Setting, label: int, goals: dict[str, Any]) -> nn.Module | None:
     """The alternative: down with the class's log-probability, up with that of twice as many others."""
-    inputs = {name: torch.cat([batch[name] for batch in attributed]) for name in attributed[0]}
-    own = (labels == label).nonzero()[:, 0]
-    others = (labels != label).nonzero()[:, 0]
+    inputs = common.in_memory(of.attributed)
+    own = torch.tensor(own_of(of.attributed, label))
+    others = (inputs["labels"] != label).nonzero()[:, 0]
     rows = torch.cat([own, others[:: max(1, len(others) // (2 * len(own)))]])
     batch = common.batches(inputs, rows, size=len(rows))[0]
     is_own = batch["labels"] == label
@@ -133,7 +218,7 @@ def fine_tuned(
         probability = logits[is_own].softmax(1)[:, label]
         return F.cross_entropy(logits[~is_own], batch["labels"][~is_own]) - torch.log1p(-probability * 0.999).mean()
 
-    return common.fine_tuned(model, loss, validation, constraint, rates=(1e-4, 1e-3), checkpoints=(2, 4, 8, 16, 32))
+    return common.fine_tuned(of.model, loss, **goals, rates=(1e-4, 1e-3), checkpoints=(2, 4, 8, 16, 32))
 
 
 def methods_of(found: list[dict[str, Any]]) -> list[str]:
@@ -180,7 +265,8 @@ def main() -> None:
     started, found = common.start(args), []
     for seed in common.seeds(args):
         model, training, examples = tasks.classifier(args, seed)
-        found.append(run(model, training, examples, seed, args.classes, singles=not args.no_leave_one_out))
+        n_singles = 0 if args.no_leave_one_out else 20
+        found.append(run(setting(model, training, examples, seed, n_singles=n_singles), args.classes))
         for row in summary([found[-1]]):
             logger.info("seed %d: %s", seed, row)
     report(args, found, started)
@@ -217,19 +303,17 @@ def report(args: argparse.Namespace, found: list[dict[str, Any]], started: float
         "rule where they give weights (of margins). A method that finds nothing on validation that forgets is missing "
         "from the count. Mean ± standard deviation over the seeds.\n\n"
         f"{common.table(head, summary(found))}\n\n## Class by class (first row)\n\n"
-        + common.table(["class", "before (%)", "after (%)", "others (points)", "k", "rule"], rows)
+        + common.table(["class", "before (%)", "after (%)", "others (points)", "k", "output"], rows)
         + "\n\n![classes](forget_class.png)\n"
     )
     edits = [one.pop("edited") for one in found]
     common.write(args, "forget_class", text, {"seeds": found}, started)
-    changed, before, after = edits[0]
-    label = args.classes[0]
-    keep = [place for place in range(len(before)) if place != label]
+    edited, label, row = edits[0]
     figures = [
-        (f"accuracy on {names[label]}", f"{before[label]:.1f}%", f"{after[label]:.1f}%"),
-        ("mean accuracy on the other classes", f"{before[keep].mean():.1f}%", f"{after[keep].mean():.1f}%"),
+        (f"accuracy on {names[label]}", f"{row['before']:.1f}%", f"{row['after']:.1f}%"),
+        ("mean accuracy on the other classes", f"{row['others_before']:.1f}%", f"{row['others_after']:.1f}%"),
     ]
-    common.card(args, "edited_forget_class", changed, figures, picture)
+    common.card(args, "edited_forget_class", edited, figures, picture)
 
 
 if __name__ == "__main__":

@@ -50,6 +50,12 @@ def grouped(images: Tensor, labels: Tensor, kinds: Tensor, seed: int) -> Grouped
     return examples, 2 * labels + kinds
 
 
+def on_both(images: Tensor, labels: Tensor, seed: int) -> Grouped:
+    """Every raw garment on a background of either kind."""
+    kinds = torch.arange(2).repeat_interleave(len(labels))
+    return grouped(images.repeat(2, 1, 1, 1), labels.repeat(2), kinds, seed)
+
+
 Classes = tuple[tuple[int, ...], tuple[int, ...]]
 
 
@@ -80,14 +86,10 @@ def biased(
         args.runs / f"biased-{seed}", seed, lambda: tasks.convnet(3, 2), training["pixel_values"], training["labels"],
         epochs,
     )  # fmt: skip
-    half = (n_training + len(labels)) // 2
-    parts = [(images[n_training:half], labels[n_training:half]), (images[half:][:1200], labels[half:][:1200])]
+    third = n_training + (len(labels) - n_training) // 3
+    parts = [(images[n_training:third], labels[n_training:third]), (images[third:], labels[third:])]
     parts.append(of_two_classes(args, "t10k", classes))
-    found = [
-        grouped(x, y, torch.randint(0, 2, (len(y),), generator=generator), seed + 1 + place)
-        for place, (x, y) in enumerate(parts)
-    ]
-    return model, *found
+    return model, *(on_both(x, y, seed + 1 + place) for place, (x, y) in enumerate(parts))
 
 
 def from_the_hub(args: argparse.Namespace, seed: int) -> tuple[nn.Module, Grouped, Grouped, Grouped]:

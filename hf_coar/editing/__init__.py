@@ -1,7 +1,7 @@
 """COAR-Edit: ablate the few components that move the outputs of target examples, and spare those of references.
 
 What to ablate first is said by a rule (`rules`), how much of it by validation (`choosing`, with the ready-made
-`measures`), and `edit` does it (`making`).
+`measures`; `stepwise` where the rest is attributed anew after every few), and `edit` does it (`making`).
 """
 
 from hf_coar.editing.choosing import (
@@ -16,6 +16,7 @@ from hf_coar.editing.choosing import (
 from hf_coar.editing.making import edit, kept_without, rank_components
 from hf_coar.editing.measures import AtLeast, AtMost, Keep, accuracy, mean_output, worst_accuracy
 from hf_coar.editing.rules import AUTO, RULES, Rule, Sides, best_first, rule, welch_scores
+from hf_coar.editing.stepwise import choose_in_steps, steps
 
 __all__ = [
     "AUTO",
@@ -32,6 +33,7 @@ __all__ = [
     "accuracy",
     "best_first",
     "choose",
+    "choose_in_steps",
     "choose_n_components",
     "edit",
     "kept_without",
@@ -39,6 +41,7 @@ __all__ = [
     "numbers_to_try",
     "rank_components",
     "rule",
+    "steps",
     "welch_scores",
     "worst_accuracy",
 ]

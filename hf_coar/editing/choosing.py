@@ -91,32 +91,77 @@ def choose(
     """
     coarse = list(numbers_to_try(len(components)) if numbers is None else numbers)
     _check(components, rankings, coarse, gates)
-    given = constraint if isinstance(constraint, Sequence) else (constraint,)
-    slacks = [one.bind(model) if hasattr(one, "bind") else one for one in given]
-    tried: list[Candidate] = []
-
-    def attempt(rule: str, n_components: int, gate: float) -> None:
-        kept = torch.ones(len(components))
-        kept[rankings[rule][:n_components]] = gate
-        with masking.ablate(model, components, kept):
-            slack = min((_slack(one(model)) for one in slacks), default=None)
-            goal = None if slack is not None and slack < 0 else _number("validation", validation(model))
-        tried.append(Candidate(rule, n_components, float(gate), slack, goal))
-
-    for rule in rankings:
+    trials = Trials(model, components, validation, constraint)
+    for rule, ranking in rankings.items():
         for gate in gates:
             for n_components in coarse:
-                attempt(rule, n_components, gate)
-    best = _best(tried)
+                trials.attempt(rule, ranking[:n_components], gate)
+    best = trials.best()
     if numbers is None:
-        for n_components in _between(coarse, best.n_components):
-            attempt(best.rule, n_components, best.gate)
-    best = _best(tried)
-    logger.info(
-        "edit: rule %s, %d components, gate %g, by validation (%g, %d candidates)",
-        best.rule, best.n_components, best.gate, best.goal, len(tried),
-    )  # fmt: skip
-    return Choice(best, tuple(tried))
+        place = coarse.index(best.n_components)
+        low, high = coarse[max(0, place - 1)], coarse[min(len(coarse) - 1, place + 1)]
+        trials.attempt_between(best, rankings[best.rule], low, high)
+    return trials.choice()
+
+
+class Trials:
+    """Candidates measured one after the other; the model is as it was after each."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        components: Components,
+        validation: Goal,
+        constraint: "Goal | Constraint | Sequence[Goal | Constraint]" = (),
+    ) -> None:
+        """Arguments as of `choose`."""
+        given = constraint if isinstance(constraint, Sequence) else (constraint,)
+        self.model, self.components, self.validation = model, components, validation
+        self.slacks = [one.bind(model) if hasattr(one, "bind") else one for one in given]
+        self.tried: list[Candidate] = []
+
+    def attempt(self, rule: str, ablated: Tensor, gate: float = 0.0) -> Candidate:
+        """Measure the model without some components, int64 [any]."""
+        kept = torch.ones(len(self.components))
+        kept[ablated] = gate
+        with masking.ablate(self.model, self.components, kept):
+            slack = min((_slack(one(self.model)) for one in self.slacks), default=None)
+            violated = slack is not None and slack < 0
+            goal = None if violated else _number("validation", self.validation(self.model))
+        self.tried.append(Candidate(rule, len(ablated), float(gate), slack, goal))
+        return self.tried[-1]
+
+    def attempt_between(self, best: Candidate, ranking: Tensor, low: int, high: int) -> None:
+        """Measure numbers between two that were tried, evenly spread."""
+        step = max(1, (high - low) // (_FINE + 1))
+        for number in range(low + step, high, step):
+            if number != best.n_components:
+                self.attempt(best.rule, ranking[:number], best.gate)
+
+    def best(self) -> Candidate:
+        """Of those that satisfy the constraints, the best; of equals, the one that ablates fewest."""
+        allowed = [one for one in self.tried if one.goal is not None]
+        if not allowed:
+            nearest = max(self.tried, key=lambda one: one.slack)
+            raise CoarError(
+                f"none of {len(self.tried)} candidates satisfies the constraints; the nearest, rule {nearest.rule} "
+                f"with {nearest.n_components} components, misses by {-nearest.slack:.4g}: loosen them, or give other "
+                "targets"
+            )
+        return max(allowed, key=_merit)
+
+    def choice(self) -> Choice:
+        """The best and all others."""
+        best = self.best()
+        logger.info(
+            "edit: rule %s, %d components, gate %g, by validation (%g, %d candidates)",
+            best.rule, best.n_components, best.gate, best.goal, len(self.tried),
+        )  # fmt: skip
+        return Choice(best, tuple(self.tried))
+
+
+def _merit(candidate: Candidate) -> tuple[float, int]:
+    return candidate.goal, -candidate.n_components
 
 
 def numbers_to_try(n_components: int, most: int | None = None) -> list[int]:
@@ -150,25 +195,6 @@ def _number(what: str, value: Any) -> float:
     if not math.isfinite(value):
         raise CoarError(f"{what} gave {value} for an edited model; it must be a finite number")
     return value
-
-
-def _best(tried: Sequence[Candidate]) -> Candidate:
-    allowed = [one for one in tried if one.goal is not None]
-    if not allowed:
-        nearest = max(tried, key=lambda one: one.slack)
-        raise CoarError(
-            f"none of {len(tried)} candidates satisfies the constraints; the nearest, rule {nearest.rule} with "
-            f"{nearest.n_components} components, misses by {-nearest.slack:.4g}: loosen them, or give other targets"
-        )
-    return max(allowed, key=lambda one: (one.goal, -one.n_components))
-
-
-def _between(coarse: Sequence[int], best: int) -> list[int]:
-    """Numbers between the neighbours of the best, evenly spread, without those that were tried."""
-    place = coarse.index(best)
-    low, high = coarse[max(0, place - 1)], coarse[min(len(coarse) - 1, place + 1)]
-    step = max(1, (high - low) // (_FINE + 1))
-    return [number for number in range(low + step, high, step) if number not in coarse]
 
 
 def choose_n_components(

@@ -1,21 +1,25 @@
 """`edit`: a copy of the model in which what a rule ranks first is ablated, with the record of it."""
 
-from collections.abc import Sequence
-from dataclasses import astuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_coar import masking, models
+from hf_coar import masking, models, outputs
 from hf_coar.attributions import Attributions
+from hf_coar.components import Components
+from hf_coar.editing import stepwise
 from hf_coar.editing.choosing import Candidate, Constraint, Goal, choose
 from hf_coar.editing.rules import AUTO, RULES, Rule, Sides
 from hf_coar.errors import CoarError
 
 Examples = Sequence[int] | Sequence[Sequence[int]] | Tensor  # indices, or several sets of them
+Attribute = Callable[[nn.Module], Attributions]  # attributes the model that it is given, always the same examples
 
 N_COMPONENTS = 10  # where neither a number nor a validation is given
+_NONE = torch.empty(0, dtype=torch.long)  # of the components
 
 
 def rank_components(
@@ -67,7 +71,13 @@ def _sides(
         [(sign, weights[one].double()) for sign, sets in ((1, raised), (-1, lowered)) for one in sets],
         of_reference,
         attributions.bias[reference].double() + of_reference.sum(1),
+        _boundary(attributions),
     )
+
+
+def _boundary(attributions: Attributions) -> float | None:
+    name = attributions.config.get("output")
+    return outputs.get(name).boundary if name in outputs.names() else None
 
 
 def _sets(examples: Examples | None) -> list[list[int]]:
@@ -102,7 +112,7 @@ def _check_indices(n_examples: int, increase: list[int], decrease: list[int], re
 
 def edit(
     model: nn.Module,
-    attributions: Attributions | Sequence[Attributions],
+    attributions: Attributions | Attribute | Sequence[Attributions | Attribute],
     increase: Examples | None = None,
     decrease: Examples | None = None,
     reference: Sequence[int] | None = None,
@@ -111,6 +121,7 @@ def edit(
     validation: Goal | None = None,
     constraint: "Goal | Constraint | Sequence[Goal | Constraint]" = (),
     gate: float | Sequence[float] = 0.0,
+    step: int | None = None,
 ) -> nn.Module:
     """A copy of the model in which a few components are ablated; the model itself stays as it was.
 
@@ -118,54 +129,145 @@ def edit(
     too. It is an ordinary model: save it with its own library (or `edited.save`) and it loads without hf_coar. `undo`
     makes the original of it again.
 
+    Given a function in the place of attributions, the edit goes in steps: after every `step` components the model
+    without them is attributed anew, and the others are ranked by that. It is dearer and does much better where many
+    components go (figures of both: `scripts/results/edits/`)::
+
+        def attribute(model):
+            return coar.attribute(model, data, components, method=coar.PathGradient(rounds=0))
+
+        coar.edit(model, attribute, decrease=bags, rule="covariance", n_components=40, step=4)
+
     Args:
         model: the model that was attributed.
-        attributions: of it; or several, of the same components and examples and with other outputs, among which
-            `validation` chooses.
+        attributions: of it, or a function (model) -> attributions; or several, of the same components and examples and
+            with other outputs, among which `validation` chooses.
         increase: indices of examples whose outputs are to rise; or several lists of them, of which each counts alike.
         decrease: indices of examples whose outputs are to fall; or several lists of them.
         reference: indices of examples whose outputs are to stay; all others by default.
         n_components: how many components to ablate, 10 by default; with `validation`, the numbers to try, by default up
-            to a fifth of all components.
+            to a fifth of all components; with `validation` and in steps, the largest number.
         rule: which components come first: one of `editing.RULES` (the paper's is "welch"), a function of
             `editing.Sides`, several names for `validation` to choose from, or "auto", which tries `editing.AUTO`.
         validation: a function of the edited model, more is better, such as `editing.accuracy(data)`; on examples that
             judge nothing else.
         constraint: see `editing.choose`, such as `editing.Keep(editing.accuracy(others), within=0.01)`.
         gate: the fraction of the ablated components that stays, from 0 to below 1; with `validation` several to try.
+            Not in steps.
+        step: components between two attributions, by default 1 in 200 of all; only with functions.
 
     Raises:
         CoarError: targets or references that make no sense, `n_components` out of range, a choice without
-            `validation`, or constraints that nothing satisfies.
+            `validation`, constraints that nothing satisfies, or a mixture of attributions and functions.
         ModelMismatchError: another model.
     """
-    candidates = [attributions] if isinstance(attributions, Attributions) else list(attributions)
-    _check_attributions(candidates, model)
-    rules = list(AUTO) if isinstance(rule, str) and rule == "auto" else [rule]
-    rules = list(rule) if isinstance(rule, list | tuple) else rules
-    rankings = {
-        (_name(one), place): rank_components(found, increase, decrease, reference, one)
-        for one in rules
-        for place, found in enumerate(candidates)
+    given = [attributions] if isinstance(attributions, Attributions) or callable(attributions) else list(attributions)
+    in_steps = [not isinstance(one, Attributions) for one in given]
+    if any(in_steps) and not all(in_steps):
+        raise CoarError("attributions and functions that make them in one edit; give one or the other")
+    if (any(in_steps) and gate != 0) or (step is not None and not any(in_steps)):
+        raise CoarError(f"gate={gate!r}, step={step!r}: steps need a function that attributes the model, and gate 0")
+    sources = [_Source(one, model) for one in given]
+    _check_attributions([one.of_whole for one in sources], model)
+    sides = (increase, decrease, reference)
+    rankers = {
+        _label(name, place, sources): _Ranker(name, by, source, sides)
+        for name, by in _rules(rule).items()
+        for place, source in enumerate(sources)
     }
-    if validation is None:
-        best, tried = _plain(rankings, len(candidates[0].components), n_components, gate), ()
-        ranking = next(iter(rankings.values()))
-        used = candidates[0]
+    if validation is None and len(rankers) > 1:
+        raise CoarError(
+            f"{len(rankers)} rules or attributions to choose from, and no validation; give validation=…, such as "
+            "editing.accuracy(data), or one rule"
+        )
+    components = sources[0].of_whole.components
+    if any(in_steps):
+        made = _in_steps(model, components, rankers, n_components, step, validation, constraint)
     else:
-        named = {_label(key, candidates): ranking for key, ranking in rankings.items()}
-        numbers = [n_components] if isinstance(n_components, int) else n_components
-        gates = [gate] if isinstance(gate, int | float) else list(gate)
-        choice = choose(model, candidates[0].components, named, validation, constraint, numbers, gates)
-        best, tried, ranking = choice.best, choice.tried, named[choice.best.rule]
-        rule_name, place = next(key for key in rankings if _label(key, candidates) == best.rule)
-        best, used = Candidate(rule_name, *astuple(best)[1:]), candidates[place]
-    chosen = ranking[: best.n_components]
-    entries = _entries(used, chosen, best, tried, increase, decrease, reference)
-    edited = models.copy_with_record(model, edit=entries)
-    kept = kept_without(len(used.components), chosen)
-    masking.zero_slices(edited, used.components, kept if best.gate == 0 else torch.where(kept, 1.0, best.gate))
+        made = _at_once(model, components, rankers, n_components, gate, validation, constraint)
+    ranker = rankers[made.best.rule]
+    edited = models.copy_with_record(model, edit=_entries(ranker, made, sides))
+    kept = kept_without(len(components), made.ablated)
+    gate = made.best.gate
+    masking.zero_slices(edited, components, torch.where(kept, 1.0, gate) if gate else kept)
     return edited
+
+
+class _Source:
+    """Attributions, or the function that makes them; of the whole model they are made once."""
+
+    def __init__(self, given: Attributions | Attribute, model: nn.Module) -> None:
+        self.given = given
+        self.of_whole = given if isinstance(given, Attributions) else given(model)
+
+    def of(self, model: nn.Module, ablated: Tensor) -> Attributions:
+        """Of the model, which is given without those ablated, int64 [any]."""
+        return self.given(model) if len(ablated) else self.of_whole
+
+
+@dataclass(frozen=True)
+class _Ranker:
+    """A rule on a source, as `stepwise.Ranker`."""
+
+    name: str
+    rule: str | Rule
+    source: _Source
+    sides: tuple[Examples | None, Examples | None, Sequence[int] | None]
+
+    def __call__(self, model: nn.Module, ablated: Tensor) -> Tensor:
+        return rank_components(self.source.of(model, ablated), *self.sides, self.rule)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """The best candidate, the components that it ablates, int64 [any], and all candidates."""
+
+    best: Candidate
+    ablated: Tensor
+    tried: Sequence[Candidate] = ()
+    step: int | None = None
+
+
+def _at_once(
+    model: nn.Module,
+    components: Components,
+    rankers: Mapping[str, _Ranker],
+    n_components: Any,
+    gate: Any,
+    validation: Goal | None,
+    constraint: Any,
+) -> _Made:
+    """By attributions of the whole model."""
+    rankings = {label: rank(model, _NONE) for label, rank in rankers.items()}
+    if validation is None:
+        ((label, ranking),) = rankings.items()
+        best = _plain(label, len(components), n_components, gate)
+        return _Made(best, ranking[: best.n_components])
+    numbers = [n_components] if isinstance(n_components, int) else n_components
+    gates = [gate] if isinstance(gate, int | float) else list(gate)
+    choice = choose(model, components, rankings, validation, constraint, numbers, gates)
+    return _Made(choice.best, rankings[choice.best.rule][: choice.best.n_components], choice.tried)
+
+
+def _in_steps(
+    model: nn.Module,
+    components: Components,
+    rankers: Mapping[str, _Ranker],
+    n_components: Any,
+    step: int | None,
+    validation: Goal | None,
+    constraint: Any,
+) -> _Made:
+    """Attributing anew between the steps."""
+    if validation is None and n_components is None:
+        n_components = N_COMPONENTS
+    most, step = stepwise.checked_steps(len(components), n_components, step)
+    if validation is None:
+        ((label, rank),) = rankers.items()
+        *_, ablated = stepwise.steps(model, components, rank, most, step)
+        return _Made(Candidate(label, most, 0.0, None, None), ablated, (), step)
+    choice, ablated = stepwise.choose_in_steps(model, components, rankers, validation, constraint, most, step)
+    return _Made(choice.best, ablated[choice.best.rule][: choice.best.n_components], choice.tried, step)
 
 
 def _check_attributions(candidates: Sequence[Attributions], model: nn.Module) -> None:
@@ -178,23 +280,20 @@ def _check_attributions(candidates: Sequence[Attributions], model: nn.Module) ->
             raise CoarError(f"{one} and {candidates[0]} differ in components or examples; attribute the same ones")
 
 
-def _name(rule: str | Rule) -> str:
-    return rule if isinstance(rule, str) else getattr(rule, "__qualname__", "of your own")
+def _rules(rule: str | Rule | Sequence[str | Rule]) -> dict[str, str | Rule]:
+    """Those to try, by name."""
+    given = AUTO if isinstance(rule, str) and rule == "auto" else rule
+    given = given if isinstance(given, list | tuple) else [given]
+    return {one if isinstance(one, str) else getattr(one, "__qualname__", "of your own"): one for one in given}
 
 
-def _label(key: tuple[str, int], candidates: Sequence[Attributions]) -> str:
+def _label(name: str, place: int, sources: Sequence[_Source]) -> str:
     """A rule's name; where there are several attributions, with the output of the one that it ranks by."""
-    name, place = key
-    return name if len(candidates) == 1 else f"{name} on {candidates[place].config.get('output')} ({place})"
+    return name if len(sources) == 1 else f"{name} on {sources[place].of_whole.config.get('output')} ({place})"
 
 
-def _plain(rankings: dict, n_all: int, n_components: Any, gate: Any) -> Candidate:
+def _plain(label: str, n_all: int, n_components: Any, gate: Any) -> Candidate:
     """What was asked for, where there is nothing to choose."""
-    if len(rankings) > 1:
-        raise CoarError(
-            f"{len(rankings)} rules or attributions to choose from, and no validation; give validation=…, such as "
-            "editing.accuracy(data), or one rule"
-        )
     n_components = N_COMPONENTS if n_components is None else n_components
     if isinstance(n_components, bool) or not isinstance(n_components, int) or not 1 <= n_components <= n_all:
         raise CoarError(
@@ -202,23 +301,18 @@ def _plain(rankings: dict, n_all: int, n_components: Any, gate: Any) -> Candidat
         )
     if not isinstance(gate, int | float) or not 0 <= gate < 1:
         raise CoarError(f"gate={gate!r}; must be the fraction that stays, from 0 (ablated) to below 1")
-    return Candidate(next(iter(rankings))[0], n_components, float(gate), None, None)
+    return Candidate(label, n_components, float(gate), None, None)
 
 
 def _entries(
-    attributions: Attributions,
-    chosen: Tensor,
-    best: Candidate,
-    tried: Sequence[Candidate],
-    increase: Examples | None,
-    decrease: Examples | None,
-    reference: Sequence[int] | None,
+    ranker: _Ranker, made: _Made, sides: tuple[Examples | None, Examples | None, Sequence[int] | None]
 ) -> dict[str, Any]:
     """The record of an edit, JSON values: what was ablated and why, and all that `undo` needs."""
-    components = [attributions.components[int(index)] for index in chosen]
+    attributions, (increase, decrease, reference) = ranker.source.of_whole, sides
+    components = [attributions.components[int(index)] for index in made.ablated]
     parameters = {name for c in components for name in (c.group.parameter, *c.group.shared_by)}
     entries = {
-        "rule": best.rule,
+        "rule": ranker.name,
         "output": attributions.config.get("output"),
         "granularity": attributions.components.granularity,
         "data": attributions.config.get("data"),
@@ -227,13 +321,15 @@ def _entries(
         "reference": "all others" if reference is None else _indices(reference),
         "base": attributions.config["model"],
         "components": [str(component) for component in components],
-        "indices": chosen.tolist(),
+        "indices": made.ablated.tolist(),
         "parameters": sorted(parameters),
     }
-    if best.gate:
-        entries["gate"] = best.gate
-    if tried:
-        entries["tried"] = [list(astuple(candidate)) for candidate in tried]
+    if made.best.gate:
+        entries["gate"] = made.best.gate
+    if made.step:
+        entries["step"] = made.step
+    if made.tried:
+        entries["tried"] = [list(astuple(candidate)) for candidate in made.tried]
     return entries
 
 

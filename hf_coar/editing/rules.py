@@ -35,11 +35,13 @@ class Sides:
             Every set counts alike, however many examples it holds.
         reference: float64 weights [examples, components] of the examples to spare.
         reference_outputs: float64 [examples], what the attributions expect with nothing ablated.
+        boundary: the output at which right turns into wrong; None where no value does, as of log-probabilities.
     """
 
     targets: Sequence[tuple[int, Tensor]]
     reference: Tensor
     reference_outputs: Tensor
+    boundary: float | None = 0.0
 
     @cached_property
     def gain(self) -> Tensor:
@@ -188,7 +190,7 @@ def forward_selection(sides: Sides, rho: float, falling_only: bool = False) -> T
         int64 [components]; components that are not expected to help come last.
     """
     reference, gain = sides.reference, sides.gain
-    importance = _near_the_boundary(sides.reference_outputs)
+    importance = _importance(sides)
     noise = rho * float((importance[:, None] * reference.square()).mean())
     drift, total = torch.zeros(len(reference), dtype=torch.float64), 0.0
     allowed = gain > 0
@@ -207,10 +209,17 @@ def forward_selection(sides: Sides, rho: float, falling_only: bool = False) -> T
     return torch.cat([torch.tensor(chosen, dtype=torch.long), order[left[order]]])
 
 
-def _near_the_boundary(outputs: Tensor) -> Tensor:
-    """How much every reference counts, mean 1; the scale is half the typical distance from 0."""
-    scale = outputs.abs().median().clamp_min(_TINY) / 2
-    importance = torch.sigmoid(-outputs.abs() / scale).clamp_min(1e-6)
+def _importance(sides: Sides) -> Tensor:
+    """How much every reference counts, mean 1: the more the nearer it is to the boundary between right and wrong.
+
+    The scale is half the typical distance. Without a boundary all count alike: slopes of log-probabilities, say, are
+    small by themselves where an example is safe.
+    """
+    if sides.boundary is None:
+        return torch.ones_like(sides.reference_outputs)
+    distance = (sides.reference_outputs - sides.boundary).abs()
+    scale = distance.median().clamp_min(_TINY) / 2
+    importance = torch.sigmoid(-distance / scale).clamp_min(1e-6)
     return importance / importance.mean()
 
 
