@@ -188,6 +188,15 @@ def fine_tuned(
     return best
 
 
+def edited_if_any(*given: Any, **options: Any) -> nn.Module | None:
+    """`coar.edit`; None if nothing satisfies the constraints."""
+    try:
+        return coar.edit(*given, **options)
+    except coar.CoarError as error:
+        logger.info("%s", error)
+        return None
+
+
 def chosen_of(
     model: nn.Module,
     components: coar.Components,
@@ -222,11 +231,13 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 def write(args: argparse.Namespace, name: str, text: str, figures: dict[str, Any], started: float) -> None:
     """`<name>.md` and `<name>.json` in the folder of the results."""
     args.results.mkdir(parents=True, exist_ok=True)
-    seconds = round(time.monotonic() - started)
+    seconds, used = round(time.monotonic() - started), round(time.process_time())
     which = f"Seeds {', '.join(map(str, seeds(args)))}"
-    text = f"{text.rstrip()}\n\n{which}; {args.threads} threads, {seconds} s.\n"
+    text = f"{text.rstrip()}\n\n{which}; {args.threads} threads, {seconds} s, {used} s of processor time.\n"
     (args.results / f"{name}.md").write_text(text, encoding="utf-8")
-    (args.results / f"{name}.json").write_text(json.dumps({**figures, "seconds": seconds}, indent=1) + "\n")
+    (args.results / f"{name}.json").write_text(
+        json.dumps({**figures, "seconds": seconds, "processor_seconds": used}, indent=1) + "\n"
+    )
     logger.info("%s\n%s", args.results / f"{name}.md", text)
 
 

@@ -17,7 +17,9 @@ import json
 import logging
 import re
 import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -108,31 +110,35 @@ def chapters(folder: Path) -> list[str]:
     return [re.sub(r"\s+", " ", path.read_text(encoding="utf-8", errors="replace")).strip() for path in paths]
 
 
-def train_gpt2(args: argparse.Namespace) -> None:
-    """transformers GPT-2, width 64, 4 layers, 2,048 byte-pair tokens: 2,304 units. Every tenth chapter is held out."""
+def byte_pairs(texts: Iterable[str]) -> Any:
+    """A tokenizer of 2,048 byte pairs."""
     from tokenizers import ByteLevelBPETokenizer
-    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-    texts = chapters(args.moby_dick)
-    held_out = [text for i, text in enumerate(texts) if i % 10 == 9]
-    training = [text for i, text in enumerate(texts) if i % 10 != 9]
     tokenizer = ByteLevelBPETokenizer()
-    tokenizer.train_from_iterator(training, vocab_size=VOCABULARY, special_tokens=["<|endoftext|>"])
+    tokenizer.train_from_iterator(texts, vocab_size=VOCABULARY, special_tokens=["<|endoftext|>"])
+    return tokenizer
+
+
+def small_gpt2(width: int = 64, layers: int = 4) -> nn.Module:
+    """transformers GPT-2, untrained; of this size it has 2,304 units."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
     config = GPT2Config(
-        vocab_size=VOCABULARY, n_positions=CONTEXT, n_embd=64, n_layer=4, n_head=4, bos_token_id=0, eos_token_id=0,
-        resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1,
+        vocab_size=VOCABULARY, n_positions=CONTEXT, n_embd=width, n_layer=layers, n_head=4, bos_token_id=0,
+        eos_token_id=0, resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1,
     )  # fmt: skip
-    model = GPT2LMHeadModel(config)
-    stream = torch.tensor([token for text in training for token in [0, *tokenizer.encode(text).ids]])
-    generator = torch.Generator().manual_seed(args.seed)
-    batch = 32
-    steps = args.epochs * (len(stream) // (batch * CONTEXT))
+    return GPT2LMHeadModel(config)
+
+
+def fit_gpt2(model: nn.Module, streams: Sequence[Tensor], steps: int, generator: torch.Generator, batch: int) -> None:
+    """Train on windows of token streams int64 [tokens], as many of each in every batch."""
     optimiser, schedule = optimise(model, steps, rate=3e-3, decay=0.1)
     started = time.monotonic()
     model.train()
     for step in range(steps):
-        starts = torch.randint(len(stream) - CONTEXT, (batch,), generator=generator)
-        tokens = torch.stack([stream[start : start + CONTEXT] for start in starts])
+        starts = [torch.randint(len(s) - CONTEXT, (batch // len(streams),), generator=generator) for s in streams]
+        pairs = zip(streams, starts, strict=True)
+        tokens = torch.stack([stream[start : start + CONTEXT] for stream, chosen in pairs for start in chosen])
         loss = model(input_ids=tokens, labels=tokens).loss
         optimiser.zero_grad()
         loss.backward()
@@ -141,10 +147,25 @@ def train_gpt2(args: argparse.Namespace) -> None:
         schedule.step()
         if step % 500 == 0:
             logger.info("step %d of %d: loss %.3f, %.0f s", step, steps, loss.item(), time.monotonic() - started)
+    model.eval()
+
+
+def train_gpt2(args: argparse.Namespace) -> None:
+    """A small GPT-2 on Moby-Dick; every tenth chapter is held out."""
+    from transformers import PreTrainedTokenizerFast
+
+    texts = chapters(args.moby_dick)
+    held_out = [text for i, text in enumerate(texts) if i % 10 == 9]
+    training = [text for i, text in enumerate(texts) if i % 10 != 9]
+    tokenizer, started = byte_pairs(training), time.monotonic()
+    model = small_gpt2()
+    stream = torch.tensor([token for text in training for token in [0, *tokenizer.encode(text).ids]])
+    generator, batch = torch.Generator().manual_seed(args.seed), 32
+    fit_gpt2(model, [stream], args.epochs * (len(stream) // (batch * CONTEXT)), generator, batch)
     tokens = torch.cat([torch.tensor(tokenizer.encode(text).ids) for text in held_out])
     windows = tokens[: len(tokens) // CONTEXT * CONTEXT].view(-1, CONTEXT)
     with torch.no_grad():
-        losses = [model.eval()(input_ids=part, labels=part).loss * len(part) for part in windows.split(64)]
+        losses = [model(input_ids=part, labels=part).loss * len(part) for part in windows.split(64)]
     folder = args.out / "gpt2"
     model.save_pretrained(folder)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, eos_token="<|endoftext|>")
