@@ -271,9 +271,11 @@ _RULES = {
 
 
 def _rule(edit: Mapping[str, Any]) -> str:
-    """In words; and whether it was chosen."""
+    """In words; whether it was used in steps, and whether it was chosen."""
     said = str(_RULES.get(edit.get("rule"), edit.get("rule")))
-    tried = edit.get("tried")
+    step, tried = edit.get("step"), edit.get("tried")
+    if isinstance(step, int) and step:
+        said += f", on attributions made anew after every {_count(step, 'ablation')}"
     if not isinstance(tried, Sequence) or isinstance(tried, str) or not tried:
         return said
     return f"{said}; it and the number of components are the best on validation of {len(tried)} candidates"

@@ -112,6 +112,7 @@ def attribute(
 
 RANDOM, NORM, GRADIENT, SINGLES = "random components", "weight norm", "gradient × parameter", "leave-one-out"
 TUNING = "fine-tuning"
+BASELINES = (RANDOM, NORM, GRADIENT, SINGLES, TUNING)
 
 
 def baseline_weights(

@@ -122,7 +122,7 @@ def setting(
         examples: to choose and to judge on.
         seed: of the draws.
         per_class: images to attribute.
-        n_validation: images.
+        n_validation: images, at most two fifths of the examples.
         n_final: images.
         n_singles: images a class for leave-one-out, which costs a pass a component and example; 0 = without it.
     """
@@ -134,6 +134,7 @@ def setting(
         common.batches(training, torch.cat([rows[:count] for rows in chosen]), size=100) if count else []
         for count in (per_class, n_singles)
     )
+    n_validation = min(n_validation, 2 * len(order) // 5)
     parts = (order[:n_validation], order[n_validation : n_validation + n_final])
     components = coar.find_components(model)
     return Setting(model, components, attributed, few, *(common.batches(examples, rows) for rows in parts), seed)
@@ -223,7 +224,7 @@ def fine_tuned(of: Setting, label: int, goals: dict[str, Any]) -> nn.Module | No
 
 def methods_of(found: list[dict[str, Any]]) -> list[str]:
     """Those that were measured, in the order of the table."""
-    return [name for name, value in found[0].items() if isinstance(value, list)]
+    return [name for name in (OURS, AT_ONCE, WELCH, *common.BASELINES) if any(name in one for one in found)]
 
 
 def loss_of_others(row: dict[str, Any]) -> float:

@@ -439,3 +439,8 @@ def test_a_layer_of_its_own_is_a_model():
         with coar.ablate(layer, components, kept, how=how):
             assert torch.equal(layer(x)[:, 1], layer.bias[1].expand(2))
     assert str(components[1]) == str(components[1]).strip()  # the module's name is empty
+
+
+def test_a_short_description():
+    components = coar.find_components(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)))
+    assert repr(components) == f"Components({len(components)} in {len(components.groups)} groups, granularity 'unit')"

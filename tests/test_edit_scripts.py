@@ -64,6 +64,8 @@ def test_forget_class(args):
     assert edit_forget_class.loss_of_others(ours) < 5
     edit_forget_class.report(args, [found], 0.0)
     assert "Trouser" in check_files(args, "forget_class")
+    card = (args.cards / "edited_forget_class.md").read_text(encoding="utf-8")
+    assert "on attributions made anew after every 6 ablations; it and the number of components" in card
 
 
 def test_backdoor(args):
@@ -160,6 +162,22 @@ def test_language_model(args):
 
 def test_passages_are_longer_than_a_window():
     assert all(len(text.split()) > 45 for text in edit_language_model.PASSAGES.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", [edit_fix_error, edit_forget_class, edit_backdoor])
+def test_models_and_data_of_the_hub(script, tmp_path, monkeypatch):
+    """The commands for models of the Hub, with folders in the place of ids."""
+    demo = Path(coar.__file__).parent / "demo"
+    monkeypatch.chdir(tmp_path)
+    name = script.__name__
+    words = ["--model", str(demo / "model"), "--data", str(demo / "images.parquet"), "--split", "train[:1500]"]
+    words += ["--seeds", "1", "--results", "results", "--cards", "cards", "--runs", "runs"]
+    more = {"edit_forget_class": ["--classes", "1"], "edit_fix_error": ["--targets", "2"]}
+    words += [*more[name], "--no-leave-one-out"] if name in more else []
+    monkeypatch.setattr(sys, "argv", [name, *words])
+    script.main()
+    assert (tmp_path / "results" / f"{name.removeprefix('edit_')}.md").stat().st_size > 500
 
 
 def test_spread_and_table():

@@ -185,5 +185,7 @@ def test_attributions_and_functions_do_not_mix(convnet):
     found = attributing(model)
     with pytest.raises(CoarError, match="one or the other"):
         coar.edit(model, [attributing, found], **SIDES, rule="auto", validation=lambda _: 0.0)
+    with pytest.raises(CoarError, match="'a-folder' is neither attributions nor a function"):
+        coar.edit(model, ["a-folder"], **SIDES)
     with pytest.raises(CoarError, match="step=2: steps need a function"):
         coar.edit(model, found, **SIDES, step=2)

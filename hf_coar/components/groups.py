@@ -117,7 +117,7 @@ class Skipped:
     reason: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Components:
     """All components of a model, in the order of its modules; `kept` and `weights` index their last axis by it.
 
@@ -133,6 +133,10 @@ class Components:
     granularity: str = "unit"
     skipped: tuple[Skipped, ...] = field(default=(), compare=False)
     fingerprint: str | None = field(default=None, compare=False)
+
+    def __repr__(self) -> str:
+        """Such as `Components(832 in 14 groups, granularity 'unit')`."""
+        return f"Components({len(self)} in {len(self.groups)} groups, granularity {self.granularity!r})"
 
     def __len__(self) -> int:
         """How many components."""

@@ -162,6 +162,8 @@ def edit(
         ModelMismatchError: another model.
     """
     given = [attributions] if isinstance(attributions, Attributions) or callable(attributions) else list(attributions)
+    if odd := [one for one in given if not isinstance(one, Attributions) and not callable(one)]:
+        raise CoarError(f"{odd[0]!r} is neither attributions nor a function that attributes a model")
     in_steps = [not isinstance(one, Attributions) for one in given]
     if any(in_steps) and not all(in_steps):
         raise CoarError("attributions and functions that make them in one edit; give one or the other")
