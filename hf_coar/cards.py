@@ -279,7 +279,9 @@ def _rule(edit: Mapping[str, Any]) -> str:
         said += f", on attributions made anew after every {_count(step, 'ablation')}"
     if not isinstance(tried, Sequence) or isinstance(tried, str) or not tried:
         return said
-    return f"{said}; it and the number of components are the best on validation of {len(tried)} candidates"
+    rules = {str(one[0]).split(" on ")[0] for one in tried if isinstance(one, Sequence) and one}
+    chosen = "it and the number of components are" if len(rules) > 1 else "the number of components is"
+    return f"{said}; {chosen} the best on validation of {len(tried)} candidates"
 
 
 def _ablated(edit: Mapping[str, Any]) -> str:

@@ -29,5 +29,9 @@ class CorruptFileError(CoarError):
     """A file that is truncated, altered or not ours."""
 
 
+class UnsatisfiedError(CoarError):
+    """No candidate of an edit satisfies the constraints."""
+
+
 class NonFiniteOutputError(CoarError):
     """The model gave NaN or infinity, so nothing can be attributed."""

@@ -219,6 +219,7 @@ def _config(
         "n_components": len(components),
         "output": output.name,
         "unit": output.unit,
+        "boundary": output.boundary,
         "method": method.settings(),
         "ablated_fraction": ablated_fraction,
         "seed": seed,

@@ -226,7 +226,7 @@ def main() -> None:
         found.append(run(model, pool, test, seed, singles=not args.model))
         for row in summary([found[-1]]):
             logger.info("seed %d: %s", seed, row)
-    report(args, found, started)
+        report(args, found, started)
 
 
 def from_the_hub(args: argparse.Namespace, seed: int) -> tuple[nn.Module, common.Examples, common.Examples]:
@@ -266,9 +266,8 @@ def report(args: argparse.Namespace, found: list[dict[str, Any]], started: float
         f"*penalised*. Chosen in the first row: {rules}. Mean ± standard deviation over the models.\n\n"
         f"{common.table(head, summary(found))}\n\n![draws](backdoor.png)\n"
     )
-    edits = [one.pop("edited") for one in found]
-    common.write(args, "backdoor", text, {"seeds": found}, started)
-    changed, before, after = edits[0]
+    common.write(args, "backdoor", text, found, started)
+    changed, before, after = found[0]["edited"]
     figures = [
         ("accuracy with the trigger", f"{before[0]:.1f}%", f"{after['triggered']:.1f}%"),
         ("clean accuracy", f"{before[1]:.1f}%", f"{after['clean']:.1f}%"),

@@ -1,7 +1,8 @@
 """What the scripts of the edits share: examples in memory, the baselines, fine-tuning, tables, pictures and cards.
 
-Every script follows one protocol: attributions from one part of the data, the rule and the number of components chosen
-on a second, all figures from a third that nothing was chosen on.
+Where a script does not say otherwise, attributions are from one part of the data, the rule and the number of components
+are chosen on a second, and all figures are from a third that nothing was chosen on. Tables, pictures and cards are
+written after every seed.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 import hf_coar as coar
 from hf_coar import baselines, cards, edited, editing, files, models, outputs, plots
+from hf_coar.errors import UnsatisfiedError
 from hf_coar.plots import canvas
 
 logger = logging.getLogger("edits")
@@ -193,7 +195,7 @@ def edited_if_any(*given: Any, **options: Any) -> nn.Module | None:
     """`coar.edit`; None if nothing satisfies the constraints."""
     try:
         return coar.edit(*given, **options)
-    except coar.CoarError as error:
+    except UnsatisfiedError as error:
         logger.info("%s", error)
         return None
 
@@ -209,7 +211,8 @@ def chosen_of(
     """How many components of one ranking; None if nothing satisfies the constraints."""
     try:
         return editing.choose(model, components, {"": ranking}, validation, constraint, **options).best.n_components
-    except coar.CoarError:
+    except UnsatisfiedError as error:
+        logger.info("%s", error)
         return None
 
 
@@ -229,15 +232,16 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return "\n".join(lines + ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows])
 
 
-def write(args: argparse.Namespace, name: str, text: str, figures: dict[str, Any], started: float) -> None:
-    """`<name>.md` and `<name>.json` in the folder of the results."""
+def write(args: argparse.Namespace, name: str, text: str, found: Sequence[dict[str, Any]], started: float) -> None:
+    """`<name>.md`, and `<name>.json` with what was found for every seed, in the folder of the results."""
     args.results.mkdir(parents=True, exist_ok=True)
     seconds, used = round(time.monotonic() - started), round(time.process_time())
-    which = f"Seeds {', '.join(map(str, seeds(args)))}"
+    which = f"Seeds {', '.join(map(str, seeds(args)[: len(found)]))}"
+    seeds_ = [{key: value for key, value in one.items() if key != "edited"} for one in found]
     text = f"{text.rstrip()}\n\n{which}; {args.threads} threads, {seconds} s, {used} s of processor time.\n"
     (args.results / f"{name}.md").write_text(text, encoding="utf-8")
     (args.results / f"{name}.json").write_text(
-        json.dumps({**figures, "seconds": seconds, "processor_seconds": used}, indent=1) + "\n"
+        json.dumps({"seeds": seeds_, "seconds": seconds, "processor_seconds": used}, indent=1) + "\n"
     )
     logger.info("%s\n%s", args.results / f"{name}.md", text)
 
@@ -255,6 +259,26 @@ def card(args: argparse.Namespace, name: str, changed: nn.Module, figures: edite
     args.cards.mkdir(parents=True, exist_ok=True)
     text = cards.edited_model_card(entries, pictures=[f"../scripts/results/edits/{picture.name}"])
     (args.cards / f"{name}.md").write_text(text, encoding="utf-8")
+
+
+def methods_of(found: Sequence[dict[str, Any]]) -> list[str]:
+    """What some seed has a figure for, in order; not every method finds an edit for every seed."""
+    return list(dict.fromkeys(name for one in found for name in one["methods"]))
+
+
+def against_before(found: Sequence[dict[str, Any]], method: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """(its figures, those before the edit) for every seed that has them."""
+    return [(one["methods"][method], one["methods"]["before"]) for one in found if method in one["methods"]]
+
+
+def counts(pairs: Sequence[tuple[dict[str, Any], Any]]) -> str:
+    """How many components went, by seed."""
+    return ", ".join(str(after["k"]) for after, _ in pairs) if pairs[0][0]["k"] else "–"
+
+
+def said(method: str, n_found: int, n_seeds: int) -> str:
+    """The first cell of a row of a table."""
+    return method if n_found == n_seeds else f"{method} ({n_found} of {n_seeds} seeds)"
 
 
 def two_panels(

@@ -151,7 +151,7 @@ def main() -> None:
         model, _, examples = tasks.classifier(args, seed)
         found.append(run(model, examples, seed, args.targets, singles=not args.no_leave_one_out, **sizes))
         logger.info("seed %d: %s", seed, summary([found[-1]])[1])
-    report(args, found, started)
+        report(args, found, started)
 
 
 def methods_of(found: list[dict[str, Any]]) -> list[str]:
@@ -203,10 +203,9 @@ def report(args: argparse.Namespace, found: list[dict[str, Any]], started: float
         "ordered by its rule where they give weights. Mean ± standard deviation over the seeds. Targets: ≥ 95 % fixed, "
         f"median ≤ 0.2, mean ≤ 0.3.\n\n{common.table(head, summary(found))}\n\n![cost](fix_error.png)\n"
     )
-    edits = [one.pop("edited") for one in found]
-    common.write(args, "fix_error", text, {"seeds": found}, started)
-    if edits[0] is not None:
-        changed, before, after = edits[0]
+    common.write(args, "fix_error", text, found, started)
+    if found[0]["edited"] is not None:
+        changed, before, after = found[0]["edited"]
         figures = [
             ("accuracy on other test images", f"{before:.2f}%", f"{after:.2f}%"),
             ("the image", "wrong", "right"),

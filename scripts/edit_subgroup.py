@@ -14,7 +14,7 @@ in CelebA the sex):
         --group-column Male
 
 Rule and number of components are chosen on validation: the best worst group that loses at most 1.5 points of average
-accuracy. The average weighs the groups as in the training data.
+accuracy. The average weighs the groups as in the training data (of a model of the Hub, as in the split).
 """
 
 from __future__ import annotations
@@ -138,8 +138,8 @@ class Setting:
     validation: Grouped
     test: Grouped
     seed: int
-    shares: Tensor  # of the groups in the training data
-    minority: Sequence[int]
+    shares: Tensor  # of the groups in the average
+    minority: Sequence[int]  # groups that are to rise
     per_group: int
 
     @cached_property
@@ -195,9 +195,15 @@ class Setting:
 def setting(
     parts: tuple[nn.Module, Grouped, Grouped, Grouped], seed: int, per_group: int = 80, shares: Tensor | None = None
 ) -> Setting:
-    """Of what `biased` or `from_the_hub` gives; the minority groups are the two that are rare in training."""
+    """Of what `biased` or `from_the_hub` gives."""
     shares = torch.tensor([AGREE, 1 - AGREE, 1 - AGREE, AGREE]) / 2 if shares is None else shares
-    return Setting(*parts, seed, shares, shares.argsort(stable=True)[:2].tolist(), per_group)
+    return Setting(*parts, seed, shares, failing(parts[0], parts[1]), per_group)
+
+
+def failing(model: nn.Module, examples: Grouped) -> list[int]:
+    """Of either label the group that the model gets wrong more often: the minority groups."""
+    accuracies = group_accuracies(model, examples).view(2, 2)
+    return [2 * label + int(pair.argmin()) for label, pair in enumerate(accuracies)]
 
 
 def run(of: Setting, singles: bool = True, rounds: int = 8, step: int = STEP) -> dict[str, Any]:
@@ -252,12 +258,12 @@ def run(of: Setting, singles: bool = True, rounds: int = 8, step: int = STEP) ->
 def summary(found: list[dict[str, Any]]) -> list[list[str]]:
     """A row a method."""
     rows = []
-    for method in found[0]["methods"]:
-        pairs = [(one["methods"][method], one["methods"]["before"]) for one in found if method in one["methods"]]
+    for method in common.methods_of(found):
+        pairs = common.against_before(found, method)
         rises = [after["worst"] - before["worst"] for after, before in pairs]
         changes = [after["average"] - before["average"] for after, before in pairs]
         rows.append([
-            method, ", ".join(str(after["k"]) for after, _ in pairs) if pairs[0][0]["k"] else "–",
+            common.said(method, len(pairs), len(found)), common.counts(pairs),
             common.spread([after["worst"] for after, _ in pairs]), common.spread(rises) if any(rises) else "",
             common.spread([after["average"] for after, _ in pairs]), common.spread(changes, 2) if any(rises) else "",
         ])  # fmt: skip
@@ -277,16 +283,15 @@ def main() -> None:
         found.append(run(setting(parts, seed, shares=shares), singles=not args.model))
         for row in summary([found[-1]]):
             logger.info("seed %d: %s", seed, row)
-    report(args, found, started)
+        report(args, found, started)
 
 
 def report(args: argparse.Namespace, found: list[dict[str, Any]], started: float) -> None:
     """Write everything."""
-    methods = list(found[0]["methods"])
     points = {
         method: [(one["methods"][method]["worst"], one["methods"][method]["average"]) for one in found
                  if method in one["methods"]]
-        for method in methods
+        for method in common.methods_of(found)
     }  # fmt: skip
     figure = common.two_panels(
         points, ("accuracy of the worst group (%)", "average accuracy (%)"),
@@ -302,14 +307,13 @@ def report(args: argparse.Namespace, found: list[dict[str, Any]], started: float
         f"weights. Chosen by validation: {rules}. Mean ± standard deviation over the seeds.\n\n"
         f"{common.table(head, summary(found))}\n\n![groups](subgroup.png)\n"
     )
-    edits = [one.pop("edited") for one in found]
-    common.write(args, "subgroup", text, {"seeds": found}, started)
+    common.write(args, "subgroup", text, found, started)
     before, after = (found[0]["methods"][name] for name in ("before", OURS))
     figures = [
         ("accuracy of the worst group", f"{before['worst']:.1f}%", f"{after['worst']:.1f}%"),
         ("average accuracy", f"{before['average']:.1f}%", f"{after['average']:.1f}%"),
     ]
-    common.card(args, "edited_subgroup", edits[0], figures, picture)
+    common.card(args, "edited_subgroup", found[0]["edited"], figures, picture)
 
 
 if __name__ == "__main__":

@@ -339,11 +339,11 @@ def recovered(after: dict[str, float], before: dict[str, float]) -> float:
 def summary(found: list[dict[str, Any]]) -> list[list[str]]:
     """A row a method."""
     rows = []
-    for method in found[0]["methods"]:
-        pairs_ = [(one["methods"][method], one["methods"]["before"]) for one in found if method in one["methods"]]
+    for method in common.methods_of(found):
+        pairs_ = common.against_before(found, method)
         edited = method != "before"
         rows.append([
-            method, ", ".join(str(after["k"]) for after, _ in pairs_) if pairs_[0][0]["k"] else "–",
+            common.said(method, len(pairs_), len(found)), common.counts(pairs_),
             common.spread([after["attacked"] for after, _ in pairs_]),
             common.spread([recovered(*pair) for pair in pairs_]) if edited else "",
             common.spread([after["clean"] for after, _ in pairs_]),
@@ -363,7 +363,7 @@ def main() -> None:
         found.append(run(*parts, seed, singles=not args.model))
         for row in summary([found[-1]]):
             logger.info("seed %d: %s", seed, row)
-    report(args, found, started)
+        report(args, found, started)
 
 
 def report(args: argparse.Namespace, found: list[dict[str, Any]], started: float) -> None:
@@ -371,7 +371,7 @@ def report(args: argparse.Namespace, found: list[dict[str, Any]], started: float
     points = {
         method: [(one["methods"][method]["attacked"], one["methods"][method]["clean"]) for one in found
                  if method in one["methods"]]
-        for method in found[0]["methods"]
+        for method in common.methods_of(found)
     }  # fmt: skip
     figure = common.two_panels(
         points, ("zero-shot accuracy under attack (%)", "without attack (%)"),
@@ -387,15 +387,14 @@ def report(args: argparse.Namespace, found: list[dict[str, Any]], started: float
         f"where they give weights. Chosen by validation: {rules}. Mean ± standard deviation over the seeds.\n\n"
         f"{common.table(head, summary(found))}\n\n![attack](typographic.png)\n"
     )
-    edits = [one.pop("edited") for one in found]
-    common.write(args, "typographic", text, {"seeds": found}, started)
+    common.write(args, "typographic", text, found, started)
     before, after = (found[0]["methods"][name] for name in ("before", OURS))
     figures = [
         ("zero-shot accuracy under attack", f"{before['attacked']:.1f}%", f"{after['attacked']:.1f}%"),
         ("zero-shot accuracy without attack", f"{before['clean']:.1f}%", f"{after['clean']:.1f}%"),
     ]
-    common.card(args, "edited_typographic", edits[0], figures, picture)
-    edits[0].clip.save_pretrained(args.runs / "edited" / "clip")  # loads with CLIPModel.from_pretrained
+    common.card(args, "edited_typographic", found[0]["edited"], figures, picture)
+    found[0]["edited"].clip.save_pretrained(args.runs / "edited" / "clip")  # loads with CLIPModel.from_pretrained
 
 
 if __name__ == "__main__":

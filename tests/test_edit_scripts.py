@@ -65,7 +65,7 @@ def test_forget_class(args):
     edit_forget_class.report(args, [found], 0.0)
     assert "Trouser" in check_files(args, "forget_class")
     card = (args.cards / "edited_forget_class.md").read_text(encoding="utf-8")
-    assert "on attributions made anew after every 6 ablations; it and the number of components" in card
+    assert "on attributions made anew after every 6 ablations; it and the number of components are" in card
 
 
 def test_backdoor(args):
@@ -144,7 +144,7 @@ def two_domains():
 def test_language_model(args):
     model, tokens = two_domains()
     task = edit_language_model.Task(
-        "language_model", "Code", "hinge", step=8, most=60, numbers=(10, 40), within=0.1, n_attributed=20,
+        "language_model", "Code", "hinge", step=8, most=60, within=0.1, n_attributed=20,
         n_validation=20, n_final=50,
     )  # fmt: skip
     found = edit_language_model.run(model, tokens, task, 0)

@@ -11,7 +11,7 @@ from torch import nn
 import hf_coar as coar
 from hf_coar import editing, models
 from hf_coar.editing.stepwise import PATIENCE
-from hf_coar.errors import CoarError
+from hf_coar.errors import CoarError, ModelMismatchError
 
 SIDES = {"decrease": [0, 1, 2], "reference": range(8, 24)}
 
@@ -180,12 +180,91 @@ def test_steps_that_make_no_sense(convnet, options, message):
         coar.edit(model, attributing, **SIDES, **options)
 
 
+def test_functions_must_attribute_the_model_that_they_are_given(convnet):
+    model, data, attributing, calls = convnet
+    found, state = attributing(model), state_of(model)
+    with pytest.raises(CoarError, match="returned None; it must return those of its model"):
+        coar.edit(model, lambda it: None, **SIDES)
+    with pytest.raises(ModelMismatchError):
+        coar.edit(model, lambda it: found, **SIDES, step=2)
+    with pytest.raises(CoarError, match="differ in components or examples"):
+        fewer = [{name: part[:4] for name, part in batch.items()} for batch in data]
+        coar.edit(
+            model,
+            lambda it: attribute(it, data if same_state(it, state) else fewer, coar.PathGradient(rounds=0)),
+            **SIDES, step=2,
+        )  # fmt: skip
+    calls.clear()
+    with pytest.raises(CoarError, match="unknown rule 'wlech'"):
+        coar.edit(model, attributing, **SIDES, rule=["hinge", "wlech"], validation=lambda _: 0.0)
+    assert not calls
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_the_model_survives_what_goes_wrong_in_a_step(convnet, error):
+    model, _, attributing, calls = convnet
+    state = state_of(model)
+
+    def failing(_):
+        if calls:
+            raise error
+        return attributing(model)
+
+    with pytest.raises(error):
+        coar.edit(model, failing, **SIDES, step=2, n_components=6)
+    assert same_state(model, state)
+
+    def judging(it):
+        judged.append(it)
+        if len(judged) == 2:
+            raise error
+        return 0.0
+
+    judged = []
+    with pytest.raises(error):
+        coar.edit(model, attributing, **SIDES, step=2, n_components=6, validation=judging)
+    assert same_state(model, state)
+
+
+def test_a_coarse_constraint_does_not_end_a_walk():
+    model, components = line(40)
+    constraint = editing.AtLeast(lambda it: float(len(gone(it)) >= 30), 1)
+    choice, _ = editing.choose_in_steps(
+        model, components, {"forwards": forwards}, lambda it: -float(len(gone(it))), constraint, most=40, step=4
+    )
+    assert choice.best.n_components == 30
+
+
+def test_importance_goes_by_the_boundary_of_the_output(convnet):
+    model, data, _, _ = convnet
+
+    def sides_of(output):
+        found = attribute(model, data, coar.PathGradient(rounds=0), output=output)
+        seen = []
+        editing.rank_components(found, **SIDES, rule=lambda sides: seen.append(sides) or torch.arange(13))
+        return found, seen[0].boundary
+
+    def margin(logits, batch):
+        """A function of one's own that has the name of another."""
+        return logits[:, 0]
+
+    assert sides_of("margin")[1] == 0.0 and sides_of("log_prob")[1] is None and sides_of(margin)[1] is None
+    found, boundary = sides_of(coar.outputs.Output("mine", "points", margin, boundary=2.0))
+    assert boundary == 2.0
+    # Importance is even without a boundary.
+    weights = found.weights.double()
+    for place, even in ((None, True), (0.0, False)):
+        given = editing.Sides([(1, weights[:3])], weights[3:], torch.linspace(-3, 3, 21).double(), place)
+        importance = editing.rules._importance(given)
+        assert importance.mean().item() == pytest.approx(1) and bool((importance == 1).all()) == even
+
+
 def test_attributions_and_functions_do_not_mix(convnet):
     model, _, attributing, _ = convnet
     found = attributing(model)
     with pytest.raises(CoarError, match="one or the other"):
         coar.edit(model, [attributing, found], **SIDES, rule="auto", validation=lambda _: 0.0)
     with pytest.raises(CoarError, match="'a-folder' is neither attributions nor a function"):
-        coar.edit(model, ["a-folder"], **SIDES)
+        coar.edit(model, "a-folder", **SIDES)
     with pytest.raises(CoarError, match="step=2: steps need a function"):
         coar.edit(model, found, **SIDES, step=2)

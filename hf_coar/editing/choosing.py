@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hf_coar import masking
 from hf_coar.components import Components
-from hf_coar.errors import CoarError
+from hf_coar.errors import CoarError, UnsatisfiedError
 
 logger = logging.getLogger(__name__)
 
@@ -86,8 +86,8 @@ def choose(
         gates: fractions of the ablated components that stay; 0 = plain ablation.
 
     Raises:
-        CoarError: no candidate satisfies the constraints (the message gives the nearest), numbers out of range, or a
-            measure that is not a number.
+        UnsatisfiedError: no candidate satisfies the constraints; the message gives the nearest.
+        CoarError: numbers out of range, or a measure that is not a number.
     """
     coarse = list(numbers_to_try(len(components)) if numbers is None else numbers)
     _check(components, rankings, coarse, gates)
@@ -143,7 +143,7 @@ class Trials:
         allowed = [one for one in self.tried if one.goal is not None]
         if not allowed:
             nearest = max(self.tried, key=lambda one: one.slack)
-            raise CoarError(
+            raise UnsatisfiedError(
                 f"none of {len(self.tried)} candidates satisfies the constraints; the nearest, rule {nearest.rule} "
                 f"with {nearest.n_components} components, misses by {-nearest.slack:.4g}: loosen them, or give other "
                 "targets"

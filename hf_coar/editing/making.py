@@ -76,8 +76,11 @@ def _sides(
 
 
 def _boundary(attributions: Attributions) -> float | None:
-    name = attributions.config.get("output")
-    return outputs.get(name).boundary if name in outputs.names() else None
+    """Of the output; attributions of before it was recorded tell by their output's name."""
+    config = attributions.config
+    if "boundary" in config:
+        return config["boundary"]
+    return outputs.get(config["output"]).boundary if config.get("output") in outputs.names() else None
 
 
 def _sets(examples: Examples | None) -> list[list[int]]:
@@ -161,7 +164,10 @@ def edit(
             `validation`, constraints that nothing satisfies, or a mixture of attributions and functions.
         ModelMismatchError: another model.
     """
-    given = [attributions] if isinstance(attributions, Attributions) or callable(attributions) else list(attributions)
+    single = isinstance(attributions, Attributions | str) or callable(attributions)
+    given = [attributions] if single else list(attributions)
+    if not given:
+        raise CoarError("no attributions given")
     if odd := [one for one in given if not isinstance(one, Attributions) and not callable(one)]:
         raise CoarError(f"{odd[0]!r} is neither attributions nor a function that attributes a model")
     in_steps = [not isinstance(one, Attributions) for one in given]
@@ -169,19 +175,20 @@ def edit(
         raise CoarError("attributions and functions that make them in one edit; give one or the other")
     if (any(in_steps) and gate != 0) or (step is not None and not any(in_steps)):
         raise CoarError(f"gate={gate!r}, step={step!r}: steps need a function that attributes the model, and gate 0")
+    rules = _rules(rule)
+    if validation is None and len(rules) * len(given) > 1:
+        raise CoarError(
+            f"{len(rules) * len(given)} rules or attributions to choose from, and no validation; give validation=…, "
+            "such as editing.accuracy(data), or one rule"
+        )
     sources = [_Source(one, model) for one in given]
     _check_attributions([one.of_whole for one in sources], model)
     sides = (increase, decrease, reference)
     rankers = {
         _label(name, place, sources): _Ranker(name, by, source, sides)
-        for name, by in _rules(rule).items()
+        for name, by in rules.items()
         for place, source in enumerate(sources)
     }
-    if validation is None and len(rankers) > 1:
-        raise CoarError(
-            f"{len(rankers)} rules or attributions to choose from, and no validation; give validation=…, such as "
-            "editing.accuracy(data), or one rule"
-        )
     components = sources[0].of_whole.components
     if any(in_steps):
         made = _in_steps(model, components, rankers, n_components, step, validation, constraint)
@@ -200,11 +207,23 @@ class _Source:
 
     def __init__(self, given: Attributions | Attribute, model: nn.Module) -> None:
         self.given = given
-        self.of_whole = given if isinstance(given, Attributions) else given(model)
+        self.of_whole = given if isinstance(given, Attributions) else _made_by(given, model)
 
     def of(self, model: nn.Module, ablated: Tensor) -> Attributions:
         """Of the model, which is given without those ablated, int64 [any]."""
-        return self.given(model) if len(ablated) else self.of_whole
+        if not callable(self.given) or len(ablated) == 0:
+            return self.of_whole
+        found = _made_by(self.given, model)
+        _check_attributions([found], model)
+        _check_alike(found, self.of_whole)
+        return found
+
+
+def _made_by(attribute: Attribute, model: nn.Module) -> Attributions:
+    found = attribute(model)
+    if not isinstance(found, Attributions):
+        raise CoarError(f"the function given for attributions returned {found!r}; it must return those of its model")
+    return found
 
 
 @dataclass(frozen=True)
@@ -273,20 +292,23 @@ def _in_steps(
 
 
 def _check_attributions(candidates: Sequence[Attributions], model: nn.Module) -> None:
-    if not candidates:
-        raise CoarError("no attributions given")
+    """Raises unless all are of this model as it is now, and of the same components and examples."""
     fingerprint, record = models.fingerprint(model), models.record(model)
     for one in candidates:
         one.check_model(fingerprint, record)
-        if one.components.to_json() != candidates[0].components.to_json() or len(one) != len(candidates[0]):
-            raise CoarError(f"{one} and {candidates[0]} differ in components or examples; attribute the same ones")
+        _check_alike(one, candidates[0])
+
+
+def _check_alike(one: Attributions, other: Attributions) -> None:
+    if one.components.to_json() != other.components.to_json() or len(one) != len(other):
+        raise CoarError(f"{one} and {other} differ in components or examples; attribute the same ones")
 
 
 def _rules(rule: str | Rule | Sequence[str | Rule]) -> dict[str, str | Rule]:
     """Those to try, by name."""
     given = AUTO if isinstance(rule, str) and rule == "auto" else rule
     given = given if isinstance(given, list | tuple) else [given]
-    return {one if isinstance(one, str) else getattr(one, "__qualname__", "of your own"): one for one in given}
+    return {one if isinstance(one, str) else getattr(one, "__qualname__", "of your own"): _rule(one) for one in given}
 
 
 def _label(name: str, place: int, sources: Sequence[_Source]) -> str:

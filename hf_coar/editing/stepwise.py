@@ -2,10 +2,11 @@
 
 Attributions say what a few ablations do. After some, targets that have given way ask for nothing more, references that
 have come near the boundary want sparing, and components that stand in for those that are gone begin to count. None of
-it shows in attributions of the whole model, and one cheap pass a step (`PathGradient(rounds=0)`) tells all.
+it shows in attributions of the whole model, and one pass a step (`PathGradient(rounds=0)`) is enough.
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
@@ -59,8 +60,9 @@ def choose_in_steps(
 ) -> tuple[Choice, dict[str, Tensor]]:
     """Like `choose`, with rankings that are made anew after every few ablations.
 
-    A walk ends after three steps that bring nothing better on validation (nor, as long as the constraints do not hold,
-    nearer to them). Numbers between the steps next to the best one are tried at the end.
+    A walk ends after three steps that bring nothing better on validation. As long as the constraints do not hold, it
+    ends after three that lead away from them; where their measure does not move, as a coarse one may not, it goes on.
+    Numbers between the steps next to the best one are tried at the end.
 
     Args:
         model: unchanged afterwards.
@@ -75,7 +77,8 @@ def choose_in_steps(
         The choice, and by name the components ablated, in order, int64 [any].
 
     Raises:
-        CoarError: numbers out of range, no candidate that satisfies the constraints, or a measure that is not a number.
+        UnsatisfiedError: no candidate satisfies the constraints.
+        CoarError: numbers out of range, or a measure that is not a number.
     """
     most, step = checked_steps(len(components), most, step)
     trials = Trials(model, components, validation, constraint)
@@ -115,6 +118,10 @@ def _said(candidate: Candidate) -> str:
 
 def _stale(walk: Sequence[Candidate]) -> bool:
     """Whether the last few steps were no better than the best one before."""
-    allowed = [one.goal is not None for one in walk]
-    worth = [(fine, one.goal if fine else one.slack) for fine, one in zip(allowed, walk, strict=True)]
-    return len(worth) > PATIENCE and max(worth[-PATIENCE:]) <= max(worth[:-PATIENCE])
+    if len(walk) <= PATIENCE:
+        return False
+    before, last = walk[:-PATIENCE], walk[-PATIENCE:]
+    if all(one.goal is None for one in walk):
+        return max(one.slack for one in last) < max(one.slack for one in before)
+    goals = [[-math.inf if one.goal is None else one.goal for one in part] for part in (before, last)]
+    return max(goals[1]) <= max(goals[0])
