@@ -31,7 +31,8 @@ from hf_coar import editing
 
 OURS, AT_ONCE = "one by one, rule and k on the pairs", "penalised at once, k on the pairs"
 WELCH = "Welch, k on the pairs (paper)"
-RULES = ("penalised", "welch", "covariance")
+RULES = ("lightly_penalised", "covariance")
+DRIFT = 0.5  # how much the drift of clean margins counts
 VARIATIONS = ((0, 0, False), (0, 0, True), (1, 0, False), (-1, 0, True), (0, 1, False), (0, -1, True))
 N_PAIRS, N_DRAWS, LARGEST_SHARE = 10, 3, 0.02
 POISONED, WRONG_LABEL = 0.05, 0
@@ -176,7 +177,7 @@ def goal(model: nn.Module, triggered: common.Examples, clean: common.Examples) -
     def restored(changed: nn.Module) -> float:
         now = common.output_of(changed, [clean])
         missing = (now.clamp_max(3) - common.output_of(changed, [triggered])).clamp_min(0)
-        return -float(missing.mean() + 0.3 * (now - wanted).abs().mean())
+        return -float(missing.mean() + DRIFT * (now - wanted).abs().mean())
 
     return restored
 

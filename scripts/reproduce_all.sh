@@ -28,12 +28,13 @@ for seed in 1 2; do
         $python scripts/train_demo_model.py --fashion-mnist "$images" --epochs 10 --seed "$seed" --out "runs/demo-$seed"
     fi
 done
+# Rules and constants were set on earlier seeds than these.
 models=(--models runs/demo-1 runs/demo-2)
 $python scripts/edit_fix_error.py --fashion-mnist "$images" "${models[@]}" --first-seed 3
-$python scripts/edit_forget_class.py --fashion-mnist "$images" "${models[@]}"
-$python scripts/edit_subgroup.py --fashion-mnist "$images"
-$python scripts/edit_backdoor.py --fashion-mnist "$images"
-$python scripts/edit_typographic.py --fashion-mnist "$images"
+$python scripts/edit_forget_class.py --fashion-mnist "$images" "${models[@]}" --first-seed 3
+$python scripts/edit_subgroup.py --fashion-mnist "$images" --first-seed 3
+$python scripts/edit_backdoor.py --fashion-mnist "$images" --first-seed 6
+$python scripts/edit_typographic.py --fashion-mnist "$images" --first-seed 3
 for task in passage code; do
     $python scripts/edit_language_model.py "$task" --moby-dick "$novel" --model runs/models/smollm2
 done

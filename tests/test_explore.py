@@ -1,8 +1,10 @@
 """The explorer without a browser: links, views, live ablations, edits, own input, export; never the whole matrix."""
 
 import dataclasses
+import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -573,6 +575,20 @@ def test_a_taken_port_is_one_clear_error(folder):
         taken.listen()
         with pytest.raises(CoarError, match="give another port"):
             explore.launch(folder, block=False, port=taken.getsockname()[1])
+
+
+def test_ctrl_c_leaves_nothing_but_json_on_standard_output(folder):
+    pytest.importorskip("gradio", reason='needs pip install "hf_coar[explore]"')
+    port = free_port()
+    words = [sys.executable, "-m", "hf_coar", "explore", str(folder), "--port", str(port), "--json"]
+    served = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        fetched(f"http://127.0.0.1:{port}/", alive=lambda: served.poll() is None)
+        served.send_signal(signal.SIGINT)
+        out, _ = served.communicate(timeout=60)
+    finally:
+        served.kill()
+    assert served.returncode == 0 and json.loads(out) == {"address": f"http://127.0.0.1:{port}/"}
 
 
 # ------------------------------------------------------------------------------------------------------------- export

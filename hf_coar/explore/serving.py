@@ -1,6 +1,8 @@
 """Serving the explorer: `launch` opens attributions and shows the page until Ctrl-C."""
 
+import contextlib
 import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,5 +73,6 @@ def launch(
     address.close = page.blocks.close
     logger.info("explorer: %s (Ctrl-C ends it)", address)
     if block:
-        page.blocks.block_thread()
+        with contextlib.redirect_stdout(sys.stderr):  # what Gradio says on Ctrl-C is not the caller's output
+            page.blocks.block_thread()
     return address
