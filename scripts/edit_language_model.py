@@ -16,7 +16,7 @@ model, where the Hub can be reached:
 
 Windows of 64 tokens are attributed by mean log-probability of the next token, anew after every few neurons that go. The
 number of neurons is chosen on other windows: the largest loss on the target at which each other kind of text loses at
-most .05 (for a passage) or .08 nats a token (for code).
+most .08 nats a token.
 """
 
 from __future__ import annotations
@@ -97,8 +97,8 @@ class Task:
 
 TASKS = {
     "passage": Task(
-        "memorised_passage", "A language model that forgets a passage", "penalised", 10, 60, 0.05,
-        n_attributed=8,
+        "memorised_passage", "A language model that forgets a passage", "penalised", 5, 30, 0.08,
+        n_attributed=12, n_final=16,
     ),
     "code": Task(
         "language_model", "A language model made worse at code", "hinge_careful", 100, 500, 0.08,
