@@ -2,7 +2,7 @@
 
     python scripts/edit_backdoor.py
 
-Five minutes on two cores. A 3 × 3 patch in 5 % of the training images goes with the label T-shirt/top; the convnet
+Eight minutes with one thread. A 3 × 3 patch in 5 % of the training images goes with the label T-shirt/top; the convnet
 learns it. Three draws of ten images a model, which the training did not see, with and without the patch; at most 2 % of
 the components. The model is attributed anew after each that goes. Rule and number are chosen on the pairs themselves
 (and on shifted and mirrored copies of them), as there is nothing else: where triggered images come near the margins of

@@ -4,8 +4,8 @@
     python scripts/train_demo_model.py --epochs 10 --seed 2 --out runs/demo-2
     python scripts/edit_fix_error.py --models runs/demo-1 runs/demo-2
 
-About eight minutes on two cores. The convnets are the embedded demo model (seed 0) and the two trained above; without
-them the embedded one serves all seeds. The paper's own set-up, where the Hub can be reached:
+A quarter of an hour with one thread. The convnets are the embedded demo model (seed 0) and the two trained above;
+without them the embedded one serves all seeds. The paper's own set-up, where the Hub can be reached:
 
     python scripts/edit_fix_error.py --model timm/resnet50.tv_in1k --data ILSVRC/imagenet-1k \\
         --split "validation[:4000]" --no-leave-one-out

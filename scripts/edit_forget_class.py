@@ -9,9 +9,9 @@ About nine minutes on two cores. The paper's own set-up, where the Hub can be re
     python scripts/edit_forget_class.py --model timm/resnet50.tv_in1k --data ILSVRC/imagenet-1k \\
         --split "validation[:8000]" --no-leave-one-out
 
-Training images are attributed by margin and by log-probability, anew after every four filters that go. Rule, output
-and number of components are chosen on validation images: the most accurate model on the other classes that gets at most
-6 % of the class right.
+Training images are attributed by margin and by log-probability, anew after every four filters that go. Rule, output and
+number of components are chosen on validation images: the most accurate model on the other classes that gets at most 6 %
+of the class right.
 """
 
 from __future__ import annotations

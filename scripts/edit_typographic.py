@@ -2,10 +2,10 @@
 
     python scripts/edit_typographic.py
 
-Seven minutes on two cores. A small `CLIPModel` is trained here on garments and captions; four in ten training pictures
-carry the written name of their class, so that it learns to read. The attack writes the name of another class. Held-out
-training images are attributed with the attack and without: the attacked ones are to rise, the clean ones to stay. The
-paper's own set-up, where the Hub can be reached:
+Seven minutes with one thread. A small `CLIPModel` is trained here on garments and captions; four in ten training
+pictures carry the written name of their class, so that it learns to read. The attack writes the name of another class.
+Held-out training images are attributed with the attack and without: the attacked ones are to rise, the clean ones to
+stay. The paper's own set-up, where the Hub can be reached:
 
     python scripts/edit_typographic.py --model openai/clip-vit-base-patch32 --data frgfm/imagenette \\
         --split "train[:1500]"

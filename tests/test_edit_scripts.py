@@ -164,6 +164,27 @@ def test_passages_are_longer_than_a_window():
     assert all(len(text.split()) > 45 for text in edit_language_model.PASSAGES.values())
 
 
+def test_the_failing_group_of_either_label_is_to_rise():
+    right = torch.tensor([1.0, 1, 1, 0, 0, 0, 1, 1])  # groups 0 0 | 1 1 | 2 2 | 3 3
+    data = {"x": torch.where(right > 0, 2.0, -2.0)[:, None], "labels": torch.ones(8, dtype=torch.long)}
+    model = torch.nn.Linear(1, 2, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[0.0], [1.0]]))
+    data = {"input": data["x"], "labels": data["labels"]}
+    assert edit_subgroup.failing(model, (data, torch.arange(4).repeat_interleave(2))) == [1, 2]
+
+
+def test_tables_say_where_a_method_found_nothing():
+    row = {"worst": 50.0, "average": 90.0, "k": 3}
+    seeds = [{"methods": {"before": row, "ours": row}}, {"methods": {"before": row, "ours": row, "tuned": row}}]
+    names = [cells[0] for cells in edit_subgroup.summary(seeds)]
+    assert names == ["before", "ours", "tuned (1 of 2 seeds)"]
+    edit = {"class": 1, "before": 99.0, "after": 5.0, "others_before": 92.0, "others_after": 91.9, "k": 2, "rule": ""}
+    found = [{edit_forget_class.AT_ONCE: [edit], common.RANDOM: [{**edit, "after": 80.0}] * 2}]
+    cells = {row[0]: row[1] for row in edit_forget_class.summary(found)}
+    assert cells == {edit_forget_class.AT_ONCE: "1 of 2", common.RANDOM: "0 of 2"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("script", [edit_fix_error, edit_forget_class, edit_backdoor])
 def test_models_and_data_of_the_hub(script, tmp_path, monkeypatch):
