@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import hf_coar as coar
-from hf_coar import cli, demo, explore, models
+from hf_coar import cli, demo, edited, explore, models
 from hf_coar.cli import verbs
 
 MODEL, IMAGES = str(demo.MODEL), str(demo.IMAGES)
@@ -90,6 +90,16 @@ def test_edit_saves_an_ordinary_model(run, tmp_path):
     assert sorted(changed) == sorted(names)
     card = (tmp_path / "m" / "README.md").read_text()
     assert all(name in card for name in names)
+
+
+def test_edit_in_steps(run, tmp_path):
+    words = ["edit", run, "--decrease", "label=8", "--rule", "covariance", "--n-components", 5]
+    code, out, _ = hf_coar(*words, "--step", 2, "--out", tmp_path / "m", "--json")
+    assert code == 0 and len(json.loads(out)["components"]) == 5
+    record = json.loads((tmp_path / "m" / edited.RECORD).read_text())
+    assert record["step"] == 2 and record["rule"] == "covariance"
+    code, _, err = hf_coar(*words, "--step", 2, "--split", "train[1:25]", "--out", tmp_path / "n")
+    assert code == 2 and "not those that were attributed" in err
 
 
 def test_indices_ranges_and_labels_name_examples(run):

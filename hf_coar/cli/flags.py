@@ -126,7 +126,12 @@ def _edit(each: Any) -> None:
     verb.add_argument(
         "--rule", choices=tuple(sorted(editing.RULES)), default="welch", help="which come first (default %(default)s)"
     )
+    verb.add_argument(
+        "--step", type=int, metavar="K", help="attribute the model anew, by one pass, after every K components that go"
+    )
     verb.add_argument("--out", required=True, help="folder for the edited model")
+    verb.add_argument("--data", help="with --step: Hub id, folder or file of the data set; by default as attributed")
+    _data_flags(verb)
 
 
 def _explore(each: Any) -> None:

@@ -107,10 +107,15 @@ def evaluate(args: argparse.Namespace) -> str:
 def edit(args: argparse.Namespace) -> str:
     """Save an edited model, and say how to load it."""
     attributions = Attributions.from_pretrained(args.attributions)
-    args = _with_sources(args, attributions)
-    model = models.load_model(args.model, args.revision, args.trust_remote_code)
+    source: Any = attributions
+    if args.step is None:
+        args = _with_sources(args, attributions, ("model",))
+        model = models.load_model(args.model, args.revision, args.trust_remote_code)
+    else:
+        model, data = _loaded(_with_sources(args, attributions))
+        source = _attributing_anew(attributions, data)
     sides = {side: examples(getattr(args, side), side, attributions) for side in ("increase", "decrease", "reference")}
-    edited = editing.edit(model, attributions, n_components=args.n_components, rule=args.rule, **sides)
+    edited = editing.edit(model, source, n_components=args.n_components, rule=args.rule, step=args.step, **sides)
     edited_model.save(edited, args.out)
     snippet = models.load_snippet(edited, str(args.out))
     ablated = models.record(edited)["edit"]["components"]
@@ -119,6 +124,21 @@ def edit(args: argparse.Namespace) -> str:
     return "\n".join(
         ["ablated:", *[f"  {name}" for name in ablated], f"saved in {args.out}; load it with", f"  {snippet}"]
     )
+
+
+def _attributing_anew(attributions: Attributions, data: Any) -> Any:
+    """A function that attributes a model by one pass, on the examples and with the output of these attributions."""
+    config = attributions.config
+
+    def attribute(model: Any) -> Attributions:
+        found = pipeline.attribute(
+            model, data, attributions.components, config["output"], PathGradient(rounds=0), config["ablated_fraction"],
+            config["seed"], progress=False,
+        )  # fmt: skip
+        attributions.identity.check(found.identity)
+        return found
+
+    return attribute
 
 
 def explore(args: argparse.Namespace) -> str:
@@ -201,13 +221,15 @@ def _method(args: argparse.Namespace) -> Any:
     return BASELINES[args.method]() if args.method in BASELINES else PathGradient(**on_paths)
 
 
-def _with_sources(args: argparse.Namespace, attributions: Attributions) -> argparse.Namespace:
+def _with_sources(
+    args: argparse.Namespace, attributions: Attributions, needed: Sequence[str] = ("model", "data")
+) -> argparse.Namespace:
     """Model and data as the attributions name them, unless they are given."""
     model, data = attributions.config["model"], attributions.config["data"]
     known = {"model": model.get("id"), "revision": model.get("revision"), "data": data.get("id")}
     known |= {"split": data.get("split"), "data_revision": data.get("revision")}
     filled = {name: getattr(args, name, None) or value for name, value in known.items()}
-    for name in ("model", "data") if hasattr(args, "data") else ("model",):
+    for name in needed:
         if filled[name] is None:
             raise CoarError(f"the attributions do not say where their {name} came from; give --{name}")
     return argparse.Namespace(**{**vars(args), **filled})

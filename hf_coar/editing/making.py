@@ -302,6 +302,7 @@ def _check_attributions(candidates: Sequence[Attributions], model: nn.Module) ->
 def _check_alike(one: Attributions, other: Attributions) -> None:
     if one.components.to_json() != other.components.to_json() or len(one) != len(other):
         raise CoarError(f"{one} and {other} differ in components or examples; attribute the same ones")
+    other.identity.check(one.identity)
 
 
 def _rules(rule: str | Rule | Sequence[str | Rule]) -> dict[str, str | Rule]:
