@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs the edits of the paper and of a language model, and rewrites their tables, pictures and cards. About an hour on
-# two cores; what was trained before is not trained again. From the root of the repository:
+# Runs the edits of the paper and of a language model, and rewrites their tables, pictures and cards. Two hours of
+# processor time; what was trained before is not trained again. From the root of the repository:
 #
 #   bash scripts/reproduce_all.sh [FOLDER OF FASHION-MNIST] [FOLDER OF MOBY-DICK]
 #

@@ -133,8 +133,8 @@ def edit(
     makes the original of it again.
 
     Given a function in the place of attributions, the edit goes in steps: after every `step` components the model
-    without them is attributed anew, and the others are ranked by that. It is dearer and does much better where many
-    components go (figures of both: `scripts/results/edits/`)::
+    without them is attributed anew, and the others are ranked by that. One pass a step is enough, and where many
+    components go it often does better (figures of both: `scripts/results/edits/`)::
 
         def attribute(model):
             return coar.attribute(model, data, components, method=coar.PathGradient(rounds=0))
