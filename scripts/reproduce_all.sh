@@ -36,5 +36,6 @@ $python scripts/edit_subgroup.py --fashion-mnist "$images" --first-seed 3
 $python scripts/edit_backdoor.py --fashion-mnist "$images" --first-seed 6
 $python scripts/edit_typographic.py --fashion-mnist "$images" --first-seed 3
 for task in passage code; do
-    $python scripts/edit_language_model.py "$task" --moby-dick "$novel" --model runs/models/smollm2
+    $python scripts/edit_language_model.py "$task" --moby-dick "$novel" --model runs/models/smollm2 \
+        --first-seed 3
 done
