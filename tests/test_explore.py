@@ -583,7 +583,8 @@ def test_ctrl_c_leaves_nothing_but_json_on_standard_output(folder):
     words = [sys.executable, "-m", "hf_coar", "explore", str(folder), "--port", str(port), "--json"]
     served = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        fetched(f"http://127.0.0.1:{port}/", alive=lambda: served.poll() is None)
+        said = next(line for line in served.stderr if "Ctrl-C" in line)  # by then it is served
+        assert f"http://127.0.0.1:{port}/" in said
         served.send_signal(signal.SIGINT)
         out, _ = served.communicate(timeout=60)
     finally:

@@ -71,8 +71,9 @@ def launch(
         raise CoarError(f"cannot serve at {host}:{port or '7860 …'}: {error}; give another port") from error
     address = Address(public or local)
     address.close = page.blocks.close
-    logger.info("explorer: %s (Ctrl-C ends it)", address)
-    if block:
-        with contextlib.redirect_stdout(sys.stderr):  # what Gradio says on Ctrl-C is not the caller's output
+    # What Gradio says on Ctrl-C is not the caller's output.
+    with contextlib.suppress(KeyboardInterrupt), contextlib.redirect_stdout(sys.stderr):
+        logger.info("explorer: %s (Ctrl-C ends it)", address)
+        if block:
             page.blocks.block_thread()
     return address
