@@ -129,6 +129,7 @@ _CONFIG_CHECKS: dict[str, Callable[[Any], bool]] = {
     "versions": lambda value: isinstance(value, dict),
     "output": _is_text,
     "unit": _is_text,
+    "boundary": lambda value: value is None or _is_number(value),
     "granularity": _is_text,
     "n_components": lambda value: type(value) is int and 0 < value < 2**40,
     "ablated_fraction": _is_number,
