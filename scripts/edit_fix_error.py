@@ -146,9 +146,10 @@ def main() -> None:
     parser.add_argument("--no-leave-one-out", action="store_true", help="it costs a pass a component and example")
     args = parser.parse_args()
     started, found = common.start(args), []
-    sizes = {"n_validation": 800, "n_final": 1000} if args.model else {}
     for seed in common.seeds(args):
         model, _, examples = tasks.classifier(args, seed)
+        tenth = len(examples["labels"]) // 10
+        sizes = {"n_validation": 3 * tenth, "n_final": 4 * tenth} if args.model else {}
         found.append(run(model, examples, seed, args.targets, singles=not args.no_leave_one_out, **sizes))
         logger.info("seed %d: %s", seed, summary([found[-1]])[1])
         report(args, found, started)
