@@ -6,18 +6,21 @@ any set of them would do, and edits the model by it.
 
 __version__ = "0.1.0"
 
-from hf_coar import baselines, components, outputs, stability
+from hf_coar import components
+from hf_coar.api import attribute, evaluate, load
 from hf_coar.attributions import Attributions
 from hf_coar.components import Components, find_components
-from hf_coar.edited import undo
 from hf_coar.editing import edit
+from hf_coar.editing.edited import undo
 from hf_coar.errors import CoarError
-from hf_coar.evaluation import Report
+from hf_coar.estimators import baselines
+from hf_coar.estimators.path_gradient import PathGradient
+from hf_coar.estimators.regression import Regression
+from hf_coar.estimators.solvers import ARD, Lasso, Ridge
+from hf_coar.judging import stability
+from hf_coar.judging.evaluation import Report
 from hf_coar.masking import ablate
-from hf_coar.path_gradient import PathGradient
-from hf_coar.pipeline import attribute, evaluate, load
-from hf_coar.regression import Regression
-from hf_coar.solvers import ARD, Lasso, Ridge
+from hf_coar.models import outputs
 
 __all__ = [
     "ARD",

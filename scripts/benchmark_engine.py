@@ -32,11 +32,14 @@ from typing import Any
 import torch
 
 import hf_coar as coar
-from hf_coar import files, masking, models, outputs, sampling
-from hf_coar.engine import running
-from hf_coar.fit import Problem
-from hf_coar.measurement import measure
-from hf_coar.store import Store
+from hf_coar import masking, models
+from hf_coar.models import outputs
+from hf_coar.runs import sampling
+from hf_coar.runs.engine import running
+from hf_coar.runs.measuring import measure
+from hf_coar.runs.problem import Problem
+from hf_coar.runs.store import Store
+from hf_coar.storage import files
 
 DEMO = Path(coar.__file__).parent / "demo"
 RESULTS = Path(__file__).parent / "results" / "engine.md"
@@ -181,7 +184,7 @@ _WORKER = """
 import sys, time
 import torch
 import hf_coar as coar
-from hf_coar.engine import running
+from hf_coar.runs.engine import running
 torch.set_num_threads(1)
 model, data = coar.load(sys.argv[1] + "/model", sys.argv[1] + "/images.parquet", batch_size=32, split="train[:512]")
 coar.attribute(model, list(data)[:1], method=coar.PathGradient(rounds=2), progress=False)  # warm

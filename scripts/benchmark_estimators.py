@@ -28,11 +28,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import hf_coar as coar
-from hf_coar import data, demo, evaluation, live, models, outliers, outputs, plots, sampling
-from hf_coar.baselines import BASELINES
-from hf_coar.gate_passes import FORWARD_AND_BACKWARD, GatePasses
-from hf_coar.measurement import measure
-from hf_coar.store import Store
+from hf_coar import data, demo, models, plots
+from hf_coar.estimators import live, outliers
+from hf_coar.estimators.baselines import BASELINES
+from hf_coar.estimators.gate_passes import FORWARD_AND_BACKWARD, GatePasses
+from hf_coar.judging import evaluation
+from hf_coar.models import outputs
+from hf_coar.runs import sampling
+from hf_coar.runs.measuring import measure
+from hf_coar.runs.store import Store
 
 logger = logging.getLogger("benchmark_estimators")
 

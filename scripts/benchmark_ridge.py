@@ -15,8 +15,8 @@ import torch
 from sklearn.linear_model import Ridge as Reference
 from threadpoolctl import threadpool_limits
 
-from hf_coar.sampling import MASKS, Masks
-from hf_coar.solvers import Ridge
+from hf_coar.estimators.solvers import Ridge
+from hf_coar.runs.sampling import MASKS, Masks
 
 
 def main() -> None:

@@ -22,9 +22,13 @@ import torch
 from torch import Tensor, nn
 
 import hf_coar as coar
-from hf_coar import baselines, cards, edited, editing, files, models, outputs, plots
+from hf_coar import editing, models, plots
+from hf_coar.editing import edited
 from hf_coar.errors import UnsatisfiedError
+from hf_coar.estimators import baselines
+from hf_coar.models import outputs
 from hf_coar.plots import canvas
+from hf_coar.storage import cards, files
 
 logger = logging.getLogger("edits")
 

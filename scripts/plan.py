@@ -20,9 +20,10 @@ from typing import Any
 import torch
 
 import hf_coar as coar
-from hf_coar import files, models
-from hf_coar.budget import Budget, budget, size_text
-from hf_coar.engine import duration
+from hf_coar import models
+from hf_coar.runs.engine import duration
+from hf_coar.runs.plan import Budget, budget, size_text
+from hf_coar.storage import files
 
 DEMO = Path(coar.__file__).parent / "demo"
 RESULTS = Path(__file__).parent / "results" / "plan.md"

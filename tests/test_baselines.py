@@ -6,9 +6,10 @@ from conftest import build_net, same_state, state_of
 from torch import Tensor, nn
 
 import hf_coar as coar
-from hf_coar import baselines, masking, models
-from hf_coar.baselines import BASELINES
+from hf_coar import masking, models
 from hf_coar.errors import CoarError
+from hf_coar.estimators import baselines
+from hf_coar.estimators.baselines import BASELINES
 
 LEAST = {"neuron_conductance": {"n_steps": 4}, "internal_influence": {"n_steps": 4}}
 

@@ -9,9 +9,9 @@ from conftest import build_net
 from torch import nn
 
 import hf_coar as coar
-from hf_coar import allowance
-from hf_coar.baselines import BASELINES, LeaveOneOut, NeuronConductance
 from hf_coar.errors import CoarError, RunMismatchError
+from hf_coar.estimators import budget as allowance
+from hf_coar.estimators.baselines import BASELINES, LeaveOneOut, NeuronConductance
 
 METHODS = {
     "path_gradient": coar.PathGradient(),

@@ -9,7 +9,9 @@ import pytest
 from test_format import CONFIG, tiny
 
 import hf_coar as coar
-from hf_coar import cards, edited, files, folders
+from hf_coar.attributions import folders
+from hf_coar.editing import edited
+from hf_coar.storage import cards, files
 
 EVALUATION = {
     "n_masks": 100,

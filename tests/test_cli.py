@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import hf_coar as coar
-from hf_coar import cli, demo, edited, explore, models
+from hf_coar import cli, demo, explore, models
 from hf_coar.cli import verbs
+from hf_coar.editing import edited
 
 MODEL, IMAGES = str(demo.MODEL), str(demo.IMAGES)
 

@@ -19,8 +19,9 @@ import torch
 from conftest import build_net
 
 import hf_coar as coar
-from hf_coar import engine, files, workers
 from hf_coar.errors import CoarError, DataError, RunMismatchError
+from hf_coar.runs import engine, workers
+from hf_coar.storage import files
 
 N_BATCHES = 8
 METHODS = {"path": coar.PathGradient(rounds=2), "regression": coar.Regression(n_masks=70)}

@@ -7,7 +7,7 @@ from torch import nn
 
 import hf_coar as coar
 from hf_coar import masking
-from hf_coar.delta_reads import DeltaReads, elementwise_modules, followed
+from hf_coar.estimators.delta_reads import DeltaReads, elementwise_modules, followed
 
 N_EXAMPLES = 3
 

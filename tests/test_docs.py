@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from hf_coar import cli, outputs
+from hf_coar import cli
 from hf_coar.cli import config
 from hf_coar.components import rules
+from hf_coar.models import outputs
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -10,11 +10,13 @@ import torch
 from conftest import DEMO, build_net
 
 import hf_coar as coar
-from hf_coar import budget as budget_module
-from hf_coar import cli, engine, measurement, models, sampling
+from hf_coar import cli, models
 from hf_coar import data as data_module
 from hf_coar.errors import CoarError
-from hf_coar.store import Store
+from hf_coar.runs import engine, sampling
+from hf_coar.runs import measuring as measurement
+from hf_coar.runs import plan as budget_module
+from hf_coar.runs.store import Store
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 METHODS = {"path": coar.PathGradient(rounds=2), "regression": coar.Regression(n_masks=70)}

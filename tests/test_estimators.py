@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import hf_coar as coar
-from hf_coar import evaluation, masking, models, sampling
+from hf_coar import masking, models
 from hf_coar.errors import (
     CoarError,
     DataError,
@@ -22,6 +22,8 @@ from hf_coar.errors import (
     NonFiniteOutputError,
     RunMismatchError,
 )
+from hf_coar.judging import evaluation
+from hf_coar.runs import sampling
 
 METHODS = {
     "path_gradient": coar.PathGradient(rounds=4),

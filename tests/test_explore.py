@@ -20,7 +20,8 @@ from conftest import same_state, state_of
 from torch import nn
 
 import hf_coar as coar
-from hf_coar import demo, editing, explore, models, rows
+from hf_coar import demo, editing, explore, models
+from hf_coar.attributions import rows
 from hf_coar.data import Identity, identity
 from hf_coar.errors import CoarError, DataError, ModelMismatchError
 from hf_coar.explore import columns, drawing, layout, links, measuring, own, panels, views

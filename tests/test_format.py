@@ -12,9 +12,10 @@ import pytest
 import torch
 
 import hf_coar as coar
-from hf_coar import edited, models
+from hf_coar import models
 from hf_coar.components import Components, Group
 from hf_coar.data import Identity
+from hf_coar.editing import edited
 
 CONFIG = {
     "model": {"id": "user/model", "revision": "0" * 40, "library": "torch", "class": "Tiny", "fingerprint": "f" * 32},
@@ -132,7 +133,7 @@ READER = """
 import sys
 import torch
 import hf_coar as coar
-from hf_coar import rows  # what loading imports is not counted
+from hf_coar.attributions import rows  # what loading imports is not counted
 import safetensors.torch
 
 def resident():

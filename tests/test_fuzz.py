@@ -13,7 +13,8 @@ import torch
 from test_format import tiny
 
 import hf_coar as coar
-from hf_coar import edited, rows
+from hf_coar.attributions import rows
+from hf_coar.editing import edited
 
 N_BYTES, N_HEADERS, N_JSON = 900, 900, 900
 
@@ -214,7 +215,7 @@ def test_deep_and_endless_json(tmp_path, artefact, monkeypatch):
     for content in (b"[" * 200_000, b'{"a":' * 200_000, b"1" * 100_000, b"", b"null", b"[]", b"\xff\xfe", b"NaN"):
         for name in ("config.json", "components.json"):
             assert attempt(tmp_path, {**artefact, name: content}) == "error"
-    monkeypatch.setattr("hf_coar.artefact._LARGEST_JSON", 100)
+    monkeypatch.setattr("hf_coar.attributions.artefact._LARGEST_JSON", 100)
     assert attempt(tmp_path, artefact) == "error"
 
 

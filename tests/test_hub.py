@@ -54,7 +54,8 @@ def folder(tmp_path) -> Path:
 
 PRODUCE = """
 import hf_coar as coar
-from hf_coar import edited, models
+from hf_coar import models
+from hf_coar.editing import edited
 from safetensors.torch import save_file
 from transformers import ViTConfig, ViTForImageClassification
 
@@ -161,7 +162,8 @@ def test_attribute_push_pull_edit_push_and_load_with_the_base_libraries_alone(tm
 
 TROUBLES = """
 import hf_coar as coar
-from hf_coar import edited, folders
+from hf_coar.attributions import folders
+from hf_coar.editing import edited
 
 found = {}
 

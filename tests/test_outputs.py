@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from hf_coar import outputs
 from hf_coar.errors import CoarError, DataError
+from hf_coar.models import outputs
 
 MORE_IS_WORSE = {"loss"}
 TOKEN_OUTPUTS = ("token_margin", "token_log_prob")

@@ -13,7 +13,7 @@ def test_wheel_holds_cards_and_demo(tmp_path):
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet"]
     # Built from a copy, so that no build folder is left beside the sources.
     source = tmp_path / "source"
-    names = ("hf_coar", "model_cards", "setup.cfg", "pyproject.toml", "README.md", "LICENSE")
+    names = ("hf_coar", "setup.cfg", "pyproject.toml", "README.md", "LICENSE")
     source.mkdir()
     for name in names:
         path = ROOT / name
@@ -22,8 +22,8 @@ def test_wheel_holds_cards_and_demo(tmp_path):
     wheel = zipfile.ZipFile(next(tmp_path.glob("hf_coar-*.whl")))
     held = set(wheel.namelist())
     assert {
-        "hf_coar/model_cards/attributions.md.template",
-        "hf_coar/model_cards/edited_model.md.template",
+        "hf_coar/storage/templates/attributions.md.template",
+        "hf_coar/storage/templates/edited_model.md.template",
         "hf_coar/demo/images.parquet",
         "hf_coar/demo/LICENSE-fashion-mnist",
         "hf_coar/demo/model/config.json",

@@ -6,9 +6,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import hf_coar as coar
-from hf_coar import data, live
-from hf_coar.delta_reads import DeltaReads, _mean_slope, followed
-from hf_coar.gate_rounds import Sums
+from hf_coar import data
+from hf_coar.estimators import live
+from hf_coar.estimators.delta_reads import DeltaReads, _mean_slope, followed
+from hf_coar.estimators.gate_rounds import Sums
 from hf_coar.masking import FiredGroups, ablate
 
 
@@ -242,7 +243,9 @@ def test_outliers_do_not_depend_on_the_batch_size():
 
 
 def test_fresh_masks_set_the_scale_and_are_reported(demo_pair, monkeypatch):
-    monkeypatch.setattr("hf_coar.gate_rounds._SMOOTHING_OF_ONE_PASS", 0.0)  # then the scale is off by a quarter
+    monkeypatch.setattr(
+        "hf_coar.estimators.gate_rounds._SMOOTHING_OF_ONE_PASS", 0.0
+    )  # then the scale is off by a quarter
     plain = attribute(demo_pair, coar.PathGradient(rounds=0))
     checked = attribute(demo_pair, coar.PathGradient(rounds=0, check_masks=32))
     assert checked.config["cost"] == 3 + 32
@@ -259,7 +262,7 @@ def test_fresh_masks_set_the_scale_and_are_reported(demo_pair, monkeypatch):
 
 
 def test_a_low_correlation_on_fresh_masks_is_a_warning(demo_pair, monkeypatch, caplog):
-    monkeypatch.setattr("hf_coar.path_gradient._LOW", 0.99)
+    monkeypatch.setattr("hf_coar.estimators.path_gradient._LOW", 0.99)
     attribute(demo_pair, coar.PathGradient(rounds=0, check_masks=8))
     assert "correlation of 0." in caplog.text and "prior=" in caplog.text
 

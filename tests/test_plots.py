@@ -14,7 +14,7 @@ from hf_coar.components import Components
 from hf_coar.components.groups import Group
 from hf_coar.data import Identity
 from hf_coar.errors import CoarError
-from hf_coar.evaluation import Report, bootstrap_interval, pearson
+from hf_coar.judging.evaluation import Report, bootstrap_interval, pearson
 from hf_coar.plots import canvas
 
 figures = pytest.importorskip("matplotlib.figure")

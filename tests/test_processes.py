@@ -13,8 +13,9 @@ import torch
 from conftest import DEMO, build_net
 
 import hf_coar as coar
-from hf_coar import cli, engine, workers
+from hf_coar import cli
 from hf_coar.errors import CoarError
+from hf_coar.runs import engine, workers
 
 ATTRIBUTE = ["attribute", str(DEMO / "model"), str(DEMO / "images.parquet"), "--split", "train[:40]"]
 ATTRIBUTE += ["--rounds", "2", "--batch-size", "8", "--include", "layer3.*", "--exclude", "layer3.1.*"]

@@ -6,8 +6,9 @@ from io import StringIO
 
 import pytest
 
-from hf_coar import demo, progress
-from hf_coar.progress import Progress, duration
+from hf_coar import demo
+from hf_coar.runs import progress
+from hf_coar.runs.progress import Progress, duration
 
 
 class Terminal(StringIO):

@@ -9,7 +9,7 @@ import torch
 from test_plots import GROUPS, make_attributions, make_report
 
 import hf_coar as coar
-from hf_coar import report
+from hf_coar.plots import page as report
 
 VOID = {"meta", "img", "br", "link"}
 

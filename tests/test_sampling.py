@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from hf_coar import sampling
 from hf_coar.errors import CoarError
-from hf_coar.sampling import BACKGROUND, BASELINES, BOOTSTRAP, EVALUATION, MASKS, PATHS, Masks
+from hf_coar.runs import sampling
+from hf_coar.runs.sampling import BACKGROUND, BASELINES, BOOTSTRAP, EVALUATION, MASKS, PATHS, Masks
 
 PURPOSES = (MASKS, PATHS, BACKGROUND, EVALUATION, BOOTSTRAP, BASELINES)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_coar.shrinkage import BLOCK, shrink
+from hf_coar.estimators.shrinkage import BLOCK, shrink
 
 SIZES = (120, 80)
 

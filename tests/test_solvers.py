@@ -1,4 +1,4 @@
-"""Solvers: laws over every solver in `hf_coar.solvers`, against a float64 reference and brute-force refitting."""
+"""Solvers: laws over every solver of `estimators.solvers`, against a float64 reference and brute-force refitting."""
 
 import inspect
 import math
@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 
-from hf_coar import solvers
 from hf_coar.errors import CoarError
-from hf_coar.solvers import ARD, Lasso, Ridge, systems
-from hf_coar.solvers.design import Design, counts, diagonal_of_inverse, weighted_counts
+from hf_coar.estimators import solvers
+from hf_coar.estimators.solvers import ARD, Lasso, Ridge, systems
+from hf_coar.estimators.solvers.design import Design, counts, diagonal_of_inverse, weighted_counts
 
 # Whatever class in the module has a `fit` is tested, in its default configuration.
 SOLVERS = [
@@ -286,8 +286,8 @@ def test_the_factored_ridge_survives_twins_and_strength_zero(factored, n_masks, 
 @pytest.mark.parametrize("as_floats", [False, True])
 def test_counts_are_exact(monkeypatch, as_floats):
     if as_floats:
-        monkeypatch.setattr("hf_coar.solvers.design._multiplies_bytes", lambda masks: False)
-    monkeypatch.setattr("hf_coar.solvers.design._BLOCK", 16)
+        monkeypatch.setattr("hf_coar.estimators.solvers.design._multiplies_bytes", lambda masks: False)
+    monkeypatch.setattr("hf_coar.estimators.solvers.design._BLOCK", 16)
     masks, _, _, _ = problem(45, 301)
     ablated = (~masks).double()
     assert torch.equal(counts(masks, torch.float64), ablated @ ablated.T)

@@ -8,8 +8,8 @@ import torch
 from conftest import build_net
 
 import hf_coar as coar
-from hf_coar import stability
 from hf_coar.errors import CoarError, DataError
+from hf_coar.judging import stability
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ import tempfile
 import pytest
 import torch
 
-from hf_coar import files
 from hf_coar.errors import CoarError, CorruptFileError, RunMismatchError
-from hf_coar.store import Store
+from hf_coar.runs.store import Store
+from hf_coar.storage import files
 
 SETTINGS = {"seed": 0, "model": {"id": "a/b", "fingerprint": "0f"}, "fractions": (0.1, 0.2)}
 VALUES = torch.arange(40.0).view(10, 4)

@@ -14,8 +14,8 @@ from PIL import Image
 
 import hf_coar as coar
 from hf_coar import data as data_module
-from hf_coar import engine
 from hf_coar.errors import CoarError, CorruptFileError, DataError
+from hf_coar.runs import engine
 
 METHOD = coar.PathGradient(rounds=2)
 
@@ -250,7 +250,7 @@ _PEAK = """
 import json, resource, sys, tempfile
 import torch
 import hf_coar as coar
-from hf_coar.store import Store
+from hf_coar.runs.store import Store
 torch.set_num_threads(1)
 peaks, gather = [], Store.gather
 

@@ -7,8 +7,8 @@ import torch
 from accelerate.tracking import GeneralTracker, on_main_process
 
 import hf_coar as coar
-from hf_coar import tracking
 from hf_coar.errors import CoarError
+from hf_coar.runs import tracking
 
 
 class Listed(GeneralTracker):

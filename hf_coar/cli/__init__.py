@@ -3,10 +3,10 @@
 import sys
 from collections.abc import Sequence
 
-from hf_coar import workers
 from hf_coar.cli import config, terminal
 from hf_coar.cli.flags import parser
 from hf_coar.errors import CoarError
+from hf_coar.runs import workers
 
 __all__ = ["INTERRUPTED", "USER_ERROR", "main", "parser"]
 

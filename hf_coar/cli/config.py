@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hf_coar import files, workers
 from hf_coar.errors import CoarError
+from hf_coar.runs import workers
+from hf_coar.storage import files
 
 RUN = "run.yaml"
 _VERB, _OUT = "verb", "out"

@@ -8,13 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from hf_coar import __version__, demo, editing, outputs
-from hf_coar.baselines import BASELINES
+from hf_coar import __version__, demo, editing
 from hf_coar.cli import completion, terminal, verbs
 from hf_coar.components import GRANULARITIES
-from hf_coar.path_gradient import PathGradient
-from hf_coar.regression import Regression
-from hf_coar.tracking import TRACKERS
+from hf_coar.estimators.baselines import BASELINES
+from hf_coar.estimators.path_gradient import PathGradient
+from hf_coar.estimators.regression import Regression
+from hf_coar.models import outputs
+from hf_coar.runs.tracking import TRACKERS
 
 _TARGETS = "examples as indices (17), ranges (20-39) or labels (label=3)"
 

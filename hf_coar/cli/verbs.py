@@ -8,18 +8,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_coar import allowance, budget, demo, editing, engine, folders, models, pipeline, report, workers
-from hf_coar import edited as edited_model
+from hf_coar import api as pipeline
+from hf_coar import demo, editing, models
 from hf_coar import explore as explorer
-from hf_coar.attributions import Attributions
-from hf_coar.baselines import BASELINES
+from hf_coar.attributions import Attributions, folders
 from hf_coar.cli import completion, terminal
 from hf_coar.components import Components, find_components
 from hf_coar.data import Chunks, rows
+from hf_coar.editing import edited as edited_model
 from hf_coar.errors import CoarError
-from hf_coar.path_gradient import PathGradient
-from hf_coar.regression import Regression
-from hf_coar.solvers import ARD, Lasso, Ridge
+from hf_coar.estimators import budget as allowance
+from hf_coar.estimators.baselines import BASELINES
+from hf_coar.estimators.path_gradient import PathGradient
+from hf_coar.estimators.regression import Regression
+from hf_coar.estimators.solvers import ARD, Lasso, Ridge
+from hf_coar.plots import page as report
+from hf_coar.runs import engine, workers
+from hf_coar.runs import plan as budget
 
 SOLVERS = {"ridge": Ridge, "lasso": Lasso, "ard": ARD}
 

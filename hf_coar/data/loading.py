@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_coar import hub
 from hf_coar.data.batches import Batch
 from hf_coar.data.examples import Examples
 from hf_coar.errors import CoarError, DataError
 from hf_coar.models import library, record
+from hf_coar.storage import hub
 
 
 def load_data(

@@ -17,12 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_coar import data, edited, editing, evaluation, files, folders, models, pipeline, plots
-from hf_coar import report as pages
-from hf_coar.attributions import Attributions
+from hf_coar import api as pipeline
+from hf_coar import data, editing, models, plots
+from hf_coar.attributions import Attributions, folders
 from hf_coar.components import Components, find_components
+from hf_coar.editing import edited
 from hf_coar.errors import CoarError
-from hf_coar.path_gradient import PathGradient
+from hf_coar.estimators.path_gradient import PathGradient
+from hf_coar.judging import evaluation
+from hf_coar.plots import page as pages
+from hf_coar.storage import files
 
 logger = logging.getLogger(__name__)
 

@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_coar import masking, models, outputs
+from hf_coar import masking, models
 from hf_coar.attributions import Attributions
 from hf_coar.components import Components
 from hf_coar.editing import stepwise
 from hf_coar.editing.choosing import Candidate, Constraint, Goal, choose
 from hf_coar.editing.rules import AUTO, RULES, Rule, Sides
 from hf_coar.errors import CoarError
+from hf_coar.models import outputs
 
 Examples = Sequence[int] | Sequence[Sequence[int]] | Tensor  # indices, or several sets of them
 Attribute = Callable[[nn.Module], Attributions]  # attributes the model that it is given, always the same examples

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_coar import data as data_module
-from hf_coar import models, outputs
+from hf_coar import models
 from hf_coar.errors import CoarError
+from hf_coar.models import outputs
 
 Measure = Callable[[nn.Module], float]
 

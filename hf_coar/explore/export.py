@@ -8,10 +8,10 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from hf_coar import artefact, files, hub
-from hf_coar.attributions import Attributions
+from hf_coar.attributions import Attributions, artefact
 from hf_coar.errors import CoarError
 from hf_coar.explore.layout import gradio
+from hf_coar.storage import files, hub
 
 logger = logging.getLogger(__name__)
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hf_coar import edited, editing, masking, models
+from hf_coar import editing, masking, models
 from hf_coar.attributions import Attributions
 from hf_coar.data import Identity
+from hf_coar.editing import edited
 from hf_coar.errors import CoarError
 from hf_coar.explore import columns
 from hf_coar.explore.columns import Progress, no_progress

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from hf_coar import outputs
+from hf_coar.models import outputs
 
 _MOST_LIKELY = 5  # classes or tokens that are kept with their probabilities
 

@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_coar import live, outputs
 from hf_coar.data import Batch
 from hf_coar.errors import CoarError
+from hf_coar.estimators import live
 from hf_coar.explore import drawing, panels
 from hf_coar.explore.drawing import number, thumbnail
 from hf_coar.explore.links import View
 from hf_coar.explore.outcome import Outcome
 from hf_coar.explore.source import Source
+from hf_coar.models import outputs
 
 MAX_ROUNDS = 16
 _KEPT_IMAGES, _LARGEST_SIDE = 64, 1024  # uploads kept for their links, and pixels that are kept of one

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from hf_coar import data as data_module
-from hf_coar import models, outputs, workers
+from hf_coar import models
 from hf_coar.attributions import Attributions
 from hf_coar.errors import CoarError, DataError
 from hf_coar.explore.columns import Progress, Summary, no_progress
 from hf_coar.explore.outcome import Outcome
+from hf_coar.models import outputs
+from hf_coar.runs import workers
 
 BATCH_SIZE = 32
 _CACHED_BYTES = 256 * 2**20  # of prepared batches, so that the next ablation does not decode them again

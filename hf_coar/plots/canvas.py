@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from hf_coar import files
 from hf_coar.attributions import Attributions
 from hf_coar.errors import CoarError
+from hf_coar.storage import files
 
 # matplotlib's classes, by name only: it is imported where a picture is drawn.
 Figure = Axes = Any

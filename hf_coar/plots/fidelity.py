@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from hf_coar.errors import CoarError
-from hf_coar.evaluation import Report
+from hf_coar.judging.evaluation import Report
 
 # matplotlib's classes, by name only: it is imported where a picture is drawn.
 from hf_coar.plots import canvas

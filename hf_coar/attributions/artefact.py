@@ -1,0 +1,157 @@
+"""The files of attributions on disk and on the Hub: their names, and checks of what is read, from whomever it comes."""
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_coar.errors import CoarError, CorruptFileError
+from hf_coar.storage import cards, files
+
+FORMAT_VERSION = 1
+WEIGHTS, CONFIG, COMPONENTS = "attributions.safetensors", "config.json", "components.json"
+EVALUATION, PICTURES = "evaluation.json", "pictures"
+UPLOADED = ("attributions*.safetensors", CONFIG, COMPONENTS, EVALUATION, "README.md", "pictures/*.png", cards.RESULTS)
+
+_SHARD = re.compile(r"attributions(-\d{5}-of-\d{5})?\.safetensors")
+_LARGEST_JSON = 256 * 2**20  # bytes; a list of a million components takes a tenth of it
+
+
+def shard_names(n_shards: int) -> list[str]:
+    """The names of the files that hold the matrices."""
+    numbered = [f"attributions-{i:05d}-of-{n_shards:05d}.safetensors" for i in range(1, n_shards + 1)]
+    return [WEIGHTS] if n_shards == 1 else numbered
+
+
+def remove_other_shards(folder: Path, names: Iterable[str]) -> None:
+    """Delete what an earlier save with other shards left behind."""
+    for path in folder.glob("attributions*.safetensors"):
+        if _SHARD.fullmatch(path.name) and path.name not in names:
+            path.unlink(missing_ok=True)
+
+
+def public(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration, or the record of an edit, without the local paths that it may name."""
+    named = {key: config[key] for key in ("model", "data", "base") if isinstance(config.get(key), Mapping)}
+    return {**config, **{key: {**entry, "id": cards.public_name(entry)} for key, entry in named.items()}}
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON, atomically.
+
+    Raises:
+        CoarError: the value holds NaN, or what JSON does not know.
+    """
+    try:
+        files.write_json(path, value)
+    except (ValueError, TypeError) as error:
+        if isinstance(error, CoarError):
+            raise
+        raise CoarError(f"{path.name} cannot be written: it holds what is no JSON ({error})") from error
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON of a sane size.
+
+    Raises:
+        CorruptFileError: it is no JSON, or too much.
+    """
+    size = path.stat().st_size
+    if size > _LARGEST_JSON:
+        raise CorruptFileError(f"{path} takes {size:,} bytes, which no {path.name} needs; it is not attributions'")
+    return files.read_json(path)
+
+
+def read_evaluation(path: Path) -> dict[str, Any]:
+    """Read `evaluation.json`; see `cards.check_evaluation`."""
+    return cards.check_evaluation(read_json(path))
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file, as 64 hexadecimal digits."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise CorruptFileError(f"cannot read {path}: {error}") from error
+
+
+def check_folder(folder: Path) -> None:
+    """Raises `CoarError` unless a folder holds attributions, or something like it."""
+    absent = [file for file in (CONFIG, COMPONENTS) if not (folder / file).is_file()]
+    if absent:
+        raise CoarError(f"{folder} holds no attributions: it lacks {', '.join(absent)}")
+
+
+def read_config(path: Path, name: str) -> dict[str, Any]:
+    """The configuration, checked for everything that is read from it later on.
+
+    Raises:
+        CorruptFileError: damaged, of another format, or with names of files that are not ours.
+    """
+    config = read_json(path)
+    if not isinstance(config, dict) or config.get("hf_coar_format") != FORMAT_VERSION:
+        found = config.get("hf_coar_format") if isinstance(config, dict) else None
+        raise CorruptFileError(
+            f"{name} is of hf_coar format {found!r}, and this version reads format {FORMAT_VERSION}; it holds no "
+            "attributions, or a newer hf_coar wrote them"
+        )
+    for key, sane in _CONFIG_CHECKS.items():
+        if key in config and not sane(config[key]):
+            raise CorruptFileError(f"{path} is damaged: its {key!r} is {str(config[key])[:80]!r}")
+    if not _is_list_of_files(config.get("files")):
+        raise CorruptFileError(f"{path} is damaged: it does not list the files of attributions with their checksums")
+    if not files.is_json(config):
+        raise CorruptFileError(f"{path} is damaged: it holds numbers or characters that JSON does not know")
+    return config
+
+
+def _is_record(value: Any) -> bool:
+    texts = ("id", "revision", "library", "class", "fingerprint", "split")
+    return isinstance(value, dict) and all(isinstance(value.get(key), str | None) for key in texts)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e15
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str | None)
+
+
+_CONFIG_CHECKS: dict[str, Callable[[Any], bool]] = {
+    "model": _is_record,
+    "data": _is_record,
+    "method": lambda value: isinstance(value, dict),
+    "versions": lambda value: isinstance(value, dict),
+    "output": _is_text,
+    "unit": _is_text,
+    "boundary": lambda value: value is None or _is_number(value),
+    "granularity": _is_text,
+    "n_components": lambda value: type(value) is int and 0 < value < 2**40,
+    "ablated_fraction": _is_number,
+    "cost": lambda value: value is None or _is_number(value),
+    "seed": lambda value: type(value) is int,
+}
+
+
+def _is_list_of_files(value: Any) -> bool:
+    """Names of our own making only, so that none leads out of the folder."""
+    if not isinstance(value, dict) or not all(isinstance(checksum, str) for checksum in value.values()):
+        return False
+    shards = [name for name in value if name != COMPONENTS]
+    return COMPONENTS in value and bool(shards) and shards == shard_names(len(shards))
+
+
+def check_columns(path: Path, matrices: Mapping[str, Any], columns: Mapping[str, torch.Tensor]) -> None:
+    """Raises `CorruptFileError` unless these are the matrices and small tensors of attributions."""
+    wanted = {"bias": torch.float32, "signatures": torch.float64, "labels": torch.int64}
+    found = {name: column.dtype for name, column in columns.items() if column.dim() == 1}
+    if "weights" not in matrices or found != wanted or found.keys() != columns.keys():
+        raise CorruptFileError(
+            f"{path} holds {sorted([*matrices, *columns])}, which are no attributions: those are weights, maybe "
+            f"standard_errors, and of one number an example {sorted(wanted)}"
+        )

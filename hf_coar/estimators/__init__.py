@@ -1,0 +1,1 @@
+"""Estimators: `PathGradient`, `Regression` and the baselines, and what sizes them to a budget."""

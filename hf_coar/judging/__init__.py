@@ -1,0 +1,1 @@
+"""Judging: predicted against measured (`evaluation`), and how stable attributions are (`stability`)."""

@@ -1,0 +1,203 @@
+"""Evaluation: predicted against measured outputs, on fresh random masks that no fit has seen."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hf_coar import data as data_module
+from hf_coar import models
+from hf_coar.attributions import Attributions
+from hf_coar.errors import CoarError
+from hf_coar.judging import stability
+from hf_coar.models import outputs
+from hf_coar.models.outputs import Output
+from hf_coar.runs import sampling, workers
+from hf_coar.runs.measuring import measure
+from hf_coar.runs.store import Store
+from hf_coar.storage import files
+
+_RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Report:
+    """Fidelity by ablated fraction.
+
+    Attributes:
+        correlation: fraction -> mean over the examples of the Pearson correlation, over the masks, of predicted and
+            measured outputs.
+        interval: fraction -> (low, high), bootstrap 95 % interval of that mean over the examples.
+        slope: fraction -> slope of measured on predicted outputs, pooled over examples after centring each; 1 = the
+            scale is right.
+        per_example: fraction -> correlations, float32 [examples]; NaN where an example's outputs do not vary.
+        predicted: fraction -> float32 [masks, examples].
+        measured: fraction -> float32 [masks, examples].
+        n_masks: masks a fraction.
+        seed: of the masks.
+        reliability: float32 [examples], the share of the weights' variance that is not noise of the estimate, see
+            `stability.reliability`; None for methods without standard errors.
+    """
+
+    correlation: dict[float, float]
+    interval: dict[float, tuple[float, float]]
+    slope: dict[float, float]
+    per_example: dict[float, Tensor]
+    predicted: dict[float, Tensor]
+    measured: dict[float, Tensor]
+    n_masks: int
+    seed: int
+    reliability: Tensor | None = None
+
+    @property
+    def mean_reliability(self) -> float | None:
+        """Mean over the examples whose weights vary."""
+        known = self.reliability is not None and bool((~self.reliability.isnan()).any())
+        return float(self.reliability.nanmean()) if known else None
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures without the arrays, as JSON values."""
+        return {
+            "n_masks": self.n_masks,
+            "seed": self.seed,
+            "reliability": self.mean_reliability,
+            "fractions": [
+                {
+                    "ablated_fraction": fraction,
+                    "correlation": _finite(self.correlation[fraction]),
+                    "interval": [_finite(end) for end in self.interval[fraction]],
+                    "slope": _finite(self.slope[fraction]),
+                    "n_undefined": int(self.per_example[fraction].isnan().sum()),
+                }
+                for fraction in self.correlation
+            ],
+        }
+
+    def __str__(self) -> str:
+        """A small table."""
+        lines = [f"{'ablated':>8}  {'correlation':>11}  {'95 % interval':>15}  {'slope':>6}"]
+        for fraction, mean in self.correlation.items():
+            low, high = self.interval[fraction]
+            lines.append(f"{fraction:>8.2%}  {mean:>11.3f}  {low:>7.3f}–{high:.3f}  {self.slope[fraction]:>6.2f}")
+        if self.mean_reliability is not None:
+            lines.append(f"reliability of the weights {self.mean_reliability:.3f} (1 = another seed gives the same)")
+        return "\n".join(lines)
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN: where nothing varies there is no correlation."""
+    return value if math.isfinite(value) else None
+
+
+def evaluate(
+    attributions: Attributions,
+    model: nn.Module,
+    data: Any,
+    fractions: Sequence[float] = (0.05, 0.0125),
+    n_masks: int = 100,
+    seed: int = 1,
+    output: "str | Output | outputs.OutputFunction | None" = None,
+    out: str | Path | None = None,
+    batch_size: int | None = None,
+    progress: bool = True,
+) -> Report:
+    """Compare predictions with the model's outputs under fresh random masks.
+
+    Args:
+        attributions: to be judged.
+        model: the model that was attributed.
+        data: the data that were attributed, in the same order.
+        fractions: ablated fractions to judge at.
+        n_masks: masks a fraction; the cost is one forward pass a mask and example.
+        seed: of the masks; must not be the seed of the fit.
+        output: the attributed output; needed only if it was a function of your own.
+        out: folder of the run, which resumes; a temporary one by default.
+        batch_size: changes speed only.
+        progress: show a progress bar.
+
+    Returns:
+        The report; its figures are also saved as `evaluation.json` in `out`.
+
+    Raises:
+        CoarError: the seed of the fit, a fraction outside (0, 1), or fewer than 3 masks.
+        ModelMismatchError: another model.
+        DataError: other data.
+    """
+    _check(attributions, fractions, n_masks, seed)
+    fingerprint = models.fingerprint(model)
+    attributions.check_model(fingerprint, models.record(model))
+    output = outputs.get(output or attributions.config["output"])
+    data = data_module.batches(data, batch_size)
+    settings = {"task": "evaluate", "seed": seed, "n_masks": n_masks, "model": {"fingerprint": fingerprint}}
+    settings |= {"output": output.name, "components": attributions.components.to_json()}
+    predicted, measured = {}, {}
+    with workers.folder(out) as folder:
+        for fraction in fractions:
+            store = Store(folder / f"fraction-{fraction:g}", {**settings, "ablated_fraction": fraction})
+            masks = sampling.Masks(len(attributions.components), fraction, n_masks, seed, sampling.EVALUATION)
+            measured[fraction], identity = measure(
+                store, model, data, attributions.components, output, masks, progress=progress
+            )
+            attributions.identity.check(identity)
+            predicted[fraction] = attributions.predict(masks.rows(0, n_masks))
+    reliability = None if attributions.standard_errors is None else stability.reliability(attributions)
+    report = replace(_report(predicted, measured, n_masks, seed), reliability=reliability)
+    if out is not None and workers.processes().is_main_process:
+        files.write_json(Path(out) / "evaluation.json", report.to_json())
+    return report
+
+
+def _check(attributions: Attributions, fractions: Sequence[float], n_masks: int, seed: int) -> None:
+    sampling.check_seed(seed)
+    for fraction in fractions:
+        sampling.check_fraction(fraction)
+    if not fractions:
+        raise CoarError("fractions is empty; give at least one ablated fraction, such as (0.05,)")
+    if n_masks < 3:
+        raise CoarError(f"n_masks={n_masks}; a correlation needs at least 3")
+    if seed == attributions.config.get("seed"):
+        raise CoarError(f"seed={seed} is the seed of the fit; evaluate on masks of another seed, such as {seed + 1}")
+
+
+def _report(predicted: dict[float, Tensor], measured: dict[float, Tensor], n_masks: int, seed: int) -> Report:
+    per_example = {fraction: pearson(predicted[fraction], measured[fraction]) for fraction in predicted}
+    return Report(
+        correlation={fraction: float(values.nanmean()) for fraction, values in per_example.items()},
+        interval={fraction: bootstrap_interval(values, seed) for fraction, values in per_example.items()},
+        slope={fraction: _slope(predicted[fraction], measured[fraction]) for fraction in predicted},
+        per_example=per_example,
+        predicted=predicted,
+        measured=measured,
+        n_masks=n_masks,
+        seed=seed,
+    )
+
+
+def pearson(a: Tensor, b: Tensor) -> Tensor:
+    """Pearson correlations over the first axis, float32 [examples]; NaN where one side does not vary."""
+    a, b = a.double() - a.double().mean(0), b.double() - b.double().mean(0)
+    scale = (a.square().sum(0) * b.square().sum(0)).sqrt()
+    return torch.where(scale > 0, (a * b).sum(0) / scale, torch.nan).float()
+
+
+def _slope(predicted: Tensor, measured: Tensor) -> float:
+    p, m = predicted.double() - predicted.double().mean(0), measured.double() - measured.double().mean(0)
+    return float((p * m).sum() / p.square().sum().clamp_min(1e-300))
+
+
+def bootstrap_interval(values: Tensor, seed: int, level: float = 0.95) -> tuple[float, float]:
+    """Percentile interval of the mean over resampled examples (Efron 1979); NaN values are left out."""
+    values = values[~values.isnan()].double().numpy()
+    if not len(values):
+        return (float("nan"), float("nan"))
+    means = [
+        values[sampling.words(seed, sampling.BOOTSTRAP, i, 0, len(values)) % np.uint32(len(values))].mean()
+        for i in range(_RESAMPLES)
+    ]
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)

@@ -1,0 +1,214 @@
+"""Outputs: what a component contributes *to*. One number an example, float32, larger = more of the behaviour.
+
+A new output takes five lines::
+
+    from hf_coar.models import outputs
+
+    @outputs.register("entropy", unit="nats")
+    def entropy(logits, batch):
+        probabilities = logits.softmax(-1)
+        return -(probabilities * probabilities.clamp_min(1e-12).log()).sum(-1)
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_coar.errors import CoarError, DataError
+
+IGNORED_LABEL = -100  # the target value that PyTorch's losses and transformers' collators skip
+
+OutputFunction = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
+
+
+@dataclass(frozen=True)
+class Output:
+    """A named output function.
+
+    Attributes:
+        name: as given to `attribute(output=…)`.
+        unit: of its values.
+        function: (logits, batch) -> [examples]. Classifiers give logits [examples, classes], language models
+            [examples, positions, vocabulary]; `batch` is the batch on the model's device.
+        boundary: the value at which right turns into wrong; None where no value does.
+    """
+
+    name: str
+    unit: str
+    function: OutputFunction
+    boundary: float | None = None
+
+    def __call__(self, logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        """The outputs, float32 [examples].
+
+        Raises:
+            CoarError: the function returned another shape.
+        """
+        values = self.function(logits.float(), batch)
+        n_examples = logits.shape[0]
+        if values.shape != (n_examples,):
+            raise CoarError(
+                f"output {self.name!r} returned shape {tuple(values.shape)} for {n_examples} examples; "
+                f"it must return one number an example, shape ({n_examples},)"
+            )
+        return values.float()
+
+
+_OUTPUTS: dict[str, Output] = {}
+
+
+def register(name: str, unit: str, boundary: float | None = None) -> Callable[[OutputFunction], OutputFunction]:
+    """Decorator: makes a function (logits, batch) -> [examples] known as `output=name`; see `Output`."""
+
+    def add(function: OutputFunction) -> OutputFunction:
+        _OUTPUTS[name] = Output(name, unit, function, boundary)
+        return function
+
+    return add
+
+
+def names() -> list[str]:
+    """The names of all outputs."""
+    return sorted(_OUTPUTS)
+
+
+def get(output: "str | Output | OutputFunction") -> Output:
+    """An output by its name; a function of (logits, batch) is taken as it is.
+
+    Raises:
+        CoarError: an unknown name.
+    """
+    if isinstance(output, Output):
+        return output
+    if callable(output):
+        return Output(getattr(output, "__qualname__", "custom"), "of your own", output)
+    if output not in _OUTPUTS:
+        raise CoarError(f"unknown output {output!r}; there are {', '.join(names())}")
+    return _OUTPUTS[output]
+
+
+def _labels(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    labels = batch.get("labels")
+    if labels is None:
+        raise DataError(
+            f"this output needs labels, and the batch has only {sorted(batch)}; give every batch a 'labels' entry"
+        )
+    if logits.dim() != 2:
+        raise CoarError(
+            f"this output is for classifiers with logits [examples, classes], and the model's have shape "
+            f"{list(logits.shape)}; for language models use 'token_margin' or 'token_log_prob'"
+        )
+    if labels.shape != logits.shape[:1]:
+        raise DataError(f"labels have shape {tuple(labels.shape)}; expected one class an example, ({logits.shape[0]},)")
+    low, high, n_classes = int(labels.min()), int(labels.max()), logits.shape[1]
+    if low < 0 or high >= n_classes:
+        raise DataError(
+            f"labels run from {low} to {high}, and the model has {n_classes} classes (0 to {n_classes - 1}); "
+            "is this the data set that the model was trained for?"
+        )
+    return labels.long()
+
+
+def _margins(logits: Tensor, targets: Tensor) -> Tensor:
+    """Logit of the target minus the largest other logit, over the last axis."""
+    if logits.shape[-1] < 2:
+        raise CoarError(f"a margin needs at least 2 classes, and the model has {logits.shape[-1]}; use 'logit'")
+    # The best of the others is the second of the two largest where the target itself is the largest.
+    top, where = logits.topk(2, dim=-1)
+    correct = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    best_other = torch.where(where[..., 0] == targets, top[..., 1], top[..., 0])
+    return correct - best_other
+
+
+@register("margin", unit="logits", boundary=0.0)
+def margin(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    """Correct logit minus the largest other logit (the paper's output for classifiers); above 0 = classified right."""
+    return _margins(logits, _labels(logits, batch))
+
+
+@register("logit", unit="logits")
+def logit(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    """Logit of the correct class."""
+    return logits.gather(1, _labels(logits, batch)[:, None])[:, 0]
+
+
+@register("log_prob", unit="nats")
+def log_prob(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    """Log-probability of the correct class (at most 0)."""
+    return -F.cross_entropy(logits, _labels(logits, batch), reduction="none")
+
+
+@register("loss", unit="nats")
+def loss(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    """Cross-entropy of the correct class: the one output of which more is worse."""
+    return F.cross_entropy(logits, _labels(logits, batch), reduction="none")
+
+
+def next_tokens(logits: Tensor, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The tokens to be predicted and which of them are real.
+
+    Targets are `labels` where the batch has them (the ignored label -100 marks what does not count), else `input_ids`.
+    A position counts if it and the one before it are inside the `attention_mask`.
+
+    Returns:
+        targets int64 [examples, positions - 1], real bool [examples, positions - 1].
+
+    Raises:
+        CoarError: logits that are not a language model's.
+        DataError: no tokens, or an example without a single real next token.
+    """
+    if logits.dim() != 3:
+        raise CoarError(
+            f"this output is for language models with logits [examples, positions, vocabulary], and the model's are "
+            f"{list(logits.shape)}; for classifiers use 'margin', 'logit', 'log_prob' or 'loss'"
+        )
+    tokens = batch.get("labels", batch.get("input_ids"))
+    if tokens is None or tokens.shape != logits.shape[:2]:
+        raise DataError(
+            f"this output needs 'input_ids' (or 'labels') of shape {tuple(logits.shape[:2])}, and the batch has "
+            f"{ {name: tuple(value.shape) for name, value in batch.items() if hasattr(value, 'shape')} }"
+        )
+    targets = tokens[:, 1:]
+    real = targets != IGNORED_LABEL
+    _check_tokens(targets[real], logits.shape[-1])
+    attended = batch.get("attention_mask")
+    if attended is not None:
+        real = real & attended[:, 1:].bool() & attended[:, :-1].bool()
+    empty = (~real.any(1)).nonzero().flatten().tolist()
+    if empty:
+        raise DataError(
+            f"examples {empty} of the batch have no real next token (fewer than two tokens, or all of them padding or "
+            f"labelled {IGNORED_LABEL}); leave such examples out"
+        )
+    return targets.clamp_min(0).long(), real
+
+
+def _check_tokens(targets: Tensor, vocabulary: int) -> None:
+    low, high = (int(targets.min()), int(targets.max())) if targets.numel() else (0, 0)
+    if low < 0 or high >= vocabulary:
+        raise DataError(
+            f"tokens run from {low} to {high}, and the model's vocabulary from 0 to {vocabulary - 1} (a label may also "
+            f"be {IGNORED_LABEL}); is this the tokenizer of the model?"
+        )
+
+
+def _mean_over_real(values: Tensor, real: Tensor) -> Tensor:
+    return torch.where(real, values, 0.0).sum(1) / real.sum(1)
+
+
+@register("token_margin", unit="logits", boundary=0.0)
+def token_margin(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    """Margin of the next token, mean over the real ones (the paper's output for language models)."""
+    targets, real = next_tokens(logits, batch)
+    return _mean_over_real(_margins(logits[:, :-1], targets), real)
+
+
+@register("token_log_prob", unit="nats a token")
+def token_log_prob(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    """Log-probability of the next token, mean over the real ones (at most 0)."""
+    targets, real = next_tokens(logits, batch)
+    losses = F.cross_entropy(logits[:, :-1].transpose(1, 2), targets, reduction="none")
+    return _mean_over_real(-losses, real)

@@ -1,0 +1,91 @@
+"""Where a model comes from and what it is: its library, its record, the fingerprint of its weights."""
+
+import copy
+import hashlib
+from typing import Any
+
+from torch import Tensor, nn
+
+from hf_coar.errors import CorruptFileError
+from hf_coar.storage import files
+
+RECORD = "hf_coar_record"  # attribute of a loaded or edited model: a plain dict that says where it comes from
+
+
+def library(model: nn.Module) -> str:
+    """`"transformers"`, `"timm"` or `"torch"`."""
+    module_names = {cls.__module__.split(".")[0] for cls in type(model).__mro__}
+    if "transformers" in module_names and hasattr(model, "config"):
+        return "transformers"
+    if hasattr(model, "pretrained_cfg") and hasattr(model, "get_classifier"):
+        return "timm"
+    return "torch"
+
+
+def record(model: nn.Module) -> dict[str, Any]:
+    """Where a model comes from and what it is, as JSON values.
+
+    `id`, `revision` (the commit; None where unknown), `library`, `class`, `dtype`, `n_parameters`; and `edit` if it
+    was edited.
+    """
+    known = dict(getattr(model, RECORD, {}))
+    if not known and library(model) == "transformers":
+        known = {"id": model.config.name_or_path or None, "revision": getattr(model.config, "_commit_hash", None)}
+    if not known and library(model) == "timm":
+        known = {"id": model.pretrained_cfg.get("hf_hub_id") or model.pretrained_cfg.get("architecture")}
+    parameters = list(model.parameters())
+    return {
+        "id": known.get("id"),
+        "revision": known.get("revision"),
+        "library": library(model),
+        "class": type(model).__name__,
+        "dtype": ", ".join(sorted({str(parameter.dtype).removeprefix("torch.") for parameter in parameters})),
+        "n_parameters": sum(parameter.numel() for parameter in parameters),
+        **({"edit": known["edit"]} if known.get("edit") else {}),
+    }
+
+
+def copy_with_record(model: nn.Module, **entries: Any) -> nn.Module:
+    """A deep copy of a model whose record has these entries instead; `edit=None` takes the edit out of it."""
+    duplicate = copy.deepcopy(model)
+    setattr(duplicate, RECORD, {**record(model), **entries})
+    return duplicate
+
+
+def fingerprint(model: nn.Module) -> str:
+    """BLAKE2b-128 over names, shapes and values of all parameters and persistent buffers, as 32 hexadecimal digits.
+
+    Weights that are offloaded (on the meta device) enter with name, shape and dtype only.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor):
+            continue
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        if tensor.device.type != "meta":
+            digest.update(files.tensor_bytes(tensor))
+    return digest.hexdigest()
+
+
+_EDIT_LISTS = ("components", "parameters", "indices", "increase", "decrease", "figures")
+_EDIT_TEXTS = ("id", "revision", "library", "class", "fingerprint", "split")
+
+
+def check_edit(value: Any, where: str) -> dict[str, Any]:
+    """The record of an edit, checked for all that is read from it.
+
+    Raises:
+        CorruptFileError: it is something else.
+    """
+    lists = {key: value.get(key, []) for key in _EDIT_LISTS} if isinstance(value, dict) else {"": None}
+    sane = all(isinstance(entry, list) for entry in lists.values())
+    sane = sane and all(isinstance(name, str) for key in ("components", "parameters") for name in lists[key])
+    sane = sane and all(isinstance(row, list) and len(row) == 3 for row in lists["figures"])
+    sane = sane and isinstance(value.get("reference"), list | str | None)
+    sane = sane and all(isinstance(value.get(key), str | None) for key in ("rule", "output", "granularity"))
+    records = [value.get(key) or {} for key in ("base", "data")] if sane else []
+    sane = sane and all(isinstance(entry, dict) for entry in records)
+    sane = sane and all(isinstance(entry.get(key), str | None) for entry in records for key in _EDIT_TEXTS)
+    if not sane or not files.is_json(value):
+        raise CorruptFileError(f"{where} is no record of an edit; delete it, or download the model again")
+    return value

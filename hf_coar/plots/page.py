@@ -1,0 +1,389 @@
+"""Report pages: what a run found on one page, `report.html`, which needs nothing else, and `report.md` with pictures.
+
+The pages are for people; what programs want is in `config.json` and `evaluation.json`. Without matplotlib they have the
+numbers alone.
+"""
+
+import base64
+import html
+import io
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from importlib.resources import files as resources
+from importlib.util import find_spec
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from hf_coar import plots
+from hf_coar.attributions import Attributions, artefact
+from hf_coar.errors import CoarError
+from hf_coar.judging.evaluation import Report
+from hf_coar.plots.canvas import Figure
+from hf_coar.storage import cards, files
+
+logger = logging.getLogger(__name__)
+
+PAGE, MARKDOWN = "report.html", "report.md"
+
+_AVERAGED = 256  # examples, evenly spaced, that means over examples are taken of; a picture needs no more
+_TOP = 12  # components in the table
+_WORST = 5  # examples
+_ROWS = 90  # more layers than this make a picture that nobody reads
+
+Draw = Callable[[], Figure]
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Rows of text; columns in `numbers` are set to the right."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    numbers: frozenset[int] = frozenset()
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class _Section:
+    title: str
+    text: str = ""
+    tables: Sequence[_Table] = ()
+    pictures: Mapping[str, tuple[str, Draw]] = field(default_factory=dict)  # name -> (what it shows, how to draw it)
+    code: str = ""
+
+
+def write(folder: str | Path, attributions: Attributions, evaluation: Report | None = None) -> Path:
+    """Write `report.html`, `report.md` and `pictures/`.
+
+    Args:
+        folder: for the pages; those of an earlier run are replaced.
+        attributions: what the pages are of.
+        evaluation: from `evaluate`; without it, the figures (not the pictures) of `attributions.evaluation`, if any.
+
+    Returns:
+        The path of `report.html`.
+
+    Raises:
+        CoarError: the folder cannot be written.
+    """
+    folder = Path(folder)
+    sections = [section for section in _sections(attributions, evaluation) if section is not None]
+    drawn = _drawn(folder / artefact.PICTURES, sections)
+    files.write_bytes(folder / MARKDOWN, _markdown(attributions, evaluation, sections, drawn).encode())
+    files.write_bytes(folder / PAGE, _html(attributions, evaluation, sections, drawn).encode())
+    return folder / PAGE
+
+
+def write_first(folder: str | Path, attributions: Attributions) -> None:
+    """`write`, unless the folder has a page with an evaluation on it: a run that is repeated gives the same numbers."""
+    folder = Path(folder)
+    if not ((folder / PAGE).is_file() and (folder / artefact.EVALUATION).is_file()):
+        write(folder, attributions)
+
+
+# --------------------------------------------------------------------------------------------------------- what is said
+
+
+def _title(attributions: Attributions) -> str:
+    model = attributions.config.get("model", {})
+    known, name = cards.hub_id(model), cards.public_name(model)
+    local = f"{model.get('class') or 'a model'}" + (f" ({name})" if name else "")
+    return f"Attributions of {known or local}"
+
+
+def _subtitle(attributions: Attributions) -> str:
+    data = attributions.config.get("data", {})
+    name = cards.public_name(data) or "batches of tensors"
+    return name + (f", split {data['split']}" if data.get("split") else "")
+
+
+def _tiles(attributions: Attributions, evaluation: Report | None) -> list[tuple[str, str]]:
+    config, stability = attributions.config, attributions.stability()
+    tiles = [
+        ("examples", f"{len(attributions):,}"),
+        ("components", f"{len(attributions.components):,}"),
+        ("output", f"{config.get('output')}"),
+        ("passes an example", f"{config['cost']:g}" if config.get("cost") is not None else "unknown"),
+    ]
+    tiles += [] if stability is None else [("reliability", f"{stability:.3f}")]
+    for entry in _figures(attributions, evaluation):
+        name = f"correlation, {100 * entry['ablated_fraction']:.3g} % ablated"
+        tiles.append((name, _number(entry["correlation"], ".3f")))
+    return tiles
+
+
+def _figures(attributions: Attributions, evaluation: Report | None) -> Sequence[Mapping[str, Any]]:
+    found = evaluation.to_json() if evaluation is not None else attributions.evaluation or {}
+    return found.get("fractions", ())
+
+
+def _sections(attributions: Attributions, evaluation: Report | None) -> Iterator[_Section | None]:
+    yield _fidelity(attributions, evaluation)
+    yield _where(attributions)
+    yield _one_example(attributions)
+    yield _left_out(attributions)
+    yield _settings(attributions)
+    yield _next(attributions, bool(_figures(attributions, evaluation)))
+
+
+def _fidelity(attributions: Attributions, evaluation: Report | None) -> _Section | None:
+    """Predicted against measured."""
+    figures = _figures(attributions, evaluation)
+    if not figures:
+        return None
+    rows = [
+        [
+            f"{100 * entry['ablated_fraction']:.3g} %",
+            _number(entry["correlation"], ".3f"),
+            "–".join(_number(end, ".3f") for end in entry["interval"]),
+            _number(entry["slope"], ".2f"),
+        ]
+        for entry in figures
+    ]
+    tables = [_Table(["ablated", "correlation", "95 % interval", "slope"], rows, frozenset({0, 1, 2, 3}))]
+    pictures: dict[str, tuple[str, Draw]] = {}
+    if evaluation is not None:
+        for fraction in list(evaluation.correlation)[:2]:
+            name = "predicted_against_measured" + (f"_{fraction:g}" if pictures else "")
+            pictures[name] = (
+                f"predicted against measured outputs, {100 * fraction:.3g} % ablated",
+                lambda fraction=fraction: plots.predicted_against_measured(
+                    evaluation, fraction, attributions.config.get("unit") or "its own unit"
+                ),
+            )
+        if len(evaluation.correlation) > 2:
+            pictures["correlation_by_fraction"] = (
+                "correlation by ablated fraction",
+                lambda: plots.correlation_by_fraction(evaluation),
+            )
+        tables += _worst(attributions, evaluation)
+    text = (
+        "Random sets of components that no fit has seen were ablated. Correlation: of predicted and measured outputs "
+        "over these sets, mean over the examples; the interval is a bootstrap over the examples. Slope: of measured on "
+        "predicted outputs; 1 = the scale is right."
+    )
+    return _Section("Predicted against measured", text, tables, pictures)
+
+
+def _worst(attributions: Attributions, evaluation: Report) -> list[_Table]:
+    """The examples that are predicted worst, if there are many more than these."""
+    fraction, values = next(iter(evaluation.per_example.items()))
+    if len(values) < 3 * _WORST:
+        return []
+    order = [index for index in values.argsort().tolist() if not values[index].isnan()][:_WORST]
+    rows = [[str(index), _label(attributions, index), f"{values[index]:.3f}"] for index in order]
+    head = ["example", "label", "correlation"]
+    caption = f"The examples that are predicted worst, {100 * fraction:.3g} % ablated"
+    return [_Table(head, rows, frozenset({0, 1, 2}), caption)]
+
+
+def _where(attributions: Attributions) -> _Section:
+    """Which layers and components contribute."""
+    n_examples = len(attributions)
+    some = sorted({i * n_examples // min(n_examples, _AVERAGED) for i in range(min(n_examples, _AVERAGED))})
+    weights = attributions.weights[some].double()
+    sizes, means = weights.abs().mean(0), weights.mean(0)
+    errors = attributions.standard_errors
+    errors = None if errors is None else errors[some].double().square().mean(0).sqrt()
+    rows = []
+    for index in sizes.argsort(descending=True, stable=True)[:_TOP].tolist():
+        error = [] if errors is None else [f"{errors[index]:.3g}"]
+        rows.append([str(attributions.components[index]), f"{sizes[index]:.3g}", f"{means[index]:+.3g}", *error])
+    head = ["component", "mean |attribution|", "mean attribution", *([] if errors is None else ["standard error"])]
+    layers, index = attributions.components.regroup("layer")
+    modules = {(group.module, group.kind) for group in attributions.components.groups}
+    pictures: dict[str, tuple[str, Draw]] = {}
+    if len(layers) > 1 and len(modules) > len(layers):
+        pictures["contribution_heat_map"] = (
+            "contribution by layer and kind of module",
+            lambda: plots.contribution_heat_map(attributions, some),
+        )
+    if len(modules) <= _ROWS:
+        pictures["contribution_by_layer"] = (
+            "contribution by module",
+            lambda: plots.contribution_by_layer(attributions, some),
+        )
+    text = f"In {_unit(attributions)}; a positive attribution means that keeping the component raises the output. "
+    text += "Means are over all examples." if len(some) == n_examples else f"Means are over {len(some)} examples."
+    return _Section("Where it comes from", text, [_Table(head, rows, frozenset({1, 2, 3}))], pictures)
+
+
+def _one_example(attributions: Attributions) -> _Section:
+    label = _label(attributions, 0)
+    text = "The first example" + (f", of class {label}." if label else ".")
+    picture = ("the largest attributions to example 0", lambda: plots.top_components(attributions, 0))
+    return _Section("One example", text, pictures={"top_components_0": picture})
+
+
+def _left_out(attributions: Attributions) -> _Section | None:
+    reasons = attributions.components.tree_json()["skipped"]
+    if not reasons:
+        return None
+    rows = []
+    for entry in reasons:
+        some = ", ".join(entry["modules"][:4]) + (", …" if len(entry["modules"]) > 4 else "")
+        rows.append([entry["reason"], some, f"{entry['weights']:,}"])
+    return _Section("Left out", "", [_Table(["why", "modules", "parameters"], rows, frozenset({2}))])
+
+
+def _settings(attributions: Attributions) -> _Section:
+    """What determines the numbers."""
+    config = attributions.config
+    model, data, method = (config.get(key) or {} for key in ("model", "data", "method"))
+    versions = config.get("versions") or {}
+    said = {
+        "model": _joined(cards.public_name(model), model.get("revision"), model.get("class"), model.get("library")),
+        "fingerprint of its weights": str(model.get("fingerprint"))[:16],
+        "data": _joined(cards.public_name(data), data.get("revision"), data.get("split")) or "batches of tensors",
+        "granularity": attributions.components.granularity,
+        "output": f"{config.get('output')}, in {_unit(attributions)}",
+        "method": _joined(*(f"{key} {value}" if key != "name" else str(value) for key, value in method.items())),
+        "ablated fraction": f"{100 * config['ablated_fraction']:g} %" if "ablated_fraction" in config else "",
+        "seed": str(config.get("seed", "")),
+        "versions": _joined(*(f"{name} {number}" for name, number in versions.items())),
+    }
+    return _Section("How it was made", "", [_Table(["setting", "value"], [[k, v] for k, v in said.items() if v])])
+
+
+def _next(attributions: Attributions, evaluated: bool) -> _Section:
+    """What to do with it."""
+    lines = [
+        "import hf_coar as coar",
+        "",
+        'attributions = coar.Attributions.from_pretrained("FOLDER")  # where this page lies',
+        "attributions.weights  # [examples, components]",
+        "attributions.predict(kept)  # outputs with the components outside kept ablated",
+    ]
+    lines += [] if evaluated else ["", "# in a shell: hf-coar evaluate FOLDER"]
+    lines += ["# in a shell: hf-coar edit FOLDER --decrease label=3 --n-components 20 --out edited"]
+    return _Section("What next", code="\n".join(lines))
+
+
+def _unit(attributions: Attributions) -> str:
+    return attributions.config.get("unit") or "the unit of the output"
+
+
+def _label(attributions: Attributions, index: int) -> str:
+    label = int(attributions.labels[index])
+    return str(label) if label >= 0 else ""
+
+
+def _joined(*parts: Any) -> str:
+    return ", ".join(str(part) for part in parts if part not in (None, ""))
+
+
+def _number(value: float | None, form: str) -> str:
+    return "undefined" if value is None else format(value, form)
+
+
+# ------------------------------------------------------------------------------------------------------------- pictures
+
+
+def _drawn(folder: Path, sections: Sequence[_Section]) -> dict[str, bytes]:
+    """Every picture as SVG, and in the folder as PNG; without matplotlib there are none."""
+    found: dict[str, bytes] = {}
+    if find_spec("matplotlib") is None:
+        return found
+    for section in sections:
+        for name, (_, draw) in section.pictures.items():
+            try:
+                figure = draw()
+                plots.save(figure, folder / f"{name}.png")
+                found[name] = _svg(figure, name)
+            except CoarError:
+                raise
+            except Exception as error:  # the attributions are saved; a picture is not worth the run
+                logger.warning("the picture %s of the report could not be drawn: %r", name, error)
+    return found
+
+
+def _svg(figure: Figure, name: str) -> bytes:
+    """The figure as SVG, the same bytes every time."""
+    import matplotlib
+
+    written = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": name}):  # the ids in it are random otherwise
+        figure.savefig(written, format="svg", metadata={"Date": None, "Creator": None})
+    return written.getvalue()
+
+
+def _without_pictures(drawn: Mapping[str, bytes]) -> str:
+    return "" if drawn else 'Pictures need matplotlib: pip install "hf_coar[plots]", and run the same command again.'
+
+
+# --------------------------------------------------------------------------------------------------------------- pages
+
+
+def _html(
+    attributions: Attributions, evaluation: Report | None, sections: Sequence[_Section], drawn: Mapping[str, bytes]
+) -> str:
+    text = html.escape
+    tiles = "".join(
+        f"<div><dt>{text(name)}</dt><dd>{text(value)}</dd></div>" for name, value in _tiles(attributions, evaluation)
+    )
+    body = [f'<dl class="tiles">{tiles}</dl>']
+    if _without_pictures(drawn):
+        body.append(f"<p>{text(_without_pictures(drawn))}</p>")
+    for section in sections:
+        pictures = {name: what for name, (what, _) in section.pictures.items() if name in drawn}
+        if not (section.tables or section.code or pictures):
+            continue
+        body.append(f"<h2>{text(section.title)}</h2>")
+        body += [f"<p>{text(section.text)}</p>"] if section.text else []
+        body += [_html_table(table) for table in section.tables]
+        images = [
+            f'<figure><img alt="{text(what)}" src="data:image/svg+xml;base64,{base64.b64encode(drawn[name]).decode()}">'
+            "</figure>"
+            for name, what in pictures.items()
+        ]
+        body += [f'<div class="figures">{"".join(images)}</div>'] if images else []
+        body += [f"<pre><code>{text(section.code)}</code></pre>"] if section.code else []
+    template = (resources("hf_coar.storage") / "templates" / "report.html.template").read_text(encoding="utf-8")
+    return Template(template).substitute(
+        title=text(_title(attributions)),
+        subtitle=text(_subtitle(attributions)),
+        body="\n".join(body),
+        version=version("hf_coar"),
+    )
+
+
+def _html_table(table: _Table) -> str:
+    def row(cells: Sequence[str], tag: str) -> str:
+        kinds = [' class="number"' if place in table.numbers else "" for place in range(len(cells))]
+        inner = "".join(f"<{tag}{kind}>{html.escape(cell)}</{tag}>" for cell, kind in zip(cells, kinds, strict=True))
+        return f"<tr>{inner}</tr>"
+
+    rows = "".join(row(cells, "td") for cells in table.rows)
+    caption = f"<caption>{html.escape(table.caption)}</caption>" if table.caption else ""
+    return f'<div class="scroll"><table>{caption}{row(table.head, "th")}{rows}</table></div>'
+
+
+def _markdown(
+    attributions: Attributions, evaluation: Report | None, sections: Sequence[_Section], drawn: Mapping[str, bytes]
+) -> str:
+    tiles = _Table(["", ""], [list(tile) for tile in _tiles(attributions, evaluation)])
+    parts = [f"# {_title(attributions)}", _subtitle(attributions), _markdown_table(tiles)]
+    parts += [_without_pictures(drawn)]
+    for section in sections:
+        pictures = [
+            f"![{what}]({artefact.PICTURES}/{name}.png)"
+            for name, (what, _) in section.pictures.items()
+            if name in drawn
+        ]
+        if section.tables or section.code or pictures:
+            parts += [f"## {section.title}", section.text, *map(_markdown_table, section.tables), *pictures]
+            parts += [f"```python\n{section.code}\n```"] if section.code else []
+    parts.append(f"Made by hf_coar {version('hf_coar')}.")
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _markdown_table(table: _Table) -> str:
+    def row(cells: Sequence[str]) -> str:
+        return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+    ruler = ["--:" if place in table.numbers else "---" for place in range(len(table.head))]
+    caption = [f"{table.caption}:", ""] if table.caption else []
+    return "\n".join([*caption, row(table.head), row(ruler), *map(row, table.rows)])

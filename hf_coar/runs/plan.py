@@ -1,0 +1,161 @@
+"""Budget: what a run will cost, before it runs: passes, floating-point operations, disk, memory, units of work."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hf_coar import models
+from hf_coar.runs.problem import Method
+from hf_coar.runs.measuring import MASKS_A_UNIT
+
+_FLOAT = 4  # bytes
+# Of gate passes against plain forward and backward passes; scripts/benchmark_engine.py, between e/c and e/f.
+_GATE_EFFICIENCY = 0.7
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The cost of attributing a model's outputs, from its sizes alone.
+
+    Attributes:
+        n_examples: examples.
+        n_components: components.
+        passes: forward passes an example; a forward and backward pass counts as three.
+        flops: floating-point operations of one forward pass of one example; a multiply-add counts as two.
+        batch_size: examples a batch.
+        n_parts: parts that the passes on a batch are divided in; a unit of work is a batch and a part.
+        n_outputs: numbers an example that the units write to the disk.
+        parameter_bytes: of the model.
+        activation_bytes: of the outputs of all modules of the model, for one example.
+        differentiates: whether the passes have a backward, and so keep the activations.
+        processes: that share the run.
+    """
+
+    n_examples: int
+    n_components: int
+    passes: float
+    flops: float
+    batch_size: int
+    n_parts: int
+    n_outputs: int
+    parameter_bytes: int
+    activation_bytes: int
+    differentiates: bool
+    processes: int = 1
+
+    @property
+    def n_units(self) -> int:
+        """Units of work."""
+        return -(-self.n_examples // self.batch_size) * self.n_parts
+
+    @property
+    def total_flops(self) -> float:
+        """Floating-point operations of the whole run."""
+        return self.n_examples * self.passes * self.flops
+
+    @property
+    def disk_bytes(self) -> int:
+        """Shards and the attributions with their standard errors."""
+        return _FLOAT * self.n_examples * (self.n_outputs + 2 * self.n_components)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Roughly, on the device of one process: weights, activations, and gates with their gradients and sums."""
+        kept = 1.0 if self.differentiates else 0.1  # without a backward, a few layers' at a time
+        gates = 8 * _FLOAT * self.n_components if self.differentiates else 0
+        return round(self.parameter_bytes + self.batch_size * (kept * self.activation_bytes + gates))
+
+    def seconds(self, flops_per_second: float) -> float:
+        """Wall time, if every process computes at this rate in plain forward passes."""
+        if self.differentiates:
+            flops_per_second *= _GATE_EFFICIENCY
+        # Whole units: the last round of them may leave some processes without work.
+        rounds = -(-self.n_units // self.processes)
+        return self.total_flops / self.n_units * rounds / flops_per_second
+
+    def __str__(self) -> str:
+        """A few lines for a person."""
+        n_batches = -(-self.n_examples // self.batch_size)
+        return "\n".join(
+            [
+                f"examples    {self.n_examples:,}, in batches of {self.batch_size}",
+                f"components  {self.n_components:,}",
+                f"cost        {self.passes:g} forward passes an example, {self.n_examples * self.passes:,.0f} in all",
+                f"operations  {self.flops:.3g} a pass, {self.total_flops:.3g} in all",
+                f"units       {self.n_units:,}: {n_batches:,} batches × {self.n_parts:,} parts",
+                f"processes   {self.processes}, at most {-(-self.n_units // self.processes):,} units each",
+                f"disk        {size_text(self.disk_bytes)}",
+                f"memory      about {size_text(self.memory_bytes)} on the device of every process",
+            ]
+        )
+
+
+def budget(
+    model: nn.Module,
+    example: Mapping[str, Tensor],
+    n_examples: int,
+    n_components: int,
+    method: Method,
+    ablated_fraction: float,
+    batch_size: int = 32,
+    processes: int = 1,
+) -> Budget:
+    """What a run will cost.
+
+    Args:
+        model: may be on the meta device; runs once.
+        example: a batch of one example, on the same device.
+        n_examples: to be attributed.
+        n_components: of the model.
+        method: the estimator.
+        ablated_fraction: as for `attribute`.
+        batch_size: examples a batch.
+        processes: that will share the run.
+    """
+    flops, activation_bytes = _one_pass(model, example)
+    n_masks = getattr(method, "n_masks", None)
+    return Budget(
+        n_examples=n_examples,
+        n_components=n_components,
+        passes=method.cost(ablated_fraction, n_components),
+        flops=flops,
+        batch_size=min(batch_size, n_examples),
+        n_parts=-(-n_masks // MASKS_A_UNIT) if n_masks else 1,
+        n_outputs=n_masks or 3 * n_components,
+        parameter_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
+        activation_bytes=activation_bytes,
+        differentiates=n_masks is None,
+        processes=processes,
+    )
+
+
+def _one_pass(model: nn.Module, example: Mapping[str, Tensor]) -> tuple[float, int]:
+    """Floating-point operations of one forward pass, and the bytes that its innermost modules put out."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    total = 0
+
+    def add(module: nn.Module, inputs: tuple, output: object) -> None:
+        nonlocal total
+        total += output.numel() * output.element_size() if isinstance(output, Tensor) else 0
+
+    leaves = [module for module in model.modules() if not any(True for _ in module.children())]
+    hooks = [module.register_forward_hook(add) for module in leaves]
+    try:
+        with models.frozen(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
+            models.logits(model, example)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return float(counter.get_total_flops()), total
+
+
+def size_text(n_bytes: float) -> str:
+    """Such as `3.1 MB`, `2.5 TB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if n_bytes < 1000:
+            return f"{n_bytes:.3g} {unit}"
+        n_bytes /= 1000
+    return f"{n_bytes:.3g} TB"

@@ -1,8 +1,0 @@
-"""Solvers: from masks and outputs to weights: `Ridge`, `Lasso`, `ARD`; and what is under them (`design`, `systems`)."""
-
-from hf_coar.solvers.ard import ARD
-from hf_coar.solvers.base import Solver
-from hf_coar.solvers.lasso import Lasso
-from hf_coar.solvers.ridge import Ridge
-
-__all__ = ["ARD", "Lasso", "Ridge", "Solver"]

@@ -1,0 +1,1 @@
+"""Storage: files that are whole or absent (`files`), the Hub (`hub`), model cards (`cards`)."""
