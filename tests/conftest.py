@@ -8,7 +8,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 
 import hf_coar as coar
-from hf_coar import models
+from hf_coar import editing, models
+from hf_coar.components import rules
+from hf_coar.models import outputs
 
 torch.set_num_threads(1)
 
@@ -239,6 +241,17 @@ def timm_vit() -> Net:
 def transformer(request) -> Net:
     """`nn.TransformerEncoder` with either order of axes."""
     return build_net("transformer_batch_first" if request.param else "transformer_positions_first")
+
+
+@pytest.fixture
+def registering() -> Iterator[None]:
+    """What a test registers is forgotten after it."""
+    tables = (outputs.OUTPUTS, rules.RULES, editing.RULES)
+    before = [set(table) for table in tables]
+    yield
+    for table, names in zip(tables, before, strict=True):
+        for name in set(table) - names:
+            del table[name]
 
 
 @pytest.fixture

@@ -16,8 +16,6 @@ import pytest
 
 from hf_coar import cli
 from hf_coar.cli import config
-from hf_coar.components import rules
-from hf_coar.models import outputs
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -32,17 +30,12 @@ def fences(page):
 
 
 @pytest.fixture
-def somewhere(tmp_path, monkeypatch):
+def somewhere(tmp_path, monkeypatch, registering):
     """An empty folder from which the repository looks as from its root; what a page registers is gone afterwards."""
     for name in ("hf_coar", "scripts"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
-    tables = (outputs._OUTPUTS, rules._RULES)
-    saved = [dict(table) for table in tables]
-    yield tmp_path
-    for table, entries in zip(tables, saved, strict=True):
-        table.clear()
-        table.update(entries)
+    return tmp_path
 
 
 def command_lines(text):

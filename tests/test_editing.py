@@ -292,7 +292,7 @@ def test_every_rule_orders_all_components(judged, name):
     assert up.tolist() != down.tolist()
 
 
-def test_a_rule_of_ones_own(judged):
+def test_a_rule_of_ones_own(judged, registering):
     model, _, found = judged
 
     def backwards(sides):
@@ -302,12 +302,12 @@ def test_a_rule_of_ones_own(judged):
     record = models.record(coar.edit(model, found, increase=[0], rule=backwards, n_components=2))["edit"]
     assert record["indices"] == [12, 11] and record["rule"].endswith("backwards")
     editing.rule("backwards")(backwards)
-    try:
-        assert editing.rank_components(found, increase=[0], rule="backwards")[0] == 12
-    finally:
-        del editing.RULES["backwards"]
+    assert editing.rank_components(found, increase=[0], rule="backwards")[0] == 12
+    del editing.RULES["backwards"]
     with pytest.raises(CoarError, match=r"unknown rule 'backwards'; there are .*welch"):
         editing.rank_components(found, increase=[0], rule="backwards")
+    with pytest.raises(CoarError, match=r"rule 'welch' is taken by hf_coar\.editing\.rules\.welch"):
+        editing.rule("welch")(backwards)
 
 
 def test_every_set_of_targets_counts_alike(small):

@@ -1,6 +1,8 @@
 """Outputs: laws over everything that is registered, values worked out by hand, and error messages."""
 
+import inspect
 import math
+import textwrap
 
 import pytest
 import torch
@@ -8,7 +10,8 @@ import torch
 from hf_coar.errors import CoarError, DataError
 from hf_coar.models import outputs
 
-MORE_IS_WORSE = {"loss"}
+# Which way the outputs of the package that are about a right answer move with its logit.
+WITH_THE_RIGHT_LOGIT = {"margin": 1, "logit": 1, "log_prob": 1, "loss": -1, "token_margin": 1, "token_log_prob": 1}
 TOKEN_OUTPUTS = ("token_margin", "token_log_prob")
 
 
@@ -28,9 +31,12 @@ def language_case(dtype=torch.float32):
     return logits, {"input_ids": tokens, "attention_mask": attended}
 
 
+CASES = (classifier_case, language_case)
+
+
 def case_for(name, dtype=torch.float32):
     """Logits and a batch that the output takes: a classifier's or a language model's."""
-    for case in (classifier_case, language_case):
+    for case in CASES:
         logits, batch = case(dtype)
         try:
             outputs.get(name)(logits, batch)
@@ -40,13 +46,17 @@ def case_for(name, dtype=torch.float32):
     raise LookupError(f"neither a classifier nor a language model suits {name}")
 
 
-@pytest.fixture(params=outputs.names())
-def name(request):
+@pytest.fixture(params=[*outputs.names(), "entropy"])
+def name(request, registering):
+    """Every output of the package, and the one that its documentation gives as an example."""
+    if request.param not in outputs.names():
+        example = inspect.cleandoc(outputs.__doc__).partition("::\n")[2]
+        exec(textwrap.dedent(example), {"__name__": "__main__"})
     return request.param
 
 
 def test_the_outputs_of_the_paper_are_there():
-    assert {"margin", "logit", "log_prob", "loss", "token_margin", "token_log_prob"} <= set(outputs.names())
+    assert set(outputs.names()) >= set(WITH_THE_RIGHT_LOGIT)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -72,7 +82,8 @@ def test_order_of_examples_does_not_matter(name):
     assert torch.allclose(shuffled, outputs.get(name)(logits, batch)[order], atol=1e-6)
 
 
-def test_raising_the_right_logit_raises_the_output(name):
+@pytest.mark.parametrize(("name", "sign"), WITH_THE_RIGHT_LOGIT.items())
+def test_outputs_about_the_right_answer_move_with_its_logit(name, sign):
     logits, batch = case_for(name)
     raised = logits.clone()
     if logits.dim() == 2:
@@ -80,7 +91,17 @@ def test_raising_the_right_logit_raises_the_output(name):
     else:
         raised[:, :-1].scatter_add_(2, batch["input_ids"][:, 1:, None], torch.full((6, 4, 1), 0.5))
     gain = outputs.get(name)(raised, batch) - outputs.get(name)(logits, batch)
-    assert ((-gain if name in MORE_IS_WORSE else gain) > 1e-3).all()
+    assert (sign * gain > 1e-3).all()
+
+
+def test_a_boundary_is_where_right_turns_into_wrong(name):
+    if outputs.get(name).boundary is None:
+        return
+    logits, batch = case_for(name)
+    answers = batch["labels"] if logits.dim() == 2 else batch["input_ids"].roll(-1, 1)
+    right = torch.nn.functional.one_hot(answers, logits.shape[-1])
+    above, below = (outputs.get(name)(logits + sign * 20 * right, batch) for sign in (1, -1))
+    assert (above > outputs.get(name).boundary).all() and (below < outputs.get(name).boundary).all()
 
 
 def test_the_gradient_reaches_the_logits_of_every_example(name):
@@ -92,7 +113,8 @@ def test_the_gradient_reaches_the_logits_of_every_example(name):
 
 def test_units_and_docstrings(name):
     output = outputs.get(name)
-    assert output.name == name and output.unit and output.function.__doc__
+    assert output.name == name and output.unit
+    assert output.function.__doc__ or not output.function.__module__.startswith("hf_coar.")
 
 
 # ---------------------------------------------------------------------------------------------- values worked by hand
@@ -277,15 +299,14 @@ def test_a_margin_needs_two_classes():
 
 
 def test_unknown_name_lists_what_there_is():
-    with pytest.raises(CoarError, match=r"'margins'.*margin"):
+    with pytest.raises(CoarError, match=r"'margins' \(did you mean 'margin'\?\); there are .*token_margin"):
         outputs.get("margins")
 
 
 # ------------------------------------------------------------------------------------------------------ one's own ones
 
 
-def test_a_registration_in_five_lines(monkeypatch):
-    monkeypatch.setattr(outputs, "_OUTPUTS", dict(outputs._OUTPUTS))
+def test_a_registration_in_five_lines(registering):
 
     @outputs.register("entropy", unit="nats")
     def entropy(logits, batch):
@@ -297,6 +318,17 @@ def test_a_registration_in_five_lines(monkeypatch):
     assert outputs.get("entropy").unit == "nats"
     value = outputs.get("entropy")(torch.zeros(2, 4), {})
     assert value.tolist() == pytest.approx([math.log(4)] * 2)
+
+
+def test_a_name_of_the_package_is_taken(registering):
+    own = outputs.get("margin")
+    with pytest.raises(CoarError, match=r"output 'margin' is taken by hf_coar\.models\.outputs\.margin.*replace=True"):
+
+        @outputs.register("margin", unit="logits")
+        def margin(logits, batch):
+            return logits[:, 0]
+
+    assert outputs.get("margin") is own
 
 
 def test_a_function_is_taken_as_it_is():

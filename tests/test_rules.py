@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 import hf_coar as coar
 from hf_coar import masking
-from hf_coar.components import Matrix, registered, rule
+from hf_coar.components import Matrix, registered, rule, rule_of
 from hf_coar.errors import CoarError, NoComponentsError
 
 EXAMPLES, POSITIONS, WIDTH = 3, 6, 4  # two positions an example more than fit: 6 is a multiple of 3 on purpose
@@ -537,7 +537,7 @@ def test_a_granularity_that_the_model_lacks_names_what_there_is():
         coar.find_components(Sequence(nn.Linear(3, 3)), "expert")
 
 
-def test_a_rule_may_leave_the_inside_to_others():
+def test_a_rule_may_leave_the_inside_to_others(registering):
     class Outer(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -547,8 +547,20 @@ def test_a_rule_may_leave_the_inside_to_others():
     def outer(module):
         return [Matrix("odd", 0, 1, site="weight")]
 
-    assert Outer in registered()
+    assert Outer in registered() and nn.Linear in registered() and nn.ReLU not in registered()
     assert [group.parameter for group in coar.find_components(Outer()).groups] == ["odd", "inner.weight"]
+
+
+def test_a_class_has_one_rule(registering):
+    with pytest.raises(CoarError, match=r"component rule 'torch\.nn\.modules\.linear\.Linear' is taken.*replace=True"):
+
+        @rule(nn.Linear)
+        def another(module):
+            return []
+
+    assert rule_of(nn.Linear(2, 2)).__module__ == "hf_coar.components.rules"
+    with pytest.raises(CoarError, match="a module class or its dotted path"):
+        rule(rule_of)
 
 
 # -------------------------------------------------------------------------------------------------- totals and the tree

@@ -322,7 +322,7 @@ def _nothing_found(
             f"exclude={exclude}; there are components of granularity {', '.join(map(repr, others)) or 'none'} "
             f"in {_abbreviate(names)}"
         )
-    known = sorted(key if isinstance(key, str) else key.__name__ for key in registered())
+    known = sorted({name.rpartition(".")[2] for name in registered()})
     classes = sorted({type(module).__name__ for module in model.modules()})
     return (
         f"{name} has no module with a rule; it is made of {_abbreviate(classes)}, and there are rules for "

@@ -21,6 +21,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from hf_coar.storage.registry import Registry, dotted
+
 
 @dataclass(frozen=True)
 class Matrix:
@@ -65,34 +67,33 @@ class Matrix:
 
 Rule = Callable[[nn.Module], list[Matrix]]
 
-_RULES: dict[type | str, Rule] = {}
+RULES: Registry[Rule] = Registry("component rule", of_classes=True)
 _SEARCHED_INSIDE: set[Rule] = set()
 
 
-def rule(*classes: type | str, inside: bool = False) -> Callable[[Rule], Rule]:
+def rule(*classes: type | str, inside: bool = False, replace: bool = False) -> Callable[[Rule], Rule]:
     """Decorator: makes a function (module) -> list of `Matrix` the rule of these module classes and their subclasses.
 
     A rule also speaks for the modules inside (a `MultiheadAttention` for its `out_proj`), which are not searched
-    again, unless it says `inside=True`: then it speaks for the module's own parameters only.
+    again, unless it says `inside=True`: then it speaks for the module's own parameters only. A class that has a rule of
+    its own already is an error, unless the same function is defined again (a cell of a notebook that runs again) or
+    `replace=True` puts this one in its place.
     """
 
+    register = RULES.register(*classes, replace=replace)
+
     def add(function: Rule) -> Rule:
-        for module_class in classes:
-            _RULES[module_class] = function
-            if inside:
-                _SEARCHED_INSIDE.add(function)
-        return function
+        if inside:
+            _SEARCHED_INSIDE.add(function)
+        return register(function)
 
     return add
 
 
 def rule_of(module: nn.Module) -> Rule | None:
     """The rule of the nearest ancestor class that has one; None leaves the module to its parameters' names."""
-    for module_class in type(module).__mro__:
-        for key in (module_class, f"{module_class.__module__}.{module_class.__qualname__}"):
-            if key in _RULES:
-                return _RULES[key]
-    return None
+    names = (dotted(module_class) for module_class in type(module).__mro__)
+    return next((RULES[name] for name in names if name in RULES), None)
 
 
 def searched_inside(found: Rule) -> bool:
@@ -100,9 +101,9 @@ def searched_inside(found: Rule) -> bool:
     return found in _SEARCHED_INSIDE
 
 
-def registered() -> dict[type | str, Rule]:
-    """All rules by class."""
-    return dict(_RULES)
+def registered() -> Registry[Rule]:
+    """All rules by module class, or by its dotted path."""
+    return RULES
 
 
 def is_quantised(weight: Tensor) -> bool:

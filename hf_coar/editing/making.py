@@ -48,8 +48,6 @@ def rank_components(
 def _rule(rule: str | Rule) -> Rule:
     if callable(rule):
         return rule
-    if rule not in RULES:
-        raise CoarError(f"unknown rule {rule!r}; there are {', '.join(sorted(RULES))}")
     return RULES[rule]
 
 

@@ -20,6 +20,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from hf_coar.storage.registry import Registry
+
 # A component without any effect has neither difference nor spread.
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -61,17 +63,16 @@ class Sides:
 
 Rule = Callable[[Sides], Tensor]
 
-RULES: dict[str, Rule] = {}
+RULES: Registry[Rule] = Registry("rule")
 
 
-def rule(name: str) -> Callable[[Rule], Rule]:
-    """Decorator: makes a function (sides) -> int64 [components], the best to ablate first, known as `rule=name`."""
+def rule(name: str, replace: bool = False) -> Callable[[Rule], Rule]:
+    """Decorator: makes a function (sides) -> int64 [components], the best to ablate first, known as `rule=name`.
 
-    def add(function: Rule) -> Rule:
-        RULES[name] = function
-        return function
-
-    return add
+    A name that is taken is an error, unless the same function is defined again (a cell of a notebook that runs again)
+    or `replace=True` puts this one in its place.
+    """
+    return RULES.register(name, replace=replace)
 
 
 def best_first(score: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_coar.errors import CoarError, DataError
+from hf_coar.storage.registry import Registry
 
 IGNORED_LABEL = -100  # the target value that PyTorch's losses and transformers' collators skip
 
@@ -57,14 +58,20 @@ class Output:
         return values.float()
 
 
-_OUTPUTS: dict[str, Output] = {}
+OUTPUTS: Registry[Output] = Registry("output")
 
 
-def register(name: str, unit: str, boundary: float | None = None) -> Callable[[OutputFunction], OutputFunction]:
-    """Decorator: makes a function (logits, batch) -> [examples] known as `output=name`; see `Output`."""
+def register(
+    name: str, unit: str, boundary: float | None = None, replace: bool = False
+) -> Callable[[OutputFunction], OutputFunction]:
+    """Decorator: makes a function (logits, batch) -> [examples] known as `output=name`; see `Output`.
+
+    A name that is taken is an error, unless the same function is defined again (a cell of a notebook that runs again)
+    or `replace=True` puts this one in its place.
+    """
 
     def add(function: OutputFunction) -> OutputFunction:
-        _OUTPUTS[name] = Output(name, unit, function, boundary)
+        OUTPUTS.add(name, Output(name, unit, function, boundary), function, replace)
         return function
 
     return add
@@ -72,22 +79,20 @@ def register(name: str, unit: str, boundary: float | None = None) -> Callable[[O
 
 def names() -> list[str]:
     """The names of all outputs."""
-    return sorted(_OUTPUTS)
+    return OUTPUTS.names()
 
 
 def get(output: "str | Output | OutputFunction") -> Output:
     """An output by its name; a function of (logits, batch) is taken as it is.
 
     Raises:
-        CoarError: an unknown name.
+        CoarError: an unknown name; the message lists what there is.
     """
     if isinstance(output, Output):
         return output
     if callable(output):
         return Output(getattr(output, "__qualname__", "custom"), "of your own", output)
-    if output not in _OUTPUTS:
-        raise CoarError(f"unknown output {output!r}; there are {', '.join(names())}")
-    return _OUTPUTS[output]
+    return OUTPUTS[output]
 
 
 def _labels(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
