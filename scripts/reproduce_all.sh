@@ -11,7 +11,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" plots
 
 images="${1:-/usr/share/datasets/fashion-mnist}"
 novel="${2:-runs/moby-dick/package/data}"
-python=.venv/bin/python
+python=$venv/bin/python
 
 if [[ ! -d "$novel" ]]; then
     mkdir -p runs/moby-dick
