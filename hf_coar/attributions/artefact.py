@@ -2,12 +2,13 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from hf_coar.attributions.provenance import Provenance
 from hf_coar.errors import CoarError, CorruptFileError
 from hf_coar.storage import cards, files
 
@@ -86,8 +87,8 @@ def check_folder(folder: Path) -> None:
         raise CoarError(f"{folder} holds no attributions: it lacks {', '.join(absent)}")
 
 
-def read_config(path: Path, name: str) -> dict[str, Any]:
-    """The configuration, checked for everything that is read from it later on.
+def read_config(path: Path, name: str) -> tuple[dict[str, str], Provenance]:
+    """The files of attributions with their checksums, and the provenance.
 
     Raises:
         CorruptFileError: damaged, of another format, or with names of files that are not ours.
@@ -99,43 +100,12 @@ def read_config(path: Path, name: str) -> dict[str, Any]:
             f"{name} is of hf_coar format {found!r}, and this version reads format {FORMAT_VERSION}; it holds no "
             "attributions, or a newer hf_coar wrote them"
         )
-    for key, sane in _CONFIG_CHECKS.items():
-        if key in config and not sane(config[key]):
-            raise CorruptFileError(f"{path} is damaged: its {key!r} is {str(config[key])[:80]!r}")
+    provenance = Provenance.from_json(config, str(path))
     if not _is_list_of_files(config.get("files")):
         raise CorruptFileError(f"{path} is damaged: it does not list the files of attributions with their checksums")
     if not files.is_json(config):
         raise CorruptFileError(f"{path} is damaged: it holds numbers or characters that JSON does not know")
-    return config
-
-
-def _is_record(value: Any) -> bool:
-    texts = ("id", "revision", "library", "class", "fingerprint", "split")
-    return isinstance(value, dict) and all(isinstance(value.get(key), str | None) for key in texts)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e15
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str | None)
-
-
-_CONFIG_CHECKS: dict[str, Callable[[Any], bool]] = {
-    "model": _is_record,
-    "data": _is_record,
-    "method": lambda value: isinstance(value, dict),
-    "versions": lambda value: isinstance(value, dict),
-    "output": _is_text,
-    "unit": _is_text,
-    "boundary": lambda value: value is None or _is_number(value),
-    "granularity": _is_text,
-    "n_components": lambda value: type(value) is int and 0 < value < 2**40,
-    "ablated_fraction": _is_number,
-    "cost": lambda value: value is None or _is_number(value),
-    "seed": lambda value: type(value) is int,
-}
+    return config["files"], provenance
 
 
 def _is_list_of_files(value: Any) -> bool:

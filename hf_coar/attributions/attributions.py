@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from hf_coar.attributions import artefact, rows
+from hf_coar.attributions.provenance import Provenance
 from hf_coar.attributions.rows import Rows
 from hf_coar.components import Components
 from hf_coar.data import Identity
@@ -47,7 +48,7 @@ class Attributions:
         standard_errors: float32 [examples, components] of the weights, or None.
         components: what the columns are.
         identity: by which the examples are known again, and their labels.
-        config: model, data, output, method, ablated fraction, seed, cost and versions, as JSON values.
+        provenance: model, data, output, method, ablated fraction, seed, cost and versions.
         evaluation: predicted against measured as JSON values, or None; `evaluate` makes it, `save_pretrained` keeps it.
     """
 
@@ -58,21 +59,21 @@ class Attributions:
         standard_errors: Tensor | Rows | None,
         components: Components,
         identity: Identity,
-        config: Mapping[str, Any] | None = None,
+        provenance: Provenance | Mapping[str, Any] | None = None,
         evaluation: Mapping[str, Any] | None = None,
     ) -> None:
-        """Matrices as tensors, or as rows that lie in files.
+        """Matrices as tensors, or as rows that lie in files; the provenance also as JSON values.
 
         Raises:
             CoarError: the shapes do not agree.
         """
+        self.provenance = Provenance.from_json(provenance or {})
         self._matrices = {"weights": rows.as_rows(weights)}
         if standard_errors is not None:
             self._matrices["standard_errors"] = rows.as_rows(standard_errors)
         self.bias = bias
-        self.components = replace(components, fingerprint=dict(config or {}).get("model", {}).get("fingerprint"))
+        self.components = replace(components, fingerprint=self.provenance.fingerprint)
         self.identity = identity
-        self.config = dict(config or {})
         self.evaluation = dict(evaluation) if evaluation is not None else None
         shapes = {name: list(matrix.shape) for name, matrix in self._matrices.items()}
         n_examples = len(self)
@@ -82,6 +83,11 @@ class Attributions:
             shape != [n_examples] for shape in lengths.values()
         ):
             raise CoarError(f"{shapes | lengths} and {len(components)} components do not fit together")
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The provenance as JSON values, as `config.json` holds it."""
+        return self.provenance.to_json()
 
     @property
     def weights(self) -> Tensor:
@@ -99,7 +105,7 @@ class Attributions:
 
     def __repr__(self) -> str:
         """Such as `Attributions(200 examples, 832 components, output 'margin')`."""
-        output = self.config.get("output")
+        output = self.provenance.output
         return f"Attributions({len(self)} examples, {len(self.components)} components, output {output!r})"
 
     @property
@@ -204,7 +210,7 @@ class Attributions:
             fingerprint: `models.fingerprint` of the model.
             given: `models.record` of the model, for the message to name what differs.
         """
-        known = self.config.get("model", {})
+        known = self.provenance.model
         if known.get("fingerprint") == fingerprint:
             return
         named = {key: (known.get(key), given.get(key)) for key in _TOLD} if given is not None else {}
@@ -236,7 +242,7 @@ class Attributions:
         Raises:
             CoarError: the folder cannot be written, or the weights do not fit into float16.
         """
-        self._save(Path(folder), ".", dtype, max_shard_size, report, self.config)
+        self._save(Path(folder), ".", dtype, max_shard_size, report, self.provenance)
 
     def _save(
         self,
@@ -245,7 +251,7 @@ class Attributions:
         dtype: Any,
         max_shard_size: int | str,
         report: Figures | None,
-        config: Mapping[str, Any],
+        provenance: Provenance,
     ) -> None:
         evaluation = self.evaluation if report is None else report.to_json()
         if evaluation is None and (folder / artefact.EVALUATION).is_file():
@@ -255,10 +261,11 @@ class Attributions:
         checksums[artefact.COMPONENTS] = artefact.checksum(folder / artefact.COMPONENTS)
         if evaluation is not None:
             artefact.write_json(folder / artefact.EVALUATION, evaluation)
-        self.write_card(folder, source, config, evaluation)
+        self.write_card(folder, source, provenance, evaluation)
         # The configuration comes last: where it is, and its checksums are right, the rest is whole.
         artefact.write_json(
-            folder / artefact.CONFIG, {"hf_coar_format": artefact.FORMAT_VERSION, "files": checksums, **config}
+            folder / artefact.CONFIG,
+            {"hf_coar_format": artefact.FORMAT_VERSION, "files": checksums, **provenance.to_json()},
         )
         artefact.remove_other_shards(folder, checksums)
 
@@ -279,14 +286,14 @@ class Attributions:
         return checksums
 
     def write_card(
-        self, folder: Path, source: str, config: Mapping[str, Any], evaluation: Mapping[str, Any] | None
+        self, folder: Path, source: str, provenance: Provenance, evaluation: Mapping[str, Any] | None
     ) -> None:
         """Write the card, unless there is one that a person wrote or changed, and the Hub's file of results.
 
         Args:
             folder: with its `pictures`, if there are any.
             source: from where the reader loads the attributions: Hub id, or "." for the folder itself.
-            config: as the card is to show it.
+            provenance: as the card is to show it.
             evaluation: `Report.to_json()`, or None.
         """
         path = folder / hub.CARD
@@ -294,9 +301,9 @@ class Attributions:
             pictures = sorted(
                 f"{artefact.PICTURES}/{picture.name}" for picture in (folder / artefact.PICTURES).glob("*.png")
             )
-            card = cards.attributions_card(config, len(self), source, evaluation, self.stability(), pictures)
+            card = cards.attributions_card(provenance.to_json(), len(self), source, evaluation, self.stability(), pictures)
             files.write_bytes(path, card.encode())
-        results = cards.evaluation_yaml(config.get("data", {}), evaluation)
+        results = cards.evaluation_yaml(provenance.data, evaluation)
         if results is not None:
             files.write_bytes(folder / cards.RESULTS, results.encode())
 
@@ -330,8 +337,7 @@ class Attributions:
         source = hub.Source(name, revision, token, cache_dir, local_files_only)
         if source.is_local:
             artefact.check_folder(Path(name))
-        config = artefact.read_config(source.file(artefact.CONFIG), str(name))
-        checksums = config.pop("files")
+        checksums, provenance = artefact.read_config(source.file(artefact.CONFIG), str(name))
         components_path = source.file(artefact.COMPONENTS)
         if artefact.checksum(components_path) != checksums.pop(artefact.COMPONENTS):
             raise CorruptFileError(
@@ -348,7 +354,7 @@ class Attributions:
             matrices.get("standard_errors"),
             components,
             Identity(columns["signatures"], columns["labels"]),
-            {key: value for key, value in config.items() if key != "hf_coar_format"},
+            provenance,
             None if evaluation_path is None else artefact.read_evaluation(evaluation_path),
         )
         if verify or (verify is None and sum(path.stat().st_size for path in paths) <= _VERIFIED_AT_LOAD):
@@ -399,7 +405,7 @@ class Attributions:
                 files.write_bytes(folder / artefact.PICTURES / picture.name, picture.read_bytes())
             if card is not None:
                 files.write_bytes(folder / hub.CARD, Path(card).read_bytes())
-            self._save(folder, repo_id, dtype, max_shard_size, report, artefact.public(self.config))
+            self._save(folder, repo_id, dtype, max_shard_size, report, self.provenance.public())
             return hub.upload(
                 folder, repo_id, artefact.UPLOADED, commit_message, token, create_pr,
                 is_generated=cards.is_generated, stale=("attributions*.safetensors",),

@@ -21,7 +21,7 @@ def add_evaluation(folder: str | Path, report: Figures) -> None:
     attributions = Attributions.from_pretrained(folder, verify=False)
     evaluation = cards.check_evaluation(report.to_json())
     artefact.write_json(Path(folder) / artefact.EVALUATION, evaluation)
-    attributions.write_card(Path(folder), ".", attributions.config, evaluation)
+    attributions.write_card(Path(folder), ".", attributions.provenance, evaluation)
 
 
 def push_folder(folder: str | Path, repo_id: str, **settings: Any) -> str:

@@ -56,7 +56,7 @@ def attribute(args: argparse.Namespace) -> str:
         "attributions": str(args.out),
         "n_examples": len(attributions),
         "n_components": len(attributions.components),
-        "cost": attributions.config["cost"],
+        "cost": attributions.provenance.cost,
         "report": str(Path(args.out) / report.PAGE),
     }
     if args.json:
@@ -133,12 +133,12 @@ def edit(args: argparse.Namespace) -> str:
 
 def _attributing_anew(attributions: Attributions, data: Any) -> Any:
     """A function that attributes a model by one pass, on the examples and with the output of these attributions."""
-    config = attributions.config
+    of = attributions.provenance
 
     def attribute(model: Any) -> Attributions:
         found = pipeline.attribute(
-            model, data, attributions.components, config["output"], PathGradient(rounds=0), config["ablated_fraction"],
-            config["seed"], progress=False,
+            model, data, attributions.components, of.output, PathGradient(rounds=0), of.ablated_fraction,
+            of.seed, progress=False,
         )  # fmt: skip
         attributions.identity.check(found.identity)
         return found
@@ -230,7 +230,7 @@ def _with_sources(
     args: argparse.Namespace, attributions: Attributions, needed: Sequence[str] = ("model", "data")
 ) -> argparse.Namespace:
     """Model and data as the attributions name them, unless they are given."""
-    model, data = attributions.config["model"], attributions.config["data"]
+    model, data = attributions.provenance.model, attributions.provenance.data
     known = {"model": model.get("id"), "revision": model.get("revision"), "data": data.get("id")}
     known |= {"split": data.get("split"), "data_revision": data.get("revision")}
     filled = {name: getattr(args, name, None) or value for name, value in known.items()}

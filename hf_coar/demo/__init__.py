@@ -122,7 +122,7 @@ def run(out: str | Path = "coar-demo", forget: str = FORGOTTEN, progress: bool =
     logger.info("edit: loading the saved model with timm alone")
     figures = {
         "n_components": len(components),
-        "cost": attributions.config["cost"],
+        "cost": attributions.provenance.cost,
         "correlation": report.to_json()["fractions"],
         "forgotten": forget,
         "ablated": n_components,

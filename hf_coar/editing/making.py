@@ -76,10 +76,9 @@ def _sides(
 
 def _boundary(attributions: Attributions) -> float | None:
     """Of the output; attributions of before it was recorded tell by their output's name."""
-    config = attributions.config
-    if "boundary" in config:
-        return config["boundary"]
-    return outputs.get(config["output"]).boundary if config.get("output") in outputs.names() else None
+    of = attributions.provenance
+    known = of.boundary_known or of.output not in outputs.names()
+    return of.boundary if known else outputs.get(of.output).boundary
 
 
 def _sets(examples: Examples | None) -> list[list[int]]:
@@ -313,7 +312,7 @@ def _rules(rule: str | Rule | Sequence[str | Rule]) -> dict[str, str | Rule]:
 
 def _label(name: str, place: int, sources: Sequence[_Source]) -> str:
     """A rule's name; where there are several attributions, with the output of the one that it ranks by."""
-    return name if len(sources) == 1 else f"{name} on {sources[place].of_whole.config.get('output')} ({place})"
+    return name if len(sources) == 1 else f"{name} on {sources[place].of_whole.provenance.output} ({place})"
 
 
 def _plain(label: str, n_all: int, n_components: Any, gate: Any) -> Candidate:
@@ -337,13 +336,13 @@ def _entries(
     parameters = {name for c in components for name in (c.group.parameter, *c.group.shared_by)}
     entries = {
         "rule": ranker.name,
-        "output": attributions.config.get("output"),
+        "output": attributions.provenance.output,
         "granularity": attributions.components.granularity,
-        "data": attributions.config.get("data"),
+        "data": dict(attributions.provenance.data),
         "increase": _joined(_sets(increase)),
         "decrease": _joined(_sets(decrease)),
         "reference": "all others" if reference is None else _indices(reference),
-        "base": attributions.config["model"],
+        "base": dict(attributions.provenance.model),
         "components": [str(component) for component in components],
         "indices": made.ablated.tolist(),
         "parameters": sorted(parameters),

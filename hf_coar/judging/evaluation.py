@@ -131,7 +131,7 @@ def evaluate(
     _check(attributions, fractions, n_masks, seed)
     fingerprint = models.fingerprint(model)
     attributions.check_model(fingerprint, models.record(model))
-    output = outputs.get(output or attributions.config["output"])
+    output = outputs.get(output or attributions.provenance.output)
     data = data_module.batches(data, batch_size)
     settings = {"task": "evaluate", "seed": seed, "n_masks": n_masks, "model": {"fingerprint": fingerprint}}
     settings |= {"output": output.name, "components": attributions.components.to_json()}
@@ -160,7 +160,7 @@ def _check(attributions: Attributions, fractions: Sequence[float], n_masks: int,
         raise CoarError("fractions is empty; give at least one ablated fraction, such as (0.05,)")
     if n_masks < 3:
         raise CoarError(f"n_masks={n_masks}; a correlation needs at least 3")
-    if seed == attributions.config.get("seed"):
+    if seed == attributions.provenance.seed:
         raise CoarError(f"seed={seed} is the seed of the fit; evaluate on masks of another seed, such as {seed + 1}")
 
 

@@ -27,9 +27,8 @@ def reliability(attributions: Attributions) -> Tensor:
     """
     errors = attributions.standard_errors
     if errors is None:
-        name = attributions.config.get("method", {}).get("name", "this method")
         raise CoarError(
-            f"attributions by {name} have no standard errors, so one run does not tell how stable they are; attribute "
+            f"attributions by {attributions.provenance.method_name} have no standard errors, so one run does not tell how stable they are; attribute "
             "again with another seed, and use hf_coar.stability.agreement(first, second)"
         )
     variance = attributions.weights.double().var(dim=1, correction=0)
@@ -101,10 +100,9 @@ def agreement(first: Attributions, second: Attributions, n_top: int = 20) -> Agr
             "compare attributions of the same ones"
         )
     first.identity.check(second.identity)
-    keys = ("seed", "method", "ablated_fraction", "output")
-    if first.config and all(first.config.get(key) == second.config.get(key) for key in keys):
+    if first.provenance.alike(second.provenance):
         raise CoarError(
-            f"both attributions have seed {first.config.get('seed')} and the same settings, so that they agree by "
+            f"both attributions have seed {first.provenance.seed} and the same settings, so that they agree by "
             "construction; attribute again with another seed"
         )
     if isinstance(n_top, bool) or not isinstance(n_top, int) or n_top < 1:

@@ -241,7 +241,7 @@ def plain(text: str) -> str:
 
 def unit(attributions: Attributions) -> str:
     """The unit of the attributed output."""
-    unit = attributions.config.get("unit")
+    unit = attributions.provenance.unit
     if not unit:
         return ""
     return f" (unit {unit})" if unit.startswith("of ") else f" ({unit})"

@@ -208,7 +208,7 @@ def top_components(attributions: Attributions, example: int, n: int = 15) -> Fig
     axes.set_xlabel(f"attribution{canvas.unit(attributions)}{bars}")
     label = int(attributions.labels[example])
     label = f" (class {label})" if label >= 0 else ""
-    output = attributions.config.get("output", "output")
+    output = attributions.provenance.output or "output"
     canvas.title(
         figure,
         f"The {canvas.count(len(order), 'component')} with the largest attributions to example {example}{label}",

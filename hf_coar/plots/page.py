@@ -88,25 +88,25 @@ def write_first(folder: str | Path, attributions: Attributions) -> None:
 
 
 def _title(attributions: Attributions) -> str:
-    model = attributions.config.get("model", {})
+    model = attributions.provenance.model
     known, name = cards.hub_id(model), cards.public_name(model)
     local = f"{model.get('class') or 'a model'}" + (f" ({name})" if name else "")
     return f"Attributions of {known or local}"
 
 
 def _subtitle(attributions: Attributions) -> str:
-    data = attributions.config.get("data", {})
+    data = attributions.provenance.data
     name = cards.public_name(data) or "batches of tensors"
     return name + (f", split {data['split']}" if data.get("split") else "")
 
 
 def _tiles(attributions: Attributions, evaluation: Report | None) -> list[tuple[str, str]]:
-    config, stability = attributions.config, attributions.stability()
+    provenance, stability = attributions.provenance, attributions.stability()
     tiles = [
         ("examples", f"{len(attributions):,}"),
         ("components", f"{len(attributions.components):,}"),
-        ("output", f"{config.get('output')}"),
-        ("passes an example", f"{config['cost']:g}" if config.get("cost") is not None else "unknown"),
+        ("output", str(provenance.output)),
+        ("passes an example", "unknown" if provenance.cost is None else f"{provenance.cost:g}"),
     ]
     tiles += [] if stability is None else [("reliability", f"{stability:.3f}")]
     for entry in _figures(attributions, evaluation):
@@ -151,7 +151,7 @@ def _fidelity(attributions: Attributions, evaluation: Report | None) -> _Section
             pictures[name] = (
                 f"predicted against measured outputs, {100 * fraction:.3g} % ablated",
                 lambda fraction=fraction: plots.predicted_against_measured(
-                    evaluation, fraction, attributions.config.get("unit") or "its own unit"
+                    evaluation, fraction, attributions.provenance.unit or "its own unit"
                 ),
             )
         if len(evaluation.correlation) > 2:
@@ -206,7 +206,7 @@ def _where(attributions: Attributions) -> _Section:
             "contribution by module",
             lambda: plots.contribution_by_layer(attributions, some),
         )
-    text = f"In {_unit(attributions)}; a positive attribution means that keeping the component raises the output. "
+    text = f"In {attributions.provenance.unit_text}; a positive attribution means that keeping the component raises the output. "
     text += "Means are over all examples." if len(some) == n_examples else f"Means are over {len(some)} examples."
     return _Section("Where it comes from", text, [_Table(head, rows, frozenset({1, 2, 3}))], pictures)
 
@@ -231,19 +231,19 @@ def _left_out(attributions: Attributions) -> _Section | None:
 
 def _settings(attributions: Attributions) -> _Section:
     """What determines the numbers."""
-    config = attributions.config
-    model, data, method = (config.get(key) or {} for key in ("model", "data", "method"))
-    versions = config.get("versions") or {}
+    of = attributions.provenance
+    model, data = of.model, of.data
     said = {
         "model": _joined(cards.public_name(model), model.get("revision"), model.get("class"), model.get("library")),
         "fingerprint of its weights": str(model.get("fingerprint"))[:16],
         "data": _joined(cards.public_name(data), data.get("revision"), data.get("split")) or "batches of tensors",
         "granularity": attributions.components.granularity,
-        "output": f"{config.get('output')}, in {_unit(attributions)}",
-        "method": _joined(*(f"{key} {value}" if key != "name" else str(value) for key, value in method.items())),
-        "ablated fraction": f"{100 * config['ablated_fraction']:g} %" if "ablated_fraction" in config else "",
-        "seed": str(config.get("seed", "")),
-        "versions": _joined(*(f"{name} {number}" for name, number in versions.items())),
+        "output": f"{of.output}, in {of.unit_text}",
+        "method": _joined(*(f"{key} {value}" if key != "name" else str(value) for key, value in of.method.items())),
+        "ablated fraction": "" if of.ablated_fraction is None else f"{100 * of.ablated_fraction:g} %",
+        "precision": of.dtype or "",
+        "seed": "" if of.seed is None else str(of.seed),
+        "versions": _joined(*(f"{name} {number}" for name, number in of.versions.items())),
     }
     return _Section("How it was made", "", [_Table(["setting", "value"], [[k, v] for k, v in said.items() if v])])
 
@@ -260,10 +260,6 @@ def _next(attributions: Attributions, evaluated: bool) -> _Section:
     lines += [] if evaluated else ["", "# in a shell: hf-coar evaluate FOLDER"]
     lines += ["# in a shell: hf-coar edit FOLDER --decrease label=3 --n-components 20 --out edited"]
     return _Section("What next", code="\n".join(lines))
-
-
-def _unit(attributions: Attributions) -> str:
-    return attributions.config.get("unit") or "the unit of the output"
 
 
 def _label(attributions: Attributions, index: int) -> str:
