@@ -6,7 +6,7 @@ any set of them would do, and edits the model by it.
 
 __version__ = "0.1.0"
 
-from hf_coar import components
+from hf_coar import components, estimators
 from hf_coar.api import attribute, evaluate, load
 from hf_coar.attributions import Attributions
 from hf_coar.components import Components, find_components
@@ -21,6 +21,7 @@ from hf_coar.judging import stability
 from hf_coar.judging.evaluation import Report
 from hf_coar.masking import ablate
 from hf_coar.models import outputs
+from hf_coar.runs.engine import running
 
 __all__ = [
     "ARD",
@@ -37,10 +38,12 @@ __all__ = [
     "baselines",
     "components",
     "edit",
+    "estimators",
     "evaluate",
     "find_components",
     "load",
     "outputs",
+    "running",
     "stability",
     "undo",
 ]

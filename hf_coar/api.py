@@ -1,30 +1,27 @@
-"""The pieces in order: `load` a model and data, `attribute` them, `evaluate` the attributions."""
+"""The pieces in order: `load` a model and data, `attribute` them, `evaluate` the attributions, `reopen` them."""
 
 import logging
 import operator
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from hf_coar import data as data_module
-from hf_coar import masking, models
-from hf_coar.attributions import Attributions
+from hf_coar import estimators, models
+from hf_coar.attributions import Attributions, Provenance
 from hf_coar.components import Components, find_components
-from hf_coar.estimators import budget as allowance
-from hf_coar.estimators import input_paths as gradients
-from hf_coar.estimators.path_gradient import PathGradient
-from hf_coar.estimators.regression import Regression
-from hf_coar.estimators.solvers import ARD
+from hf_coar.estimators import budget as budgets
+from hf_coar.estimators.registry import Estimator
 from hf_coar.judging import evaluation
 from hf_coar.judging.evaluation import Report
+from hf_coar.masking import MaskedModel
 from hf_coar.models import outputs
 from hf_coar.models.outputs import Output
-from hf_coar.plots import page as report
+from hf_coar.plots import page
 from hf_coar.runs import engine, sampling, tracking, workers
-from hf_coar.runs.problem import Method, Problem
+from hf_coar.runs.problem import Problem
 from hf_coar.runs.store import Store
 
 logger = logging.getLogger(__name__)
@@ -66,14 +63,15 @@ def attribute(
     model: nn.Module,
     data: Any,
     components: Components | None = None,
+    *,
     output: "str | Output | outputs.OutputFunction" = "margin",
-    method: Method | None = None,
+    method: str | Estimator = "auto",
     ablated_fraction: float = 0.05,
     seed: int = 0,
     out: str | Path | None = None,
-    batch_size: int | None = None,
-    progress: bool = True,
     budget: float | str | None = None,
+    batch_size: int | None = None,
+    progress: bool | None = None,
     log_with: Any = None,
 ) -> Attributions:
     """How much every component contributes to the output of every example.
@@ -84,19 +82,18 @@ def attribute(
             example, or a `datasets` data set; `labels` holds the targets.
         components: from `find_components(model)`, which is the default.
         output: a name (`hf_coar.outputs.names()`), or a function (logits, batch) -> [examples].
-        method: `PathGradient(…)`, `Regression(…)` or one of `baselines`. By default `PathGradient()`, or
-            `Regression(solver=ARD())` for models that let no gradient through.
+        method: an estimator such as `PathGradient(…)` or `Regression(…)`, or the name of one. "auto" takes
+            `PathGradient()`, or `Regression(solver=ARD())` for models that let no gradient through.
         ablated_fraction: the fraction of components that masks ablate. Predictions are best for ablations of that size.
         seed: of all draws.
         out: folder of the run. It resumes where it stopped; settings that change the numbers must then be the same. A
             temporary folder by default.
-        batch_size: changes speed only; for `datasets` objects and what `load` gives.
-        progress: show a progress bar.
         budget: decides the number of rounds or masks in the place of the method's own: as many as cost no more than
             this many forward passes an example, or than a time such as `"20 min"` for all of them (one batch is timed
             first; a run that resumes keeps its number).
-        log_with: where figures of the run go while it runs: "trackio", "tensorboard", "wandb", an
-            `accelerate.tracking.GeneralTracker`, or several of them; see `tracking`.
+        batch_size: as `running` has it, for this call.
+        progress: the same.
+        log_with: the same.
 
     Returns:
         The attributions, also saved in `out`, with a page `report.html` to look at.
@@ -109,26 +106,36 @@ def attribute(
     sampling.check_fraction(ablated_fraction)
     sampling.check_seed(seed)
     output = outputs.get(output)
-    components = components or find_components(model)
-    masking.check_same_model(model, components)
-    batches = data_module.batches(data, batch_size)
-    method = method or _default_method(model, batches, components, output)
-    with workers.folder(out) as folder:
-        problem = Problem(model, batches, components, output, ablated_fraction, seed, None, progress=progress)
-        method = method if budget is None else allowance.choose(method, budget, problem, folder)
-        config = _config(model, data, components, output, method, ablated_fraction, seed)
-        _tell_cost(batches, config)
-        store = Store(folder, {"task": "attribute", **config, "components": components.to_json()})
-        with tracking.tracked(log_with, out, {"task": "attribute", **config}) as run:
-            fit = method.fit(replace(problem, store=store))
-            known = {"cost": fit.cost, "checked": fit.checked}
-            config |= {name: value for name, value in known.items() if value is not None}
-            config |= {"skipped": list(store.skipped)} if store.skipped else {}  # the rows leave these examples out
-            attributions = Attributions(fit.weights, fit.bias, fit.standard_errors, components, fit.identity, config)
-            run.figures({"reliability": attributions.stability()})
-        if out is not None and workers.processes().is_main_process:
-            report.write_first(folder, attributions)  # first, so that the card shows its pictures
-            attributions.save_pretrained(folder)
+    chosen = None if method in ("auto", None) else estimators.get(method)
+    with _running(batch_size=batch_size, progress=progress, log_with=log_with) as options:
+        masked = MaskedModel(model, components or find_components(model))
+        problem = Problem(masked, data_module.batches(data, options.batch_size), output, ablated_fraction, seed)
+        chosen = chosen or _default_method(problem)
+        with workers.folder(out) as folder:
+            chosen = chosen if budget is None else budgets.choose(chosen, budget, problem, folder)
+            provenance = _provenance(problem, data, chosen)
+            _tell_cost(problem, chosen)
+            attributions = _attributed(problem, chosen, provenance, folder, out)
+            if out is not None and workers.processes().is_main_process:
+                page.write_first(folder, attributions)  # first, so that the card shows its pictures
+                attributions.save_pretrained(folder)
+    return attributions
+
+
+def _attributed(
+    problem: Problem, method: Estimator, provenance: Provenance, folder: Path, out: str | Path | None
+) -> Attributions:
+    """Run the method, told to the trackers."""
+    frozen = {"task": "attribute", **provenance.frozen()}
+    problem.store = Store(folder, {**frozen, "components": problem.components.to_json()})
+    with tracking.tracked(engine.current().log_with, out, frozen) as run:
+        fit = method.fit(problem)
+        cost = method.cost(problem.size) if fit.cost is None else fit.cost
+        provenance = provenance.found(cost=cost, checked=fit.checked, skipped=tuple(problem.store.skipped))
+        attributions = Attributions(
+            fit.weights, fit.bias, fit.standard_errors, problem.components, problem.identity, provenance
+        )
+        run.figures({"reliability": attributions.stability()})
     return attributions
 
 
@@ -136,13 +143,14 @@ def evaluate(
     attributions: Attributions,
     model: nn.Module,
     data: Any,
+    *,
     fractions: Sequence[float] = (0.05, 0.0125),
     n_masks: int = 100,
     seed: int = 1,
     output: "str | Output | outputs.OutputFunction | None" = None,
     out: str | Path | None = None,
     batch_size: int | None = None,
-    progress: bool = True,
+    progress: bool | None = None,
     log_with: Any = None,
 ) -> Report:
     """Compare predictions with the model's outputs under fresh random masks.
@@ -153,73 +161,72 @@ def evaluate(
         data: the data that were attributed, in the same order.
         fractions: ablated fractions to judge at.
         n_masks: masks a fraction; the cost is one forward pass a mask and example.
-        seed: of the masks; must not be the seed of the fit.
+        seed: of the masks, which are others than those of any fit, whatever its seed.
         output: the attributed output; needed only if it was a function of your own.
         out: folder of the run, which resumes; a temporary one by default.
-        batch_size: changes speed only.
-        progress: show a progress bar.
-        log_with: where figures of the run go, as for `attribute`.
+        batch_size: as `running` has it, for this call.
+        progress: the same.
+        log_with: the same.
 
     Returns:
         The report; its figures are also saved as `evaluation.json` in `out`, with a page `report.html` to look at.
 
     Raises:
-        CoarError: the seed of the fit, a fraction outside (0, 1), or fewer than 3 masks.
+        CoarError: a fraction outside (0, 1), or fewer than 3 masks.
         ModelMismatchError: another model.
         DataError: other data.
     """
-    settings = {"task": "evaluate", "n_masks": n_masks, "seed": seed, "fit": attributions.config}
-    with tracking.tracked(log_with, out, settings) as run:
-        found = evaluation.evaluate(
-            attributions, model, data, fractions, n_masks, seed, output, out, batch_size, progress
-        )
-        run.figures({f"correlation at {fraction:g}": value for fraction, value in found.correlation.items()})
-        run.figures({f"slope at {fraction:g}": value for fraction, value in found.slope.items()})
-        run.figures({"reliability": found.mean_reliability})
+    settings = {"task": "evaluate", "n_masks": n_masks, "seed": seed, "fit": attributions.provenance.to_json()}
+    with (
+        _running(batch_size=batch_size, progress=progress, log_with=log_with) as options,
+        tracking.tracked(options.log_with, out, settings) as run,
+    ):
+        report = evaluation.evaluate(attributions, model, data, fractions, n_masks, seed, output, out)
+        run.figures({f"correlation at {fraction:g}": value for fraction, value in report.correlation.items()})
+        run.figures({f"slope at {fraction:g}": value for fraction, value in report.slope.items()})
+        run.figures({"reliability": report.mean_reliability})
     if out is not None and workers.processes().is_main_process:
-        report.write(out, attributions, found)
-    return found
+        page.write(out, attributions, report)
+    return report
 
 
-def _default_method(model: nn.Module, batches: Any, components: Components, output: Output) -> Method:
+def _running(**given: Any) -> Any:
+    """What a call says of speed, where it says anything, is as if it stood in a `running` block of its own."""
+    return engine.running(**{name: value for name, value in given.items() if value is not None})
+
+
+def _default_method(problem: Problem) -> Estimator:
     """The best method that the model allows; one forward pass of one example tells."""
-    with models.frozen(model), engine.placed(model, workers.processes().device) as device:
-        example = data_module.rows(allowance.first_batch(data_module.Chunks(batches)), 0, 1)
-        if gradients.reach_gates(model, components, output, data_module.to_device(example, device)):
-            return PathGradient()
-    method = Regression(solver=ARD())
+    with models.frozen(problem.model), engine.placed(problem.model, workers.processes().device) as device:
+        example = data_module.rows(budgets.first_batch(data_module.Chunks(problem.data)), 0, 1)
+        if estimators.reached(problem.masked, problem.output, data_module.to_device(example, device)):
+            return estimators.PathGradient()
+    method = estimators.Regression(solver=estimators.ARD())
     logger.warning(
         "no gradient reaches the gates of %s, so that the default method cannot run; taking hf_coar.Regression(n_masks="
         "%d, solver=hf_coar.ARD()), which needs forward passes only, and more of them",
-        type(model).__name__, method.n_masks,
+        type(problem.model).__name__, method.n_masks,
     )  # fmt: skip
     return method
 
 
-def _config(
-    model: nn.Module,
-    data: Any,
-    components: Components,
-    output: Output,
-    method: Method,
-    ablated_fraction: float,
-    seed: int,
-) -> dict[str, Any]:
+def _provenance(problem: Problem, data: Any, method: Estimator) -> Provenance:
     """Everything that determines the numbers."""
-    return {
-        "model": {**models.record(model), "fingerprint": models.fingerprint(model)},
-        "data": data_module.describe(data),
-        "granularity": components.granularity,
-        "n_components": len(components),
-        "output": output.name,
-        "unit": output.unit,
-        "boundary": output.boundary,
-        "method": method.settings(),
-        "ablated_fraction": ablated_fraction,
-        "seed": seed,
-        "cost": method.cost(ablated_fraction, len(components)),
-        "versions": _versions(),
-    }
+    return Provenance(
+        model={**models.record(problem.model), "fingerprint": problem.masked.take_fingerprint()},
+        data=data_module.describe(data),
+        granularity=problem.components.granularity,
+        n_components=len(problem.components),
+        output=problem.output.name,
+        unit=problem.output.unit,
+        boundary=problem.output.boundary,
+        boundary_known=True,
+        method=method.settings(),
+        ablated_fraction=problem.ablated_fraction,
+        seed=problem.seed,
+        dtype=engine.current().dtype,
+        versions=_versions(),
+    )
 
 
 def _versions() -> dict[str, str]:
@@ -230,10 +237,10 @@ def _versions() -> dict[str, str]:
     return {name: ".".join(version(name).split("+")[0].split(".")[:2]) for name in names}
 
 
-def _tell_cost(batches: Any, config: dict[str, Any]) -> None:
-    count = operator.length_hint(batches)  # 0 for a stream, whose length raises TypeError
+def _tell_cost(problem: Problem, method: Estimator) -> None:
+    count = operator.length_hint(problem.data)  # 0 for a stream, whose length raises TypeError
     length = f"{count} batches" if count else "a stream of batches"
     logger.info(
         "attribute: %d components, output %s, method %s: %g forward passes an example, on %s",
-        config["n_components"], config["output"], config["method"]["name"], config["cost"], length,
+        len(problem.components), problem.output.name, method.name, method.cost(problem.size), length,
     )  # fmt: skip

@@ -32,11 +32,11 @@ from typing import Any
 import torch
 
 import hf_coar as coar
-from hf_coar import masking, models
+from hf_coar import models
+from hf_coar.masking import MaskedModel
 from hf_coar.models import outputs
 from hf_coar.runs import sampling
 from hf_coar.runs.engine import running
-from hf_coar.runs.measuring import measure
 from hf_coar.runs.problem import Problem
 from hf_coar.runs.store import Store
 from hf_coar.storage import files
@@ -106,7 +106,7 @@ class Bench:
         masks = sampling.Masks(len(self.components), FRACTION, self.n_masks, 0, sampling.MASKS)
         with tempfile.TemporaryDirectory() as folder:
             store = Store(folder, {})
-            measure(store, self.model, self.batches, self.components, self.output, masks, progress=False)
+            self.problem(store).measure(masks)
 
     def gradient(self) -> None:
         """Side e; language models take the gradient to their embedded tokens."""
@@ -129,7 +129,11 @@ class Bench:
         )
         with tempfile.TemporaryDirectory() as folder:
             store = Store(folder, {})
-            method.fit(Problem(self.model, self.batches, self.components, self.output, 0.1, 0, store, progress=False))
+            method.fit(self.problem(store))
+
+    def problem(self, store: Store) -> Problem:
+        """What both sides of a comparison look at."""
+        return Problem(MaskedModel(self.model, self.components), self.batches, self.output, 0.1, 0, store)
 
     def paper(self) -> None:
         """Side d."""
@@ -157,7 +161,6 @@ class Bench:
 def compare(name: str, device: torch.device, repeats: int) -> str:
     """A row of the table."""
     bench = Bench(name, device)
-    masking.check_same_model(bench.model, bench.components)
     sides = {"a": bench.plain, "b": bench.masked, "d": bench.paper, "e": bench.gradient, "c": bench.gates}
     sides["f"] = lambda: bench.gates(delta=True)
     for side in sides.values():

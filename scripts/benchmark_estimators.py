@@ -29,13 +29,14 @@ from torch import Tensor, nn
 
 import hf_coar as coar
 from hf_coar import data, demo, models, plots
-from hf_coar.estimators import live, outliers
-from hf_coar.estimators.baselines import BASELINES
-from hf_coar.estimators.gate_passes import FORWARD_AND_BACKWARD, GatePasses
+from hf_coar.estimators import ESTIMATORS, live, outliers
+from hf_coar.estimators.gates import GatePasses
+from hf_coar.estimators.registry import FORWARD_AND_BACKWARD
 from hf_coar.judging import evaluation
+from hf_coar.masking import MaskedModel
 from hf_coar.models import outputs
 from hf_coar.runs import sampling
-from hf_coar.runs.measuring import measure
+from hf_coar.runs.problem import Problem
 from hf_coar.runs.store import Store
 
 logger = logging.getLogger("benchmark_estimators")
@@ -104,7 +105,8 @@ def measured_under(task: Task, components: coar.Components, masks: sampling.Mask
     settings = {"task": task.name, "fraction": masks.ablated_fraction, "seed": masks.seed, "purpose": masks.purpose}
     folder = cache / f"{task.name}-{masks.ablated_fraction:g}-{masks.purpose}-{masks.seed}"
     store = Store(folder, {**settings, "model": models.fingerprint(task.model)})
-    return measure(store, task.model, task.data, components, outputs.get(task.output), masks)[0]
+    masked, output = MaskedModel(task.model, components), outputs.get(task.output)
+    return Problem(masked, task.data, output, masks.ablated_fraction, masks.seed, store).measure(masks)
 
 
 def judge(task: Task, components: coar.Components, seed: int, cache: Path) -> Judge:
@@ -122,7 +124,9 @@ def outliers_of(task: Task, components: coar.Components) -> Tensor:
     """Components that are an outlier of at least one example."""
     batch = data.as_batch(next(iter(task.data)))
     with models.frozen(task.model):
-        found = outliers.find(GatePasses(task.model, components, outputs.get(task.output)), batch, 16).indices
+        found = outliers.find(
+            GatePasses(MaskedModel(task.model, components), outputs.get(task.output)), batch, 16
+        ).indices
     return found[found >= 0].unique()
 
 
@@ -198,7 +202,9 @@ def paths(task: Task, components: coar.Components, seed: int, cache: Path) -> Fi
 
 def references(task: Task, components: coar.Components, seed: int, cache: Path) -> Fits:
     """The baselines."""
-    for name, method in BASELINES.items():
+    for name, method in ESTIMATORS.items():
+        if method.__module__ != coar.baselines.__name__:
+            continue
         if name != "leave_one_out" or len(components) <= MOST_COMPONENTS_ONE_BY_ONE:
             yield from attributed(task, components, seed, cache, name.replace("_", " "), method())
 

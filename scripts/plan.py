@@ -21,8 +21,9 @@ import torch
 
 import hf_coar as coar
 from hf_coar import models
+from hf_coar.estimators import Size
 from hf_coar.runs.engine import duration
-from hf_coar.runs.plan import Budget, budget, size_text
+from hf_coar.runs.plan import Plan, plan, size_text
 from hf_coar.storage import files
 
 DEMO = Path(coar.__file__).parent / "demo"
@@ -102,7 +103,8 @@ def table(teraflops: float) -> list[str]:
         model, example = build()
         n_components = len(coar.find_components(model))
         for label, method in METHODS.items():
-            found = budget(model, example, n_examples, n_components, method, 0.05, 32, devices)
+            parts = method.parts(Size(n_components, 0.05))
+            found = plan(model, example, n_examples, n_components, parts, 32, devices)
             lines.append(
                 f"| {name} | {n_components:,} | {label} | {n_examples:,} | {found.passes:,g} | {found.flops:.3g} | "
                 f"{found.total_flops:.3g} | {size_text(found.disk_bytes)} | {size_text(found.memory_bytes)} | "
@@ -149,7 +151,7 @@ def check() -> tuple[list[str], float]:
     example = {"pixel_values": batches[0]["pixel_values"][:1]}
     lines, worst = ["| method | predicted, s | measured, s |", "|---|---|---|"], 1.0
     for method in (coar.Regression(n_masks=256), coar.PathGradient(rounds=8)):
-        found = budget(model, example, 128, len(components), method, 0.05, 32)
+        found = plan(model, example, 128, len(components), method.parts(Size(len(components), 0.05)), 32)
         pairs = []
         for _ in range(3):  # rate and run side by side, since others may use the machine
             rate = _rate(model, batches, found)
@@ -164,7 +166,7 @@ def check() -> tuple[list[str], float]:
     return lines, worst
 
 
-def _rate(model: Any, batches: list[dict], found: Budget) -> float:
+def _rate(model: Any, batches: list[dict], found: Plan) -> float:
     """Operations a second of plain forward passes."""
     with models.frozen(model), torch.no_grad():
         models.logits(model, batches[0])
@@ -198,9 +200,8 @@ def main() -> int:
         model, example = model_on_paper(args.model)
         method = coar.PathGradient(args.rounds) if args.method == "path_gradient" else coar.Regression(args.n_masks)
         n_components = len(coar.find_components(model, args.granularity))
-        found = budget(
-            model, example, args.examples, n_components, method, args.ablated_fraction, args.batch_size, args.devices
-        )
+        parts = method.parts(Size(n_components, args.ablated_fraction))
+        found = plan(model, example, args.examples, n_components, parts, args.batch_size, args.devices)
         hours = duration(found.seconds(args.teraflops * 1e12))
         parts.append(f"{args.model} on {args.dataset}\n{found}\ntime        {hours} at {args.teraflops:g} TFLOP/s each")
     if args.table:

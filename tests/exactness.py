@@ -177,7 +177,7 @@ def _ablated(tiny: TinyModel, components: Components, kept: Tensor, how: str) ->
 def _silent(tiny: TinyModel, components: Components, plain: Tensor, report: Report) -> Tensor:
     """Components whose modules did not run: without effect (noted as unused), or read past their modules."""
     most = torch.full((len(components),), 0.75)
-    with torch.no_grad(), masking.gated(tiny.model, components, most.split(components.sizes())) as fired:
+    with torch.no_grad(), masking.MaskedModel(tiny.model, components).gated(most.split(components.sizes())) as fired:
         logits_of(tiny)
     missing = {group.parameter for group in fired.missing()}
     for name in sorted(missing):
@@ -193,7 +193,7 @@ def _ones(
 ) -> float:
     """How much gates of one with a gradient, so that they are all in place, change."""
     gates = torch.ones(shape, requires_grad=True)
-    with masking.gated(tiny.model, components, gates.split(components.sizes(), dim=-1)), torch.no_grad():
+    with masking.MaskedModel(tiny.model, components).gated(gates.split(components.sizes(), dim=-1)), torch.no_grad():
         return far(logits_of(tiny), plain)
 
 
@@ -205,7 +205,7 @@ def _gradient(tiny: TinyModel, components: Components, silent: Tensor, generator
     direction = torch.randn(shape, generator=generator, dtype=dtype)
 
     def value(at: Tensor) -> Tensor:
-        with masking.gated(tiny.model, components, at.split(components.sizes(), dim=-1)):
+        with masking.MaskedModel(tiny.model, components).gated(at.split(components.sizes(), dim=-1)):
             logits = logits_of(tiny)
         return (logits * torch.cos(torch.arange(logits.numel(), dtype=dtype).view(logits.shape))).sum()
 
@@ -232,7 +232,7 @@ def _saved(tiny: TinyModel, components: Components, kept: Tensor) -> float:
     with torch.no_grad():
         expected = _ablated(tiny, components, kept, "weights")
     edited = copy.deepcopy(tiny.model)
-    masking.zero_slices(edited, components, kept)
+    masking.MaskedModel(edited, components).ablate_for_good(kept)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         if models.library(edited) == "transformers":
             models.save_model(edited, folder)

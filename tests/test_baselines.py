@@ -8,14 +8,16 @@ from torch import Tensor, nn
 import hf_coar as coar
 from hf_coar import masking, models
 from hf_coar.errors import CoarError
-from hf_coar.estimators import baselines
-from hf_coar.estimators.baselines import BASELINES
+from hf_coar.estimators import ESTIMATORS, Size, baselines
 
 LEAST = {"neuron_conductance": {"n_steps": 4}, "internal_influence": {"n_steps": 4}}
 
 
 def make(name):
-    return BASELINES[name](**LEAST.get(name, {}))
+    return ESTIMATORS[name](**LEAST.get(name, {}))
+
+
+BASELINES = [name for name, one in ESTIMATORS.items() if one.__module__ == baselines.__name__]
 
 
 @pytest.fixture(params=BASELINES)
@@ -147,7 +149,7 @@ def test_the_cost_is_told_and_true(name, mlp):
     passes = []
     mlp.model.register_forward_hook(lambda module, inputs, output: passes.append(len(output)))
     found = attribute(mlp.model, [mlp.batch], make(name), components=components)
-    told = make(name).cost(0.1, len(components))
+    told = make(name).cost(Size(len(components), 0.1))
     assert found.config["cost"] == told
     backward = {"gradient_times_parameter": 1, "neuron_conductance": 4, "internal_influence": 4}.get(name, 0)
     assert sum(passes) / 4 == pytest.approx(told - 2 * backward)  # a pass forward and back counts as three
@@ -237,7 +239,5 @@ def test_steps_that_make_no_sense(steps):
         baselines.InternalInfluence(n_steps=steps)
 
 
-def test_the_cost_of_leave_one_out_needs_the_number_of_components():
-    with pytest.raises(CoarError, match="n_components"):
-        baselines.LeaveOneOut().cost(0.1)
-    assert baselines.LeaveOneOut().cost(0.1, 17) == 18
+def test_the_cost_of_leave_one_out_is_a_pass_a_component_and_one():
+    assert baselines.LeaveOneOut().cost(Size(17, 0.1)) == 18

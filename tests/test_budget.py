@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,8 +11,8 @@ from torch import nn
 
 import hf_coar as coar
 from hf_coar.errors import CoarError, RunMismatchError
-from hf_coar.estimators import budget as allowance
-from hf_coar.estimators.baselines import BASELINES, LeaveOneOut, NeuronConductance
+from hf_coar.estimators import ESTIMATORS, LeaveOneOut, NeuronConductance, Size
+from hf_coar.estimators import budget as budgets
 
 METHODS = {
     "path_gradient": coar.PathGradient(),
@@ -19,6 +20,8 @@ METHODS = {
     "hybrid": coar.Regression(prior=coar.PathGradient(rounds=2)),
     "neuron_conductance": NeuronConductance(),
 }
+NUMBERS = {"path_gradient": ("rounds", 2), "regression": ("n_masks", 1), "hybrid": ("n_masks", 1)}
+NUMBERS |= {"neuron_conductance": ("n_steps", 1)}  # what a budget decides, and its steps
 
 
 def attribute(model, data, **options):
@@ -33,23 +36,22 @@ def attribute(model, data, **options):
 @pytest.mark.parametrize("passes", [60, 61.5, 100, 1234])
 @pytest.mark.parametrize("fraction", [0.05, 0.2])
 def test_as_much_as_is_affordable_and_no_more(name, passes, fraction):
-    method = METHODS[name]
-    number = allowance.number_of(method)
+    method, (number, step) = METHODS[name], NUMBERS[name]
     passes += 10  # two rounds at 5 % cost 60, and three masks are the fewest
-    chosen = allowance.within(method, passes, fraction, 50)
-    step = allowance._NUMBERS[number][1]
-    more = type(method)(**{**vars(chosen), number: getattr(chosen, number) + step})
-    assert chosen.cost(fraction, 50) <= passes < more.cost(fraction, 50)
-    same = {key: value for key, value in vars(chosen).items() if key != number}
-    assert same == {key: value for key, value in vars(method).items() if key != number}
+    size = Size(50, fraction)
+    chosen = method.sized(passes, size)
+    more = replace(chosen, **{number: getattr(chosen, number) + step})
+    assert chosen.cost(size) <= passes < more.cost(size)
+    assert replace(chosen, **{number: getattr(method, number)}) == method, "nothing else changes"
 
 
 def test_rounds_are_even():
-    assert [allowance.within(coar.PathGradient(), p, 0.05, 9).rounds for p in (60, 119, 120, 240)] == [2, 2, 4, 8]
+    size = Size(9, 0.05)
+    assert [coar.PathGradient().sized(passes, size).rounds for passes in (60, 119, 120, 240)] == [2, 2, 4, 8]
 
 
 def test_a_budget_below_two_rounds_is_for_one_pass():
-    assert [allowance.within(coar.PathGradient(), p, 0.05, 9).rounds for p in (3, 59)] == [0, 0]
+    assert [coar.PathGradient().sized(passes, Size(9, 0.05)).rounds for passes in (3, 59)] == [0, 0]
 
 
 @pytest.mark.parametrize(
@@ -58,11 +60,13 @@ def test_a_budget_below_two_rounds_is_for_one_pass():
 )
 def test_too_small_a_budget_says_what_is_needed(method, passes, least):
     with pytest.raises(CoarError, match=rf"budget of {passes}.*costs {least}"):
-        allowance.within(method, passes, 0.05, 50)
+        method.sized(passes, Size(50, 0.05))
 
 
-def test_a_method_without_a_number_fits_or_does_not():
-    assert allowance.within(LeaveOneOut(), 51, 0.05, 50) == LeaveOneOut()
+def test_a_method_without_a_number_fits_or_does_not(mlp):
+    assert LeaveOneOut().sized(51, Size(50, 0.05)) == LeaveOneOut()
+    with pytest.raises(CoarError, match="no number of rounds"):
+        attribute(mlp.model, [mlp.batch], method=LeaveOneOut(), budget="1 min")
 
 
 @pytest.mark.parametrize(
@@ -71,7 +75,7 @@ def test_a_method_without_a_number_fits_or_does_not():
      ("1.5 h", (5400, True)), ("0.5 sec", (0.5, True))],
 )  # fmt: skip
 def test_budgets_are_read(text, parsed):
-    assert allowance.parse(text) == pytest.approx(parsed)
+    assert budgets.parse(text) == pytest.approx(parsed)
 
 
 @pytest.mark.parametrize("budget", [0, -5, float("nan"), float("inf"), True, "", "20 years", "min", "-3 min", "0 min"])
@@ -80,9 +84,13 @@ def test_budgets_that_make_no_sense(budget, mlp):
         attribute(mlp.model, [mlp.batch], budget=budget)
 
 
-@pytest.mark.parametrize("name", BASELINES)
-def test_every_baseline_tells_its_cost(name):
-    assert BASELINES[name]().cost(0.05, 40) >= 1
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_every_estimator_tells_the_cost_of_its_parts(name):
+    method, size = ESTIMATORS[name](), Size(40, 0.05)
+    parts = method.parts(size)
+    assert method.cost(size) == sum(part.cost for part in parts) >= 1
+    assert any(part.differentiates for part in parts) == method.differentiates
+    assert all(part.n_numbers >= 1 for part in parts)
 
 
 # --------------------------------------------------------------------------------------------------------- in attribute
@@ -113,7 +121,7 @@ class Clock:
     def __init__(self, model, monkeypatch):
         self.now, self.rate = 0.0, 1.0
         model.register_forward_hook(self._tick)
-        monkeypatch.setattr(allowance.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(budgets.time, "monotonic", lambda: self.now)
 
     def _tick(self, module, inputs, output):
         self.now += self.rate * len(output)

@@ -11,7 +11,7 @@ import torch
 
 import hf_coar as coar
 from hf_coar import cli, demo, explore, models
-from hf_coar.cli import verbs
+from hf_coar.cli import methods, verbs
 from hf_coar.editing import edited
 
 MODEL, IMAGES = str(demo.MODEL), str(demo.IMAGES)
@@ -142,9 +142,7 @@ def test_errors_are_one_clear_message(name, tmp_path):
     assert "Traceback" not in err
 
 
-def test_the_seed_of_the_fit_and_other_settings_are_refused(run):
-    code, _, err = hf_coar("evaluate", run, "--seed", 0)
-    assert code == 2 and "seed of the fit" in err
+def test_other_settings_are_refused(run):
     code, _, err = hf_coar(
         "attribute",
         MODEL,
@@ -273,9 +271,9 @@ def test_evaluation_draws_the_page_and_the_card_shows_the_pictures(run):
 
 def test_methods_from_flags():
     def method(*words):
-        return verbs._method(cli.parser().parse_args(["attribute", "m", "d", "--out", "x", *words]))
+        return methods.chosen(cli.parser().parse_args(["attribute", "m", "d", "--out", "x", *words]))
 
-    assert method() is None
+    assert method() == "auto"
     assert (
         method("--rounds", "0") == method("--method", "path_gradient", "--rounds", "0") == coar.PathGradient(rounds=0)
     )

@@ -85,7 +85,7 @@ def reads_and_exact(model, inputs, levels):
     leaves = [part.contiguous().requires_grad_() for part in levels.split(components.sizes(), dim=1)]
     reads = DeltaReads()
     activations = elementwise_modules(model)
-    with masking.gated(model, components, leaves) as fired, followed(activations, fired, reads):
+    with masking.MaskedModel(model, components).gated(leaves) as fired, followed(activations, fired, reads):
         y = model(inputs).sum()
     derivatives = torch.autograd.grad(y, leaves, retain_graph=True)
     corrected = torch.cat([d + c for d, c in zip(derivatives, reads.corrections(leaves), strict=True)], dim=1)
@@ -129,7 +129,7 @@ def test_nothing_changes_in_the_forward_pass():
     model = NETS["in-place addition and relu"]().eval().requires_grad_(False)
     components = coar.find_components(model)
     x, gates = torch.randn(N_EXAMPLES, 6), [torch.rand(N_EXAMPLES, 5).requires_grad_()]
-    with masking.gated(model, components, gates) as fired:
+    with masking.MaskedModel(model, components).gated(gates) as fired:
         plain = model(x)
         with followed(elementwise_modules(model), fired, DeltaReads()):
             assert torch.equal(model(x), plain)
@@ -147,7 +147,7 @@ def test_modules_are_restored_after_an_error():
     model = NETS["relu module in place"]().eval()
     components = coar.find_components(model)
     with pytest.raises(RuntimeError, match="stop"):
-        with masking.gated(model, components, [torch.zeros(N_EXAMPLES, 5)]) as fired:
+        with masking.MaskedModel(model, components).gated([torch.zeros(N_EXAMPLES, 5)]) as fired:
             with followed(elementwise_modules(model), fired, DeltaReads()):
                 raise RuntimeError("stop")
     assert "forward" not in model.activate.__dict__

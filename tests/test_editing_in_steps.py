@@ -91,7 +91,7 @@ def test_a_linear_model_is_the_same_in_steps_and_at_once():
     data = [{"input": torch.randn(9, 5), "labels": torch.randint(0, 3, (9,))}]
 
     def attributing(it):
-        return coar.attribute(it, data, coar.find_components(it, include=["*", ""]), "logit", coar.PathGradient(0),
+        return coar.attribute(it, data, coar.find_components(it, include=["*", ""]), output="logit", method=coar.PathGradient(0),
                               ablated_fraction=0.3, progress=False)  # fmt: skip
 
     options = {"increase": [0, 1], "rule": "mean_difference", "n_components": 3}

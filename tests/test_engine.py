@@ -62,7 +62,7 @@ def test_what_changes_speed_moves_nothing_but_rounding(name, options, tolerance,
 def test_options_end_with_their_block():
     with engine.running(dtype="bfloat16"):
         with engine.running(strict=True):
-            assert engine.current() == engine.Running(strict=True)
+            assert engine.current() == engine.Running(dtype="bfloat16", strict=True)
         assert engine.current() == engine.Running(dtype="bfloat16")
     assert engine.current() == engine.Running()
 

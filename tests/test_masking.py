@@ -168,7 +168,7 @@ def test_zeroing_for_good_is_the_ablation(net, granularity, mixed_masks):
     components = coar.find_components(net.model, granularity)
     kept = mixed_masks(2, len(components))[0]
     expected = ablated(net, components, kept, "weights")
-    masking.zero_slices(net.model, components, kept)
+    masking.MaskedModel(net.model, components).ablate_for_good(kept)
     assert torch.equal(plain(net), expected)
 
 

@@ -9,7 +9,7 @@ import hf_coar as coar
 from hf_coar import data
 from hf_coar.estimators import live
 from hf_coar.estimators.delta_reads import DeltaReads, _mean_slope, followed
-from hf_coar.estimators.gate_rounds import Sums
+from hf_coar.estimators.gates import Sums
 from hf_coar.masking import FiredGroups, ablate
 
 
@@ -243,9 +243,7 @@ def test_outliers_do_not_depend_on_the_batch_size():
 
 
 def test_fresh_masks_set_the_scale_and_are_reported(demo_pair, monkeypatch):
-    monkeypatch.setattr(
-        "hf_coar.estimators.gate_rounds._SMOOTHING_OF_ONE_PASS", 0.0
-    )  # then the scale is off by a quarter
+    monkeypatch.setattr("hf_coar.estimators.gates._SMOOTHING_OF_ONE_PASS", 0.0)  # then the scale is off by a quarter
     plain = attribute(demo_pair, coar.PathGradient(rounds=0))
     checked = attribute(demo_pair, coar.PathGradient(rounds=0, check_masks=32))
     assert checked.config["cost"] == 3 + 32

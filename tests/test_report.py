@@ -141,7 +141,7 @@ def test_attribute_and_evaluate_write_pages(mlp, tmp_path):
     run = tmp_path / "run"
     attributions = coar.attribute(mlp.model, data, method=method, ablated_fraction=0.25, out=run, progress=False)
     assert "Predicted against measured" not in (run / "report.html").read_text(encoding="utf-8")
-    coar.evaluate(attributions, mlp.model, data, (0.25,), n_masks=5, out=tmp_path / "e", progress=False)
+    coar.evaluate(attributions, mlp.model, data, fractions=(0.25,), n_masks=5, out=tmp_path / "e", progress=False)
     assert "Predicted against measured" in (tmp_path / "e" / "report.html").read_text(encoding="utf-8")
     assert (tmp_path / "e" / "pictures" / "predicted_against_measured.png").is_file()
 

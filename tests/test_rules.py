@@ -300,7 +300,7 @@ def test_gates_of_one_change_no_bit(model, x):
     rounds = rounds or any(group.site == "weight" or group.routed for group in components.groups)
     for shape in ((len(components),), (EXAMPLES, len(components))):
         gates = torch.ones(shape, dtype=torch.float64, requires_grad=True)
-        with torch.no_grad(), masking.gated(model, components, gates.split(components.sizes(), -1)):
+        with torch.no_grad(), masking.MaskedModel(model, components).gated(gates.split(components.sizes(), -1)):
             after = model(x)
         if rounds or isinstance(model, PositionsFirst):
             assert torch.allclose(after, plain, rtol=0, atol=1e-12)
@@ -312,7 +312,7 @@ def test_an_edit_stays(model, x):
     components = coar.find_components(model)
     kept = masks(1, len(components))[0]
     edited = copy.deepcopy(model)
-    masking.zero_slices(edited, components, kept)
+    masking.MaskedModel(edited, components).ablate_for_good(kept)
     again = copy.deepcopy(model)
     again.load_state_dict(edited.state_dict())
     with torch.no_grad():
@@ -433,7 +433,7 @@ def test_quantised_layers_are_gated_and_never_cut(packing, granularity, x):
     assert torch.allclose(ablated(packed, components, kept, x), expected, rtol=0, atol=1e-12)
     assert torch.allclose(ablated(packed, components, kept[0], x)[0], expected[0], rtol=0, atol=1e-12)
     for action in (lambda: ablated(packed, components, kept[0], x, "weights"),
-                   lambda: masking.zero_slices(packed, components, kept[0])):  # fmt: skip
+                   lambda: masking.MaskedModel(packed, components).ablate_for_good(kept[0])):  # fmt: skip
         with pytest.raises(CoarError, match=r"quantised.*hooks"):
             action()
 

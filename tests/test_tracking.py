@@ -72,7 +72,9 @@ def test_a_tracker_of_your_own_gets_units_passes_and_figures(attributed, mlp, mo
 
     judge = Listed()
     data = [mlp.batch, mlp.batch]
-    report = coar.evaluate(attributions, mlp.model, data, (0.25,), n_masks=5, progress=False, log_with=[judge])
+    report = coar.evaluate(
+        attributions, mlp.model, data, fractions=(0.25,), n_masks=5, progress=False, log_with=[judge]
+    )
     logged = {name: value for _, values in judge.entries for name, value in values.items()}
     assert logged["correlation at 0.25"] == report.correlation[0.25] and logged["slope at 0.25"] == report.slope[0.25]
 

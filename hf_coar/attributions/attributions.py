@@ -301,7 +301,8 @@ class Attributions:
             pictures = sorted(
                 f"{artefact.PICTURES}/{picture.name}" for picture in (folder / artefact.PICTURES).glob("*.png")
             )
-            card = cards.attributions_card(provenance.to_json(), len(self), source, evaluation, self.stability(), pictures)
+            of = provenance.to_json()
+            card = cards.attributions_card(of, len(self), source, evaluation, self.stability(), pictures)
             files.write_bytes(path, card.encode())
         results = cards.evaluation_yaml(provenance.data, evaluation)
         if results is not None:

@@ -22,7 +22,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verb = "hf-coar"
     terminal.log_to_screen()
     try:
-        args = config.parse(parser(), sys.argv[1:] if arguments is None else list(arguments))
+        words = sys.argv[1:] if arguments is None else list(arguments)
+        config.run_imports(words)
+        args = config.parse(parser(), words)
         verb = f"hf-coar {args.verb}"
         with config.written_back(args):
             result = args.run(args)

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import runpy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,8 @@ from hf_coar.storage import files
 RUN = "run.yaml"
 _VERB, _OUT = "verb", "out"
 _OF_THE_CALL = ("config", "json", "dry_run", "worker", "help")  # of this call, not of the run
-_NOT_FLAGS = (_VERB, "run", "config")
+IMPORT = "import_"  # from the command line only: files may come from elsewhere, and this runs code
+_NOT_FLAGS = (_VERB, "run", "config", IMPORT)
 
 
 def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
@@ -30,12 +32,34 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse
 
 
 def _path(arguments: Sequence[str]) -> Path | None:
+    return _early(arguments, "--config", type=Path)
+
+
+def _early(arguments: Sequence[str], flag: str, **settings: Any) -> Any:
+    """The value of one flag, before the whole parser can be made."""
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    finder.add_argument("--config", type=Path)
+    finder.add_argument(flag, dest="found", **settings)
     try:
-        return finder.parse_known_args(arguments)[0].config
+        return finder.parse_known_args(arguments)[0].found
     except argparse.ArgumentError:
         return None  # the parser itself will say it
+
+
+def run_imports(arguments: Sequence[str]) -> None:
+    """Run the files that `--import` names, so that what they register is known to the parser.
+
+    Raises:
+        CoarError: no such file, or one that fails.
+    """
+    for path in _early(arguments, "--import", nargs="+", action="extend", type=Path) or ():
+        if not path.is_file():
+            raise CoarError(f"--import {path}: there is no such file")
+        try:
+            runpy.run_path(str(path), run_name=path.stem)
+        except CoarError:
+            raise
+        except Exception as error:  # whatever a user's file may raise
+            raise CoarError(f"--import {path}: {type(error).__name__}: {error}") from error
 
 
 def _verb(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.ArgumentParser | None:

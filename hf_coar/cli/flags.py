@@ -9,11 +9,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from hf_coar import __version__, demo, editing
-from hf_coar.cli import completion, terminal, verbs
+from hf_coar.cli import completion, config, methods, terminal, verbs
 from hf_coar.components import GRANULARITIES
-from hf_coar.estimators.baselines import BASELINES
-from hf_coar.estimators.path_gradient import PathGradient
-from hf_coar.estimators.regression import Regression
 from hf_coar.models import outputs
 from hf_coar.runs.tracking import TRACKERS
 
@@ -190,6 +187,10 @@ def _verb(
     verb.set_defaults(run=run)
     verb.add_argument("--config", type=Path, metavar="FILE.yaml", help="flags by keyword, such as `rounds: 8`")
     verb.add_argument("--json", action="store_true", help="print the result as JSON")
+    verb.add_argument(
+        "--import", dest=config.IMPORT, nargs="+", action="extend", type=Path, metavar="FILE.py",
+        help="run this first: it may register outputs, component rules, methods",
+    )  # fmt: skip
     return verb
 
 
@@ -235,10 +236,6 @@ def _running_flags(verb: argparse.ArgumentParser) -> None:
     _switch(verb, "--strict", "an example that cannot be read is an error")
 
 
-def _rounds(text: str) -> int | str:
-    return text if text == "auto" else int(text)
-
-
 def _tracker_flag(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--log-with", nargs="+", metavar="TRACKER", help=f"accelerate's trackers: {', '.join(TRACKERS)}, …"
@@ -255,26 +252,8 @@ def _component_flags(verb: argparse.ArgumentParser) -> None:
 def _method_flags(verb: argparse.ArgumentParser) -> None:
     verb = verb.add_argument_group("method")
     verb.add_argument("--output", default="margin", help=f"one of {', '.join(outputs.names())} (default %(default)s)")
-    verb.add_argument(
-        "--method", choices=("path_gradient", "regression", *BASELINES), metavar="METHOD",
-        help=f"path_gradient, regression, or a baseline: {', '.join(BASELINES)}; by default path_gradient, or "
-        "regression where no gradient gets through the model",
-    )  # fmt: skip
     verb.add_argument("--budget", help="forward passes an example, or a time ('20 min'): decides rounds or masks")
-    verb.add_argument(
-        "--rounds", type=_rounds, metavar="N", help="of path_gradient: an even number, 0 for a single pass, or 'auto': "
-        f"as many as an example needs (default {PathGradient().rounds})",
-    )  # fmt: skip
-    verb.add_argument(
-        "--reliability", type=float, metavar="R",
-        help=f"at which --rounds auto has enough (default {PathGradient().reliability})",
-    )  # fmt: skip
-    verb.add_argument(
-        "--max-rounds", type=int, metavar="N", help=f"of --rounds auto (default {PathGradient().max_rounds})"
-    )
-    verb.add_argument("--solver", choices=tuple(verbs.SOLVERS), help="of regression (default ridge)")
-    verb.add_argument("--prior", choices=("path_gradient",), help="regression: begin from these attributions")
-    verb.add_argument("--n-masks", type=int, help=f"of regression (default {Regression().n_masks})")
+    methods.add_flags(verb)
     verb.add_argument("--ablated-fraction", type=float, default=0.05, help="(default %(default)s)")
     verb.add_argument("--seed", type=int, default=0, help="of all draws (default %(default)s)")
     verb.add_argument("--out", required=True, help="folder of the run, which resumes")

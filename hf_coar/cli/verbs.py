@@ -12,23 +12,15 @@ from hf_coar import api as pipeline
 from hf_coar import demo, editing, models
 from hf_coar import explore as explorer
 from hf_coar.attributions import Attributions, folders
-from hf_coar.cli import completion, terminal
+from hf_coar.cli import completion, methods, terminal
 from hf_coar.components import Components, find_components
 from hf_coar.data import Chunks, rows
 from hf_coar.editing import edited as edited_model
 from hf_coar.errors import CoarError
-from hf_coar.estimators import budget as allowance
-from hf_coar.estimators.baselines import BASELINES
-from hf_coar.estimators.path_gradient import PathGradient
-from hf_coar.estimators.regression import Regression
-from hf_coar.estimators.solvers import ARD, Lasso, Ridge
+from hf_coar.estimators import PathGradient, Size, budget
 from hf_coar.plots import page as report
 from hf_coar.runs import engine, workers
-from hf_coar.runs import plan as budget
-
-SOLVERS = {"ridge": Ridge, "lasso": Lasso, "ard": ARD}
-
-_OF_PATHS, _OF_REGRESSION = ("rounds", "reliability", "max_rounds"), ("n_masks", "solver", "prior")
+from hf_coar.runs.plan import plan
 
 
 def components(args: argparse.Namespace) -> str:
@@ -48,7 +40,7 @@ def attribute(args: argparse.Namespace) -> str:
         return _planned(args, model, data)
     with engine.running(**_running(args)):
         attributions = pipeline.attribute(
-            model, data, _found(model, args), output=args.output, method=_method(args),
+            model, data, _found(model, args), output=args.output, method=methods.chosen(args),
             ablated_fraction=args.ablated_fraction, seed=args.seed, out=args.out, budget=args.budget,
             log_with=args.log_with,
         )  # fmt: skip
@@ -76,16 +68,15 @@ def _planned(args: argparse.Namespace, model: Any, data: Any) -> str:
     if n_examples is None:
         raise CoarError("the number of examples of a stream is not known beforehand; try without --streaming")
     components = _found(model, args)
-    method = _method(args) or PathGradient()
+    method, size = methods.chosen(args), Size(len(components), args.ablated_fraction)
+    method = PathGradient() if method == "auto" else method
     if args.budget is not None:
-        passes, timed = allowance.parse(args.budget)
+        passes, timed = budget.parse(args.budget)
         if timed:
             raise CoarError(f"--budget {args.budget!r} is timed when the run begins; give forward passes to --dry-run")
-        method = allowance.within(method, passes, args.ablated_fraction, len(components))
-    planned = budget.budget(
-        model, rows(first, 0, 1), n_examples, len(components), method, args.ablated_fraction, args.batch_size,
-        team.count,
-    )  # fmt: skip
+        method = method.sized(passes, size)
+    example = rows(first, 0, 1)
+    planned = plan(model, example, n_examples, size.n_components, method.parts(size), args.batch_size, team.count)
     if args.json:
         return json.dumps({**vars(planned), "n_units": planned.n_units, "worker": team.index}, indent=2)
     return f"{planned}\nthis is     process {team.index} of {team.count}; nothing was run"
@@ -137,8 +128,8 @@ def _attributing_anew(attributions: Attributions, data: Any) -> Any:
 
     def attribute(model: Any) -> Attributions:
         found = pipeline.attribute(
-            model, data, attributions.components, of.output, PathGradient(rounds=0), of.ablated_fraction,
-            of.seed, progress=False,
+            model, data, attributions.components, output=of.output, method=PathGradient(rounds=0),
+            ablated_fraction=of.ablated_fraction, seed=of.seed, progress=False,
         )  # fmt: skip
         attributions.identity.check(found.identity)
         return found
@@ -198,32 +189,6 @@ def _running(args: argparse.Namespace) -> dict[str, Any]:
 
 def _found(model: Any, args: argparse.Namespace) -> Components:
     return find_components(model, args.granularity, args.include, args.exclude)
-
-
-def _method(args: argparse.Namespace) -> Any:
-    """The estimator asked for; None where none was, so that `attribute` takes its default.
-
-    Raises:
-        CoarError: a flag of another method, which would have no effect.
-    """
-    given = {name: getattr(args, name) for name in (*_OF_PATHS, *_OF_REGRESSION) if getattr(args, name) is not None}
-    on_paths = {name: value for name, value in given.items() if name in _OF_PATHS}
-    useful = () if args.method in BASELINES else _OF_PATHS
-    if args.method == "regression":
-        useful = (*_OF_REGRESSION, *(_OF_PATHS if args.prior else ()))
-    for name, value in given.items():
-        if name not in useful:
-            owner = "path_gradient" if name in _OF_PATHS else "regression"
-            raise CoarError(f"--{name.replace('_', '-')} {value} is of another method; add --method {owner}")
-    if args.rounds != "auto" and set(on_paths) - {"rounds"}:
-        raise CoarError("--reliability and --max-rounds say when --rounds auto has enough; add --rounds auto")
-    if args.method == "regression":
-        n_masks = {} if args.n_masks is None else {"n_masks": args.n_masks}
-        prior = PathGradient(**on_paths) if args.prior else None
-        return Regression(solver=SOLVERS[args.solver or "ridge"](), prior=prior, **n_masks)
-    if args.method is None and not on_paths:
-        return None
-    return BASELINES[args.method]() if args.method in BASELINES else PathGradient(**on_paths)
 
 
 def _with_sources(

@@ -105,7 +105,7 @@ def run(out: str | Path = "coar-demo", forget: str = FORGOTTEN, progress: bool =
     attributions = pipeline.attribute(
         model, attributed, components, method=PathGradient(rounds=8), out=out / "attributions", progress=progress
     )
-    report = evaluation.evaluate(attributions, model, attributed, out=out / "evaluation", progress=progress)
+    report = pipeline.evaluate(attributions, model, attributed, out=out / "evaluation", progress=progress)
 
     logger.info("edit: choosing how many components to ablate to forget %s", forget)
     decrease = (attributions.labels == target).nonzero().flatten().tolist()

@@ -9,9 +9,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from hf_coar import masking
 from hf_coar.components import Components
 from hf_coar.errors import CoarError, UnsatisfiedError
+from hf_coar.masking import MaskedModel
 
 logger = logging.getLogger(__name__)
 
@@ -116,18 +116,18 @@ class Trials:
     ) -> None:
         """Arguments as of `choose`."""
         given = constraint if isinstance(constraint, Sequence) else (constraint,)
-        self.model, self.components, self.validation = model, components, validation
+        self.masked, self.validation = MaskedModel(model, components), validation
         self.slacks = [one.bind(model) if hasattr(one, "bind") else one for one in given]
         self.tried: list[Candidate] = []
 
     def attempt(self, rule: str, ablated: Tensor, gate: float = 0.0) -> Candidate:
         """Measure the model without some components, int64 [any]."""
-        kept = torch.ones(len(self.components))
+        kept = torch.ones(len(self.masked))
         kept[ablated] = gate
-        with masking.ablate(self.model, self.components, kept):
-            slack = min((_slack(one(self.model)) for one in self.slacks), default=None)
+        with self.masked.ablated(kept) as model:
+            slack = min((_slack(one(model)) for one in self.slacks), default=None)
             violated = slack is not None and slack < 0
-            goal = None if violated else _number("validation", self.validation(self.model))
+            goal = None if violated else _number("validation", self.validation(model))
         self.tried.append(Candidate(rule, len(ablated), float(gate), slack, goal))
         return self.tried[-1]
 

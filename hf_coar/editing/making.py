@@ -1,19 +1,20 @@
 """`edit`: a copy of the model in which what a rule ranks first is ablated, with the record of it."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_coar import masking, models
+from hf_coar import models
 from hf_coar.attributions import Attributions
 from hf_coar.components import Components
 from hf_coar.editing import stepwise
 from hf_coar.editing.choosing import Candidate, Constraint, Goal, choose
 from hf_coar.editing.rules import AUTO, RULES, Rule, Sides
 from hf_coar.errors import CoarError
+from hf_coar.masking import MaskedModel
 from hf_coar.models import outputs
 
 Examples = Sequence[int] | Sequence[Sequence[int]] | Tensor  # indices, or several sets of them
@@ -180,6 +181,9 @@ def edit(
             "such as editing.accuracy(data), or one rule"
         )
     sources = [_Source(one, model) for one in given]
+    components = sources[0].of_whole.components
+    # Attributions that were given are of whatever was attributed then; a function has just attributed this model.
+    MaskedModel(model, replace(components, fingerprint=None)).take_fingerprint()
     _check_attributions([one.of_whole for one in sources], model)
     sides = (increase, decrease, reference)
     rankers = {
@@ -187,7 +191,6 @@ def edit(
         for name, by in rules.items()
         for place, source in enumerate(sources)
     }
-    components = sources[0].of_whole.components
     if any(in_steps):
         made = _in_steps(model, components, rankers, n_components, step, validation, constraint)
     else:
@@ -196,7 +199,8 @@ def edit(
     edited = models.copy_with_record(model, edit=_entries(ranker, made, sides))
     kept = kept_without(len(components), made.ablated)
     gate = made.best.gate
-    masking.zero_slices(edited, components, torch.where(kept, 1.0, gate) if gate else kept)
+    copied = MaskedModel(edited, replace(components, fingerprint=None))
+    copied.ablate_for_good(torch.where(kept, 1.0, gate) if gate else kept)
     return edited
 
 
@@ -291,7 +295,8 @@ def _in_steps(
 
 def _check_attributions(candidates: Sequence[Attributions], model: nn.Module) -> None:
     """Raises unless all are of this model as it is now, and of the same components and examples."""
-    fingerprint, record = models.fingerprint(model), models.record(model)
+    record = models.record(model)
+    fingerprint = MaskedModel(model, replace(candidates[0].components, fingerprint=None)).fingerprint
     for one in candidates:
         one.check_model(fingerprint, record)
         _check_alike(one, candidates[0])

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from hf_coar import masking
 from hf_coar.components import Components
 from hf_coar.editing.choosing import LARGEST_FRACTION, Candidate, Choice, Constraint, Goal, Trials
 from hf_coar.errors import CoarError
+from hf_coar.masking import MaskedModel
 
 logger = logging.getLogger(__name__)
 
@@ -39,10 +39,10 @@ def steps(model: nn.Module, components: Components, rank: Ranker, most: int, ste
     Yields:
         int64 [step], [2 · step], …, [most]: the components ablated so far, in order.
     """
-    kept = torch.ones(len(components), dtype=torch.bool)
+    masked, kept = MaskedModel(model, components), torch.ones(len(components), dtype=torch.bool)
     ablated = torch.empty(0, dtype=torch.long)
     while len(ablated) < most:
-        with masking.ablate(model, components, kept):
+        with masked.ablated(kept):
             ranking = rank(model, ablated)
         ablated = torch.cat([ablated, ranking[kept[ranking]][: min(step, most - len(ablated))]])
         kept[ablated] = False

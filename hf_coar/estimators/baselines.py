@@ -14,7 +14,7 @@ Figure 1 compares COAR with five of them; random weights are the floor.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -23,26 +23,13 @@ from torch import Tensor, nn
 from hf_coar import data as data_module
 from hf_coar.components import Components
 from hf_coar.errors import CoarError
-from hf_coar.estimators import input_paths as gradients
-from hf_coar.estimators.gate_passes import FORWARD_AND_BACKWARD, GatePasses
+from hf_coar.estimators import input_paths
+from hf_coar.estimators.gates import GatePasses
+from hf_coar.estimators.registry import FORWARD_AND_BACKWARD, Estimator, is_whole, register, single_part
 from hf_coar.runs import sampling
-from hf_coar.runs.engine import Part, run
-from hf_coar.runs.measuring import check_finite, measure
-from hf_coar.runs.problem import Fit, Problem
-
-
-class _Baseline:
-    """What all of them share; the cost is that of one pass, for the bias, unless a subclass says otherwise."""
-
-    name = ""
-
-    def settings(self) -> dict:
-        """What determines the numbers, for `run.json`."""
-        return {"name": self.name, **asdict(self)}
-
-    def cost(self, ablated_fraction: float, n_components: int | None = None) -> float:
-        """Forward passes an example."""
-        return 1.0
+from hf_coar.runs.engine import Part
+from hf_coar.runs.measuring import check_finite, parts_of
+from hf_coar.runs.problem import Fit, Problem, Size
 
 
 @dataclass(frozen=True)
@@ -63,53 +50,50 @@ class _Masks:
         return component != torch.arange(self.n_components)
 
 
-def _measure(problem: Problem, count: int) -> tuple[Tensor, data_module.Identity]:
-    masks = _Masks(len(problem.components), count)
-    return measure(
-        problem.store, problem.model, problem.data, problem.components, problem.output, masks, "singles",
-        problem.progress,
-    )  # fmt: skip
+def _measure(problem: Problem, count: int) -> Tensor:
+    """Outputs under the first masks, float32 [count, examples]."""
+    return problem.measure(_Masks(len(problem.components), count), "singles")
 
 
-def _fit(weights: Tensor, complete: Tensor, identity: data_module.Identity) -> Fit:
+def _fit(weights: Tensor, complete: Tensor) -> Fit:
     """The bias makes the prediction with everything in place the model's own output."""
     bias = complete.double() - weights.double().sum(1)
-    return Fit(weights.float(), bias.float(), None, identity)
+    return Fit(weights.float(), bias.float())
 
 
+class _OnePass(Estimator):
+    """A method that needs one forward pass, for the bias."""
+
+    def parts(self, size: Size) -> list[Part]:
+        """One pass with everything in place."""
+        return parts_of(1, "singles")
+
+
+@register("leave_one_out")
 @dataclass(frozen=True)
-class LeaveOneOut(_Baseline):
+class LeaveOneOut(Estimator):
     """Ablate one component at a time: y(all) - y(all but i), exact. The cost is one pass a component, and one."""
 
-    name = "leave_one_out"
-
-    def cost(self, ablated_fraction: float, n_components: int | None = None) -> float:
-        """Forward passes an example.
-
-        Raises:
-            CoarError: the number of components is not given.
-        """
-        if n_components is None:
-            raise CoarError("the cost of LeaveOneOut depends on the number of components; give n_components")
-        return n_components + 1.0
+    def parts(self, size: Size) -> list[Part]:
+        """The masks."""
+        return parts_of(size.n_components + 1, "singles")
 
     def fit(self, problem: Problem) -> Fit:
         """Measure every component's own effect."""
-        outputs, identity = _measure(problem, len(problem.components) + 1)
-        return _fit((outputs[:1] - outputs[1:]).T, outputs[0], identity)
+        outputs = _measure(problem, len(problem.components) + 1)
+        return _fit((outputs[:1] - outputs[1:]).T, outputs[0])
 
 
+@register("weight_norm")
 @dataclass(frozen=True)
-class WeightNorm(_Baseline):
+class WeightNorm(_OnePass):
     """The Frobenius norm of every component's slice of its weight, the same for all examples."""
-
-    name = "weight_norm"
 
     def fit(self, problem: Problem) -> Fit:
         """Read the norms off the weights."""
-        outputs, identity = _measure(problem, 1)
+        outputs = _measure(problem, 1)
         norms = torch.cat(list(weight_norms(problem.model, problem.components)))
-        return _fit(norms.expand(outputs.shape[1], -1).clone(), outputs[0], identity)
+        return _fit(norms.expand(outputs.shape[1], -1).clone(), outputs[0])
 
 
 def weight_norms(model: nn.Module, components: Components) -> list[Tensor]:
@@ -137,36 +121,36 @@ def _is_parameter(model: nn.Module, name: str) -> bool:
     return True
 
 
+@register("random")
 @dataclass(frozen=True)
-class RandomWeights(_Baseline):
+class RandomWeights(_OnePass):
     """Independent standard normal numbers, a pure function of the run's seed."""
-
-    name = "random"
 
     def fit(self, problem: Problem) -> Fit:
         """Draw."""
-        outputs, identity = _measure(problem, 1)
+        outputs = _measure(problem, 1)
         n_components = len(problem.components)
         rows = [
             sampling.uniforms(problem.seed, sampling.BASELINES, example, 0, n_components)
             for example in range(outputs.shape[1])
         ]
         normal = torch.special.ndtri(torch.from_numpy(np.stack(rows)).double())
-        return _fit(normal, outputs[0], identity)
+        return _fit(normal, outputs[0])
 
 
+@register("gradient_times_parameter")
 @dataclass(frozen=True)
-class GradientTimesParameter(_Baseline):
+class GradientTimesParameter(Estimator):
     """Σ of ∂y/∂θ · θ over a component's slice of the weight: the derivative of the output to its gate at 1.
 
     With a gate g on the slice, y(g θ) has the derivative Σ ∂y/∂θ · θ at g = 1, for every example from one backward.
     """
 
-    name = "gradient_times_parameter"
+    differentiates = True
 
-    def cost(self, ablated_fraction: float, n_components: int | None = None) -> float:
+    def parts(self, size: Size) -> list[Part]:
         """One forward and backward pass."""
-        return FORWARD_AND_BACKWARD
+        return single_part("gradients", FORWARD_AND_BACKWARD, size.n_components, True)
 
     def fit(self, problem: Problem) -> Fit:
         """Differentiate.
@@ -174,7 +158,7 @@ class GradientTimesParameter(_Baseline):
         Raises:
             ModelError: no gradient reaches the gates.
         """
-        passes = GatePasses(problem.model, problem.components, problem.output)
+        passes = GatePasses(problem.masked, problem.output)
 
         def compute(batch: data_module.Batch, first: int, part: Part) -> dict[str, Tensor]:
             device = next(iter(batch.values())).device
@@ -183,18 +167,16 @@ class GradientTimesParameter(_Baseline):
             check_finite(values, first, "no mask", problem.output)
             return {"weights": weights.cpu(), "outputs": values.cpu()}
 
-        return _computed(problem, compute, "gradients", self.cost(problem.ablated_fraction))
+        return _computed(self, problem, compute)
 
 
-def _computed(problem: Problem, compute: Callable, kind: str, cost: float) -> Fit:
-    part = Part(kind, 0, 1, cost)
-    count = run(problem.store, problem.model, problem.data, [part], compute, kind, problem.progress)
-    results = problem.store.gather(part.name, count)
-    return _fit(results["weights"], results["outputs"], data_module.Identity.of(results))
+def _computed(method: Estimator, problem: Problem, compute: Callable) -> Fit:
+    results = problem.compute(method.parts(problem.size), compute, method.name.replace("_", " "))
+    return _fit(results["weights"], results["outputs"])
 
 
 @dataclass(frozen=True)
-class _AlongThePath(_Baseline):
+class _AlongThePath(Estimator):
     """Riemann sums (midpoints) along the straight path of the input from zero to the example.
 
     Token models walk from zero to their embeddings, others from zero to their floating-point inputs. A component's
@@ -205,13 +187,19 @@ class _AlongThePath(_Baseline):
     """
 
     n_steps: int = 16
+    differentiates = True
+    sizable = True
 
     def __post_init__(self) -> None:
         """Check the steps."""
-        if isinstance(self.n_steps, bool) or not isinstance(self.n_steps, int) or self.n_steps < 1:
+        if not is_whole(self.n_steps, 1):
             raise CoarError(f"{type(self).__name__}(n_steps={self.n_steps!r}): must be a whole number, at least 1")
 
-    def _weights(self, path: gradients.InputPath, components: Components) -> tuple[Tensor, Tensor]:
+    def sized(self, passes: float, size: Size) -> "_AlongThePath":
+        """With as many steps as can be afforded."""
+        return self.largest("n_steps", 1, 1, passes, size)
+
+    def _weights(self, path: input_paths.InputPath, components: Components) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
     def fit(self, problem: Problem) -> Fit:
@@ -221,22 +209,23 @@ class _AlongThePath(_Baseline):
             CoarError: activations that cannot be watched, or inputs that are not on a line.
             ModelError: no gradient reaches the activations.
         """
-        gradients.check_watchable(problem.components)
+        input_paths.check_watchable(problem.components)
 
         def compute(batch: data_module.Batch, first: int, part: Part) -> dict[str, Tensor]:
             rows, outputs = [], []
             for example in range(data_module.size(batch)):
                 one = data_module.rows(batch, example, example + 1)
-                path = gradients.InputPath(problem.model, problem.components, problem.output, one, self.n_steps)
+                path = input_paths.InputPath(problem.masked, problem.output, one, self.n_steps)
                 weights, complete = self._weights(path, problem.components)
                 check_finite(complete, first + example, "no mask", problem.output)
                 rows.append(weights.cpu())
                 outputs.append(complete.cpu())
             return {"weights": torch.stack(rows), "outputs": torch.cat(outputs)}
 
-        return _computed(problem, compute, self.name.replace("_", ""), self.cost(problem.ablated_fraction))
+        return _computed(self, problem, compute)
 
 
+@register("neuron_conductance")
 @dataclass(frozen=True)
 class NeuronConductance(_AlongThePath):
     """Σ over a component's activations h of ∫ ∂y/∂h · ∂h/∂t dt along the path (Dhamdhere, Sundararajan, Yan 2018).
@@ -246,46 +235,32 @@ class NeuronConductance(_AlongThePath):
     y(input) - y(0).
     """
 
-    name = "neuron_conductance"
-
-    def cost(self, ablated_fraction: float, n_components: int | None = None) -> float:
+    def parts(self, size: Size) -> list[Part]:
         """A forward and backward pass, and two forward passes, a step; and one."""
-        return (FORWARD_AND_BACKWARD + 2) * self.n_steps + 1
+        cost = (FORWARD_AND_BACKWARD + 2) * self.n_steps + 1
+        return single_part("neuronconductance", cost, size.n_components, True)
 
-    def _weights(self, path: gradients.InputPath, components: Components) -> tuple[Tensor, Tensor]:
+    def _weights(self, path: input_paths.InputPath, components: Components) -> tuple[Tensor, Tensor]:
         before, after = path.activations(0.0), path.activations(1.0)
         slopes = path.gradients()
         found = []
         for group, start, end, slope in zip(components.groups, before, after, slopes, strict=True):
             parts = zip(start, end, slope, strict=True)
-            found.append(gradients.total([(b - a) * g for a, b, g in parts], group))
+            found.append(input_paths.total([(b - a) * g for a, b, g in parts], group))
         return torch.cat(found), path.complete()
 
 
+@register("internal_influence")
 @dataclass(frozen=True)
 class InternalInfluence(_AlongThePath):
     """Σ over a component's activations h of ∫ ∂y/∂h dt along the path (Leino, Sen, Datta, Fredrikson, Li 2018)."""
 
-    name = "internal_influence"
-
-    def cost(self, ablated_fraction: float, n_components: int | None = None) -> float:
+    def parts(self, size: Size) -> list[Part]:
         """A forward and backward pass a step; and one forward pass."""
-        return FORWARD_AND_BACKWARD * self.n_steps + 1
+        cost = FORWARD_AND_BACKWARD * self.n_steps + 1
+        return single_part("internalinfluence", cost, size.n_components, True)
 
-    def _weights(self, path: gradients.InputPath, components: Components) -> tuple[Tensor, Tensor]:
+    def _weights(self, path: input_paths.InputPath, components: Components) -> tuple[Tensor, Tensor]:
         slopes = zip(components.groups, path.gradients(), strict=True)
-        found = [gradients.total(slope, group) / path.n_steps for group, slope in slopes]
+        found = [input_paths.total(slope, group) / path.n_steps for group, slope in slopes]
         return torch.cat(found), path.complete()
-
-
-BASELINES: dict[str, type[_Baseline]] = {
-    baseline.name: baseline
-    for baseline in (
-        LeaveOneOut,
-        GradientTimesParameter,
-        NeuronConductance,
-        InternalInfluence,
-        WeightNorm,
-        RandomWeights,
-    )
-}

@@ -1,4 +1,4 @@
-"""Allowance: how many rounds or masks a budget affords, in forward passes an example or in minutes."""
+"""Budgets: how large an estimator can be for so many forward passes an example, or minutes."""
 
 import logging
 import math
@@ -6,22 +6,21 @@ import re
 import tempfile
 import time
 from contextlib import nullcontext
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from hf_coar import data as data_module
 from hf_coar.errors import CoarError, DataError
+from hf_coar.estimators.registry import Estimator
 from hf_coar.runs import engine, workers
-from hf_coar.runs.problem import Method, Problem
+from hf_coar.runs.problem import Problem, Size
 from hf_coar.runs.store import Store
 from hf_coar.storage import files
 
 logger = logging.getLogger(__name__)
 
-_NUMBERS = {"rounds": (2, 2), "n_masks": (3, 1), "n_steps": (1, 1)}  # what a method has most of: (smallest, step)
-_LARGEST = 10**7
-_TIMED = {"n_masks": 8}  # enough of them to be timed, where the smallest number is not
+_TRIED = (8, 64, 512)  # forward passes an example that are timed: the fewest that the method can make use of
 _SECONDS = {"s": 1, "sec": 1, "min": 60, "h": 3600}
 _FILE = "budget.json"
 
@@ -47,51 +46,11 @@ def parse(budget: float | str) -> tuple[float, bool]:
     return number, timed
 
 
-def number_of(method: Method) -> str | None:
-    """The name of what a method has more or fewer of: `"rounds"`, `"n_masks"`, `"n_steps"`; None if there is none."""
-    names = {field.name for field in fields(method)} if is_dataclass(method) else set()
-    return next((name for name in _NUMBERS if name in names), None)
-
-
-def within(method: Method, passes: float, ablated_fraction: float, n_components: int) -> Method:
-    """The method with as many rounds (an even number, or one single pass), masks or steps as a budget affords.
-
-    Args:
-        method: of any size; all but its size stays.
-        passes: forward passes an example.
-        ablated_fraction: as for `attribute`.
-        n_components: of the model.
-
-    Raises:
-        CoarError: not even the smallest is affordable.
-    """
-    name = number_of(method)
-    smallest = method if name is None else replace(method, **{name: _NUMBERS[name][0]})
-    least = smallest.cost(ablated_fraction, n_components)
-    if least > passes and name == "rounds":
-        smallest = replace(method, rounds=0)  # a single pass
-        least = smallest.cost(ablated_fraction, n_components)
-        if least <= passes:
-            return smallest
-    if least > passes:
-        size = "" if name is None else f" with {name}={getattr(smallest, name)}"
-        raise CoarError(
-            f"a budget of {passes:.4g} forward passes an example is too small: {type(method).__name__}{size} costs "
-            f"{least:g} at ablated_fraction={ablated_fraction:g}; give more, take fewer examples, or another method"
-        )
-    if name is None:
-        return method
-    start, step = _NUMBERS[name]
-    slope = replace(method, **{name: start + step}).cost(ablated_fraction, n_components) - least
-    steps = math.floor((passes - least) / slope + 1e-9) if slope > 0 else 0
-    return replace(method, **{name: min(start + steps * step, _LARGEST)})
-
-
-def choose(method: Method, budget: float | str, problem: Problem, folder: Path) -> Method:
+def choose(method: Estimator, budget: float | str, problem: Problem, folder: Path) -> Estimator:
     """The method in the size that a budget affords.
 
-    A budget in forward passes decides by itself. For one in minutes, the smallest run on the first batch is timed; the
-    number chosen is kept in the run's folder, so that a run that resumes, or a process that joins, takes the same one.
+    A budget in forward passes decides by itself. For one in minutes, a small run on the first batch is timed; what it
+    affords is kept in the run's folder, so that a run that resumes, or a process that joins, takes the same size.
 
     Args:
         method: of any size.
@@ -103,28 +62,28 @@ def choose(method: Method, budget: float | str, problem: Problem, folder: Path) 
         CoarError: a budget that makes no sense, or is too small; or minutes for a stream of unknown length.
     """
     amount, timed = parse(budget)
-    n_components = len(problem.components)
     if not timed:
-        return within(method, amount, problem.ablated_fraction, n_components)
-    name = number_of(method)
-    if name is None:
+        return method.sized(amount, problem.size)
+    if not method.sizable:
         raise CoarError(
-            f"budget={budget!r}: {type(method).__name__} has no number of rounds or masks to choose; leave budget out"
+            f"budget={budget!r}: {method!r} has no number of rounds, masks or steps to choose; leave budget out"
         )
     path = folder / _FILE
     if not path.exists():
-        passes = _affordable(method, name, amount, problem, folder)
-        chosen = within(method, passes, problem.ablated_fraction, n_components)
+        passes = _affordable(method, amount, problem, folder)
+        method.sized(passes, problem.size)  # or says that it is too little, and nothing is kept
         # Of several processes that choose at once, one writes, and the others take what it wrote.
-        files.write_json(path, {"budget": str(budget), name: getattr(chosen, name)}, replace=False)
+        files.write_json(path, {"budget": str(budget), "passes": passes}, replace=False)
     kept = files.read_json(path)
-    if not isinstance(kept, dict) or not isinstance(kept.get(name), int):
-        raise CoarError(f"{path} holds the choice of another method, {kept}; choose another folder, or delete the file")
-    logger.info("budget %s: %s=%d", kept.get("budget"), name, kept[name])
-    return replace(method, **{name: kept[name]})
+    passes = kept.get("passes") if isinstance(kept, dict) else None
+    if not isinstance(passes, int | float):
+        raise CoarError(f"{path} holds {kept}, which is no choice of passes; choose another folder, or delete the file")
+    chosen = method.sized(passes, problem.size)
+    logger.info("budget %s: %.4g forward passes an example, %r", kept.get("budget"), passes, chosen)
+    return chosen
 
 
-def _affordable(method: Method, name: str, seconds: float, problem: Problem, folder: Path) -> float:
+def _affordable(method: Estimator, seconds: float, problem: Problem, folder: Path) -> float:
     """Forward passes an example that all examples can have within a time."""
     chunks = data_module.Chunks(problem.data)
     batch, n_examples = first_batch(chunks), None
@@ -133,19 +92,30 @@ def _affordable(method: Method, name: str, seconds: float, problem: Problem, fol
     if n_examples is None:
         raise CoarError("a stream of unknown length has no budget in minutes; give forward passes an example")
     team = workers.team(engine.current().worker)
-    trial = replace(method, **{name: _TIMED.get(name, _NUMBERS[name][0])})
+    trial = _small(method, problem.size)
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() if team.count == 1 else nullcontext(folder / "timing") as place:
         store = Store(place, {"task": "timing", "method": trial.settings()})
-        trial.fit(replace(problem, data=[batch], store=store, progress=False))
+        with engine.running(progress=False):
+            trial.fit(replace(problem, data=[batch], store=store))
     spent = time.monotonic() - begun
-    cost = trial.cost(problem.ablated_fraction, len(problem.components)) * data_module.size(batch)
+    cost = trial.cost(problem.size) * data_module.size(batch)
     passes = max(seconds - spent, 0.0) * team.count / n_examples * cost / spent
     logger.info(
         "timed: %.3g ms a forward pass of one example; %s for %d examples on %d processes: %.3g passes an example",
         1000 * spent / cost, engine.duration(seconds), n_examples, team.count, passes,
     )  # fmt: skip
     return passes
+
+
+def _small(method: Estimator, size: Size) -> Estimator:
+    """The method in the smallest size that is worth timing, or as it is."""
+    for passes in _TRIED:
+        try:
+            return method.sized(passes, size)
+        except CoarError:
+            continue
+    return method
 
 
 def first_batch(chunks: Any) -> data_module.Batch:

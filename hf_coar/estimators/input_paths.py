@@ -1,4 +1,4 @@
-"""Gradients to the activations of components along a path of inputs, which baselines need; whether there are any."""
+"""Gradients to the activations of components along a path of inputs, which baselines need."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -8,29 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from hf_coar import data as data_module
-from hf_coar import masking, models
 from hf_coar.components import Components, Group
-from hf_coar.errors import CoarError, ModelError
+from hf_coar.errors import CoarError
+from hf_coar.estimators.gates import check_differentiable
+from hf_coar.masking import MaskedModel
 from hf_coar.models.outputs import Output
 
 Watched = list[list[Tensor]]  # the activations of every group, one a run of its module
-
-
-def reach_gates(model: nn.Module, components: Components, output: Output, batch: data_module.Batch) -> bool:
-    """Whether a gradient of the output reaches any gate; one forward pass."""
-    device = next(iter(batch.values())).device
-    sizes = components.sizes()
-    gates = [torch.ones(size, device=device, requires_grad=True) for size in sizes]
-    with torch.enable_grad(), masking.gated(model, components, gates):
-        return output(models.logits(model, batch), batch).requires_grad
-
-
-def _check_differentiable(values: Tensor, model: nn.Module) -> None:
-    if not values.requires_grad:
-        raise ModelError(
-            f"no gradient reaches the gates of {type(model).__name__}: its forward blocks it (integer kernels, no_grad "
-            "or numpy inside); use a method that needs none, such as hf_coar.Regression()"
-        )
 
 
 def check_watchable(components: Components) -> None:
@@ -80,17 +64,15 @@ def _watch(module: nn.Module, group: Group, into: list[Tensor], differentiable: 
 class InputPath:
     """One example at points on the straight line from an all-zero input to it, all points in one batch."""
 
-    def __init__(
-        self, model: nn.Module, components: Components, output: Output, example: data_module.Batch, n_steps: int
-    ) -> None:
-        """Of a batch that holds one example."""
-        self.model, self.components, self.output = model, components, output
+    def __init__(self, masked: MaskedModel, output: Output, example: data_module.Batch, n_steps: int) -> None:
+        """With a batch that holds one example."""
+        self.model, self.components, self.output = masked.model, masked.components, output
         self.example, self.n_steps = example, n_steps
 
     def complete(self) -> Tensor:
         """The output of the example itself, float32 [1]."""
         with torch.no_grad():
-            return self.output(models.logits(self.model, self.example), self.example)
+            return self.output.of(self.model, self.example)
 
     def activations(self, offset: float) -> Watched:
         """Activations in the middle of every step (0.5), or at its start (0.0) or end (1.0)."""
@@ -106,7 +88,7 @@ class InputPath:
         """
         with torch.enable_grad(), watching(self.model, self.components, True) as seen:
             values = self._run(0.5)
-            _check_differentiable(values, self.model)
+            check_differentiable(values, self.model)
             flat = [activation for of_group in seen for activation in of_group]
             found = iter(torch.autograd.grad(values.sum(), flat, allow_unused=True))
         pairs = [[(activation, next(found)) for activation in of_group] for of_group in seen]
@@ -118,7 +100,7 @@ class InputPath:
         points = (torch.arange(self.n_steps, device=some.device) + offset) / self.n_steps
         batch = {name: value.repeat_interleave(self.n_steps, dim=0) for name, value in self.example.items()}
         with _scaled(self.model, batch, points) as inputs:
-            return self.output(models.logits(self.model, inputs), inputs)
+            return self.output.of(self.model, inputs)
 
 
 @contextmanager

@@ -6,18 +6,18 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from hf_coar import data as data_module
-from hf_coar import masking, models
+from hf_coar import models
 from hf_coar.components import Components
 from hf_coar.data import Batch
 from hf_coar.errors import CoarError
-from hf_coar.estimators.gate_passes import FORWARD_AND_BACKWARD
-from hf_coar.estimators.gate_rounds import GateRounds, Sums
-from hf_coar.estimators.outliers import Outliers, find
-from hf_coar.estimators.path_gradient import PathGradient
+from hf_coar.estimators.path_gradient import BatchReader, PathGradient
+from hf_coar.estimators.registry import FORWARD_AND_BACKWARD, is_whole
+from hf_coar.masking import MaskedModel
 from hf_coar.models import outputs
 from hf_coar.models.outputs import Output
 from hf_coar.runs import sampling
 from hf_coar.runs.engine import placed
+from hf_coar.runs.problem import Problem
 from hf_coar.runs.workers import processes
 
 
@@ -75,29 +75,22 @@ def rounds(
     """
     sampling.check_fraction(ablated_fraction)
     sampling.check_seed(seed)
-    if isinstance(max_rounds, bool) or not isinstance(max_rounds, int) or max_rounds < 0:
+    if not is_whole(max_rounds, 0):
         raise CoarError(f"max_rounds={max_rounds!r}; must be a whole number, 0 or more")
-    masking.check_same_model(model, components)
-    batch, method = data_module.as_batch(batch), PathGradient()
-    examples = range(data_module.size(batch))
-    gate_rounds = GateRounds(model, components, outputs.get(output), ablated_fraction, seed)
-    outliers: Outliers | None = None
-    sums: Sums | None = None
-    cost = 0.0
-    for index in range(-1, max_rounds):
-        with models.frozen(model), placed(model, processes().device) as device:
-            here = data_module.to_device(batch, device)
-            if index < 0:
-                reads = gate_rounds.single(here, examples)
-                means = {name: getattr(reads, name).cpu() for name in ("soft", "output")}
+    method, device = PathGradient(), processes().device
+    problem = Problem(MaskedModel(model, components), None, outputs.get(output), ablated_fraction, seed)
+    batch = data_module.as_batch(batch)
+    reader: BatchReader | None = None
+    for _ in range(1 + max_rounds):
+        with models.frozen(model), placed(model, device) as place:
+            if reader is None:
+                reader = BatchReader(method, method.gates(problem), data_module.to_device(batch, place), 0)
+                found, cost = reader.single(), FORWARD_AND_BACKWARD
             else:
-                if outliers is None:
-                    outliers = find(gate_rounds.passes, here, method.max_outliers)
-                    cost += 1 + float((outliers.indices >= 0).sum(1).float().mean())
-                sums = sums or Sums(len(examples), len(components), device)
-                sums.add(examples, gate_rounds.round(here, examples, index, outliers.mask(len(components))))
-                found = sums.means() | {"outliers": outliers.indices, "effects": outliers.effects}
-                means = {name: value.cpu() for name, value in found.items()}
-        cost += FORWARD_AND_BACKWARD * (1 if index < 0 else gate_rounds.blocks)
-        weights, errors = method.estimate(means, components.sizes())
-        yield Round(weights, errors, means["output"], index + 1, cost, sums.reliability().cpu() if index > 0 else None)
+                reader.next_round()
+                found = reader.means()
+                cost = FORWARD_AND_BACKWARD + method.spent(found, reader.gates.blocks)
+        found = {name: value.cpu() for name, value in found.items()}
+        weights, errors = method.estimate(found, components.sizes())
+        reliability = reader.sums.reliability().cpu() if reader.rounds > 1 else None
+        yield Round(weights, errors, found["output"], reader.rounds, cost, reliability)

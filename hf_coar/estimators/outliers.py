@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_coar import data as data_module
-from hf_coar import masking, models
-from hf_coar.estimators.gate_passes import GatePasses
+from hf_coar.estimators.gates import GatePasses
 
 # A row that carries a fiftieth of its layer's energy, hundreds of times as much as the median of enough rows.
 _SHARE, _TIMES_MEDIAN, _ROWS = 0.02, 300.0, 32
@@ -51,7 +50,7 @@ def find(passes: GatePasses, batch: data_module.Batch, most: int) -> Outliers:
     """
     outputs, energies = passes.energies(batch)
     ratios = []
-    for of_layer in energies.split(passes.components.sizes(), dim=1):
+    for of_layer in energies.split(passes.masked.components.sizes(), dim=1):
         median = of_layer.median(dim=1, keepdim=True).values
         outlying = (of_layer > _SHARE * of_layer.sum(1, keepdim=True)) & (of_layer > _TIMES_MEDIAN * median)
         outlying &= (median > 0) & (of_layer.shape[1] >= _ROWS)
@@ -69,9 +68,9 @@ def _effects(passes: GatePasses, batch: data_module.Batch, outputs: Tensor, indi
         if not len(rows):
             break
         some = {name: value[rows] for name, value in batch.items()}
-        kept = torch.ones(len(rows), len(passes.components), dtype=torch.bool, device=indices.device)
+        kept = torch.ones(len(rows), len(passes.masked), dtype=torch.bool, device=indices.device)
         kept[torch.arange(len(rows)), indices[rows, place]] = False
-        with masking.ablate(passes.model, passes.components, kept, how="hooks"):
-            values = passes.output(models.logits(passes.model, some), some)
+        with passes.masked.ablated(kept, how="hooks"):
+            values = passes.output.of(passes.masked.model, some)
         effects[rows, place] = outputs[rows] - values
     return effects

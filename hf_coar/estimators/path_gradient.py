@@ -14,23 +14,25 @@ from torch import Tensor
 
 from hf_coar import data as data_module
 from hf_coar.errors import CoarError
-from hf_coar.estimators.gate_passes import FORWARD_AND_BACKWARD
-from hf_coar.estimators.gate_rounds import GateRounds, Sums, n_blocks
+from hf_coar.estimators.gates import GateRounds, Sums, n_blocks
 from hf_coar.estimators.outliers import Outliers, find
+from hf_coar.estimators.registry import FORWARD_AND_BACKWARD, Estimator, is_whole, register, single_part
 from hf_coar.estimators.shrinkage import shrink
-from hf_coar.runs.engine import Part, run
-from hf_coar.runs.measuring import measure
-from hf_coar.runs.problem import Fit, Problem
+from hf_coar.runs.engine import Part
+from hf_coar.runs.measuring import parts_of
+from hf_coar.runs.problem import Fit, Problem, Size
 from hf_coar.runs.sampling import CHECKS, Masks
 
 logger = logging.getLogger(__name__)
 
 _FEWEST_CHECKS = 8
 _LOW = 0.5  # correlation below which attributions predict too little to be used as they are
+_NUMBERS = 4  # written for every component and example: soft, hard, gates and variance
 
 
+@register("path_gradient")
 @dataclass(frozen=True)
-class PathGradient:
+class PathGradient(Estimator):
     """Averages gradients along random gate paths; an estimator for `attribute(method=…)`.
 
     One round is B passes. The components are split at random into B blocks, anew for every example; in pass b the gates
@@ -67,15 +69,16 @@ class PathGradient:
     check_masks: int = 0
     reliability: float = 0.8
     max_rounds: int = 32
-    name = "path_gradient"
+    differentiates = True
+    sizable = True
 
     def __post_init__(self) -> None:
         """Check the rounds."""
         if self.rounds != "auto" and not _is_even(self.rounds, 0):
             raise CoarError(f"PathGradient(rounds={self.rounds!r}): must be an even number, 0 or more, or 'auto'")
-        if not _is_whole(self.max_outliers) or self.max_outliers < 0:
+        if not is_whole(self.max_outliers, 0):
             raise CoarError(f"PathGradient(max_outliers={self.max_outliers!r}): must be a whole number, 0 or more")
-        if not _is_whole(self.check_masks) or 0 < self.check_masks < _FEWEST_CHECKS or self.check_masks < 0:
+        if not is_whole(self.check_masks, 0) or 0 < self.check_masks < _FEWEST_CHECKS:
             raise CoarError(
                 f"PathGradient(check_masks={self.check_masks!r}): must be 0, or a whole number from {_FEWEST_CHECKS} on"
             )
@@ -85,16 +88,25 @@ class PathGradient:
             raise CoarError(f"PathGradient(reliability={self.reliability!r}): must lie between 0 and 1, such as 0.8")
 
     def settings(self) -> dict:
-        """What determines the numbers, for `run.json`."""
-        found = {"name": self.name, "rounds": self.rounds, "delta": self.delta, "smooth": self.smooth}
-        found |= {"shrink": self.shrink, "max_outliers": self.max_outliers, "check_masks": self.check_masks}
-        if self.rounds == "auto":
-            found |= {"reliability": self.reliability, "max_rounds": self.max_rounds}
-        return found
+        """What determines the numbers, as JSON values; what only rules `rounds="auto"` is left out of other runs."""
+        found = super().settings()
+        idle = () if self.rounds == "auto" else ("reliability", "max_rounds")
+        return {name: value for name, value in found.items() if name not in idle}
 
-    def cost(self, ablated_fraction: float, n_components: int | None = None) -> float:
-        """Forward passes an example, counting a forward and backward pass as three; the most, where rounds vary."""
-        return FORWARD_AND_BACKWARD * max(self._most_rounds * n_blocks(ablated_fraction), 1) + self.check_masks
+    def parts(self, size: Size) -> list[Part]:
+        """All rounds on a batch are one part, and there are the checks; the most of it, where rounds vary."""
+        cost = FORWARD_AND_BACKWARD * max(self._most_rounds * n_blocks(size.ablated_fraction), 1)
+        n_numbers = (_NUMBERS if self._most_rounds else 2) * size.n_components
+        rounds = single_part("rounds", cost, n_numbers, True, stop=max(self._most_rounds, 1))
+        return rounds + parts_of(self.check_masks, "checks")
+
+    def sized(self, passes: float, size: Size) -> "PathGradient":
+        """With an even number of rounds, or one single pass where two rounds are too dear."""
+        if replace(self, rounds=2).cost(size) > passes:
+            single = replace(self, rounds=0)
+            single.check_affordable(passes, size)
+            return single
+        return self.largest("rounds", 2, 2, passes, size)
 
     def fit(self, problem: Problem) -> Fit:
         """Estimate the attributions.
@@ -106,29 +118,29 @@ class PathGradient:
             ModelError: no gradient reaches the gates.
             NonFiniteOutputError: the model gave NaN or infinity.
         """
-        rounds = GateRounds(
-            problem.model, problem.components, problem.output, problem.ablated_fraction, problem.seed, self.delta,
-            self.smooth,
-        )  # fmt: skip
-        part = Part("rounds", 0, max(self._most_rounds, 1), self.cost(problem.ablated_fraction))
+        gates = self.gates(problem)
+        parts = [part for part in self.parts(problem.size) if part.kind == "rounds"]
 
-        def compute(batch: data_module.Batch, first: int, part: Part) -> dict[str, Tensor]:
-            return self._read(rounds, batch, first)
+        def read(batch: data_module.Batch, first: int, part: Part) -> dict[str, Tensor]:
+            reader = BatchReader(self, gates, batch, first)
+            return reader.all_rounds() if self._most_rounds else reader.single()
 
-        count = run(problem.store, problem.model, problem.data, [part], compute, "gate paths", problem.progress)
-        reads = problem.store.gather(part.name, count)
+        reads = problem.compute(parts, read, "gate paths")
         weights, errors = self.estimate(reads, problem.components.sizes())
         bias = reads["output"] - (weights * reads["gates"]).sum(1)
-        fit = Fit(weights, bias, errors, data_module.Identity.of(reads), self._spent(reads, rounds.blocks))
+        fit = Fit(weights, bias, errors, self.spent(reads, gates.blocks) + self.check_masks)
         return self._checked(fit, problem) if self.check_masks else fit
+
+    def gates(self, problem: Problem) -> GateRounds:
+        """The rounds of a problem."""
+        return GateRounds(
+            problem.masked, problem.output, problem.ablated_fraction, problem.seed, self.delta, self.smooth
+        )
 
     def _checked(self, fit: Fit, problem: Problem) -> Fit:
         """Scaled by what fresh masks show, and judged by them."""
         masks = Masks(len(problem.components), problem.ablated_fraction, self.check_masks, problem.seed, CHECKS)
-        measured, _ = measure(
-            problem.store, problem.model, problem.data, problem.components, problem.output, masks, kind="checks",
-            progress=problem.progress,
-        )  # fmt: skip
+        measured = problem.measure(masks, "checks")
         predicted = masks.rows(0, masks.count).float() @ fit.weights.T
         p, m = predicted - predicted.mean(0), measured - measured.mean(0)
         scale = float((p * m).sum() / p.square().sum().clamp_min(1e-30))
@@ -149,11 +161,12 @@ class PathGradient:
             checked={"n_masks": masks.count, "correlation": correlation, "scale": scale},
         )
 
-    def _spent(self, reads: Mapping[str, Tensor], blocks: int) -> float:
-        """Forward passes that an example took on average, to a tenth."""
-        if self.rounds == 0:
-            return FORWARD_AND_BACKWARD + self.check_masks
-        passes = FORWARD_AND_BACKWARD * blocks * float(reads["rounds"].mean()) + self.check_masks
+    @staticmethod
+    def spent(reads: Mapping[str, Tensor], blocks: int) -> float:
+        """Forward passes that the reads of an example took on average, to a tenth."""
+        if "rounds" not in reads:
+            return FORWARD_AND_BACKWARD
+        passes = FORWARD_AND_BACKWARD * blocks * float(reads["rounds"].mean())
         if "outliers" in reads:
             passes += 1 + float((reads["outliers"] >= 0).sum(1).float().mean())
         return round(passes, 1)
@@ -162,35 +175,11 @@ class PathGradient:
     def _most_rounds(self) -> int:
         return self.max_rounds if self.rounds == "auto" else self.rounds
 
-    def _read(self, rounds: GateRounds, batch: data_module.Batch, first: int) -> dict[str, Tensor]:
-        """All rounds on one batch, whose first example has this number."""
-        count = data_module.size(batch)
-        rounds.begin_batch()
-        if self.rounds == 0:
-            single = rounds.single(batch, range(first, first + count))
-            return {"soft": single.soft, "gates": single.gates, "output": single.output}
-        sums = Sums(count, len(rounds.components), next(iter(batch.values())).device)
-        outliers = find(rounds.passes, batch, self.max_outliers) if self.max_outliers else None
-        apart = None if outliers is None else outliers.mask(len(rounds.components))
-        rows = list(range(count))
-        for index in range(self._most_rounds):
-            some = batch if len(rows) == count else {name: value[rows] for name, value in batch.items()}
-            sums.add(
-                rows, rounds.round(some, [first + row for row in rows], index, None if apart is None else apart[rows])
-            )
-            if self.rounds == "auto" and index % 2:
-                enough = (sums.reliability() >= self.reliability).tolist()
-                rows = [row for row in rows if not enough[row]]
-                if not rows:
-                    break
-        found = sums.means()
-        return found if outliers is None else found | {"outliers": outliers.indices, "effects": outliers.effects}
-
     def estimate(self, reads: Mapping[str, Tensor], sizes: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """Weights and standard errors, float32 [examples, components], from what was read of the examples.
 
         Args:
-            reads: `gate_rounds.Sums.means` with the fields of `Outliers` as `outliers` and `effects` if there are any,
+            reads: `gates.Sums.means` with the fields of `Outliers` as `outliers` and `effects` if there are any,
                 or what a single pass read as `soft`.
             sizes: components of every layer, in order.
         """
@@ -205,9 +194,53 @@ class PathGradient:
         return weights, errors
 
 
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+class BatchReader:
+    """What is read of one batch, round by round."""
+
+    def __init__(self, method: PathGradient, gates: GateRounds, batch: data_module.Batch, first: int) -> None:
+        """Nothing was read yet; `first` is the number of the batch's first example."""
+        self.method, self.gates, self.batch, self.first = method, gates, batch, first
+        self.rounds = 0
+        self.sums: Sums | None = None
+        self.outliers: Outliers | None = None
+        self._rows = list(range(data_module.size(batch)))
+        gates.passes.begin_batch()
+
+    def single(self) -> dict[str, Tensor]:
+        """What one pass with all gates at one minus the fraction tells: `soft`, `gates`, `output`."""
+        reads = self.gates.single(self.batch, range(self.first, self.first + len(self._rows)))
+        return {"soft": reads.soft, "gates": reads.gates, "output": reads.output}
+
+    def all_rounds(self) -> dict[str, Tensor]:
+        """As many rounds as the method wants, or as every example needs."""
+        wanted = self.method.max_rounds if self.method.rounds == "auto" else self.method.rounds
+        while self.rounds < wanted and self._rows:
+            self.next_round()
+            if self.method.rounds == "auto" and self.rounds % 2 == 0:
+                enough = (self.sums.reliability() >= self.method.reliability).tolist()
+                self._rows = [row for row in self._rows if not enough[row]]
+        return self.means()
+
+    def next_round(self) -> None:
+        """One more round of the examples that have not enough yet."""
+        count, n_components = data_module.size(self.batch), self.gates.n_components
+        if self.sums is None:
+            self.sums = Sums(count, n_components, next(iter(self.batch.values())).device)
+            if self.method.max_outliers:
+                self.outliers = find(self.gates.passes, self.batch, self.method.max_outliers)
+        rows, apart = self._rows, None if self.outliers is None else self.outliers.mask(n_components)[self._rows]
+        whole = len(rows) == count
+        some = self.batch if whole else {name: value[rows] for name, value in self.batch.items()}
+        self.sums.add(rows, self.gates.round(some, [self.first + row for row in rows], self.rounds, apart))
+        self.rounds += 1
+
+    def means(self) -> dict[str, Tensor]:
+        """What the rounds so far tell, see `gates.Sums.means`; with `outliers` and `effects` if they are set apart."""
+        found = self.sums.means()
+        if self.outliers is None:
+            return found
+        return found | {"outliers": self.outliers.indices, "effects": self.outliers.effects}
 
 
 def _is_even(value: object, least: int) -> bool:
-    return _is_whole(value) and value >= least and value % 2 == 0
+    return is_whole(value, least) and value % 2 == 0

@@ -1,18 +1,19 @@
 """Regression: the paper's estimator. Outputs under random masks, regressed on the masks (Shah, Ilyas, Mądry 2024)."""
 
-import inspect
 import logging
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from hf_coar.errors import CoarError
+from hf_coar.estimators import solvers
+from hf_coar.estimators.registry import Estimator, get, is_whole, register
 from hf_coar.estimators.solvers import Ridge, Solver
 from hf_coar.runs import workers
-from hf_coar.runs.engine import is_out_of_memory
-from hf_coar.runs.measuring import measure
-from hf_coar.runs.problem import Fit, Method, Problem
+from hf_coar.runs.engine import Part, is_out_of_memory
+from hf_coar.runs.measuring import parts_of
+from hf_coar.runs.problem import Fit, Problem, Size
 from hf_coar.runs.sampling import MASKS, Masks
 
 logger = logging.getLogger(__name__)
@@ -20,8 +21,9 @@ logger = logging.getLogger(__name__)
 _MASK_MEMORY = 2**34  # bytes of masks that are held while solving
 
 
+@register("regression")
 @dataclass(frozen=True)
-class Regression:
+class Regression(Estimator):
     """Regresses the outputs under random masks on the masks; an estimator for `attribute(method=…)`.
 
     With a prior this is the hybrid: another method's attributions are made first, and only what they leave over is
@@ -31,34 +33,47 @@ class Regression:
     Attributes:
         n_masks: how many masks, the same for all examples; the cost is one forward pass a mask and example, and the
             prior's. The paper takes 2 to 20 times as many masks as there are components.
-        solver: fits the weights of all examples at once: `Ridge()`, `Lasso()`, `ARD()`, or one of your own.
-        prior: such as `PathGradient(rounds=4)`, or None.
+        solver: fits the weights of all examples at once: `Ridge()`, `Lasso()`, `ARD()`, their names in small letters,
+            or one of your own.
+        prior: another estimator or its name, such as `PathGradient(rounds=4)`, or None.
     """
 
     n_masks: int = 5000
-    solver: Solver = field(default_factory=Ridge)
-    prior: Method | None = None
-    name = "regression"
+    solver: Solver | str = field(default_factory=Ridge)
+    prior: Estimator | str | None = None
+    sizable = True
 
     def __post_init__(self) -> None:
         """Check the number of masks, and that the solver takes a prior if there is one."""
-        if isinstance(self.n_masks, bool) or not isinstance(self.n_masks, int) or self.n_masks < 3:
+        if not is_whole(self.n_masks, 3):
             raise CoarError(f"Regression(n_masks={self.n_masks!r}): must be a whole number, at least 3")
-        if self.prior is not None and "prior" not in inspect.signature(self.solver.fit).parameters:
-            raise CoarError(
-                f"Regression(prior={self.prior!r}): the solver {type(self.solver).__name__} takes no prior; use "
-                "hf_coar.Ridge() or hf_coar.ARD()"
-            )
+        object.__setattr__(self, "solver", solvers.get(self.solver))  # frozen for everybody else
+        if self.prior is not None:
+            object.__setattr__(self, "prior", get(self.prior))
+            if not self.solver.takes_prior:
+                raise CoarError(
+                    f"Regression(prior={self.prior!r}): the solver {type(self.solver).__name__} takes no prior; use "
+                    "hf_coar.Ridge() or hf_coar.ARD()"
+                )
+
+    @property
+    def differentiates(self) -> bool:
+        """Whether the prior does."""
+        return self.prior is not None and self.prior.differentiates
 
     def settings(self) -> dict:
-        """What determines the numbers, for `run.json`."""
-        solver = {"name": type(self.solver).__name__, **asdict(self.solver)}
+        """What determines the numbers, as JSON values."""
         prior = {} if self.prior is None else {"prior": self.prior.settings()}
-        return {"name": self.name, "n_masks": self.n_masks, "solver": solver, **prior}
+        return {"name": self.name, "n_masks": self.n_masks, "solver": solvers.settings(self.solver), **prior}
 
-    def cost(self, ablated_fraction: float, n_components: int | None = None) -> float:
-        """Forward passes an example: one a mask, and those of the prior."""
-        return self.n_masks + (self.prior.cost(ablated_fraction, n_components) if self.prior else 0.0)
+    def parts(self, size: Size) -> list[Part]:
+        """Those of the prior, and the masks."""
+        of_prior = [] if self.prior is None else self.prior.parts(size)
+        return of_prior + parts_of(self.n_masks)
+
+    def sized(self, passes: float, size: Size) -> "Regression":
+        """With as many masks as the prior leaves over."""
+        return self.largest("n_masks", 3, 1, passes, size)
 
     def fit(self, problem: Problem) -> Fit:
         """Measure and solve.
@@ -78,13 +93,9 @@ class Regression:
             )
         prior = None if self.prior is None else self.prior.fit(problem)
         masks = Masks(n_components, problem.ablated_fraction, self.n_masks, problem.seed, MASKS)
-        outputs, identity = measure(
-            problem.store, problem.model, problem.data, problem.components, problem.output, masks,
-            progress=problem.progress,
-        )  # fmt: skip
+        outputs = problem.measure(masks)
         rows = torch.cat([masks.rows(i, min(i + 1024, masks.count)) for i in range(0, masks.count, 1024)])
-        weights, bias = solve(self.solver, rows, outputs, prior.weights if prior else None)
-        return Fit(weights, bias, None, identity)
+        return Fit(*solve(self.solver, rows, outputs, prior.weights if prior else None))
 
 
 def solve(solver: Solver, masks: Tensor, outputs: Tensor, prior: Tensor | None = None) -> tuple[Tensor, Tensor]:

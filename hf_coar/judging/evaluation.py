@@ -15,10 +15,11 @@ from hf_coar import models
 from hf_coar.attributions import Attributions
 from hf_coar.errors import CoarError
 from hf_coar.judging import stability
+from hf_coar.masking import MaskedModel
 from hf_coar.models import outputs
 from hf_coar.models.outputs import Output
-from hf_coar.runs import sampling, workers
-from hf_coar.runs.measuring import measure
+from hf_coar.runs import engine, sampling, workers
+from hf_coar.runs.problem import Problem
 from hf_coar.runs.store import Store
 from hf_coar.storage import files
 
@@ -98,52 +99,35 @@ def evaluate(
     attributions: Attributions,
     model: nn.Module,
     data: Any,
-    fractions: Sequence[float] = (0.05, 0.0125),
-    n_masks: int = 100,
-    seed: int = 1,
+    fractions: Sequence[float],
+    n_masks: int,
+    seed: int,
     output: "str | Output | outputs.OutputFunction | None" = None,
     out: str | Path | None = None,
-    batch_size: int | None = None,
-    progress: bool = True,
 ) -> Report:
-    """Compare predictions with the model's outputs under fresh random masks.
-
-    Args:
-        attributions: to be judged.
-        model: the model that was attributed.
-        data: the data that were attributed, in the same order.
-        fractions: ablated fractions to judge at.
-        n_masks: masks a fraction; the cost is one forward pass a mask and example.
-        seed: of the masks; must not be the seed of the fit.
-        output: the attributed output; needed only if it was a function of your own.
-        out: folder of the run, which resumes; a temporary one by default.
-        batch_size: changes speed only.
-        progress: show a progress bar.
-
-    Returns:
-        The report; its figures are also saved as `evaluation.json` in `out`.
+    """The figures of `hf_coar.evaluate`, whose arguments these are, saved as `evaluation.json` in `out`.
 
     Raises:
-        CoarError: the seed of the fit, a fraction outside (0, 1), or fewer than 3 masks.
+        CoarError: a fraction outside (0, 1), or fewer than 3 masks.
         ModelMismatchError: another model.
         DataError: other data.
     """
-    _check(attributions, fractions, n_masks, seed)
+    _check(fractions, n_masks, seed)
     fingerprint = models.fingerprint(model)
     attributions.check_model(fingerprint, models.record(model))
-    output = outputs.get(output or attributions.provenance.output)
-    data = data_module.batches(data, batch_size)
+    masked = MaskedModel(model, attributions.components)
+    output, options = outputs.get(output or attributions.provenance.output), engine.current()
     settings = {"task": "evaluate", "seed": seed, "n_masks": n_masks, "model": {"fingerprint": fingerprint}}
     settings |= {"output": output.name, "components": attributions.components.to_json()}
+    settings |= {"dtype": options.dtype} if options.dtype else {}
     predicted, measured = {}, {}
     with workers.folder(out) as folder:
         for fraction in fractions:
             store = Store(folder / f"fraction-{fraction:g}", {**settings, "ablated_fraction": fraction})
-            masks = sampling.Masks(len(attributions.components), fraction, n_masks, seed, sampling.EVALUATION)
-            measured[fraction], identity = measure(
-                store, model, data, attributions.components, output, masks, progress=progress
-            )
-            attributions.identity.check(identity)
+            batches = data_module.batches(data, options.batch_size)
+            problem = Problem(masked, batches, output, fraction, seed, store, attributions.identity)
+            masks = sampling.Masks(len(masked), fraction, n_masks, seed, sampling.EVALUATION)
+            measured[fraction] = problem.measure(masks)
             predicted[fraction] = attributions.predict(masks.rows(0, n_masks))
     reliability = None if attributions.standard_errors is None else stability.reliability(attributions)
     report = replace(_report(predicted, measured, n_masks, seed), reliability=reliability)
@@ -152,7 +136,7 @@ def evaluate(
     return report
 
 
-def _check(attributions: Attributions, fractions: Sequence[float], n_masks: int, seed: int) -> None:
+def _check(fractions: Sequence[float], n_masks: int, seed: int) -> None:
     sampling.check_seed(seed)
     for fraction in fractions:
         sampling.check_fraction(fraction)
@@ -160,8 +144,6 @@ def _check(attributions: Attributions, fractions: Sequence[float], n_masks: int,
         raise CoarError("fractions is empty; give at least one ablated fraction, such as (0.05,)")
     if n_masks < 3:
         raise CoarError(f"n_masks={n_masks}; a correlation needs at least 3")
-    if seed == attributions.provenance.seed:
-        raise CoarError(f"seed={seed} is the seed of the fit; evaluate on masks of another seed, such as {seed + 1}")
 
 
 def _report(predicted: dict[float, Tensor], measured: dict[float, Tensor], n_masks: int, seed: int) -> Report:

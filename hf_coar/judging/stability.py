@@ -28,8 +28,8 @@ def reliability(attributions: Attributions) -> Tensor:
     errors = attributions.standard_errors
     if errors is None:
         raise CoarError(
-            f"attributions by {attributions.provenance.method_name} have no standard errors, so one run does not tell how stable they are; attribute "
-            "again with another seed, and use hf_coar.stability.agreement(first, second)"
+            f"attributions by {attributions.provenance.method_name} have no standard errors, so one run does not tell "
+            "how stable they are; attribute again with another seed, and use hf_coar.stability.agreement(first, second)"
         )
     variance = attributions.weights.double().var(dim=1, correction=0)
     noise = errors.double().square().mean(1)

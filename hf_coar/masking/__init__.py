@@ -1,7 +1,7 @@
-"""Masking: `ablate` and `gated` (`ablation`), where gates enter (`sites`), where examples are (`layout`), `weights`."""
+"""Masking: a `MaskedModel` is ablated or gated, by its `weights` or by gates; `sites` says where, `layout` for whom."""
 
-from hf_coar.masking.ablation import FiredGroups, ablate, check_same_model, gated, zero_slices
-from hf_coar.masking.repeated import Repeated
+from hf_coar.masking.gating import FiredGroups
+from hf_coar.masking.masked_model import MaskedModel, ablate
 from hf_coar.masking.sites import SITES
 
-__all__ = ["SITES", "FiredGroups", "Repeated", "ablate", "check_same_model", "gated", "zero_slices"]
+__all__ = ["SITES", "FiredGroups", "MaskedModel", "ablate"]

@@ -1,6 +1,7 @@
 """Changing the stored weights: the slices of ablated components set to zero or scaled, and put back."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -133,22 +134,37 @@ def edits(
             index: tuple[Tensor, ...] = (rows,)
         else:
             index = (rows // view.shape[1], rows % view.shape[1])
-        parametrization = _normalised(model, group)
+        parametrization = normalised(model, group)
         if parametrization is None:
             yield Edit(view, index, factors)
         else:
             yield NormalisedEdit(group, parametrization, index, factors)
 
 
-def _normalised(model: nn.Module, group: Group) -> parametrize.ParametrizationList | None:
+@contextmanager
+def zeroed(model: nn.Module, components: Components, kept: Tensor, weights: Sequence[Tensor]) -> Iterator[None]:
+    """The slices of ablated components are zero (or scaled by their gate) inside the block."""
+    undo: list[Edit | NormalisedEdit] = []
+    try:
+        with torch.no_grad():
+            for edit in edits(model, components, kept, weights):
+                undo.append(edit)
+                edit.apply()
+        yield
+    finally:
+        with torch.no_grad():
+            for edit in undo:
+                edit.undo()
+
+
+def normalised(model: nn.Module, group: Group) -> parametrize.ParametrizationList | None:
+    """The parametrization of a weight that is stored as length and direction; None for any other weight."""
     owner, _, name = group.parameter.rpartition(".")
     if name != "original1":
         return None
     found = model.get_submodule(owner)
-    normalised = isinstance(found, parametrize.ParametrizationList) and isinstance(
-        found[0], parametrizations._WeightNorm
-    )
-    return found if normalised else None
+    is_list = isinstance(found, parametrize.ParametrizationList)
+    return found if is_list and isinstance(found[0], parametrizations._WeightNorm) else None
 
 
 def check_editable(group: Group, fractions: bool) -> None:

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_coar.errors import CoarError, DataError
 from hf_coar.storage.registry import Registry
+from hf_coar.models.calling import logits
 
 IGNORED_LABEL = -100  # the target value that PyTorch's losses and transformers' collators skip
 
@@ -41,6 +42,15 @@ class Output:
     unit: str
     function: OutputFunction
     boundary: float | None = None
+
+    def of(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """Run the model on a batch: its outputs, float32 [examples].
+
+        Raises:
+            ModelError: the batch does not fit the model's forward.
+            CoarError: the function returned another shape.
+        """
+        return self(logits(model, batch), batch)
 
     def __call__(self, logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
         """The outputs, float32 [examples].

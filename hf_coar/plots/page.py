@@ -206,7 +206,10 @@ def _where(attributions: Attributions) -> _Section:
             "contribution by module",
             lambda: plots.contribution_by_layer(attributions, some),
         )
-    text = f"In {attributions.provenance.unit_text}; a positive attribution means that keeping the component raises the output. "
+    text = (
+        f"In {attributions.provenance.unit_text}; a positive attribution means that keeping the component raises the "
+    )
+    text += "output. "
     text += "Means are over all examples." if len(some) == n_examples else f"Means are over {len(some)} examples."
     return _Section("Where it comes from", text, [_Table(head, rows, frozenset({1, 2, 3}))], pictures)
 

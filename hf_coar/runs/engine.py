@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -41,16 +41,20 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 @dataclass(frozen=True)
 class Running:
-    """How passes run. Nothing here changes the numbers beyond rounding, and none of it is stored.
+    """How passes run. Nothing here changes the numbers beyond rounding, and none but `dtype` is stored.
 
     Attributes:
-        dtype: "bfloat16" or "float16": matrix products and convolutions in lower precision (autocast), rounded as such.
+        dtype: "bfloat16" or "float16": matrix products and convolutions in lower precision (autocast). That is rounding
+            of a few per cent, so it is recorded, and a run does not resume with another one.
         compile: `torch.compile` for masked passes (gates change the model's hooks in every pass, and stay eager); True,
             or the name of a backend.
         masks_together: masks in one forward pass, over as many copies of the batch; for batches too small to fill the
             device.
         worker: "i/n": this is worker i, counted from 0, of n that were started one by one and share the run's folder.
         strict: an example that cannot be read is an error; otherwise it is left out, and listed in the run's folder.
+        batch_size: examples a batch, for `datasets` objects and what `load` gives; None for their own.
+        progress: show a progress bar.
+        log_with: where figures of the run go while it runs, see `tracking.tracked`; None for nowhere.
     """
 
     dtype: str | None = None
@@ -58,6 +62,9 @@ class Running:
     masks_together: int = 1
     worker: str | None = None
     strict: bool = False
+    batch_size: int | None = None
+    progress: bool = True
+    log_with: Any = None
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -72,9 +79,12 @@ _current: ContextVar[Running] = ContextVar("running", default=Running())  # noqa
 
 @contextmanager
 def running(**options: Any) -> Iterator[Running]:
-    """Inside the block everything runs with these options, which are the fields of `Running`.
+    """Inside the block everything runs with these options, the fields of `Running`; others are as outside of it.
 
-    A context and not arguments of every call, so that what changes speed only cannot get among what changes numbers.
+    A context and not arguments of every call, so that what changes speed only cannot get among what changes numbers::
+
+        with coar.running(dtype="bfloat16", batch_size=64, progress=False):
+            attributions = coar.attribute(model, data)
 
     Raises:
         CoarError: an unknown option or value.
@@ -82,7 +92,7 @@ def running(**options: Any) -> Iterator[Running]:
     unknown = sorted(set(options) - set(Running.__dataclass_fields__))
     if unknown:
         raise CoarError(f"no option {', '.join(unknown)}; there are {', '.join(Running.__dataclass_fields__)}")
-    token = _current.set(Running(**options))
+    token = _current.set(replace(_current.get(), **options))
     try:
         yield _current.get()
     finally:
@@ -129,12 +139,16 @@ class Part:
         start: the first.
         stop: one past the last.
         cost: of this part, in forward passes of one example.
+        n_numbers: how many it writes to the disk for every example.
+        differentiates: whether its passes have a backward, and so keep the activations.
     """
 
     kind: str
     start: int
     stop: int
     cost: float
+    n_numbers: int = 1
+    differentiates: bool = False
 
     @property
     def name(self) -> str:
@@ -181,7 +195,7 @@ def run(
         models.frozen(model),
         placed(model, state.device) as device,
         _autocast(device, options.dtype),
-        Progress(what, progress and state.is_main_process) as bar,
+        Progress(what, progress and options.progress and state.is_main_process) as bar,
     ):
         job = _Job(store, chunks, parts, compute, device, team, options.strict, what, bar)
         job.do_own()

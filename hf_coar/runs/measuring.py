@@ -8,65 +8,34 @@ import torch
 from torch import Tensor, nn
 
 from hf_coar import data as data_module
-from hf_coar import models
-from hf_coar.components import Components
-from hf_coar.runs.engine import Part, current, run
 from hf_coar.errors import CoarError, NonFiniteOutputError
-from hf_coar.masking import Repeated, ablate
+from hf_coar.masking import MaskedModel
 from hf_coar.models.outputs import Output
-from hf_coar.runs.sampling import Masks
-from hf_coar.runs.store import Store
+from hf_coar.runs.engine import Part, current
+from hf_coar.runs.sampling import MaskSequence
 
 logger = logging.getLogger(__name__)
 
 MASKS_A_UNIT = 64  # passes between two writes to the disk
 
 
-def parts_of(masks: Masks, kind: str = "masks") -> list[Part]:
-    """The masks in parts of at most `MASKS_A_UNIT`."""
-    bounds = range(0, masks.count, MASKS_A_UNIT)
-    return [Part(kind, i, stop := min(i + MASKS_A_UNIT, masks.count), float(stop - i)) for i in bounds]
+def parts_of(n_masks: int, kind: str = "masks") -> list[Part]:
+    """The masks in parts of at most `MASKS_A_UNIT`, of a forward pass each."""
+    bounds = range(0, n_masks, MASKS_A_UNIT)
+    stops = [min(start + MASKS_A_UNIT, n_masks) for start in bounds]
+    return [Part(kind, i, stop, float(stop - i), stop - i) for i, stop in zip(bounds, stops, strict=True)]
 
 
-def measure(
-    store: Store,
-    model: nn.Module,
-    data: object,
-    components: Components,
-    output: Output,
-    masks: Masks,
-    kind: str = "masks",
-    progress: bool = True,
-) -> tuple[Tensor, data_module.Identity]:
-    """Outputs of every example under every mask.
-
-    Returns:
-        outputs float32 [masks, examples], and by what the examples are known again.
-
-    Raises:
-        NonFiniteOutputError: the model gave NaN or infinity; says for which example and mask.
-    """
-    passes = _Passes(model, components, output, masks)
-    parts = parts_of(masks, kind)
-    what = f"masked passes, {masks.ablated_fraction:.3g} ablated"
-    with _compiled(model, current().compile):
-        n_examples = run(store, model, data, parts, passes.compute, what, progress)
-    gathered = [store.gather(part.name, n_examples) for part in parts]
-    return torch.cat([results["outputs"] for results in gathered], dim=1).T, data_module.Identity.of(gathered[0])
-
-
-class _Passes:
+class MaskedPasses:
     """The masked passes of one run, over any batch."""
 
-    def __init__(self, model: nn.Module, components: Components, output: Output, masks: Masks) -> None:
-        self.model, self.components, self.output, self.masks = model, components, output, masks
+    def __init__(self, masked: MaskedModel, output: Output, masks: MaskSequence) -> None:
+        """Nothing has run yet."""
+        self.masked, self.output, self.masks = masked, output, masks
         self.together = current().masks_together
-        self._ablated: Repeated | None = None
 
     def compute(self, batch: data_module.Batch, first: int, part: Part) -> dict[str, Tensor]:
         """Outputs float32 [examples, masks of the part]."""
-        if self._ablated is None:  # not before the model is where it runs
-            self._ablated = Repeated(self.model, self.components)
         found = []
         with torch.no_grad():
             for kept in self.masks.rows(part.start, part.stop).split(self.together):
@@ -79,16 +48,16 @@ class _Passes:
         return {"outputs": outputs.T.contiguous()}
 
     def _one(self, batch: data_module.Batch, kept: Tensor) -> Tensor:
-        with self._ablated(kept):
-            return self.output(models.logits(self.model, batch), batch)
+        with self.masked.ablated(kept):
+            return self.output.of(self.masked.model, batch)
 
     def _several(self, batch: data_module.Batch, kept: Tensor) -> Tensor:
         """Outputs [masks, examples] of one forward pass over a copy of the batch for every mask."""
         count = data_module.size(batch)
         copies = {name: value.repeat(len(kept), *[1] * (value.dim() - 1)) for name, value in batch.items()}
         try:
-            with ablate(self.model, self.components, kept.repeat_interleave(count, dim=0), how="hooks"):
-                values = self.output(models.logits(self.model, copies), copies)
+            with self.masked.ablated(kept.repeat_interleave(count, dim=0), how="hooks"):
+                values = self.output.of(self.masked.model, copies)
         except CoarError as error:
             logger.warning("masks go one at a time, not %d together: %s", self.together, error)
             self.together = 1
@@ -97,7 +66,7 @@ class _Passes:
 
 
 @contextmanager
-def _compiled(model: nn.Module, backend: bool | str) -> Iterator[None]:
+def compiled(model: nn.Module, backend: bool | str) -> Iterator[None]:
     """The model's forward goes through `torch.compile` inside the block; masks change its weights in place."""
     if not backend:
         yield

@@ -1,14 +1,13 @@
-"""Budget: what a run will cost, before it runs: passes, floating-point operations, disk, memory, units of work."""
+"""Plans: what a run will cost, before it runs: passes, floating-point operations, disk, memory, units of work."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from hf_coar import models
-from hf_coar.runs.problem import Method
-from hf_coar.runs.measuring import MASKS_A_UNIT
+from hf_coar.runs.engine import Part
 
 _FLOAT = 4  # bytes
 # Of gate passes against plain forward and backward passes; scripts/benchmark_engine.py, between e/c and e/f.
@@ -16,7 +15,7 @@ _GATE_EFFICIENCY = 0.7
 
 
 @dataclass(frozen=True)
-class Budget:
+class Plan:
     """The cost of attributing a model's outputs, from its sizes alone.
 
     Attributes:
@@ -92,16 +91,15 @@ class Budget:
         )
 
 
-def budget(
+def plan(
     model: nn.Module,
     example: Mapping[str, Tensor],
     n_examples: int,
     n_components: int,
-    method: Method,
-    ablated_fraction: float,
+    parts: Sequence[Part],
     batch_size: int = 32,
     processes: int = 1,
-) -> Budget:
+) -> Plan:
     """What a run will cost.
 
     Args:
@@ -109,24 +107,22 @@ def budget(
         example: a batch of one example, on the same device.
         n_examples: to be attributed.
         n_components: of the model.
-        method: the estimator.
-        ablated_fraction: as for `attribute`.
+        parts: of the passes on every batch, as the estimator's `parts` says.
         batch_size: examples a batch.
         processes: that will share the run.
     """
     flops, activation_bytes = _one_pass(model, example)
-    n_masks = getattr(method, "n_masks", None)
-    return Budget(
+    return Plan(
         n_examples=n_examples,
         n_components=n_components,
-        passes=method.cost(ablated_fraction, n_components),
+        passes=sum(part.cost for part in parts),
         flops=flops,
         batch_size=min(batch_size, n_examples),
-        n_parts=-(-n_masks // MASKS_A_UNIT) if n_masks else 1,
-        n_outputs=n_masks or 3 * n_components,
+        n_parts=len(parts),
+        n_outputs=sum(part.n_numbers for part in parts),
         parameter_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
         activation_bytes=activation_bytes,
-        differentiates=n_masks is None,
+        differentiates=any(part.differentiates for part in parts),
         processes=processes,
     )
 

@@ -1,39 +1,115 @@
-"""What every estimator takes and gives: a problem, and a fit."""
+"""A problem: what is to be attributed, and the two ways in which an estimator may look at it, `measure` and `compute`."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hf_coar.components import Components
 from hf_coar.data import Identity
+from hf_coar.errors import CoarError
+from hf_coar.masking import MaskedModel
 from hf_coar.models.outputs import Output
+from hf_coar.runs.engine import Compute, Part, current, run
+from hf_coar.runs.measuring import MaskedPasses, compiled, parts_of
+from hf_coar.runs.sampling import MaskSequence
 from hf_coar.runs.store import Store
 
 
 @dataclass(frozen=True)
+class Size:
+    """What the cost of an estimator depends on.
+
+    Attributes:
+        n_components: of the model.
+        ablated_fraction: the fraction of them that masks ablate.
+    """
+
+    n_components: int
+    ablated_fraction: float
+
+
+@dataclass
 class Problem:
     """What is to be attributed.
 
     Attributes:
-        model: the model.
+        masked: the model with its components.
         data: batches that can be iterated again.
-        components: the model's components.
         output: the output to attribute.
         ablated_fraction: the fraction of the components that masks ablate.
         seed: of all draws.
-        store: of the run; results that it holds are not computed again.
-        progress: show a progress bar.
+        store: of the run; results that it holds are not computed again. None where nothing is to be computed.
+        identity: of the examples; known once something was computed.
     """
 
-    model: nn.Module
+    masked: MaskedModel
     data: Any
-    components: Components
     output: Output
     ablated_fraction: float
     seed: int
-    store: Store
-    progress: bool = True
+    store: Store | None = None
+    identity: Identity | None = None
+
+    @property
+    def model(self) -> nn.Module:
+        """The model."""
+        return self.masked.model
+
+    @property
+    def components(self) -> Components:
+        """The model's components."""
+        return self.masked.components
+
+    @property
+    def size(self) -> Size:
+        """What the cost depends on."""
+        return Size(len(self.masked), self.ablated_fraction)
+
+    def compute(self, parts: Sequence[Part], compute: Compute, what: str) -> dict[str, Tensor]:
+        """Results of some passes on all examples; what the store holds already is not computed again.
+
+        Args:
+            parts: of the passes, all of one kind.
+            compute: (batch on the device, index of its first example, part) -> results, tensors [examples, …].
+            what: said by the progress bar.
+
+        Returns:
+            Tensors whose first axis is the example; those of several parts are joined along the second.
+
+        Raises:
+            DataError: no examples, or other data than before.
+            CoarError: not even one example fits into memory.
+        """
+        if self.store is None:
+            raise CoarError("this problem has no store to keep results in")
+        count = run(self.store, self.model, self.data, list(parts), compute, what)
+        gathered = [self.store.gather(part.name, count) for part in parts]
+        identity = Identity.of(gathered[0])
+        if self.identity is not None:
+            self.identity.check(identity)
+        self.identity = identity
+        names = [name for name in gathered[0] if name not in vars(identity)]
+        if len(gathered) == 1:
+            return {name: gathered[0][name] for name in names}
+        return {name: torch.cat([results[name] for results in gathered], dim=1) for name in names}
+
+    def measure(self, masks: MaskSequence, kind: str = "masks") -> Tensor:
+        """Outputs of every example under every mask, float32 [masks, examples].
+
+        Args:
+            masks: drawn part by part.
+            kind: under which the store keeps them.
+
+        Raises:
+            NonFiniteOutputError: the model gave NaN or infinity; says for which example and mask.
+        """
+        passes = MaskedPasses(self.masked, self.output, masks)
+        with compiled(self.model, current().compile):
+            what = f"masked passes, {masks.ablated_fraction:.3g} ablated"
+            return self.compute(parts_of(masks.count, kind), passes.compute, what)["outputs"].T
 
 
 @dataclass(frozen=True)
@@ -44,32 +120,12 @@ class Fit:
         weights: float32 [examples, components].
         bias: float32 [examples].
         standard_errors: float32 [examples, components], of the weights; None where the estimator gives none.
-        identity: of the examples.
-        cost: forward passes an example that were spent on average, where `Method.cost` could only say about how many.
+        cost: forward passes an example that were spent on average, where the parts could only say about how many.
         checked: what fresh masks said of the fit, see `PathGradient.check_masks`.
     """
 
     weights: Tensor
     bias: Tensor
-    standard_errors: Tensor | None
-    identity: Identity
+    standard_errors: Tensor | None = None
     cost: float | None = None
     checked: dict[str, float] | None = None
-
-
-class Method(Protocol):
-    """An estimator: `PathGradient`, `Regression`, or one of your own."""
-
-    name: str
-
-    def settings(self) -> dict[str, Any]:
-        """What determines the numbers, as JSON values."""
-        ...
-
-    def cost(self, ablated_fraction: float, n_components: int | None = None) -> float:
-        """Forward passes an example, or the most of them; a forward and backward pass counts as three."""
-        ...
-
-    def fit(self, problem: Problem) -> Fit:
-        """Estimate."""
-        ...

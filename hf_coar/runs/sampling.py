@@ -7,6 +7,7 @@ Only raw 64-bit words are taken from NumPy: those are fixed by the algorithm, wh
 
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -32,6 +33,22 @@ def words(seed: int, purpose: int, index: int, sub_index: int, count: int) -> np
     key, counter = (np.array(values, dtype=np.uint64) for values in ((seed, purpose), (0, 0, sub_index, index)))
     generator = np.random.Philox(key=key, counter=counter)
     return generator.random_raw((count + 1) // 2).view(np.uint32)[:count]
+
+
+class MaskSequence(Protocol):
+    """Masks that are drawn when they are wanted; `Masks` are random ones.
+
+    Attributes:
+        ablated_fraction: that they ablate, for messages.
+        count: how many masks.
+    """
+
+    ablated_fraction: float
+    count: int
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Masks start … stop - 1, bool [stop - start, n_components], True = left in place."""
+        ...
 
 
 @dataclass(frozen=True)

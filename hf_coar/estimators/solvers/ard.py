@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_coar.errors import CoarError
-from hf_coar.estimators.solvers.base import check
+from hf_coar.estimators.solvers.base import check, register
 from hf_coar.estimators.solvers.design import Design, diagonal_of_inverse
 from hf_coar.estimators.solvers.ridge import Ridge, with_bias
 
@@ -17,6 +17,7 @@ _FLOOR = 1e-6  # smallest prior variance, of the mean one at the start
 _COLUMNS = 2048  # columns that are solved for at a time
 
 
+@register("ard")
 @dataclass(frozen=True)
 class ARD:
     """Multi-task automatic relevance determination: components that matter to no example are shrunk for all of them.
@@ -44,6 +45,7 @@ class ARD:
     n_iterations: int = 40
     tolerance: float = 1e-4
     pseudo_examples: float = 4.0
+    takes_prior = True
 
     def __post_init__(self) -> None:
         """Check the iterations."""

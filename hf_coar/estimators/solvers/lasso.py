@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hf_coar.errors import CoarError
-from hf_coar.estimators.solvers.base import check
+from hf_coar.estimators.solvers.base import check, register
 from hf_coar.estimators.solvers.design import Design
 from hf_coar.estimators.solvers.ridge import with_bias
 
@@ -15,6 +15,7 @@ _LOWEST = 1e-3  # smallest strength on the path, of the one at which all weights
 _SATURATED = 0.8  # more nonzero weights than this fraction of the masks are not trusted
 
 
+@register("lasso")
 @dataclass(frozen=True)
 class Lasso:
     """Minimises |y - X w - b|² / (2 m) + strength · |w|₁ by accelerated proximal gradients (FISTA with restarts; Beck,
@@ -36,6 +37,7 @@ class Lasso:
     n_strengths: int = 20
     n_iterations: int = 2000
     tolerance: float = 1e-6
+    takes_prior = False
 
     def __post_init__(self) -> None:
         """Check the values."""

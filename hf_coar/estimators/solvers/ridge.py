@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hf_coar.errors import CoarError
 from hf_coar.estimators.solvers import systems
-from hf_coar.estimators.solvers.base import check
+from hf_coar.estimators.solvers.base import check, register
 from hf_coar.estimators.solvers.design import Design
 from hf_coar.estimators.solvers.systems import Factored, Spectral
 
@@ -17,6 +17,7 @@ _STEPS = (-11, 3)  # how far they may go, from the mean eigenvalue
 _FIRST = (-1, 0, -2)  # where the search begins
 
 
+@register("ridge")
 @dataclass(frozen=True)
 class Ridge:
     """Ridge regression with an intercept, its strength chosen for every example by exact leave-one-out error.
@@ -36,6 +37,7 @@ class Ridge:
 
     strength: float | None = None
     n_strengths: int = 40
+    takes_prior = True
 
     def __post_init__(self) -> None:
         """Check the strength."""

@@ -1,7 +1,8 @@
-"""Gate rounds: passes in which every component is read once, and sums over the rounds."""
+"""Gates: passes that read the effect of every component of every example, rounds of such passes, and their sums."""
 
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,19 +10,129 @@ import torch
 from torch import Tensor, nn
 
 from hf_coar import data as data_module
-from hf_coar.components import Components
-from hf_coar.estimators.gate_passes import GatePasses
+from hf_coar.errors import ModelError
+from hf_coar.estimators.delta_reads import DeltaReads, elementwise_modules, followed
+from hf_coar.masking import MaskedModel
 from hf_coar.models.outputs import Output
 from hf_coar.runs import sampling
 from hf_coar.runs.measuring import check_finite
 
 # In standard deviations of what goes into a nonlinearity. Found on the demo's network, once and for all models.
 _SMOOTHING, _SMOOTHING_OF_ONE_PASS = 0.6, 0.8
+_SOFT_UP_TO = 0.1  # ablated fraction; above it a part of the components is switched off outright
+
+
+class GatePasses:
+    """The passes of one model; call it with a batch and gates."""
+
+    def __init__(self, masked: MaskedModel, output: Output, delta: bool = False) -> None:
+        """Prepare.
+
+        Args:
+            masked: the model, whose parameters need no gradients, with its components.
+            output: what is differentiated.
+            delta: read exact differences where they can be had, see `delta_reads`, and not derivatives.
+        """
+        self.masked, self.output, self.delta = masked, output, delta
+        self._sizes = masked.components.sizes()
+        self._activations = elementwise_modules(masked.model) if delta else []
+        self._inert: set[str] = set()
+
+    def begin_batch(self) -> None:
+        """Other examples come: which modules run may depend on them."""
+        self._inert = set()
+
+    def __call__(self, batch: data_module.Batch, gates: Tensor, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+        """One pass.
+
+        Args:
+            batch: of examples.
+            gates: float32 [examples, components], on the device of the batch.
+            smoothing: see `delta_reads.followed`; only with `delta`.
+
+        Returns:
+            outputs float32 [examples] and what was read of every gate, float32 [examples, components]: the derivative
+            of the example's output, or the exact difference; 0 for modules that do not run.
+
+        Raises:
+            ModelError: the forward blocks all gradients, or the model reads a weight without running its module.
+        """
+        # One leaf a group: a slice of a single leaf would cost a full-sized gradient for every group.
+        leaves = [part.contiguous().requires_grad_() for part in gates.split(self._sizes, dim=1)]
+        reads = DeltaReads()
+        with torch.enable_grad():
+            with self.masked.gated(leaves) as fired, ExitStack() as stack:
+                if self.delta:
+                    stack.enter_context(followed(self._activations, fired, reads, smoothing))
+                values = self.output.of(self.masked.model, batch)
+            check_differentiable(values, self.masked.model)
+            derivatives = torch.autograd.grad(values.sum(), leaves, allow_unused=True, retain_graph=self.delta)
+        self._check_reached({group.parameter for group in fired.missing()}, batch)
+        corrections = reads.corrections(leaves)
+        parts = [c if d is None else d + c for d, c in zip(derivatives, corrections, strict=True)]
+        return values.detach(), torch.cat(parts, dim=1)
+
+    def energies(self, batch: data_module.Batch) -> tuple[Tensor, Tensor]:
+        """One forward pass with everything in place.
+
+        Returns:
+            outputs float32 [examples] and energies, float32 [examples, components]: the sum of the squares of what the
+            component adds to its module's output; 0 where gates enter elsewhere.
+        """
+        count, device = data_module.size(batch), next(iter(batch.values())).device
+        leaves = [torch.ones(count, size, device=device, requires_grad=True) for size in self._sizes]
+        energies = DeltaReads()
+
+        def note(gated: Tensor, part: Tensor, level: Tensor) -> None:
+            energy = part.detach().float().square().sum_to_size(level.shape)
+            # Half precision ends at 65,504; such a row is an outlier all the same.
+            energies.add(level, energy.clamp_max(torch.finfo(level.dtype).max / 64).to(level.dtype))
+
+        with torch.enable_grad(), self.masked.gated(leaves) as fired:
+            fired.observe = note
+            values = self.output.of(self.masked.model, batch)
+        check_differentiable(values, self.masked.model)
+        return values.detach(), torch.cat(energies.corrections(leaves), dim=1)
+
+    def _check_reached(self, missing: set[str], batch: data_module.Batch) -> None:
+        """Modules that do not run for a batch have no effect on it; weights read without their module are an error."""
+        if missing <= self._inert:
+            return
+        groups, model = self.masked.components.groups, self.masked.model
+        kept = torch.cat([torch.full((group.size,), group.parameter not in missing) for group in groups])
+        with torch.no_grad():
+            plain = self.output.of(model, batch)
+            with self.masked.ablated(kept, how="weights"):
+                changed = self.output.of(model, batch)
+        if not torch.equal(plain, changed):
+            raise ModelError(
+                f"gates cannot reach {', '.join(sorted(missing)[:8])}: the model reads these weights without running "
+                "their modules; exclude them, or use method=hf_coar.Regression()"
+            )
+        self._inert |= missing
+
+
+def check_differentiable(values: Tensor, model: nn.Module) -> None:
+    """Raises `ModelError` unless a gradient leads from the outputs back to the gates."""
+    if not values.requires_grad:
+        raise ModelError(
+            f"no gradient reaches the gates of {type(model).__name__}: its forward blocks it (integer kernels, no_grad "
+            "or numpy inside); use a method that needs none, such as hf_coar.Regression()"
+        )
+
+
+def reached(masked: MaskedModel, output: Output, batch: data_module.Batch) -> bool:
+    """Whether a gradient of the output reaches any gate; one forward pass."""
+    device = next(iter(batch.values())).device
+    gates = [torch.ones(size, device=device, requires_grad=True) for size in masked.components.sizes()]
+    with torch.enable_grad(), masked.gated(gates):
+        return output.of(masked.model, batch).requires_grad
 
 
 def n_blocks(ablated_fraction: float) -> int:
     """Blocks, and so passes, a round."""
-    return max(1, round(1 / (2 * ablated_fraction))) if ablated_fraction <= 0.1 else math.ceil(1 / ablated_fraction)
+    soft = ablated_fraction <= _SOFT_UP_TO
+    return max(1, round(1 / (2 * ablated_fraction))) if soft else math.ceil(1 / ablated_fraction)
 
 
 @dataclass(frozen=True)
@@ -46,8 +157,7 @@ class GateRounds:
 
     def __init__(
         self,
-        model: nn.Module,
-        components: Components,
+        masked: MaskedModel,
         output: Output,
         ablated_fraction: float,
         seed: int,
@@ -55,22 +165,19 @@ class GateRounds:
         smooth: bool = True,
     ) -> None:
         """Prepare; the arguments are those of `attribute` and `PathGradient`."""
-        self.components, self.output, self.fraction, self.seed = components, output, ablated_fraction, seed
-        self.passes = GatePasses(model, components, output, delta)
+        self.n_components, self.output, self.fraction, self.seed = len(masked), output, ablated_fraction, seed
+        self.passes = GatePasses(masked, output, delta)
         self.smooth = delta and smooth
         self.blocks = n_blocks(ablated_fraction)
         gated = 1 / self.blocks
         # On average half of a gated block is off; what is missing to the fraction is switched off in the background.
-        self.background = 0.0 if ablated_fraction <= 0.1 else max(0.0, (ablated_fraction - gated / 2) / (1 - gated))
-
-    def begin_batch(self) -> None:
-        """Other examples come."""
-        self.passes.begin_batch()
+        outright = ablated_fraction > _SOFT_UP_TO
+        self.background = max(0.0, (ablated_fraction - gated / 2) / (1 - gated)) if outright else 0.0
 
     def single(self, batch: data_module.Batch, examples: Sequence[int]) -> Reads:
         """One pass with all gates at one minus the fraction: no draw, and no noise but that of being one point."""
         level = 1 - self.fraction
-        gates = torch.full((len(examples), len(self.components)), level, device=_device(batch))
+        gates = torch.full((len(examples), self.n_components), level, device=_device(batch))
         values, reads = self.passes(batch, gates, _SMOOTHING_OF_ONE_PASS if self.smooth else 0.0)
         check_finite(values, examples[0], f"all gates at {level:.3g}", self.output)
         return Reads(reads, reads, gates, values)
@@ -109,7 +216,7 @@ class GateRounds:
 
     def _draw(self, examples: Sequence[int], index: int) -> tuple[Tensor, Tensor]:
         """Gate levels float32 and block numbers int32, both [examples, components]."""
-        seed, count, levels, blocks = self.seed, len(self.components), [], []
+        seed, count, levels, blocks = self.seed, self.n_components, [], []
         for example in examples:
             # Rounds 2k and 2k + 1 are antithetic: the same draw and its complement.
             draw = sampling.uniforms(seed, sampling.PATHS, example, 2 * (index // 2), count)
@@ -122,7 +229,7 @@ class GateRounds:
         if not self.background:
             return torch.ones_like(levels)
         draw = [
-            sampling.uniforms(self.seed, sampling.BACKGROUND, example, index * self.blocks + b, len(self.components))
+            sampling.uniforms(self.seed, sampling.BACKGROUND, example, index * self.blocks + b, self.n_components)
             for example in examples
         ]
         return (torch.from_numpy(np.stack(draw)).to(levels.device) >= self.background).to(levels.dtype)

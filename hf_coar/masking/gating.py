@@ -1,23 +1,21 @@
-"""Ablating components, three ways that give the same answer: hooks (per example, with gates), weights, or both.
+"""Gated forward passes: what a component's slice of the weight produces is scaled, with one gate an example if wanted.
 
-*Ablation* sets a component's slice of its weight to zero; bias and normalisation stay as they are. Instead of the
-stored weight, a hook can change what the slice produces, with one gate an example (`sites` says how). Where the
-examples of the batch are in what a module sees, the model itself is asked once (`layout`); modules that mix examples or
-see none run once an example, inside the nearest module around them that can be divided.
+Where the gates enter, `sites` says. Where the examples of the batch are in what a module sees, the model itself is
+asked once (`layout`); modules that mix examples or see none run once an example, inside the nearest module around them
+that can be divided.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from hf_coar import models
 from hf_coar.components import Components, Group
-from hf_coar.errors import CoarError, ModelMismatchError
+from hf_coar.errors import CoarError
 from hf_coar.masking import layout, weights
 from hf_coar.masking.layout import Layout, Layouts
 from hf_coar.masking.sites import (
@@ -31,108 +29,6 @@ from hf_coar.masking.sites import (
     replace_forward,
     with_scaled_weights,
 )
-
-
-@contextmanager
-def ablate(model: nn.Module, components: Components, kept: Any, how: str = "auto") -> Iterator[nn.Module]:
-    """Inside the `with` block the model runs with components ablated; afterwards it is as it was, whatever happens.
-
-    Args:
-        model: changed only inside the block.
-        components: from `find_components(model)`.
-        kept: bool or float, [components] for all examples alike, or [examples, components], one row an example of the
-            batch. True or 1 = left in place, False or 0 = ablated; a float between is the fraction that stays.
-        how: "hooks", "weights" (only for [components]), or "auto": weights for one mask, hooks for one mask an example
-            and for weights that cannot be changed (quantised, offloaded).
-
-    Yields:
-        The model. With one mask an example, the first batch of a new shape is preceded by two runs on two and three of
-        its examples, which show where the examples are in what each module sees.
-
-    Raises:
-        CoarError: a wrong shape or gates outside 0 … 1; a module with gates that did not run as a module; a batch that
-            the rows do not fit; a weight that cannot be changed.
-        ModelMismatchError: the components are not this model's.
-    """
-    kept = components.check_kept(kept)
-    if how not in ("auto", "hooks", "weights"):
-        raise CoarError(f"how={how!r}; there are 'auto', 'hooks' and 'weights'")
-    tensors = weights.handles(model, components)
-    _check_fingerprint(model, components)
-    if how == "auto":
-        offloaded = any(tensor.device.type == "meta" for tensor in tensors)
-        by_weights = kept.dim() == 1 and not kept.requires_grad and not offloaded
-        how = "weights" if by_weights and weights.editable(components, kept) else "hooks"
-    if how == "hooks":
-        with gated(model, components, kept.split(components.sizes(), dim=-1)) as fired:
-            yield model
-        if fired.ran:
-            fired.check()
-    elif kept.dim() != 1:
-        raise CoarError(
-            f"kept has one row an example ({list(kept.shape)}), and weights are the same for all of them; "
-            "use how='hooks', or one mask at a time"
-        )
-    else:
-        with _zeroed(model, components, kept, tensors):
-            yield model
-
-
-# Model -> the fingerprint that it was found to have. Taken once a model, as `ablate` runs once a mask.
-_found_to_have: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
-
-
-def _check_fingerprint(model: nn.Module, components: Components) -> None:
-    """Components of attributions belong to one set of weights; those of `find_components` go by shapes alone."""
-    if components.fingerprint is None or _found_to_have.get(model) == components.fingerprint:
-        return
-    found = models.fingerprint(model)
-    if found != components.fingerprint:
-        raise ModelMismatchError(
-            f"these components come with attributions of a model with weights {components.fingerprint[:12]}…, and the "
-            f"{type(model).__name__} given has weights {found[:12]}…; load the model that was attributed, or take "
-            "components from find_components(model)"
-        )
-    _found_to_have[model] = found
-
-
-def check_same_model(model: nn.Module, components: Components) -> None:
-    """The model has every parameter that the components name, with the right shape.
-
-    Raises:
-        ModelMismatchError: it has not.
-    """
-    weights.handles(model, components)
-
-
-@contextmanager
-def _zeroed(model: nn.Module, components: Components, kept: Tensor, tensors: Sequence[Tensor]) -> Iterator[None]:
-    """The slices of ablated components are zero (or scaled by their gate) inside the block."""
-    undo: list[weights.Edit | weights.NormalisedEdit] = []
-    try:
-        with torch.no_grad():
-            for edit in weights.edits(model, components, kept, tensors):
-                undo.append(edit)
-                edit.apply()
-        yield
-    finally:
-        with torch.no_grad():
-            for edit in undo:
-                edit.undo()
-
-
-def zero_slices(model: nn.Module, components: Components, kept: Tensor) -> None:
-    """Ablate for good: set the slices of all components that are not kept to zero (or scale them by their gate).
-
-    Raises:
-        CoarError: a weight that cannot be changed; nothing has been changed then.
-        ModelMismatchError: the components are not this model's.
-    """
-    with torch.no_grad():
-        kept = components.check_kept(kept)
-        # All of them are made, and so checked, before the first is applied.
-        for edit in list(weights.edits(model, components, kept, weights.handles(model, components))):
-            edit.apply()
 
 
 class FiredGroups:
@@ -167,12 +63,15 @@ class FiredGroups:
 
 
 @contextmanager
-def gated(model: nn.Module, components: Components, gates: Sequence[Tensor]) -> Iterator[FiredGroups]:
+def gated(
+    model: nn.Module, components: Components, tensors: Sequence[Tensor], gates: Sequence[Tensor]
+) -> Iterator[FiredGroups]:
     """Inside the block every forward pass applies the gates, differentiably.
 
     Args:
         model: changed only inside the block.
         components: its components.
+        tensors: the weight of every group, from `weights.handles`.
         gates: one tensor a group, [size] or [examples, size]. Groups whose gates are all 1 and need no gradient get no
             hook, so that with nothing ablated the model runs as it is.
 
@@ -188,8 +87,8 @@ def gated(model: nn.Module, components: Components, gates: Sequence[Tensor]) -> 
     rows = {gate.shape[0] for _, gate in pairs if gate.dim() == 2}
     if len(rows) > 1:
         raise CoarError(f"the gates have different numbers of rows: {sorted(rows)}")
-    tensors = zip(components.groups, weights.handles(model, components), strict=True)
-    state = Pass(rows.pop() if rows else None, fired, {group.parameter: tensor for group, tensor in tensors})
+    of_groups = {group.parameter: tensor for group, tensor in zip(components.groups, tensors, strict=True)}
+    state = Pass(rows.pop() if rows else None, fired, of_groups)
     with ExitStack() as stack:
 
         def note_run(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -199,7 +98,8 @@ def gated(model: nn.Module, components: Components, gates: Sequence[Tensor]) -> 
         for (name, site), of_site in _by_place(pairs).items():
             stack.callback(SITES[site](name, model.get_submodule(name), of_site, state))
         if state.n_examples is not None:
-            stack.callback(replace_forward(model, lambda forward: _divided(model, forward, components, pairs, state)))
+            divided = partial(_divided, model, components, tensors, pairs, state)
+            stack.callback(replace_forward(model, divided))
         yield fired
 
 
@@ -213,7 +113,12 @@ def _by_place(pairs: Pairs) -> dict[tuple[str, str], list[tuple[Group, Tensor]]]
 
 
 def _divided(
-    model: nn.Module, forward: Callable[..., Any], components: Components, pairs: Pairs, state: Pass
+    model: nn.Module,
+    components: Components,
+    tensors: Sequence[Tensor],
+    pairs: Pairs,
+    state: Pass,
+    forward: Callable[..., Any],
 ) -> Callable[..., Any]:
     """The model's forward where every example has gates of its own: finds out where the examples are, and runs."""
     watched = _watched(model, components)
@@ -229,7 +134,7 @@ def _divided(
                 state.n_examples,
                 watched,
                 components.groups,
-                lambda layouts, run_pair: _inert(model, components, layouts, run_pair),
+                partial(_inert, model, components, tensors),
             )
         finally:
             state.idle = False
@@ -323,9 +228,14 @@ def _nearest_divisible(group: Group, layouts: Layouts) -> str | None:
     return None
 
 
-def _inert(model: nn.Module, components: Components, layouts: Layouts, run_pair: Callable[[], Any]) -> set[str]:
+def _inert(
+    model: nn.Module,
+    components: Components,
+    tensors: Sequence[Tensor],
+    layouts: Layouts,
+    run_pair: Callable[[], Any],
+) -> set[str]:
     """Parameters of groups whose modules did not run, and whose values change nothing."""
-    tensors = weights.handles(model, components)
     silent = {
         group.parameter
         for group, tensor in zip(components.groups, tensors, strict=True)
@@ -340,7 +250,7 @@ def _inert(model: nn.Module, components: Components, layouts: Layouts, run_pair:
 
     def matters(names: set[str]) -> bool:
         kept = torch.cat([torch.full((g.size,), g.parameter not in names) for g in components.groups])
-        with _zeroed(model, components, kept, tensors):
+        with weights.zeroed(model, components, kept, tensors):
             changed = pytree.tree_leaves(run_pair())
         both = zip(plain, changed, strict=True)
         return any(isinstance(a, Tensor) and not torch.equal(a, b) for a, b in both)

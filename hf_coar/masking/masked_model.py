@@ -1,0 +1,222 @@
+"""A model with its components, found once, and ablated or gated as often as wanted.
+
+*Ablation* sets a component's slice of its weight to zero; bias and normalisation stay as they are. There are three ways
+that give the same answer: the stored weights are zeroed, hooks gate what the slice produces (`gating`), or both.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hf_coar import models
+from hf_coar.components import Components
+from hf_coar.errors import CoarError, ModelMismatchError
+from hf_coar.masking import gating, weights
+from hf_coar.masking.gating import FiredGroups
+
+_HOW = ("auto", "hooks", "weights")
+
+
+class MaskedModel:
+    """A model and its components: what has to be looked up and checked is looked up and checked once.
+
+    Attributes:
+        model: changed only inside the blocks of `ablated` and `gated`, and by `ablate_for_good`.
+        components: its components.
+    """
+
+    def __init__(self, model: nn.Module, components: Components) -> None:
+        """Find the weights of the components.
+
+        Raises:
+            ModelMismatchError: a parameter is missing or has another shape, or the components come with attributions of
+                other weights.
+        """
+        self.model, self.components = model, components
+        self._tensors = weights.handles(model, components)
+        self._check_fingerprint()
+        self._bounds = np.cumsum([0, *components.sizes()])
+        self._places = np.concatenate([np.arange(size) for size in components.sizes()])
+        self._plain = all(
+            group.by_weights != "never" and group.stack_axis is None and not tensor.is_meta
+            and weights.normalised(model, group) is None
+            for group, tensor in zip(components.groups, self._tensors, strict=True)
+        )  # fmt: skip
+
+    def __len__(self) -> int:
+        """How many components."""
+        return len(self.components)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the model's weights, see `models.fingerprint`; taken again where torch says that one was written."""
+        return _FINGERPRINTS.of(self.model)
+
+    def take_fingerprint(self) -> str:
+        """The fingerprint taken anew: writes through `.data` go by torch's own counters."""
+        _FINGERPRINTS.forget(self.model)
+        return self.fingerprint
+
+    def _check_fingerprint(self) -> None:
+        """Components of attributions belong to one set of weights; those of `find_components` go by shapes alone."""
+        wanted = self.components.fingerprint
+        if wanted is None or wanted == (found := self.fingerprint):
+            return
+        raise ModelMismatchError(
+            f"these components come with attributions of a model with weights {wanted[:12]}…, and the "
+            f"{type(self.model).__name__} given has weights {found[:12]}…; load the model that was attributed, or take "
+            "components from find_components(model)"
+        )
+
+    @contextmanager
+    def ablated(self, kept: Any, how: str = "auto") -> Iterator[nn.Module]:
+        """Inside the block the model runs with components ablated, see `ablate`."""
+        kept = self.components.check_kept(kept)
+        if how not in _HOW:
+            raise CoarError(f"how={how!r}; there are {', '.join(map(repr, _HOW))}")
+        if how == "auto":
+            how = "weights" if self._by_weights(kept) else "hooks"
+        if how == "hooks":
+            with self.gated(kept.split(self.components.sizes(), dim=-1)) as fired:
+                yield self.model
+            if fired.ran:
+                fired.check()
+        elif kept.dim() != 1:
+            raise CoarError(
+                f"kept has one row an example ({list(kept.shape)}), and weights are the same for all of them; "
+                "use how='hooks', or one mask at a time"
+            )
+        else:
+            whole = self._plain and kept.dtype == torch.bool
+            block = self._zeroed(kept) if whole else weights.zeroed(self.model, self.components, kept, self._tensors)
+            with _FINGERPRINTS.masked(self.model), block:
+                yield self.model
+
+    def _by_weights(self, kept: Tensor) -> bool:
+        offloaded = any(tensor.device.type == "meta" for tensor in self._tensors)
+        one_mask = kept.dim() == 1 and not kept.requires_grad
+        return one_mask and not offloaded and weights.editable(self.components, kept)
+
+    @contextmanager
+    def gated(self, gates: Sequence[Tensor]) -> Iterator[FiredGroups]:
+        """Inside the block every forward pass applies the gates, differentiably, see `gating.gated`."""
+        with gating.gated(self.model, self.components, self._tensors, gates) as fired:
+            yield fired
+
+    def ablate_for_good(self, kept: Any) -> None:
+        """Set the slices of all components that are not kept to zero, or scale them by their gate.
+
+        Args:
+            kept: bool or float, [components].
+
+        Raises:
+            CoarError: a weight that cannot be changed; nothing has been changed then.
+        """
+        with torch.no_grad():
+            kept = self.components.check_kept(kept)
+            # All of them are made, and so checked, before the first is applied.
+            for edit in list(weights.edits(self.model, self.components, kept, self._tensors)):
+                edit.apply()
+        _FINGERPRINTS.forget(self.model)
+
+    # ------------------------------------------------------------------------- the fast way, for one mask after another
+
+    @contextmanager
+    def _zeroed(self, kept: Tensor) -> Iterator[None]:
+        undo: list[tuple[Tensor, int, Tensor, Tensor]] = []
+        try:
+            with torch.no_grad():
+                for weight, axis, rows in self._rows(kept):
+                    undo.append((weight, axis, rows, weight.index_select(axis, rows)))
+                    weight.index_fill_(axis, rows, 0)
+            yield
+        finally:
+            with torch.no_grad():
+                for weight, axis, rows, saved in reversed(undo):
+                    weight.index_copy_(axis, rows, saved)
+
+    def _rows(self, kept: Tensor) -> Iterator[tuple[Tensor, int, Tensor]]:
+        """(weight, axis, rows to zero) of every group with an ablated component."""
+        ablated = np.flatnonzero(~kept.cpu().numpy())
+        places = torch.from_numpy(self._places[ablated])
+        sent: dict[torch.device, Tensor] = {}  # one transfer a device, not one a group
+        cuts = np.searchsorted(ablated, self._bounds).tolist()
+        for group, tensor, low, high in zip(self.components.groups, self._tensors, cuts, cuts[1:], strict=False):
+            if low == high:
+                continue
+            if tensor.device not in sent:
+                sent[tensor.device] = places.to(tensor.device)
+            rows = sent[tensor.device][low:high]
+            if group.block > 1:
+                rows = (rows[:, None] * group.block + torch.arange(group.block, device=rows.device)).flatten()
+            yield tensor.data, group.axis, rows
+
+
+@contextmanager
+def ablate(model: nn.Module, components: Components, kept: Any, how: str = "auto") -> Iterator[nn.Module]:
+    """Inside the `with` block the model runs with components ablated; afterwards it is as it was, whatever happens.
+
+    Args:
+        model: changed only inside the block.
+        components: from `find_components(model)`.
+        kept: bool or float, [components] for all examples alike, or [examples, components], one row an example of the
+            batch. True or 1 = left in place, False or 0 = ablated; a float between is the fraction that stays.
+        how: "hooks", "weights" (only for [components]), or "auto": weights for one mask, hooks for one mask an example
+            and for weights that cannot be changed (quantised, offloaded).
+
+    Yields:
+        The model. With one mask an example, the first batch of a new shape is preceded by two runs on two and three of
+        its examples, which show where the examples are in what each module sees.
+
+    Raises:
+        CoarError: a wrong shape or gates outside 0 … 1; a module with gates that did not run as a module; a batch that
+            the rows do not fit; a weight that cannot be changed.
+        ModelMismatchError: the components are not this model's.
+    """
+    kept = components.check_kept(kept)
+    with MaskedModel(model, components).ablated(kept, how):
+        yield model
+
+
+class _Fingerprints:
+    """The fingerprint of every model, taken once for as long as torch's own counters say that no weight was written.
+
+    Masks are written past these counters: inside a block the model is another one, and comes out as it went in.
+    """
+
+    def __init__(self) -> None:
+        # By model, for the model itself and for every block that it is in: (state, fingerprint), or None.
+        self._known: WeakKeyDictionary[nn.Module, list[tuple[tuple, str] | None]] = WeakKeyDictionary()
+
+    def of(self, model: nn.Module) -> str:
+        known = self._known.setdefault(model, [None])
+        state = tuple(_version(tensor) for tensor in model.state_dict().values() if isinstance(tensor, Tensor))
+        if known[-1] is None or known[-1][0] != state:
+            known[-1] = (state, models.fingerprint(model))
+        return known[-1][1]
+
+    def forget(self, model: nn.Module) -> None:
+        self._known.setdefault(model, [None])[-1] = None
+
+    @contextmanager
+    def masked(self, model: nn.Module) -> Iterator[None]:
+        known = self._known.setdefault(model, [None])
+        known.append(None)
+        try:
+            yield
+        finally:
+            known.pop()
+
+
+_FINGERPRINTS = _Fingerprints()
+
+
+def _version(tensor: Tensor) -> tuple:
+    # Tensors of inference mode count nothing; a new object stands for one that may have changed.
+    counter = object() if tensor.is_inference() else tensor._version
+    return (tensor.device, 0 if tensor.is_meta else tensor.data_ptr(), counter)
