@@ -7,7 +7,7 @@ any set of them would do, and edits the model by it.
 __version__ = "0.1.0"
 
 from hf_coar import components, estimators
-from hf_coar.api import attribute, evaluate, load
+from hf_coar.api import attribute, evaluate, load, reopen
 from hf_coar.attributions import Attributions
 from hf_coar.components import Components, find_components
 from hf_coar.editing import edit
@@ -43,6 +43,7 @@ __all__ = [
     "find_components",
     "load",
     "outputs",
+    "reopen",
     "running",
     "stability",
     "undo",

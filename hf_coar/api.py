@@ -1,8 +1,9 @@
 """The pieces in order: `load` a model and data, `attribute` them, `evaluate` the attributions, `reopen` them."""
 
+import inspect
 import logging
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from hf_coar import data as data_module
 from hf_coar import estimators, models
 from hf_coar.attributions import Attributions, Provenance
 from hf_coar.components import Components, find_components
+from hf_coar.errors import CoarError
 from hf_coar.estimators import budget as budgets
 from hf_coar.estimators.registry import Estimator
 from hf_coar.judging import evaluation
@@ -28,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 def load(
-    model: str | Path,
+    model: str | Path | nn.Module,
     data: str | Path,
     split: str | None = None,
     revision: str | None = None,
@@ -41,7 +43,7 @@ def load(
     """A model and a data set with the preprocessing that belongs to the model.
 
     Args:
-        model: Hub id or local folder of a timm or transformers model.
+        model: Hub id or local folder of a timm or transformers model, or a model that is there already.
         data: Hub id, local folder or file of a data set.
         split: such as `"validation[:2000]"`.
         revision: of the model: branch, tag or commit.
@@ -55,8 +57,56 @@ def load(
         ModelError: no such model.
         DataError: no such data set, or none that the model can read.
     """
-    loaded = models.load_model(model, revision, trust_remote_code)
+    loaded = model if isinstance(model, nn.Module) else models.load_model(model, revision, trust_remote_code)
     return loaded, data_module.load_data(data, loaded, split, data_revision, batch_size, streaming, max_length)
+
+
+def reopen(attributions: Attributions, **changes: Any) -> tuple[nn.Module, data_module.Examples]:
+    """The model and the data of attributions, loaded with all the settings that they were loaded with.
+
+    Local paths that were given relative to some folder are looked for from here, and from the folders around the one
+    that the attributions were loaded from. Attributions that come from the Hub name no local paths: such ones are not
+    followed.
+
+    Args:
+        attributions: made from what `load` gave, or with models and data sets that know where they come from.
+        changes: arguments of `load` that are to be other than recorded, such as `model=`, `data=`, `batch_size=`; those
+            that are None change nothing.
+
+    Returns:
+        What `load` returns. That they are what was attributed is checked by `evaluate` and `edit`.
+
+    Raises:
+        CoarError: it is not known where the model or the data come from; the message says what to give.
+        ModelError: the model cannot be loaded.
+        DataError: the data cannot be loaded.
+    """
+    arguments = _loaded_with(attributions, changes)
+    model, data = load(**arguments)
+    selected = None if changes.get("data") else attributions.provenance.data.get("selected")
+    return model, data if selected is None else data.select(selected)
+
+
+def reopen_model(attributions: Attributions, **changes: Any) -> nn.Module:
+    """The model of attributions alone; see `reopen`, of whose arguments those of `models.load_model` count."""
+    arguments = _loaded_with(attributions, changes, ("model",))
+    return models.load_model(*(arguments.get(name) for name in ("model", "revision", "trust_remote_code")))
+
+
+def _loaded_with(
+    attributions: Attributions, changes: Mapping[str, Any], needed: Sequence[str] = ("model", "data")
+) -> dict[str, Any]:
+    """The arguments of `load`: those that are recorded, but for what is given; of another model or data set, none."""
+    of, keywords = attributions.provenance, inspect.signature(load).parameters
+    model = {"model": attributions.found(of.model.get("id")), "revision": of.model.get("revision")}
+    data = {name: value for name, value in of.data.items() if name in keywords and name != "revision"}
+    data |= {"data": attributions.found(of.data.get("id")), "data_revision": of.data.get("revision")}
+    given = {name: value for name, value in changes.items() if value is not None}
+    known = ({} if "model" in given else model) | ({} if "data" in given else data) | given
+    for what in needed:
+        if known.get(what) is None:
+            raise CoarError(f"the attributions do not say where their {what} came from; give {what}=…")
+    return {name: value for name, value in known.items() if value is not None}
 
 
 def attribute(

@@ -91,8 +91,9 @@ def test_a_linear_model_is_the_same_in_steps_and_at_once():
     data = [{"input": torch.randn(9, 5), "labels": torch.randint(0, 3, (9,))}]
 
     def attributing(it):
-        return coar.attribute(it, data, coar.find_components(it, include=["*", ""]), output="logit", method=coar.PathGradient(0),
-                              ablated_fraction=0.3, progress=False)  # fmt: skip
+        components = coar.find_components(it, include=["*", ""])
+        quick = {"method": coar.PathGradient(0), "ablated_fraction": 0.3, "progress": False}
+        return coar.attribute(it, data, components, output="logit", **quick)
 
     options = {"increase": [0, 1], "rule": "mean_difference", "n_components": 3}
     first, second = coar.edit(model, attributing, step=1, **options), coar.edit(model, attributing, step=3, **options)

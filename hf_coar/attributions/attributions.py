@@ -50,7 +50,10 @@ class Attributions:
         identity: by which the examples are known again, and their labels.
         provenance: model, data, output, method, ablated fraction, seed, cost and versions.
         evaluation: predicted against measured as JSON values, or None; `evaluate` makes it, `save_pretrained` keeps it.
+        origin: the folder that they were loaded from, the Hub id, or None where they were made just now.
     """
+
+    origin: Path | str | None = None
 
     def __init__(
         self,
@@ -202,6 +205,25 @@ class Attributions:
         inside = index >= 0
         totals = torch.zeros(len(self), len(names), dtype=self.weights.dtype)
         return names, totals.index_add_(1, index[inside], self.weights[:, inside].cpu())
+
+    def found(self, name: str | None) -> str | None:
+        """Where a model or data set that the provenance names is: a Hub id, or a local path seen from here.
+
+        Raises:
+            CoarError: these attributions come from the Hub and name a local path.
+        """
+        if name is None or self.origin is None:
+            return name
+        if isinstance(self.origin, str):
+            if Path(name).exists():
+                raise CoarError(
+                    f"attributions from the Hub ({self.origin}) name {name!r}, which is a path on this machine; if it "
+                    "is meant, give it yourself with model=… or data=…"
+                )
+            return name
+        # Relative paths are of the folder where the run was made, which is around it as a rule.
+        around = [Path(name), *(folder / name for folder in self.origin.parents)]
+        return next((str(path) for path in around if path.exists()), name)
 
     def check_model(self, fingerprint: str, given: Mapping[str, Any] | None = None) -> None:
         """Raises `ModelMismatchError` unless a model with this fingerprint was attributed.
@@ -358,6 +380,7 @@ class Attributions:
             provenance,
             None if evaluation_path is None else artefact.read_evaluation(evaluation_path),
         )
+        loaded.origin = Path(name).resolve() if source.is_local else str(name)
         if verify or (verify is None and sum(path.stat().st_size for path in paths) <= _VERIFIED_AT_LOAD):
             loaded.verify()
         return loaded

@@ -222,9 +222,9 @@ def _data_flags(verb: argparse.ArgumentParser) -> None:
     verb = verb.add_argument_group("data")
     verb.add_argument("--split", help="such as 'validation[:2000]'")
     verb.add_argument("--data-revision", help="branch, tag or commit of the data set")
-    verb.add_argument("--batch-size", type=int, default=32, help="examples a batch (default %(default)s)")
+    verb.add_argument("--batch-size", type=int, help="examples a batch (default 32)")
     _switch(verb, "--streaming", "read the data while running")
-    verb.add_argument("--max-length", type=int, default=512, help="tokens at which texts are cut (default %(default)s)")
+    verb.add_argument("--max-length", type=int, help="tokens at which texts are cut (default 512, or as attributed)")
 
 
 def _running_flags(verb: argparse.ArgumentParser) -> None:

@@ -1,6 +1,7 @@
 """What every verb does: from its flags to the text that it prints."""
 
 import argparse
+import inspect
 import json
 import shlex
 import sys
@@ -35,7 +36,7 @@ def components(args: argparse.Namespace) -> str:
 
 def attribute(args: argparse.Namespace) -> str:
     """Attribute, or with `--dry-run` say what that would cost."""
-    model, data = _loaded(args)
+    model, data = pipeline.load(**_sources(args))
     if args.dry_run:
         return _planned(args, model, data)
     with engine.running(**_running(args)):
@@ -76,7 +77,7 @@ def _planned(args: argparse.Namespace, model: Any, data: Any) -> str:
             raise CoarError(f"--budget {args.budget!r} is timed when the run begins; give forward passes to --dry-run")
         method = method.sized(passes, size)
     example = rows(first, 0, 1)
-    planned = plan(model, example, n_examples, size.n_components, method.parts(size), args.batch_size, team.count)
+    planned = plan(model, example, n_examples, size.n_components, method.parts(size), data.batch_size, team.count)
     if args.json:
         return json.dumps({**vars(planned), "n_units": planned.n_units, "worker": team.index}, indent=2)
     return f"{planned}\nthis is     process {team.index} of {team.count}; nothing was run"
@@ -85,7 +86,7 @@ def _planned(args: argparse.Namespace, model: Any, data: Any) -> str:
 def evaluate(args: argparse.Namespace) -> str:
     """Compare with the model; figures and pictures go to the attributions that they judge, where those are local."""
     attributions = Attributions.from_pretrained(args.attributions)
-    model, data = _loaded(_with_sources(args, attributions))
+    model, data = pipeline.reopen(attributions, **_sources(args))
     found = pipeline.evaluate(
         attributions, model, data, fractions=args.fractions, n_masks=args.n_masks, seed=args.seed, out=args.out,
         log_with=args.log_with,
@@ -105,10 +106,9 @@ def edit(args: argparse.Namespace) -> str:
     attributions = Attributions.from_pretrained(args.attributions)
     source: Any = attributions
     if args.step is None:
-        args = _with_sources(args, attributions, ("model",))
-        model = models.load_model(args.model, args.revision, args.trust_remote_code)
+        model = pipeline.reopen_model(attributions, **_sources(args))
     else:
-        model, data = _loaded(_with_sources(args, attributions))
+        model, data = pipeline.reopen(attributions, **_sources(args))
         source = _attributing_anew(attributions, data)
     sides = {side: examples(getattr(args, side), side, attributions) for side in ("increase", "decrease", "reference")}
     edited = editing.edit(model, source, n_components=args.n_components, rule=args.rule, step=args.step, **sides)
@@ -175,12 +175,11 @@ def completion_script(args: argparse.Namespace, whole: argparse.ArgumentParser) 
     return json.dumps({"shell": args.shell, "script": script}, indent=2) if args.json else script
 
 
-def _loaded(args: argparse.Namespace) -> tuple[Any, Any]:
-    return pipeline.load(
-        args.model, args.data, split=args.split, revision=args.revision, data_revision=args.data_revision,
-        batch_size=args.batch_size, streaming=args.streaming, max_length=args.max_length,
-        trust_remote_code=args.trust_remote_code,
-    )  # fmt: skip
+def _sources(args: argparse.Namespace) -> dict[str, Any]:
+    """What the flags say of model and data, by the keywords of `load`; what they leave out is left to it."""
+    keywords = inspect.signature(pipeline.load).parameters
+    given = {name: value for name, value in vars(args).items() if name in keywords}
+    return {name: value for name, value in given.items() if value not in (None, False)}
 
 
 def _running(args: argparse.Namespace) -> dict[str, Any]:
@@ -189,20 +188,6 @@ def _running(args: argparse.Namespace) -> dict[str, Any]:
 
 def _found(model: Any, args: argparse.Namespace) -> Components:
     return find_components(model, args.granularity, args.include, args.exclude)
-
-
-def _with_sources(
-    args: argparse.Namespace, attributions: Attributions, needed: Sequence[str] = ("model", "data")
-) -> argparse.Namespace:
-    """Model and data as the attributions name them, unless they are given."""
-    model, data = attributions.provenance.model, attributions.provenance.data
-    known = {"model": model.get("id"), "revision": model.get("revision"), "data": data.get("id")}
-    known |= {"split": data.get("split"), "data_revision": data.get("revision")}
-    filled = {name: getattr(args, name, None) or value for name, value in known.items()}
-    for name in needed:
-        if filled[name] is None:
-            raise CoarError(f"the attributions do not say where their {name} came from; give --{name}")
-    return argparse.Namespace(**{**vars(args), **filled})
 
 
 def examples(words: Sequence[str] | None, side: str, attributions: Attributions) -> list[int] | None:

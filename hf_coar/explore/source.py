@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_coar import api, models
 from hf_coar import data as data_module
-from hf_coar import models
 from hf_coar.attributions import Attributions
-from hf_coar.errors import CoarError, DataError
+from hf_coar.errors import DataError
 from hf_coar.explore.columns import Progress, Summary, no_progress
 from hf_coar.explore.outcome import Outcome
 from hf_coar.models import outputs
@@ -299,21 +299,9 @@ def open_source(
     """
     if not isinstance(attributions, Attributions):
         attributions = Attributions.from_pretrained(attributions)
-    of_model, of_data = attributions.config.get("model") or {}, attributions.config.get("data") or {}
     if not isinstance(model, nn.Module):
-        name = model or _known(of_model.get("id"), "model")
-        model = models.load_model(name, revision or of_model.get("revision"), trust_remote_code)
+        model = api.reopen_model(attributions, model=model, revision=revision, trust_remote_code=trust_remote_code)
         model.to(workers.processes().device)
     if data is None or isinstance(data, str | Path):
-        name = data or _known(of_data.get("id"), "data")
-        data = data_module.load_data(
-            name, model, of_data.get("split"), of_data.get("revision"), max_length=of_data.get("max_length") or 512
-        )
-        data = data.select(of_data["selected"]) if of_data.get("selected") else data
+        _, data = api.reopen(attributions, model=model, data=data)
     return Source(attributions, model, data)
-
-
-def _known(name: Any, what: str) -> str:
-    if not name:
-        raise CoarError(f"the attributions do not say where their {what} came from; give --{what}")
-    return name
