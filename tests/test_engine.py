@@ -10,12 +10,13 @@ import torch
 from conftest import DEMO, build_net
 
 import hf_coar as coar
-from hf_coar import cli, models
+from hf_coar import cli
 from hf_coar import data as data_module
 from hf_coar.errors import CoarError
-from hf_coar.runs import engine, sampling
-from hf_coar.runs import measuring as measurement
-from hf_coar.runs import plan as budget_module
+from hf_coar.estimators import Size
+from hf_coar.models import outputs
+from hf_coar.runs import engine, measuring
+from hf_coar.runs.plan import plan
 from hf_coar.runs.store import Store
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
@@ -55,8 +56,9 @@ def test_what_changes_speed_moves_nothing_but_rounding(name, options, tolerance,
     other = attribute(net, method, out=tmp_path / "other", **options)
     scale = plain.weights.abs().max()
     assert (plain.weights - other.weights).abs().max() <= tolerance * scale
-    files = [(tmp_path / run / "run.json").read_bytes() for run in ("plain", "other")]
-    assert files[0] == files[1], "what changes speed only is not stored"
+    stored = [json.loads((tmp_path / run / "run.json").read_text()) for run in ("plain", "other")]
+    assert stored[1].pop("dtype", None) == options.get("dtype"), "lower precision is more than rounding"
+    assert stored[0] == stored[1], "what changes speed only is not stored"
 
 
 def test_options_end_with_their_block():
@@ -96,16 +98,16 @@ def test_the_model_is_as_before(options):
 
 def needy(fits, errors):
     """Makes a pass fail that has more than `fits` examples."""
-    plain = models.logits
+    plain = outputs.Output.of
 
-    def logits(model, batch):
-        values = plain(model, batch)
+    def of(output, model, batch):
+        values = plain(output, model, batch)
         if len(values) > fits:
             errors.append(len(values))
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7 GiB")
         return values
 
-    return logits
+    return of
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -113,7 +115,7 @@ def needy(fits, errors):
 def test_a_batch_that_does_not_fit_is_divided(method, fits, monkeypatch, caplog):
     net = build_net("convnet")
     expected, errors = attribute(net, method), []
-    monkeypatch.setattr(models, "logits", needy(fits, errors))
+    monkeypatch.setattr(outputs.Output, "of", needy(fits, errors))
     found = attribute(net, method)
     torch.testing.assert_close(found.weights, expected.weights, rtol=1e-4, atol=1e-5)
     assert errors == ([4] if fits > 1 else [4, 2]), "what fits is remembered"
@@ -123,13 +125,13 @@ def test_a_batch_that_does_not_fit_is_divided(method, fits, monkeypatch, caplog)
 def test_masks_together_are_divided_with_the_examples(monkeypatch):
     net = build_net("convnet")
     expected, errors = attribute(net, "regression"), []
-    monkeypatch.setattr(models, "logits", needy(6, errors))
+    monkeypatch.setattr(outputs.Output, "of", needy(6, errors))
     torch.testing.assert_close(attribute(net, "regression", masks_together=3).weights, expected.weights)
     assert errors == [12]
 
 
 def test_not_even_one_example_fits(monkeypatch):
-    monkeypatch.setattr(models, "logits", needy(0, []))
+    monkeypatch.setattr(outputs.Output, "of", needy(0, []))
     with pytest.raises(CoarError, match=r"one example .* fit into the memory of cpu; try a lower precision"):
         attribute(build_net("convnet"), "path")
 
@@ -153,10 +155,10 @@ def test_which_errors_say_that_memory_ran_out(error, is_it):
 
 
 def test_other_errors_are_not_swallowed(monkeypatch):
-    def broken(model, batch):
+    def broken(output, model, batch):
         raise RuntimeError("shapes cannot be multiplied")
 
-    monkeypatch.setattr(models, "logits", broken)
+    monkeypatch.setattr(outputs.Output, "of", broken)
     with pytest.raises(RuntimeError, match="shapes"):
         attribute(build_net("convnet"), "regression")
 
@@ -233,10 +235,11 @@ def test_what_another_process_does_meanwhile_is_not_done_again(tmp_path):
 # --------------------------------------------------------------------------------------------------------------- costs
 
 
-def test_the_budget_of_a_model_worked_out_on_paper():
+def test_the_plan_of_a_model_worked_out_on_paper():
     model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
     example = {"inputs": torch.zeros(1, 6)}
-    found = budget_module.budget(model, example, 100, 8, coar.Regression(n_masks=130), 0.05, 32, processes=3)
+    parts = coar.Regression(n_masks=130).parts(Size(8, 0.05))
+    found = plan(model, example, 100, 8, parts, 32, processes=3)
     assert found.flops == 2 * (6 * 8 + 8 * 3)
     assert found.passes == 130 and found.total_flops == 100 * 130 * 144
     assert found.n_units == 4 * 3
@@ -247,10 +250,11 @@ def test_the_budget_of_a_model_worked_out_on_paper():
     assert "12: 4 batches × 3 parts" in str(found)
 
 
-def test_the_budget_of_a_model_without_weights():
+def test_the_plan_of_a_model_without_weights():
     with torch.device("meta"):
         model, example = torch.nn.Linear(1000, 1000), {"inputs": torch.zeros(1, 1000)}
-    found = budget_module.budget(model, example, 10, 1000, coar.PathGradient(rounds=2), 0.05)
+    parts = coar.PathGradient(rounds=2).parts(Size(1000, 0.05))
+    found = plan(model, example, 10, 1000, parts)
     assert found.flops == 2e6 and found.passes == 60
 
 
@@ -268,7 +272,7 @@ def test_a_dry_run_tells_the_cost_and_writes_nothing(tmp_path, capsys):
 
 
 def test_parts_and_durations():
-    parts = measurement.parts_of(sampling.Masks(17, 0.1, 130, 0, sampling.MASKS))
+    parts = measuring.parts_of(130)
     assert [(part.name, part.cost) for part in parts] == [
         ("masks-000000", 64.0), ("masks-000064", 64.0), ("masks-000128", 2.0)
     ]  # fmt: skip

@@ -22,7 +22,9 @@ def add_flags(verb: argparse._ActionsContainer) -> None:
     for name in FLAGGED:
         owner, text, default = _explained(name)
         shown = "" if default in (None, MISSING) else f" (default {default})"
-        verb.add_argument(f"--{name.replace('_', '-')}", metavar="VALUE", help=f"of {owner}: {text}{shown}")
+        verb.add_argument(
+            f"--{name.replace('_', '-')}", metavar="VALUE", type=value_of, help=f"of {owner}: {text}{shown}"
+        )
     verb.add_argument(
         "--set", nargs="+", action="extend", metavar="FIELD=VALUE", help="any field of the method, such as delta=no"
     )

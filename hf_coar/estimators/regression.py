@@ -67,7 +67,12 @@ class Regression(Estimator):
         return {"name": self.name, "n_masks": self.n_masks, "solver": solvers.settings(self.solver), **prior}
 
     def parts(self, size: Size) -> list[Part]:
-        """Those of the prior, and the masks."""
+        """Those of the prior, and the masks.
+
+        Raises:
+            CoarError: the masks would not fit into memory while solving.
+        """
+        self._check_memory(size.n_components)
         of_prior = [] if self.prior is None else self.prior.parts(size)
         return of_prior + parts_of(self.n_masks)
 
@@ -82,20 +87,20 @@ class Regression(Estimator):
             Weights and bias; no standard errors.
 
         Raises:
-            CoarError: the masks do not fit into memory.
             NonFiniteOutputError: the model gave NaN or infinity.
         """
-        n_components = len(problem.components)
+        prior = None if self.prior is None else self.prior.fit(problem)
+        masks = Masks(len(problem.components), problem.ablated_fraction, self.n_masks, problem.seed, MASKS)
+        outputs = problem.measure(masks)
+        rows = torch.cat([masks.rows(i, min(i + 1024, masks.count)) for i in range(0, masks.count, 1024)])
+        return Fit(*solve(self.solver, rows, outputs, prior.weights if prior else None))
+
+    def _check_memory(self, n_components: int) -> None:
         if self.n_masks * n_components > _MASK_MEMORY:
             raise CoarError(
                 f"{self.n_masks} masks × {n_components} components need {self.n_masks * n_components / 2**30:.0f} GiB "
                 f"while solving, more than {_MASK_MEMORY / 2**30:.0f}; use fewer masks or hf_coar.PathGradient()"
             )
-        prior = None if self.prior is None else self.prior.fit(problem)
-        masks = Masks(n_components, problem.ablated_fraction, self.n_masks, problem.seed, MASKS)
-        outputs = problem.measure(masks)
-        rows = torch.cat([masks.rows(i, min(i + 1024, masks.count)) for i in range(0, masks.count, 1024)])
-        return Fit(*solve(self.solver, rows, outputs, prior.weights if prior else None))
 
 
 def solve(solver: Solver, masks: Tensor, outputs: Tensor, prior: Tensor | None = None) -> tuple[Tensor, Tensor]:
