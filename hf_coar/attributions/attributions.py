@@ -62,15 +62,15 @@ class Attributions:
         standard_errors: Tensor | Rows | None,
         components: Components,
         identity: Identity,
-        provenance: Provenance | Mapping[str, Any] | None = None,
+        config: Provenance | Mapping[str, Any] | None = None,
         evaluation: Mapping[str, Any] | None = None,
     ) -> None:
-        """Matrices as tensors, or as rows that lie in files; the provenance also as JSON values.
+        """Matrices as tensors, or as rows that lie in files; `config` is the provenance, or its JSON values.
 
         Raises:
             CoarError: the shapes do not agree.
         """
-        self.provenance = Provenance.from_json(provenance or {})
+        self.provenance = Provenance.from_json(config or {})
         self._matrices = {"weights": rows.as_rows(weights)}
         if standard_errors is not None:
             self._matrices["standard_errors"] = rows.as_rows(standard_errors)
