@@ -4,6 +4,7 @@ import inspect
 import logging
 import operator
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from hf_coar.estimators import budget as budgets
 from hf_coar.estimators.registry import Estimator
 from hf_coar.judging import evaluation
 from hf_coar.judging.evaluation import Report
-from hf_coar.masking import MaskedModel
+from hf_coar.masking import MaskedModel, fingerprint_of
 from hf_coar.models import outputs
 from hf_coar.models.outputs import Output
 from hf_coar.plots import page
@@ -105,7 +106,7 @@ def _loaded_with(
     known = ({} if "model" in given else model) | ({} if "data" in given else data) | given
     for what in needed:
         if known.get(what) is None:
-            raise CoarError(f"the attributions do not say where their {what} came from; give {what}=…")
+            raise CoarError(f"the attributions do not say where their {what} came from; give {what}=… (--{what})")
     return {name: value for name, value in known.items() if value is not None}
 
 
@@ -158,7 +159,8 @@ def attribute(
     output = outputs.get(output)
     chosen = None if method in ("auto", None) else estimators.get(method)
     with _running(batch_size=batch_size, progress=progress, log_with=log_with) as options:
-        masked = MaskedModel(model, components or find_components(model))
+        # Components of other attributions serve as well: which weights they were found with is of no matter here.
+        masked = MaskedModel(model, replace(components or find_components(model), fingerprint=None))
         problem = Problem(masked, data_module.batches(data, options.batch_size), output, ablated_fraction, seed)
         chosen = chosen or _default_method(problem)
         with workers.folder(out) as folder:
@@ -263,7 +265,7 @@ def _default_method(problem: Problem) -> Estimator:
 def _provenance(problem: Problem, data: Any, method: Estimator) -> Provenance:
     """Everything that determines the numbers."""
     return Provenance(
-        model={**models.record(problem.model), "fingerprint": problem.masked.take_fingerprint()},
+        model={**models.record(problem.model), "fingerprint": fingerprint_of(problem.model, anew=True)},
         data=data_module.describe(data),
         granularity=problem.components.granularity,
         n_components=len(problem.components),

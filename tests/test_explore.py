@@ -521,9 +521,9 @@ def test_another_model_or_other_data_are_refused(folder):
 
 def test_attributions_that_name_no_source_say_what_to_give(tmp_path):
     model, _, _ = wide(tmp_path)
-    with pytest.raises(CoarError, match="give --model"):
+    with pytest.raises(CoarError, match="--model"):
         explore.launch(tmp_path)
-    with pytest.raises(CoarError, match="give --data"):
+    with pytest.raises(CoarError, match="--data"):
         open_source(tmp_path, model)
     with pytest.raises(CoarError, match="give --model"):
         explore.export(tmp_path, tmp_path / "space")

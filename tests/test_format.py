@@ -271,3 +271,35 @@ def test_nothing_is_unpickled(tmp_path, made):
     )
     with pytest.raises(coar.CoarError, match="trust_remote_code=True"):
         models.load_model(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------- what came before this
+
+BEFORE = Path(__file__).parent / "data"  # written by the last commit of before there were rooms and a `Provenance`
+
+
+def test_attributions_of_the_first_version_are_read():
+    found = coar.Attributions.from_pretrained(BEFORE / "attributions-0.1", verify=True)
+    assert found.weights.shape == (3, 32) and len(found.labels) == 3
+    assert found.weights[0, :3].tolist() == pytest.approx([0.41581252, -0.1417385, 0.06020163], abs=1e-6)
+    of = found.provenance
+    assert of.fingerprint == "2c6d4692ea3c9b3d5a71e253e76f918a" and of.cost == 31.0 and of.dtype is None
+    assert of.boundary_known and of.boundary == 0.0 and of.method["rounds"] == 2
+    stored = json.loads((BEFORE / "attributions-0.1" / "config.json").read_text())
+    assert found.config == {key: value for key, value in stored.items() if key not in ("files", "hf_coar_format")}
+
+
+def test_attributions_of_the_first_version_still_fit_the_demo(monkeypatch):
+    monkeypatch.chdir(Path(coar.__file__).parent.parent)  # their paths are relative
+    found = coar.Attributions.from_pretrained(BEFORE / "attributions-0.1")
+    model, data = coar.reopen(found)
+    assert len(data.dataset) == 3
+    report = coar.evaluate(found, model, data, fractions=(0.1,), n_masks=5, progress=False)
+    assert report.to_json()["fractions"][0]["correlation"] == pytest.approx(
+        found.evaluation["fractions"][0]["correlation"], abs=1e-4
+    )
+
+
+def test_the_record_of_an_edit_of_the_first_version_is_read():
+    value = json.loads((BEFORE / "coar_edit-0.1.json").read_text())
+    assert models.check_edit(value, "the record") == value and len(value["components"]) == 2

@@ -57,7 +57,10 @@ def _made(name: str, given: dict[str, Any]) -> Estimator:
     known = [entry.name for entry in fields(ESTIMATORS[name])]
     if odd := [key for key in given if key not in known]:
         raise CoarError(_elsewhere(odd[0], given[odd[0]], name, known))
-    return ESTIMATORS[name](**{key: value_of(value) for key, value in given.items()})
+    made = ESTIMATORS[name](**{key: value_of(value) for key, value in given.items()})
+    if idle := [key for key in given if key not in made.settings()]:  # which would be ignored without a word
+        raise CoarError(f"--{idle[0].replace('_', '-')} {given[idle[0]]} has no effect on {made!r}; add --rounds auto")
+    return made
 
 
 def _elsewhere(field: str, value: Any, method: str, known: list[str]) -> str:

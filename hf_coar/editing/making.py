@@ -14,7 +14,7 @@ from hf_coar.editing import stepwise
 from hf_coar.editing.choosing import Candidate, Constraint, Goal, choose
 from hf_coar.editing.rules import AUTO, RULES, Rule, Sides
 from hf_coar.errors import CoarError
-from hf_coar.masking import MaskedModel
+from hf_coar.masking import MaskedModel, fingerprint_of
 from hf_coar.models import outputs
 
 Examples = Sequence[int] | Sequence[Sequence[int]] | Tensor  # indices, or several sets of them
@@ -183,7 +183,7 @@ def edit(
     sources = [_Source(one, model) for one in given]
     components = sources[0].of_whole.components
     # Attributions that were given are of whatever was attributed then; a function has just attributed this model.
-    MaskedModel(model, replace(components, fingerprint=None)).take_fingerprint()
+    fingerprint_of(model, anew=True)
     _check_attributions([one.of_whole for one in sources], model)
     sides = (increase, decrease, reference)
     rankers = {
@@ -295,8 +295,7 @@ def _in_steps(
 
 def _check_attributions(candidates: Sequence[Attributions], model: nn.Module) -> None:
     """Raises unless all are of this model as it is now, and of the same components and examples."""
-    record = models.record(model)
-    fingerprint = MaskedModel(model, replace(candidates[0].components, fingerprint=None)).fingerprint
+    fingerprint, record = fingerprint_of(model), models.record(model)
     for one in candidates:
         one.check_model(fingerprint, record)
         _check_alike(one, candidates[0])

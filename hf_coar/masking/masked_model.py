@@ -54,13 +54,8 @@ class MaskedModel:
 
     @property
     def fingerprint(self) -> str:
-        """Of the model's weights, see `models.fingerprint`; taken again where torch says that one was written."""
-        return _FINGERPRINTS.of(self.model)
-
-    def take_fingerprint(self) -> str:
-        """The fingerprint taken anew: writes through `.data` go by torch's own counters."""
-        _FINGERPRINTS.forget(self.model)
-        return self.fingerprint
+        """What `fingerprint_of` says of the model."""
+        return fingerprint_of(self.model)
 
     def _check_fingerprint(self) -> None:
         """Components of attributions belong to one set of weights; those of `find_components` go by shapes alone."""
@@ -214,6 +209,18 @@ class _Fingerprints:
 
 
 _FINGERPRINTS = _Fingerprints()
+
+
+def fingerprint_of(model: nn.Module, anew: bool = False) -> str:
+    """The fingerprint of a model's weights as they are now, masked or not, see `models.fingerprint`.
+
+    Args:
+        model: whose weights are read, unless they are known: as long as torch's counters say that none was written.
+        anew: read them in any case: writes through `.data` go by those counters.
+    """
+    if anew:
+        _FINGERPRINTS.forget(model)
+    return _FINGERPRINTS.of(model)
 
 
 def _version(tensor: Tensor) -> tuple:
