@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_coar.errors import CoarError, DataError
-from hf_coar.storage.registry import Registry
 from hf_coar.models.calling import logits
+from hf_coar.storage.registry import Registry
 
 IGNORED_LABEL = -100  # the target value that PyTorch's losses and transformers' collators skip
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from hf_coar import data as data_module
 from hf_coar import models
-from hf_coar.runs import workers
 from hf_coar.errors import CoarError, DataError
+from hf_coar.runs import workers
 from hf_coar.runs.progress import Progress, duration
 from hf_coar.runs.store import Store
 from hf_coar.runs.workers import Team, processes

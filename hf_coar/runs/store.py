@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_coar.storage import files
 from hf_coar.errors import CoarError, CorruptFileError, DataError, RunMismatchError
+from hf_coar.storage import files
 
 logger = logging.getLogger(__name__)
 
