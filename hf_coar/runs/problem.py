@@ -1,4 +1,4 @@
-"""A problem: what is to be attributed, and the two ways in which an estimator may look at it, `measure` and `compute`."""
+"""A problem: what is to be attributed, and the two ways in which an estimator looks at it: `measure` and `compute`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
