@@ -32,10 +32,10 @@ from hf_coar import data, demo, models, plots
 from hf_coar.estimators import ESTIMATORS, live, outliers
 from hf_coar.estimators.gates import GatePasses
 from hf_coar.estimators.registry import FORWARD_AND_BACKWARD
-from hf_coar.judging import evaluation
 from hf_coar.masking import MaskedModel
 from hf_coar.models import outputs
 from hf_coar.runs import sampling
+from hf_coar.runs.fidelity import correlation
 from hf_coar.runs.problem import Problem
 from hf_coar.runs.store import Store
 
@@ -88,15 +88,13 @@ class Judge:
         found = {}
         for key, (kept, measured) in zip(("correlation", "quarter"), self.measured.values(), strict=False):
             predicted = kept.float() @ weights.T
-            found[key] = float(evaluation.pearson(predicted, measured).nanmean())
+            found[key] = float(correlation(predicted, measured).nanmean())
             if key == "correlation":
                 p, m = predicted - predicted.mean(0), measured - measured.mean(0)
                 found["slope"] = float((p * m).sum() / p.square().sum().clamp_min(1e-30))
                 untouched = kept[:, self.outliers].all(1)
                 if not untouched.all():
-                    found["without outliers"] = float(
-                        evaluation.pearson(predicted[untouched], measured[untouched]).nanmean()
-                    )
+                    found["without outliers"] = float(correlation(predicted[untouched], measured[untouched]).nanmean())
         return found
 
 

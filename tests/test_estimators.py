@@ -24,7 +24,7 @@ from hf_coar.errors import (
 )
 from hf_coar.estimators import Size
 from hf_coar.judging import evaluation
-from hf_coar.runs import sampling
+from hf_coar.runs import fidelity, sampling
 
 METHODS = {
     "path_gradient": coar.PathGradient(rounds=4),
@@ -718,7 +718,7 @@ def test_evaluation_resumes(judged, tmp_path):
 
 
 def test_an_example_that_does_not_vary_is_left_out():
-    values = evaluation.pearson(torch.tensor([[1.0, 5.0], [2.0, 6.0], [3.0, 9.0]]), torch.tensor([[2.0, 1.0]] * 3))
+    values = fidelity.correlation(torch.tensor([[1.0, 5.0], [2.0, 6.0], [3.0, 9.0]]), torch.tensor([[2.0, 1.0]] * 3))
     assert values.isnan().all()
     mixed = torch.tensor([0.5, float("nan"), 0.7])
     low, high = evaluation.bootstrap_interval(mixed, seed=0)

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from hf_coar import models
 from hf_coar.attributions import artefact
 from hf_coar.errors import CoarError, ModelMismatchError
+from hf_coar.models.records import EDIT as RECORD
 from hf_coar.storage import cards, files, hub
-
-RECORD = "coar_edit.json"
 
 # What the libraries write, and what a tokenizer or an image processor needs; no pickles, no code.
 _UPLOADED = ("*.safetensors", "*.json", "*.txt", "*.jinja", "*.model", hub.CARD, "pictures/*.png")

@@ -19,6 +19,7 @@ from hf_coar.estimators.outliers import Outliers, find
 from hf_coar.estimators.registry import FORWARD_AND_BACKWARD, Estimator, is_whole, register, single_part
 from hf_coar.estimators.shrinkage import shrink
 from hf_coar.runs.engine import Part
+from hf_coar.runs.fidelity import correlation, slope
 from hf_coar.runs.measuring import parts_of
 from hf_coar.runs.problem import Fit, Problem, Size
 from hf_coar.runs.sampling import CHECKS, Masks
@@ -142,15 +143,12 @@ class PathGradient(Estimator):
         masks = Masks(len(problem.components), problem.ablated_fraction, self.check_masks, problem.seed, CHECKS)
         measured = problem.measure(masks, "checks")
         predicted = masks.rows(0, masks.count).float() @ fit.weights.T
-        p, m = predicted - predicted.mean(0), measured - measured.mean(0)
-        scale = float((p * m).sum() / p.square().sum().clamp_min(1e-30))
-        scales = p.square().sum(0) * m.square().sum(0)
-        correlation = float(((p * m).sum(0) / scales.sqrt())[scales > 0].mean())
-        if not correlation > _LOW:
+        scale, agreement = slope(predicted, measured), float(correlation(predicted, measured).nanmean())
+        if not agreement > _LOW:
             logger.warning(
                 "the attributions predict %d fresh masks with a correlation of %.2f only; more rounds, a smaller "
                 "ablated_fraction, or hf_coar.Regression(prior=%r) may do better",
-                masks.count, correlation, replace(self, check_masks=0),
+                masks.count, agreement, replace(self, check_masks=0),
             )  # fmt: skip
         scale = scale if scale > 0 else 1.0
         return replace(
@@ -158,7 +156,7 @@ class PathGradient(Estimator):
             weights=fit.weights * scale,
             bias=(measured - scale * predicted).mean(0),
             standard_errors=None if fit.standard_errors is None else fit.standard_errors * scale,
-            checked={"n_masks": masks.count, "correlation": correlation, "scale": scale},
+            checked={"n_masks": masks.count, "correlation": agreement, "scale": scale},
         )
 
     @staticmethod

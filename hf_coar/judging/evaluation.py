@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from hf_coar import data as data_module
@@ -19,6 +18,7 @@ from hf_coar.masking import MaskedModel
 from hf_coar.models import outputs
 from hf_coar.models.outputs import Output
 from hf_coar.runs import engine, sampling, workers
+from hf_coar.runs.fidelity import correlation, slope
 from hf_coar.runs.problem import Problem
 from hf_coar.runs.store import Store
 from hf_coar.storage import files
@@ -147,29 +147,17 @@ def _check(fractions: Sequence[float], n_masks: int, seed: int) -> None:
 
 
 def _report(predicted: dict[float, Tensor], measured: dict[float, Tensor], n_masks: int, seed: int) -> Report:
-    per_example = {fraction: pearson(predicted[fraction], measured[fraction]) for fraction in predicted}
+    per_example = {fraction: correlation(predicted[fraction], measured[fraction]) for fraction in predicted}
     return Report(
         correlation={fraction: float(values.nanmean()) for fraction, values in per_example.items()},
         interval={fraction: bootstrap_interval(values, seed) for fraction, values in per_example.items()},
-        slope={fraction: _slope(predicted[fraction], measured[fraction]) for fraction in predicted},
+        slope={fraction: slope(predicted[fraction], measured[fraction]) for fraction in predicted},
         per_example=per_example,
         predicted=predicted,
         measured=measured,
         n_masks=n_masks,
         seed=seed,
     )
-
-
-def pearson(a: Tensor, b: Tensor) -> Tensor:
-    """Pearson correlations over the first axis, float32 [examples]; NaN where one side does not vary."""
-    a, b = a.double() - a.double().mean(0), b.double() - b.double().mean(0)
-    scale = (a.square().sum(0) * b.square().sum(0)).sqrt()
-    return torch.where(scale > 0, (a * b).sum(0) / scale, torch.nan).float()
-
-
-def _slope(predicted: Tensor, measured: Tensor) -> float:
-    p, m = predicted.double() - predicted.double().mean(0), measured.double() - measured.double().mean(0)
-    return float((p * m).sum() / p.square().sum().clamp_min(1e-300))
 
 
 def bootstrap_interval(values: Tensor, seed: int, level: float = 0.95) -> tuple[float, float]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hf_coar.attributions import Attributions
 from hf_coar.errors import CoarError
+from hf_coar.runs.fidelity import correlation
 
 
 def reliability(attributions: Attributions) -> Tensor:
@@ -109,7 +110,7 @@ def agreement(first: Attributions, second: Attributions, n_top: int = 20) -> Agr
         raise CoarError(f"n_top={n_top!r}; must be a whole number, at least 1")
     a, b = first.weights.double(), second.weights.double()
     n_top = min(n_top, a.shape[1])
-    return Agreement(_correlation(a, b), _correlation(ranks(a), ranks(b)), _shared_top(a, b, n_top), n_top)
+    return Agreement(correlation(a, b, 1), correlation(ranks(a), ranks(b), 1), _shared_top(a, b, n_top), n_top)
 
 
 def ranks(values: Tensor) -> Tensor:
@@ -119,12 +120,6 @@ def ranks(values: Tensor) -> Tensor:
     first = torch.searchsorted(ordered, values.contiguous(), side="left")
     last = torch.searchsorted(ordered, values.contiguous(), side="right") - 1
     return (first + last).double() / 2
-
-
-def _correlation(a: Tensor, b: Tensor) -> Tensor:
-    a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
-    scale = (a.square().sum(1) * b.square().sum(1)).sqrt()
-    return torch.where(scale > 0, (a * b).sum(1) / scale, torch.nan).float()
 
 
 def _shared_top(a: Tensor, b: Tensor, n_top: int) -> Tensor:

@@ -9,10 +9,8 @@ import torch
 from torch import nn
 
 from hf_coar.errors import CoarError, ModelError
-from hf_coar.models.records import RECORD, check_edit, library, record
+from hf_coar.models.records import EDIT, RECORD, check_edit, library, record
 from hf_coar.storage import files, hub
-
-_EDIT = "coar_edit.json"
 
 
 def load_model(
@@ -114,8 +112,8 @@ def _read_config(source: hub.Source) -> dict:
 
 
 def _read_edit(source: hub.Source) -> dict[str, Any] | None:
-    path = source.file_if_there(_EDIT)
-    return None if path is None else check_edit(files.read_json(path), f"{_EDIT} of {source.name!r}")
+    path = source.file_if_there(EDIT)
+    return None if path is None else check_edit(files.read_json(path), f"{EDIT} of {source.name!r}")
 
 
 def _first_line(error: BaseException) -> str:
@@ -187,7 +185,7 @@ def save_model(model: nn.Module, folder: str | Path) -> None:
         raise CoarError(f"cannot write {folder}: {error.strerror or error}; choose another folder") from error
     edit = record(model).get("edit")
     if edit:
-        files.write_json(folder / _EDIT, edit)
+        files.write_json(folder / EDIT, edit)
 
 
 def _save_with_its_library(model: nn.Module, folder: Path) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from hf_coar.errors import CorruptFileError
 from hf_coar.storage import files
 
+EDIT = "coar_edit.json"  # the file in which an edited model keeps the record of its edit
 RECORD = "hf_coar_record"  # attribute of a loaded or edited model: a plain dict that says where it comes from
 
 
