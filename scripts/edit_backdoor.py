@@ -23,7 +23,6 @@ import edit_common as common
 import edit_tasks as tasks
 import torch
 import torch.nn.functional as F
-from edit_common import logger
 from torch import Tensor, nn
 
 import hf_coar as coar
@@ -212,22 +211,16 @@ def summary(found: list[dict[str, Any]]) -> list[list[str]]:
     return rows
 
 
-def main() -> None:
-    """All seeds, the table, the picture and a card."""
-    parser = common.parser(__doc__)
-    common.add_hub_options(parser)
-    parser.add_argument(
-        "--narrow", action="store_true", help="the demo's network (832 filters) in the place of the wide one"
-    )
-    args = parser.parse_args()
-    started, found = common.start(args), []
-    for seed in common.seeds(args):
-        wide = not args.narrow
-        model, pool, test = from_the_hub(args, seed) if args.model else backdoored(args, seed, wide=wide)
-        found.append(run(model, pool, test, seed, singles=not args.model))
-        for row in summary([found[-1]]):
-            logger.info("seed %d: %s", seed, row)
-        report(args, found, started)
+def options(parser: argparse.ArgumentParser) -> None:
+    """Its own."""
+    narrow = "the demo's network (832 filters) in the place of the wide one"
+    parser.add_argument("--narrow", action="store_true", help=narrow)
+
+
+def of_seed(args: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """One model, all its draws."""
+    model, pool, test = from_the_hub(args, seed) if args.model else backdoored(args, seed, wide=not args.narrow)
+    return run(model, pool, test, seed, singles=not args.model)
 
 
 def from_the_hub(args: argparse.Namespace, seed: int) -> tuple[nn.Module, common.Examples, common.Examples]:
@@ -277,4 +270,4 @@ def report(args: argparse.Namespace, found: list[dict[str, Any]], started: float
 
 
 if __name__ == "__main__":
-    main()
+    common.main(__doc__, of_seed, summary, report, options)

@@ -58,24 +58,51 @@ def parser(description: str) -> argparse.ArgumentParser:
     return made
 
 
-def seeds(args: argparse.Namespace) -> range:
-    """Those that were asked for."""
-    return range(args.first_seed, args.first_seed + args.seeds)
-
-
-def add_hub_options(made: argparse.ArgumentParser) -> None:
+def _add_hub_options(made: argparse.ArgumentParser) -> None:
     """A model and data of the Hub, in the place of the small ones."""
     made.add_argument("--model", help="Hub id or folder of a timm or transformers model, in the place of the small one")
     made.add_argument("--data", help="Hub id or folder of its data set")
     made.add_argument("--split", default="validation[:4000]")
 
 
-def start(args: argparse.Namespace) -> float:
-    """Logging, threads; the time."""
+def add_trained_models(made: argparse.ArgumentParser) -> None:
+    """Classifiers that are there already, and the dearest of the baselines."""
+    made.add_argument("--models", type=Path, nargs="*", default=(), help="folders of train_demo_model.py, a seed each")
+    made.add_argument("--no-leave-one-out", action="store_true", help="it costs a pass a component and example")
+
+
+def main(
+    description: str,
+    of_seed: Callable[[argparse.Namespace, int], dict[str, Any]],
+    summary: Callable[[list[dict[str, Any]]], list[list[str]]],
+    report: Callable[[argparse.Namespace, list[dict[str, Any]], float], None],
+    options: Callable[[argparse.ArgumentParser], None] = lambda made: None,
+    hub: bool = True,
+) -> None:
+    """All seeds; after each its rows in the log, and the table, the picture and a card anew.
+
+    Args:
+        description: the script's docstring.
+        of_seed: runs one seed.
+        summary: rows of the table.
+        report: writes everything that was found so far.
+        options: adds the script's own.
+        hub: whether a model and data of the Hub can take the place of the small ones.
+    """
+    made = parser(description)
+    if hub:
+        _add_hub_options(made)
+    options(made)
+    args, found = made.parse_args(), []
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("hf_coar").setLevel(logging.WARNING)
     torch.set_num_threads(args.threads)
-    return time.monotonic()
+    started = time.monotonic()
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
+        found.append(of_seed(args, seed))
+        for row in summary([found[-1]]):
+            logger.info("seed %d: %s", seed, row)
+        report(args, found, started)
 
 
 # --------------------------------------------------------------------------------------------------------- examples
@@ -240,7 +267,7 @@ def write(args: argparse.Namespace, name: str, text: str, found: Sequence[dict[s
     """`<name>.md`, and `<name>.json` with what was found for every seed, in the folder of the results."""
     args.results.mkdir(parents=True, exist_ok=True)
     seconds, used = round(time.monotonic() - started), round(time.process_time())
-    which = f"Seeds {', '.join(map(str, seeds(args)[: len(found)]))}"
+    which = f"Seeds {', '.join(str(args.first_seed + place) for place in range(len(found)))}"
     seeds_ = [{key: value for key, value in one.items() if key != "edited"} for one in found]
     text = f"{text.rstrip()}\n\n{which}; {args.threads} threads, {seconds} s, {used} s of processor time.\n"
     (args.results / f"{name}.md").write_text(text, encoding="utf-8")

@@ -22,14 +22,12 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from pathlib import Path
 from typing import Any
 
 import edit_common as common
 import edit_tasks as tasks
 import torch
 import torch.nn.functional as F
-from edit_common import logger
 from torch import nn
 
 import hf_coar as coar
@@ -135,24 +133,18 @@ def losses(edits: list[dict[str, Any]]) -> list[float]:
     return [edit["loss"] for edit in edits if edit["loss"] is not None]
 
 
-def main() -> None:
-    """All seeds, the table, the picture and a card."""
-    parser = common.parser(__doc__)
-    common.add_hub_options(parser)
-    parser.add_argument(
-        "--models", type=Path, nargs="*", default=(), help="folders of train_demo_model.py, a seed each"
-    )
+def options(parser: argparse.ArgumentParser) -> None:
+    """Its own."""
+    common.add_trained_models(parser)
     parser.add_argument("--targets", type=int, default=17, help="images to fix a seed")
-    parser.add_argument("--no-leave-one-out", action="store_true", help="it costs a pass a component and example")
-    args = parser.parse_args()
-    started, found = common.start(args), []
-    for seed in common.seeds(args):
-        model, _, examples = tasks.classifier(args, seed)
-        tenth = len(examples["labels"]) // 10
-        sizes = {"n_validation": 3 * tenth, "n_final": 4 * tenth} if args.model else {}
-        found.append(run(model, examples, seed, args.targets, singles=not args.no_leave_one_out, **sizes))
-        logger.info("seed %d: %s", seed, summary([found[-1]])[1])
-        report(args, found, started)
+
+
+def of_seed(args: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """One model, all its targets."""
+    model, _, examples = tasks.classifier(args, seed)
+    tenth = len(examples["labels"]) // 10
+    sizes = {"n_validation": 3 * tenth, "n_final": 4 * tenth} if args.model else {}
+    return run(model, examples, seed, args.targets, singles=not args.no_leave_one_out, **sizes)
 
 
 def methods_of(found: list[dict[str, Any]]) -> list[str]:
@@ -215,4 +207,4 @@ def report(args: argparse.Namespace, found: list[dict[str, Any]], started: float
 
 
 if __name__ == "__main__":
-    main()
+    common.main(__doc__, of_seed, summary, report, options)

@@ -21,7 +21,6 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import edit_common as common
@@ -253,24 +252,17 @@ def summary(found: list[dict[str, Any]]) -> list[list[str]]:
     return rows
 
 
-def main() -> None:
-    """All seeds, the tables, the picture and a card."""
-    parser = common.parser(__doc__)
-    common.add_hub_options(parser)
-    parser.add_argument(
-        "--models", type=Path, nargs="*", default=(), help="folders of train_demo_model.py, a seed each"
-    )
+def options(parser: argparse.ArgumentParser) -> None:
+    """Its own."""
+    common.add_trained_models(parser)
     parser.add_argument("--classes", type=int, nargs="*", default=list(range(10)))
-    parser.add_argument("--no-leave-one-out", action="store_true", help="it costs a pass a component and example")
-    args = parser.parse_args()
-    started, found = common.start(args), []
-    for seed in common.seeds(args):
-        model, training, examples = tasks.classifier(args, seed)
-        n_singles = 0 if args.no_leave_one_out else 20
-        found.append(run(setting(model, training, examples, seed, n_singles=n_singles), args.classes))
-        for row in summary([found[-1]]):
-            logger.info("seed %d: %s", seed, row)
-        report(args, found, started)
+
+
+def of_seed(args: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """One model, all classes."""
+    model, training, examples = tasks.classifier(args, seed)
+    n_singles = 0 if args.no_leave_one_out else 20
+    return run(setting(model, training, examples, seed, n_singles=n_singles), args.classes)
 
 
 def report(args: argparse.Namespace, found: list[dict[str, Any]], started: float) -> None:
@@ -323,4 +315,4 @@ def report(args: argparse.Namespace, found: list[dict[str, Any]], started: float
 
 
 if __name__ == "__main__":
-    main()
+    common.main(__doc__, of_seed, summary, report, options)

@@ -22,6 +22,7 @@ most .05 (for a passage) or .08 nats a token (for code). Ten minutes of processo
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import re
 import sysconfig
@@ -262,32 +263,37 @@ def summary(found: list[dict[str, Any]]) -> list[list[str]]:
     return rows
 
 
-def main() -> None:
-    """All seeds, the table, the picture and a card."""
-    parser = common.parser(__doc__)
+def options(parser: argparse.ArgumentParser) -> None:
+    """Its own."""
     parser.add_argument("task", choices=sorted(TASKS), help="what is to be forgotten")
     parser.add_argument("--moby-dick", type=Path, default=Path("package/data"), help="folder of chapter_*.txt")
     parser.add_argument("--model", default="models/smollm2", help="Hub id or folder of a causal language model")
     parser.add_argument("--include", nargs="*", default=["*.gate_proj"], help="modules that have the components")
-    args = parser.parse_args()
-    started, found, task = common.start(args), [], TASKS[args.task]
+
+
+@functools.cache
+def loaded(name: str) -> tuple[Any, Any]:
+    """Model and tokenizer, once for all seeds."""
     from transformers import AutoTokenizer
 
-    model, tokenizer = models.load_model(args.model), AutoTokenizer.from_pretrained(args.model)
-    pieces, count = texts(args.moby_dick), task.n_attributed + task.n_validation + task.n_final
-    for seed in common.seeds(args):
-        tokens = {name: windows(part, tokenizer, count, seed) for name, part in pieces.items()}
-        if args.task == "passage":
-            name = list(PASSAGES)[seed % len(PASSAGES)]
-            tokens = {name: passage(tokenizer, name), **tokens}
-        found.append(run(model, tokens, task, seed, args.include))
-        for row in summary([found[-1]]):
-            logger.info("seed %d: %s", seed, row)
-        report(args, task, found, started)
+    return models.load_model(name), AutoTokenizer.from_pretrained(name)
 
 
-def report(args: argparse.Namespace, task: Task, found: list[dict[str, Any]], started: float) -> None:
+def of_seed(args: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """One draw of windows, or one passage."""
+    model, tokenizer = loaded(args.model)
+    task, pieces = TASKS[args.task], texts(args.moby_dick)
+    count = task.n_attributed + task.n_validation + task.n_final
+    tokens = {name: windows(part, tokenizer, count, seed) for name, part in pieces.items()}
+    if args.task == "passage":
+        name = list(PASSAGES)[seed % len(PASSAGES)]
+        tokens = {name: passage(tokenizer, name), **tokens}
+    return run(model, tokens, task, seed, args.include)
+
+
+def report(args: argparse.Namespace, found: list[dict[str, Any]], started: float) -> None:
     """Write everything."""
+    task = TASKS[args.task]
     targets = [next(iter(one["methods"]["before"]["losses"])) for one in found]
     others = list(found[0]["methods"]["before"]["losses"])[1:]
     shown = targets[0] if len(set(targets)) == 1 else "passage"
@@ -323,4 +329,4 @@ def report(args: argparse.Namespace, task: Task, found: list[dict[str, Any]], st
 
 
 if __name__ == "__main__":
-    main()
+    common.main(__doc__, of_seed, summary, report, options, hub=False)

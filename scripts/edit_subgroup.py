@@ -30,7 +30,6 @@ import edit_common as common
 import edit_tasks as tasks
 import torch
 import torch.nn.functional as F
-from edit_common import logger
 from torch import Tensor, nn
 
 import hf_coar as coar
@@ -270,20 +269,16 @@ def summary(found: list[dict[str, Any]]) -> list[list[str]]:
     return rows
 
 
-def main() -> None:
-    """All seeds, the table, the picture and a card."""
-    parser = common.parser(__doc__)
-    common.add_hub_options(parser)
+def options(parser: argparse.ArgumentParser) -> None:
+    """Its own."""
     parser.add_argument("--group-column", help="column of 0 and 1 that tells the groups of a label apart")
-    args = parser.parse_args()
-    started, found = common.start(args), []
-    for seed in common.seeds(args):
-        parts = from_the_hub(args, seed) if args.model else biased(args, seed)
-        shares = torch.bincount(parts[1][1]).float() / len(parts[1][1]) if args.model else None
-        found.append(run(setting(parts, seed, shares=shares), singles=not args.model))
-        for row in summary([found[-1]]):
-            logger.info("seed %d: %s", seed, row)
-        report(args, found, started)
+
+
+def of_seed(args: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """One model."""
+    parts = from_the_hub(args, seed) if args.model else biased(args, seed)
+    shares = torch.bincount(parts[1][1]).float() / len(parts[1][1]) if args.model else None
+    return run(setting(parts, seed, shares=shares), singles=not args.model)
 
 
 def report(args: argparse.Namespace, found: list[dict[str, Any]], started: float) -> None:
@@ -317,4 +312,4 @@ def report(args: argparse.Namespace, found: list[dict[str, Any]], started: float
 
 
 if __name__ == "__main__":
-    main()
+    common.main(__doc__, of_seed, summary, report, options)

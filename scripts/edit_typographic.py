@@ -352,18 +352,10 @@ def summary(found: list[dict[str, Any]]) -> list[list[str]]:
     return rows
 
 
-def main() -> None:
-    """All seeds, the table, the picture and a card."""
-    parser = common.parser(__doc__)
-    common.add_hub_options(parser)
-    args = parser.parse_args()
-    started, found = common.start(args), []
-    for seed in common.seeds(args):
-        parts = from_the_hub(args, seed) if args.model else prepared(args, seed)
-        found.append(run(*parts, seed, singles=not args.model))
-        for row in summary([found[-1]]):
-            logger.info("seed %d: %s", seed, row)
-        report(args, found, started)
+def of_seed(args: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """One model."""
+    parts = from_the_hub(args, seed) if args.model else prepared(args, seed)
+    return run(*parts, seed, singles=not args.model)
 
 
 def report(args: argparse.Namespace, found: list[dict[str, Any]], started: float) -> None:
@@ -398,4 +390,4 @@ def report(args: argparse.Namespace, found: list[dict[str, Any]], started: float
 
 
 if __name__ == "__main__":
-    main()
+    common.main(__doc__, of_seed, summary, report)

@@ -1,6 +1,7 @@
 """The scripts of the edits, made tiny: every effect points the right way. On the images that come with hf_coar."""
 
 import argparse
+import runpy
 import statistics
 import sys
 from pathlib import Path
@@ -197,7 +198,7 @@ def test_models_and_data_of_the_hub(script, tmp_path, monkeypatch):
     more = {"edit_forget_class": ["--classes", "1"], "edit_fix_error": ["--targets", "2"]}
     words += [*more[name], "--no-leave-one-out"] if name in more else []
     monkeypatch.setattr(sys, "argv", [name, *words])
-    script.main()
+    runpy.run_path(script.__file__, run_name="__main__")
     assert (tmp_path / "results" / f"{name.removeprefix('edit_')}.md").stat().st_size > 500
 
 
