@@ -74,11 +74,11 @@ class Provenance:
         return {key: value for key, value in self.to_json().items() if key not in _FOUND}
 
     def found(self, **facts: Any) -> "Provenance":
-        """The same with what turned up on the way: `cost`, `checked`, `skipped`."""
+        """A provenance with what turned up on the way: `cost`, `checked`, `skipped`."""
         return replace(self, **facts)
 
     def public(self) -> "Provenance":
-        """The same without the local paths that it may name."""
+        """A provenance without the local paths that it may name."""
         shown = {name: {**entry, "id": cards.public_name(entry)} for name, entry in self._sources().items()}
         return replace(self, **shown)
 

@@ -42,7 +42,7 @@ def _layer(name: str, names: Sequence[str]) -> str:
 
 
 def regroup(components: "Components", by: str) -> tuple[list[str], Tensor]:
-    """See `Components.regroup`."""
+    """Names of layers, modules or heads, and to which each component belongs, see `Components.regroup`."""
     if by not in BY:
         raise CoarError(f"by={by!r}; there are {', '.join(map(repr, BY))}")
     if by == "head":
@@ -108,7 +108,7 @@ def summary(components: "Components") -> dict[str, Any]:
 
 
 def tree(components: "Components") -> str:
-    """See `Components.tree`."""
+    """The components as text to read, see `Components.tree`."""
     content = summary(components)
     n_groups = len(components.groups)
     lines = [f"{len(components):,} components of granularity {components.granularity!r} in {n_groups:,} matrices"]

@@ -49,7 +49,7 @@ class Examples:
         return -(-len(self.dataset) // self.batch_size)
 
     def with_batch_size(self, batch_size: int) -> "Examples":
-        """The same examples in batches of another size."""
+        """These examples in batches of another size."""
         return Examples(self.dataset, self.prepare, batch_size, self.description)
 
     def select(self, indices: Iterable[int]) -> "Examples":
@@ -152,7 +152,7 @@ class Chunks:
     """
 
     def __init__(self, data: Iterable) -> None:
-        """Of what `batches` returns.
+        """The batches of what `batches` returns.
 
         Raises:
             DataError: a list that holds something else than batches.

@@ -139,7 +139,7 @@ class Trials:
                 self.attempt(best.rule, ranking[:number], best.gate)
 
     def best(self) -> Candidate:
-        """Of those that satisfy the constraints, the best; of equals, the one that ablates fewest."""
+        """The best of those that satisfy the constraints; of equals, the one that ablates fewest."""
         allowed = [one for one in self.tried if one.goal is not None]
         if not allowed:
             nearest = max(self.tried, key=lambda one: one.slack)

@@ -76,7 +76,7 @@ def _sides(
 
 
 def _boundary(attributions: Attributions) -> float | None:
-    """Of the output; attributions of before it was recorded tell by their output's name."""
+    """The output's boundary; attributions of before it was recorded tell by their output's name."""
     of = attributions.provenance
     known = of.boundary_known or of.output not in outputs.names()
     return of.boundary if known else outputs.get(of.output).boundary
@@ -212,7 +212,7 @@ class _Source:
         self.of_whole = given if isinstance(given, Attributions) else _made_by(given, model)
 
     def of(self, model: nn.Module, ablated: Tensor) -> Attributions:
-        """Of the model, which is given without those ablated, int64 [any]."""
+        """Attributions of the model, which is given without those ablated, int64 [any]."""
         if not callable(self.given) or len(ablated) == 0:
             return self.of_whole
         found = _made_by(self.given, model)

@@ -99,7 +99,7 @@ def _welch(targets: Tensor, reference: Tensor) -> Tensor:
 
 
 def _standard_error(targets: Tensor, reference: Tensor) -> Tensor:
-    """Of the difference of the means, with population variances as in the paper."""
+    """Standard error of the difference of the means, with population variances as in the paper."""
     variance = targets.var(0, correction=0) / len(targets) + reference.var(0, correction=0) / len(reference)
     return variance.sqrt().clamp_min(_TINY)
 
@@ -158,19 +158,19 @@ def covariance(sides: Sides) -> Tensor:
 
 @rule("covariance_bold")
 def covariance_bold(sides: Sides) -> Tensor:
-    """The same with rho .002: trusts the weights more. Cheaper where it works, and it works less often."""
+    """Forward selection with rho .002: trusts the weights more. Cheaper where it works, and it works less often."""
     return forward_selection(sides, rho=0.002)
 
 
 @rule("covariance_careful")
 def covariance_careful(sides: Sides) -> Tensor:
-    """The same with rho .1: trusts the weights less."""
+    """Forward selection with rho .1: trusts the weights less."""
     return forward_selection(sides, rho=0.1)
 
 
 @rule("covariance_hinge")
 def covariance_hinge(sides: Sides) -> Tensor:
-    """The same with rho .005, and a drift that counts falling outputs ten times as much as rising ones."""
+    """Forward selection with rho .005, and a drift that counts falling outputs ten times as much as rising ones."""
     return forward_selection(sides, rho=0.005, falling_only=True)
 
 

@@ -41,7 +41,7 @@ class _Masks:
 
     @property
     def ablated_fraction(self) -> float:
-        """Of the masks that ablate something."""
+        """The fraction that the masks ablate which ablate something."""
         return 1 / self.n_components
 
     def rows(self, start: int, stop: int) -> Tensor:

@@ -35,7 +35,7 @@ class FiredGroups:
     """Which of the gated groups were reached by a forward pass: a hook that never fires ablates nothing."""
 
     def __init__(self, model: nn.Module, groups: Sequence[Group]) -> None:
-        """Of `groups`, none has fired yet."""
+        """None of the groups has fired yet."""
         # An expert that no token was sent to does not run, and rightly so.
         self.expected = {group.parameter: group for group in groups if not group.routed}
         self.seen: set[str] = set()

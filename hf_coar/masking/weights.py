@@ -79,7 +79,7 @@ class Edit:
 
 @dataclass
 class NormalisedEdit:
-    """The same for a weight that is stored as length and direction (weight normalisation).
+    """A change of a weight that is stored as length and direction (weight normalisation).
 
     Zeroing slices of the direction alone would lengthen the others: the product is cut, and split anew.
     """

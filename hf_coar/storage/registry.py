@@ -39,7 +39,7 @@ class Registry(Generic[Value]):
     """
 
     def __init__(self, kind: str, of_classes: bool = False) -> None:
-        """See the class."""
+        """An empty registry of a kind."""
         self.kind = kind
         self._of_classes = of_classes
         self._values: dict[str, Value] = {}

@@ -21,7 +21,7 @@ class Design:
     """
 
     def __init__(self, masks: Tensor, scale: Tensor | None = None) -> None:
-        """Of masks, bool [masks, components]; scale, float [components], is 1 by default."""
+        """Made of masks, bool [masks, components]; scale, float [components], is 1 by default."""
         self.masks, self.scale = masks, scale
         self.shape = masks.shape
         self.dtype = torch.float64 if masks.numel() <= _EXACT else torch.float32
@@ -29,7 +29,7 @@ class Design:
         self.ablated_mean = torch.stack(counts).sum(0).double() / masks.shape[0]
 
     def scaled(self, scale: Tensor) -> "Design":
-        """The same masks with another scale."""
+        """These masks with another scale."""
         other = object.__new__(Design)
         other.__dict__.update(self.__dict__, scale=scale)
         return other

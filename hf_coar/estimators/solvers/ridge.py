@@ -116,7 +116,7 @@ class _Search:
         return self.note_residuals(residuals, strength, solution)
 
     def note_residuals(self, residuals: Tensor, strength: float, solution: Tensor | None = None) -> Tensor:
-        """The same from leave-one-out residuals that are there."""
+        """Try a strength by leave-one-out residuals that are there."""
         n_examples = len(self.error)
         factor = torch.zeros_like(self.error)
         if self.predicted is not None:

@@ -23,7 +23,7 @@ class System(Protocol):
     """Ridge regressions of centred columns [masks, k] on a design, at any strength."""
 
     def mean_eigenvalue(self) -> float:
-        """Of the smaller Gram matrix: the scale of the strengths."""
+        """Mean eigenvalue of the smaller Gram matrix: the scale of the strengths."""
         ...
 
     def solve(self, columns: Tensor, strength: Tensor | float) -> Tensor:
@@ -53,7 +53,7 @@ class Spectral:
         self.outside = (1.0 - self.squared.sum(1)).clamp_min(0) - 1.0 / n_masks
 
     def mean_eigenvalue(self) -> float:
-        """See `System`."""
+        """Mean eigenvalue of the smaller Gram matrix."""
         return float(self.values.mean()) if len(self.values) else 1.0
 
     def largest(self) -> float:
@@ -61,7 +61,7 @@ class Spectral:
         return float(self.values.max()) if len(self.values) else 1.0
 
     def solve(self, columns: Tensor, strength: Tensor | float) -> Tensor:
-        """See `System`; strength 0 gives the least norm."""
+        """Weights [components, k]; strength 0 gives the least norm."""
         projected = self.left.T @ columns
         shifted = self.values[:, None] + strength
         if self.right is None:
@@ -69,7 +69,7 @@ class Spectral:
         return self.right @ (self.values.sqrt()[:, None] / shifted * projected)
 
     def left_out(self, columns: Tensor, strength: float) -> tuple[Tensor, Tensor | None]:
-        """See `System`."""
+        """Leave-one-out residuals [masks, k] at one strength."""
         return next(self.left_out_all(columns, [strength])), None
 
     def left_out_all(self, columns: Tensor, strengths: Sequence[float]) -> Iterator[Tensor]:
@@ -103,7 +103,7 @@ class Factored:
         return self._grams[dtype]
 
     def mean_eigenvalue(self) -> float:
-        """See `System`."""
+        """Mean eigenvalue of the smaller Gram matrix."""
         return self._mean
 
     def factor(self, strength: float) -> Tensor | None:
@@ -118,7 +118,7 @@ class Factored:
         return None
 
     def solve(self, columns: Tensor, strength: Tensor | float) -> Tensor:
-        """See `System`; one factorisation for every distinct strength."""
+        """Weights [components, k]; one factorisation for every distinct strength."""
         strengths = torch.as_tensor(strength, dtype=torch.float64).expand(columns.shape[1])
         weights = columns.new_empty(self.design.shape[1], columns.shape[1])
         for value in strengths.unique().tolist():
@@ -140,7 +140,7 @@ class Factored:
         return torch.linalg.solve_triangular(lower.T, half, upper=True)
 
     def left_out(self, columns: Tensor, strength: float) -> tuple[Tensor, Tensor | None]:
-        """See `System`; of more than 4,096 masks, so many are left out in turn."""
+        """Leave-one-out residuals, and the solution; of more than 4,096 masks, so many are left out in turn."""
         lower = self.factor(strength)
         if lower is None:
             return Spectral(self.design).left_out(columns, strength)
