@@ -291,9 +291,8 @@ def of_seed(args: argparse.Namespace, seed: int) -> dict[str, Any]:
     return run(model, tokens, task, seed, args.include)
 
 
-def report(args: argparse.Namespace, found: list[dict[str, Any]], started: float) -> None:
+def report(args: argparse.Namespace, task: Task, found: list[dict[str, Any]], started: float) -> None:
     """Write everything."""
-    task = TASKS[args.task]
     targets = [next(iter(one["methods"]["before"]["losses"])) for one in found]
     others = list(found[0]["methods"]["before"]["losses"])[1:]
     shown = targets[0] if len(set(targets)) == 1 else "passage"
@@ -329,4 +328,6 @@ def report(args: argparse.Namespace, found: list[dict[str, Any]], started: float
 
 
 if __name__ == "__main__":
-    common.main(__doc__, of_seed, summary, report, options, hub=False)
+    common.main(
+        __doc__, of_seed, summary, lambda args, *found: report(args, TASKS[args.task], *found), options, hub=False
+    )
