@@ -64,7 +64,7 @@ class Estimator(ABC):
         return sum(part.cost for part in self.parts(size))
 
     def sized(self, passes: float, size: Size) -> Self:
-        """An estimator like this one with as many rounds, masks or steps as a budget of forward passes an example affords.
+        """An estimator like this one with as many rounds, masks or steps as so many passes an example afford.
 
         Raises:
             CoarError: not even the smallest is affordable.
