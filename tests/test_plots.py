@@ -35,7 +35,7 @@ def make_attributions(groups=GROUPS, n_examples=8, with_errors=True, **config) -
         torch.zeros(n_examples),
         0.1 + torch.rand(weights.shape, generator=generator) if with_errors else None,
         components,
-        Identity(torch.zeros(n_examples, dtype=torch.float64), torch.arange(n_examples) % 3),
+        Identity({"inputs": torch.zeros(n_examples, 16, dtype=torch.uint8)}, torch.arange(n_examples) % 3),
         {"unit": "logits", "output": "margin", **config},
     )
 
