@@ -13,9 +13,8 @@ from hf_coar.masking import MaskedModel
 from hf_coar.models.outputs import Output
 
 N_EXAMPLES = 4  # enough that a layer of a few ReLUs, all of them off for one example, is on for another
-# Of the largest logit. Two forwards of one example were equal to the last bit on a CPU (thin ImageNet convnets, language
-# models and text encoders, float32 and bfloat16); kernels of a GPU that add up in any order move the last bits, dropout
-# or a random mask the first ones.
+# Of the largest logit; scripts/measure_identity.py shows how far two forwards are apart. Kernels of a GPU that add up
+# in any order move the last bits, dropout or a random mask the first ones.
 _ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-8}
 _ROUNDING_OF_HALF = 3e-2
 _LEVELS = (0.8, 0.4)  # of all gates: a group is blocked only if it has no gradient at either
@@ -45,9 +44,9 @@ def check_repeats(model: nn.Module, batch: data_module.Batch) -> None:
     else:
         found = f"its logits have the shapes {list(first.shape)} and {list(second.shape)}"
     raise ModelError(
-        f"stochastic forward: {type(model).__name__} gives two results for the same examples in evaluation mode ({found}); "
-        "it draws random numbers (F.dropout without training=self.training, a random mask) or keeps a state: make its "
-        "forward repeatable, or have it seed itself"
+        f"stochastic forward: {type(model).__name__} gives two results for the same examples in evaluation mode "
+        f"({found}); it draws random numbers (F.dropout without training=self.training, a random mask) or keeps a "
+        "state: make its forward repeatable, or have it seed itself"
     )
 
 
@@ -77,10 +76,10 @@ def check_reached(masked: MaskedModel, output: Output, batch: data_module.Batch)
     """Raises `ModelError` if a gradient of the output does not reach some groups, see `blocked`."""
     groups = blocked(masked, output, batch)
     if groups:
-        names = ", ".join(group.module for group in groups[:_NAMED])
+        names = ", ".join(group.module for group in groups[:_NAMED]) + (" …" if len(groups) > _NAMED else "")
         raise ModelError(
             f"no gradient reaches the gates of {len(groups)} of {len(masked.components.groups)} modules of "
-            f"{type(masked.model).__name__}: {names}{' …' if len(groups) > _NAMED else ''}; its forward blocks it (detach, "
+            f"{type(masked.model).__name__}: {names}; its forward blocks it (detach, "
             "no_grad, rounding, integer kernels or numpy inside). Use a method that needs none, such as "
             "hf_coar.Regression(), or exclude these modules"
         )

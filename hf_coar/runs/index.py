@@ -1,4 +1,4 @@
-"""Which stretches of examples are done, by part: sorted, so that a look at one costs the same however many there are."""
+"""Which stretches of examples are done, by part: sorted, so that a look costs the same however many there are."""
 
 from bisect import bisect_left, insort
 

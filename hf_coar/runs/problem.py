@@ -166,16 +166,15 @@ class Fit:
 
 
 def _check_finite(results: Mapping[str, Tensor], first: int, part: Part, components: Components) -> None:
-    """Raises `NonFiniteOutputError` naming the first example (counted from `first`) with NaN or infinity in a result."""
+    """Raises `NonFiniteOutputError` naming the first example (counted from `first`) with NaN or infinity."""
     for name, values in results.items():
         if not values.is_floating_point() or bool((finite := values.isfinite()).all()):
             continue
         row, *place = (~finite).nonzero()[0].tolist()
         of_components = place and values.shape[1:] == (len(components),)
+        where = f" at component {place[0]} ({components[place[0]]})" if of_components else ""
         raise NonFiniteOutputError(
-            f"{name!r} of example {first + row} is {float(values[(row, *place)])}"
-            f"{f' at component {place[0]} ({components[place[0]]})' if of_components else ''}, in {part.kind} "
-            f"{part.start} … {part.stop - 1}; look at that example, leave that component out (exclude=…), try a higher "
-            "precision, or a method that does not differentiate, such as hf_coar.Regression(). What was finished before "
-            "is kept"
+            f"{name!r} of example {first + row} is {float(values[(row, *place)])}{where}, in {part.kind} {part.start} "
+            f"… {part.stop - 1}; look at that example, leave that component out (exclude=…), try a higher precision, "
+            "or a method that does not differentiate, such as hf_coar.Regression(). What was finished before is kept"
         )

@@ -169,7 +169,7 @@ class Store:
         """Why an example was left out, by its index; in order."""
         return dict(sorted(self._skipped.items()))
 
-    # ------------------------------------------------------------------------------------------------- how many, of what
+    # ------------------------------------------------------------------------------------------------ how many, of what
 
     def length(self, kind: str) -> int | None:
         """How many examples the data held when all parts of this kind were done; None if they never were."""
@@ -270,7 +270,7 @@ class Store:
         return next(self.blocks(part, n_examples, n_examples), {})
 
     def blocks(self, part: str, n_examples: int, size: int) -> Iterator[dict[str, Tensor]]:
-        """What `gather` gives, `size` examples at a time; every shard is read once, or twice where blocks meet in it."""
+        """What `gather` gives, `size` examples at a time; every shard is read once."""
         if self.missing(part, 0, n_examples):
             self.refresh(now=True)  # another process may have done it
         kept = [index for index in range(n_examples) if index not in self._skipped]
