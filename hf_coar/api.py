@@ -13,7 +13,7 @@ from torch import nn
 from hf_coar import data as data_module
 from hf_coar import estimators, models
 from hf_coar.attributions import Attributions, Provenance
-from hf_coar.components import Components, find_components
+from hf_coar.components import Components, Group, find_components
 from hf_coar.errors import CoarError
 from hf_coar.estimators import budget as budgets
 from hf_coar.estimators.registry import Estimator
@@ -23,7 +23,7 @@ from hf_coar.masking import MaskedModel, fingerprint_of
 from hf_coar.models import outputs
 from hf_coar.models.outputs import Output
 from hf_coar.plots import page
-from hf_coar.runs import engine, sampling, tracking, workers
+from hf_coar.runs import checks, engine, sampling, tracking, workers
 from hf_coar.runs.problem import Problem
 from hf_coar.runs.store import Store
 
@@ -162,7 +162,7 @@ def attribute(
         # Components of other attributions serve as well: which weights they were found with is of no matter here.
         masked = MaskedModel(model, replace(components or find_components(model), fingerprint=None))
         problem = Problem(masked, data_module.batches(data, options.batch_size), output, ablated_fraction, seed)
-        chosen = chosen or _default_method(problem)
+        chosen = _checked(problem, chosen)
         with workers.folder(out) as folder:
             chosen = chosen if budget is None else budgets.choose(chosen, budget, problem, folder)
             provenance = _provenance(problem, data, chosen)
@@ -247,17 +247,36 @@ def _running(**given: Any) -> Any:
     return engine.running(**{name: value for name, value in given.items() if value is not None})
 
 
-def _default_method(problem: Problem) -> Estimator:
-    """The best method that the model allows; one forward pass of one example tells."""
-    with models.frozen(problem.model), engine.placed(problem.model, workers.processes().device) as device:
-        example = data_module.rows(budgets.first_batch(data_module.Chunks(problem.data)), 0, 1)
-        if estimators.reached(problem.masked, problem.output, data_module.to_device(example, device)):
-            return estimators.PathGradient()
+def _checked(problem: Problem, method: Estimator | None) -> Estimator:
+    """The method, or the best one that the model allows; a few forward passes of a few examples tell.
+
+    Raises:
+        ModelError: the model does not repeat itself, or lets no gradient through to a method that needs it.
+    """
+    for count in (checks.N_EXAMPLES, 1):
+        try:
+            with models.frozen(problem.model), engine.placed(problem.model, workers.processes().device) as device:
+                examples = data_module.to_device(data_module.few(problem.data, count), device)
+                checks.check_repeats(problem.model, examples)
+                if method is None:
+                    return _default_method(problem, checks.blocked(problem.masked, problem.output, examples))
+                if method.differentiates:
+                    checks.check_reached(problem.masked, problem.output, examples)
+                return method
+        except (RuntimeError, MemoryError) as error:
+            if not models.is_out_of_memory(error):
+                raise
+    return method or estimators.PathGradient()  # the run itself says what does not fit
+
+
+def _default_method(problem: Problem, blocked: Sequence[Group]) -> Estimator:
+    if not blocked:
+        return estimators.PathGradient()
     method = estimators.Regression(solver=estimators.ARD())
     logger.warning(
-        "no gradient reaches the gates of %s, so that the default method cannot run; taking hf_coar.Regression(n_masks="
-        "%d, solver=hf_coar.ARD()), which needs forward passes only, and more of them",
-        type(problem.model).__name__, method.n_masks,
+        "no gradient reaches the gates of %s (%d modules, such as %s), so that the default method cannot run; taking "
+        "hf_coar.Regression(n_masks=%d, solver=hf_coar.ARD()), which needs forward passes only, and more of them",
+        type(problem.model).__name__, len(blocked), blocked[0].module, method.n_masks,
     )  # fmt: skip
     return method
 

@@ -13,6 +13,9 @@ import hf_coar as coar
 from hf_coar.errors import CoarError, RunMismatchError
 from hf_coar.estimators import ESTIMATORS, LeaveOneOut, NeuronConductance, Size
 from hf_coar.estimators import budget as budgets
+from hf_coar.masking import MaskedModel
+from hf_coar.models import outputs
+from hf_coar.runs.problem import Problem
 
 METHODS = {
     "path_gradient": coar.PathGradient(),
@@ -101,7 +104,7 @@ def test_a_budget_in_passes_is_kept(mlp, tmp_path):
     mlp.model.register_forward_hook(lambda module, inputs, output: passes.append(len(output)))
     found = attribute(mlp.model, [mlp.batch], budget=35, method=coar.Regression(), out=tmp_path)
     assert found.config["method"]["n_masks"] == 35 and found.config["cost"] == 35
-    assert sum(passes) == 4 * 35
+    assert sum(passes) == 4 * 35 + 2 * 4, "the masks, and a look at the model"
     assert json.loads((tmp_path / "run.json").read_text())["method"]["n_masks"] == 35
 
 
@@ -119,24 +122,29 @@ class Clock:
     """A clock by which every pass of the model takes a second for every example."""
 
     def __init__(self, model, monkeypatch):
-        self.now, self.rate = 0.0, 1.0
+        self.now, self.rate, self.of_batch = 0.0, 1.0, False
         model.register_forward_hook(self._tick)
         monkeypatch.setattr(budgets.time, "monotonic", lambda: self.now)
 
     def _tick(self, module, inputs, output):
-        self.now += self.rate * len(output)
+        self.now += self.rate * (1 if self.of_batch else len(output))
+
+
+def problem(net, data):
+    masked = MaskedModel(net.model, coar.find_components(net.model))
+    return Problem(masked, data, outputs.get("margin"), 0.1, 0)
 
 
 def test_a_budget_in_minutes_is_timed_and_kept(mlp, tmp_path, monkeypatch):
     clock = Clock(mlp.model, monkeypatch)
     data = [mlp.batch] * 3
     found = attribute(mlp.model, data, method=coar.Regression(), budget="10 min", out=tmp_path)
-    # Eight masks on the first four examples take 32 of the 600 seconds; the rest goes to 12 examples.
-    assert found.config["method"]["n_masks"] == (600 - 32) // 12 == 47
-    assert json.loads((tmp_path / "run.json").read_text())["method"]["n_masks"] == 47
+    # Eight masks on one example, and on one more, take 16 of the 600 seconds; two more would go beyond a twentieth.
+    assert found.config["method"]["n_masks"] == (600 - 16) // 12 == 48
+    assert json.loads((tmp_path / "run.json").read_text())["method"]["n_masks"] == 48
     clock.rate, before = 50.0, clock.now
     again = attribute(mlp.model, data, method=coar.Regression(), budget="10 min", out=tmp_path)
-    assert clock.now == before, "nothing is timed or run again"
+    assert clock.now == before + 2 * 4 * clock.rate, "a look at the model; nothing is timed or run again"
     assert torch.equal(found.weights, again.weights)
 
 
@@ -155,13 +163,32 @@ def test_a_run_that_was_broken_off_keeps_its_number(mlp, tmp_path, monkeypatch):
         attribute(mlp.model, Broken(), method=coar.Regression(), budget="3 min", out=tmp_path)
     clock.rate = 5.0
     found = attribute(mlp.model, [mlp.batch] * 2, method=coar.Regression(), budget="3 min", out=tmp_path)
-    assert found.config["method"]["n_masks"] == (180 - 32) // 8
+    assert found.config["method"]["n_masks"] == (180 - 16) // 8
+
+
+def test_timing_takes_a_small_part_of_the_time(mlp, tmp_path, monkeypatch):
+    clock = Clock(mlp.model, monkeypatch)
+    batch = {name: value.repeat_interleave(8, 0) for name, value in mlp.batch.items()}
+    chosen = budgets.choose(coar.Regression(), "20 min", problem(mlp, [batch] * 4), tmp_path)
+    assert clock.now <= 0.06 * 20 * 60
+    assert chosen.n_masks == (1200 - clock.now) // 128
+
+
+def test_a_batch_that_is_cheaper_together_is_timed_as_such(mlp, tmp_path, monkeypatch):
+    """As on a GPU, where thirty examples take as long as one."""
+    clock = Clock(mlp.model, monkeypatch)
+    clock.of_batch = True
+    batch = {name: value.repeat_interleave(8, 0) for name, value in mlp.batch.items()}
+    chosen = budgets.choose(coar.Regression(), "60 min", problem(mlp, [batch] * 4), tmp_path)
+    # Pieces of 1, 1, 2, 4, 8 and 16 examples take 8 s each; then half a second an example and pass.
+    assert clock.now == 6 * 8
+    assert chosen.n_masks == (3600 - 48) * 16 // 128
 
 
 def test_too_few_minutes(mlp, monkeypatch):
     Clock(mlp.model, monkeypatch)
     with pytest.raises(CoarError, match="too small"):
-        attribute(mlp.model, [mlp.batch], method=coar.Regression(), budget="20 s")
+        attribute(mlp.model, [mlp.batch], method=coar.Regression(), budget="20 s")  # 16 of them go into timing
 
 
 def test_minutes_on_the_real_clock(mlp):

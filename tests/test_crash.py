@@ -51,8 +51,12 @@ def content(folder):
 
 @pytest.fixture(autouse=True)
 def no_sync(monkeypatch):
-    """A killed process, unlike a dead machine, loses nothing that it wrote; syncing would only cost time here."""
+    """A killed process, unlike a dead machine, loses nothing that it wrote; syncing would only cost time here.
+
+    Every unit has a shard of its own: how many short ones share one depends on how fast they were.
+    """
     monkeypatch.setattr(os, "fsync", lambda handle: None)
+    monkeypatch.setattr("hf_coar.runs.outbox.SECONDS", 0.0)
 
 
 @functools.cache

@@ -461,7 +461,7 @@ def test_several_rules_need_a_validation(judged):
     with pytest.raises(CoarError, match="differ in components or examples"):
         half = coar.Attributions(
             found.weights[:9], found.bias[:9], None, found.components,
-            type(found.identity)(found.identity.signatures[:9], found.identity.labels[:9]), found.config,
+            found.identity.rows(slice(9)), found.config,
         )  # fmt: skip
         coar.edit(model, [found, half], increase=[0], rule="auto", validation=lambda _: 0.0)
     with pytest.raises(CoarError, match="no attributions"):

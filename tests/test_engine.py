@@ -3,6 +3,7 @@
 import json
 import shlex
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,6 @@ from hf_coar import cli
 from hf_coar import data as data_module
 from hf_coar.errors import CoarError
 from hf_coar.estimators import Size
-from hf_coar.models import outputs
 from hf_coar.runs import engine, measuring
 from hf_coar.runs.plan import plan
 from hf_coar.runs.store import Store
@@ -96,44 +96,42 @@ def test_the_model_is_as_before(options):
 # -------------------------------------------------------------------------------------------------------- out of memory
 
 
-def needy(fits, errors):
-    """Makes a pass fail that has more than `fits` examples."""
-    plain = outputs.Output.of
+def starve(net, fits):
+    """Makes every pass of a net fail that has more than `fits` examples; the sizes of those that did."""
+    errors = []
 
-    def of(output, model, batch):
-        values = plain(output, model, batch)
-        if len(values) > fits:
-            errors.append(len(values))
+    def full(module, inputs, output):
+        if len(output) > fits:
+            errors.append(len(output))
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7 GiB")
-        return values
 
-    return of
+    net.model.register_forward_hook(full)
+    return errors
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("fits", [1, 2, 3])
-def test_a_batch_that_does_not_fit_is_divided(method, fits, monkeypatch, caplog):
+def test_a_batch_that_does_not_fit_is_divided(method, fits, caplog):
     net = build_net("convnet")
-    expected, errors = attribute(net, method), []
-    monkeypatch.setattr(outputs.Output, "of", needy(fits, errors))
+    expected, errors = attribute(net, method), starve(net, fits)
     found = attribute(net, method)
     torch.testing.assert_close(found.weights, expected.weights, rtol=1e-4, atol=1e-5)
-    assert errors == ([4] if fits > 1 else [4, 2]), "what fits is remembered"
+    assert errors == [4, *([4] if fits > 1 else [4, 2])], "a look at the model, and then what fits is remembered"
     assert "out of memory with 4 examples at a time; going on with 2" in caplog.text
 
 
-def test_masks_together_are_divided_with_the_examples(monkeypatch):
+def test_masks_together_are_divided_with_the_examples():
     net = build_net("convnet")
-    expected, errors = attribute(net, "regression"), []
-    monkeypatch.setattr(outputs.Output, "of", needy(6, errors))
+    expected, errors = attribute(net, "regression"), starve(net, 6)
     torch.testing.assert_close(attribute(net, "regression", masks_together=3).weights, expected.weights)
     assert errors == [12]
 
 
-def test_not_even_one_example_fits(monkeypatch):
-    monkeypatch.setattr(outputs.Output, "of", needy(0, []))
+def test_not_even_one_example_fits():
+    net = build_net("convnet")
+    starve(net, 0)
     with pytest.raises(CoarError, match=r"one example .* fit into the memory of cpu; try a lower precision"):
-        attribute(build_net("convnet"), "path")
+        attribute(net, "path")
 
 
 @pytest.mark.parametrize(
@@ -154,13 +152,14 @@ def test_which_errors_say_that_memory_ran_out(error, is_it):
     assert engine.is_out_of_memory(error) == is_it
 
 
-def test_other_errors_are_not_swallowed(monkeypatch):
-    def broken(output, model, batch):
+def test_other_errors_are_not_swallowed():
+    def broken(module, inputs, output):
         raise RuntimeError("shapes cannot be multiplied")
 
-    monkeypatch.setattr(outputs.Output, "of", broken)
+    net = build_net("convnet")
+    net.model.register_forward_hook(broken)
     with pytest.raises(RuntimeError, match="shapes"):
-        attribute(build_net("convnet"), "regression")
+        attribute(net, "regression")
 
 
 # ------------------------------------------------------------------------------------------------------ units of work
@@ -196,7 +195,8 @@ def test_every_unit_is_done_once_and_never_again(tmp_path):
     assert again.units == []
 
 
-def test_another_batch_size_fills_the_gaps(tmp_path):
+def test_another_batch_size_fills_the_gaps(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_coar.runs.outbox.SECONDS", 0.0)
     first, again = Recorder(), Recorder()
     store, _ = run(tmp_path, first)
     for path in (tmp_path / "shards").glob("masks-000005-*-000000008.safetensors"):
@@ -224,12 +224,52 @@ def test_what_another_process_does_meanwhile_is_not_done_again(tmp_path):
             for number in (1, 3):
                 for wanted in PARTS:
                     values = other(DATA[number], 4 * number, wanted)
-                    identity = data_module.identity(DATA[number])
-                    Store(tmp_path, {"seed": 0}).write(wanted.name, 4 * number, values | identity)
+                    identity = data_module.Identity.of_batch(DATA[number])
+                    Store(tmp_path, {"seed": 0}).write(wanted.name, 4 * number, values | identity.columns())
         return results
 
     run(tmp_path, compute, worker="0/2")
     assert len(other.units) == 6 and len(mine.units) == 9
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_short_units_share_a_shard(tmp_path, workers):
+    data = [{"inputs": torch.arange(8.0).view(4, 2) + 10 * i} for i in range(150)]
+    for index in range(workers):
+        recorder = Recorder()
+        store, n_examples = run(tmp_path, recorder, data, worker=f"{index}/{workers}")
+    shards = list((tmp_path / "shards").iterdir())
+    assert len(shards) < 3 * 150 / 3
+    expected = torch.cat([batch["inputs"].sum(1) for batch in data])
+    for part in PARTS:
+        assert torch.equal(store.gather(part.name, n_examples)["values"], expected)
+
+
+def test_long_units_go_out_at_once(tmp_path):
+    seen = []
+
+    def slow(batch, first, part):
+        seen.append(len(list((tmp_path / "shards").glob("*.safetensors"))))
+        time.sleep(0.11)
+        return {"values": batch["inputs"].sum(1)}
+
+    run(tmp_path, slow, DATA[:2])
+    assert seen == list(range(6))
+
+
+def test_what_waits_is_written_whatever_happens(tmp_path):
+    recorder = Recorder()
+
+    def interrupted(batch, first, part):
+        if len(recorder.units) == 7:
+            raise KeyboardInterrupt
+        return recorder(batch, first, part)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, interrupted)
+    again = Recorder()
+    run(tmp_path, again)
+    assert len(again.units) == 15 - 7
 
 
 # --------------------------------------------------------------------------------------------------------------- costs

@@ -774,7 +774,7 @@ def test_round_trip_bit_for_bit(convnet, method, tmp_path):
     assert (again.standard_errors is None) == (found.standard_errors is None)
     assert found.standard_errors is None or torch.equal(again.standard_errors, found.standard_errors)
     assert torch.equal(again.labels, found.labels)
-    assert torch.equal(again.identity.signatures, found.identity.signatures)
+    assert all(torch.equal(value, again.identity.hashes[name]) for name, value in found.identity.hashes.items())
     assert again.components == found.components and again.config == found.config
     again.save_pretrained(tmp_path / "b")
     for name in ("attributions.safetensors", "config.json", "components.json", "README.md"):
@@ -833,7 +833,7 @@ def test_damaged_files_are_errors(judged, tmp_path, name, change):
         coar.Attributions.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("lost", ["weights", "bias", "signatures", "labels"])
+@pytest.mark.parametrize("lost", ["weights", "bias", "hash:labels", "labels"])
 def test_tensors_that_are_missing_are_errors(judged, tmp_path, lost):
     from safetensors import safe_open
     from safetensors.torch import save_file
@@ -849,14 +849,13 @@ def test_tensors_that_are_missing_are_errors(judged, tmp_path, lost):
         coar.Attributions.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("wrong", ["bias", "standard_errors", "signatures", "labels"])
+@pytest.mark.parametrize("wrong", ["bias", "standard_errors", "hash:inputs", "labels"])
 def test_tensors_that_do_not_fit_together(judged, wrong):
-    # Once wrong: signatures and labels of another number of examples are taken.
     found = judged[2]
-    parts = {"bias": found.bias, "standard_errors": found.standard_errors, **vars(found.identity)}
+    parts = {"bias": found.bias, "standard_errors": found.standard_errors, **found.identity.columns()}
     parts[wrong] = parts[wrong][:5].clone()
     with pytest.raises(CoarError):
-        identity = type(found.identity)(parts["signatures"], parts["labels"])
+        identity = type(found.identity).of(parts)
         coar.Attributions(
             found.weights, parts["bias"], parts["standard_errors"], found.components, identity, found.config
         )

@@ -22,7 +22,7 @@ from torch import nn
 import hf_coar as coar
 from hf_coar import demo, editing, explore, models
 from hf_coar.attributions import rows
-from hf_coar.data import Identity, identity
+from hf_coar.data import Identity
 from hf_coar.errors import CoarError, DataError, ModelMismatchError
 from hf_coar.explore import columns, drawing, layout, links, measuring, own, panels, views
 from hf_coar.explore.columns import Summary
@@ -421,8 +421,7 @@ def wide(tmp_path, n_examples=60, n_components=5000, dtype="float16", max_shard_
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, n_components), nn.ReLU(), nn.Linear(n_components, 3))
     data = [{"inputs": torch.randn(20, 4), "labels": torch.randint(3, (20,))} for _ in range(n_examples // 20)]
-    ids = [identity(batch) for batch in data]
-    known = Identity(*(torch.cat([one[name] for one in ids]) for name in ("signatures", "labels")))
+    known = Identity.of_batch({name: torch.cat([batch[name] for batch in data]) for name in data[0]})
     config = {
         "model": {**models.record(model), "fingerprint": models.fingerprint(model)}, "data": {}, "output": "margin",
         "unit": "logits", "granularity": "unit", "n_components": n_components, "method": {"name": "none"},

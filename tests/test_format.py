@@ -40,13 +40,13 @@ def tiny() -> coar.Attributions:
         torch.tensor([1.0, -2.0]),
         torch.tensor([[0.25, 0.5, 0.125], [1.0, 0.0625, 0.5]]),
         Components(groups),
-        Identity(torch.tensor([0.75, 1.5], dtype=torch.float64), torch.tensor([3, 7])),
+        Identity({}, torch.tensor([3, 7]), torch.tensor([0.75, 1.5], dtype=torch.float64)),
         CONFIG,
     )
 
 
 # The bytes of format version 1. Another digest means that files written until now can no longer be told to be right:
-# raise FORMAT_VERSION and read both, or take the change back.
+# add one to FORMATS and read both, or take the change back.
 GOLDEN = {
     "attributions.safetensors": "f9d4969863d8f65e2c7dacdfbf28b1195e530fa2d6fcae1e3f265e243321fed5",
     "components.json": "d75a8499fc839aaf1006c215de162bf693a1e7a50b7ebd4650661717d803de70",
@@ -158,7 +158,7 @@ print(after_row, after_mapping, after_view, resident() - before, float(row[0]))
 def test_one_row_of_a_large_file_costs_one_row(tmp_path):
     n_examples, n_components = 1000, 25_000
     weights = torch.arange(n_examples, dtype=torch.float32)[:, None].expand(-1, n_components).contiguous()
-    identity = Identity(torch.zeros(n_examples, dtype=torch.float64), torch.zeros(n_examples, dtype=torch.int64))
+    identity = Identity({}, torch.zeros(n_examples, dtype=torch.int64), torch.zeros(n_examples, dtype=torch.float64))
     components = Components((Group("fc", "neuron", "fc.weight", 0, n_components),))
     large = coar.Attributions(weights, torch.zeros(n_examples), None, components, identity, CONFIG)
     large.save_pretrained(tmp_path / "large")

@@ -14,8 +14,9 @@ from hf_coar.components import Components
 from hf_coar.components.groups import Group
 from hf_coar.data import Identity
 from hf_coar.errors import CoarError
-from hf_coar.judging.evaluation import Report, bootstrap_interval, pearson
+from hf_coar.judging.evaluation import Report, bootstrap_interval
 from hf_coar.plots import canvas
+from hf_coar.runs.fidelity import correlation
 
 figures = pytest.importorskip("matplotlib.figure")
 
@@ -35,7 +36,7 @@ def make_attributions(groups=GROUPS, n_examples=8, with_errors=True, **config) -
         torch.zeros(n_examples),
         0.1 + torch.rand(weights.shape, generator=generator) if with_errors else None,
         components,
-        Identity(torch.zeros(n_examples, dtype=torch.float64), torch.arange(n_examples) % 3),
+        Identity({"inputs": torch.zeros(n_examples, 16, dtype=torch.uint8)}, torch.arange(n_examples) % 3),
         {"unit": "logits", "output": "margin", **config},
     )
 
@@ -47,7 +48,7 @@ def make_report(fractions=(0.0125, 0.05), n_masks=20, n_examples=8, noise=0.5, s
         fraction: 3 + values + noise * torch.randn(values.shape, generator=generator)
         for fraction, values in predicted.items()
     }
-    per_example = {fraction: pearson(predicted[fraction], measured[fraction]) for fraction in fractions}
+    per_example = {fraction: correlation(predicted[fraction], measured[fraction]) for fraction in fractions}
     return Report(
         correlation={fraction: float(values.nanmean()) for fraction, values in per_example.items()},
         interval={fraction: bootstrap_interval(values, seed) for fraction, values in per_example.items()},

@@ -38,7 +38,7 @@ def planted(n_examples=40, n_components=4000, noise=0.5):
     truth = torch.randn(n_examples, n_components, generator=generator)
     identity = replace(
         template.identity,
-        signatures=template.identity.signatures[:1].expand(n_examples).clone(),
+        hashes={name: value[:1].expand(n_examples, -1).clone() for name, value in template.identity.hashes.items()},
         labels=torch.zeros(n_examples, dtype=torch.long),
     )
     return truth, [
@@ -156,7 +156,8 @@ def test_what_cannot_be_compared(attributed):
         stability.agreement(first, first)
     with pytest.raises(CoarError, match="different components"):
         stability.agreement(first, planted()[1][0])
-    others = changed(second, identity=replace(second.identity, signatures=second.identity.signatures + 1))
+    hashes = {name: value + 1 for name, value in second.identity.hashes.items()}
+    others = changed(second, identity=replace(second.identity, hashes=hashes))
     with pytest.raises(DataError):
         stability.agreement(first, others)
     with pytest.raises(CoarError, match="n_top=0"):

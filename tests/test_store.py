@@ -3,12 +3,16 @@
 import errno
 import json
 import os
+import random
 import tempfile
+import time
 
 import pytest
 import torch
 
 from hf_coar.errors import CoarError, CorruptFileError, RunMismatchError
+from hf_coar.runs import store as store_module
+from hf_coar.runs.index import Index
 from hf_coar.runs.store import Store
 from hf_coar.storage import files
 
@@ -113,6 +117,52 @@ def test_strange_files_are_left_alone(store):
     stranger.write_bytes(b"mine")
     assert Store(store.folder, SETTINGS).missing("masks-000000", 0, 10) == []
     assert stranger.read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 64])
+@pytest.mark.parametrize("skipped", [(), (0, 5), (9,)])
+def test_blocks_are_what_is_gathered(store, monkeypatch, size, skipped):
+    for start, stop in ((0, 1), (1, 6), (6, 8), (8, 10)):
+        write(store, start, stop)
+    for index in skipped:
+        store.skip(index, "broken")
+    expected, opened, read = store.gather("masks-000000", 10), [], files.read_tensors_about
+    monkeypatch.setattr(files, "read_tensors_about", lambda path: opened.append(path.name) or read(path))
+    blocks = list(store.blocks("masks-000000", 10, size))
+    assert [len(block["labels"]) for block in blocks[:-1]] == [size] * (len(blocks) - 1)
+    for name, values in expected.items():
+        assert torch.equal(torch.cat([block[name] for block in blocks]), values)
+    assert len(opened) == len(set(opened)), "every shard is read once"
+
+
+def test_looks_at_the_folder_take_a_small_part_of_the_time(store, monkeypatch):
+    looks, names_in = [], store_module._names_in
+
+    def slow(folder):
+        looks.append(folder)
+        time.sleep(0.005)
+        return names_in(folder)
+
+    monkeypatch.setattr(store_module, "_names_in", slow)
+    for _ in range(1000):
+        store.refresh()
+    assert len(looks) <= 4
+    before = len(looks)
+    store.refresh(now=True)
+    assert len(looks) == before + 2
+
+
+def test_an_index_of_many_stretches():
+    index, generator = Index(), random.Random(0)
+    bounds = [(start, start + generator.randint(1, 9)) for start in range(0, 2000, 3)]
+    for start, stop in generator.sample(bounds, len(bounds)):
+        index.add("masks-000000", start, stop)
+        index.add("masks-000000", start, stop)
+    for start in range(0, 2010, 7):
+        expected = sorted((a, b) for a, b in bounds if a < start + 5 and b > start)
+        assert index.overlapping("masks-000000", start, start + 5) == expected
+    assert index.end("masks") == max(stop for _, stop in bounds)
+    assert index.overlapping("masks-000064", 0, 9) == [] and index.end("rounds") == 0
 
 
 # -------------------------------------------------------------------------------------------------------------- damage

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import reprlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,13 @@ from typing import Any
 import torch
 
 from hf_coar.attributions.provenance import Provenance
+from hf_coar.data import Identity
+from hf_coar.data.identity import HASH
 from hf_coar.errors import CoarError, CorruptFileError
 from hf_coar.storage import cards, files
 
-FORMAT_VERSION = 1
+# 2: examples are known by a hash of every entry; 1: by one number, see `data.identity.signatures`.
+FORMATS = (1, 2)
 WEIGHTS, CONFIG, COMPONENTS = "attributions.safetensors", "config.json", "components.json"
 EVALUATION, PICTURES = "evaluation.json", "pictures"
 UPLOADED = ("attributions*.safetensors", CONFIG, COMPONENTS, EVALUATION, "README.md", "pictures/*.png", cards.RESULTS)
@@ -94,10 +98,10 @@ def read_config(path: Path, name: str) -> tuple[dict[str, str], Provenance]:
         CorruptFileError: damaged, of another format, or with names of files that are not ours.
     """
     config = read_json(path)
-    if not isinstance(config, dict) or config.get("hf_coar_format") != FORMAT_VERSION:
+    if not isinstance(config, dict) or config.get("hf_coar_format") not in FORMATS:
         found = config.get("hf_coar_format") if isinstance(config, dict) else None
         raise CorruptFileError(
-            f"{name} is of hf_coar format {found!r}, and this version reads format {FORMAT_VERSION}; it holds no "
+            f"{name} is of hf_coar format {found!r}, and this version reads formats {FORMATS}; it holds no "
             "attributions, or a newer hf_coar wrote them"
         )
     provenance = Provenance.from_json(config, str(path))
@@ -119,9 +123,18 @@ def _is_list_of_files(value: Any) -> bool:
 def check_columns(path: Path, matrices: Mapping[str, Any], columns: Mapping[str, torch.Tensor]) -> None:
     """Raises `CorruptFileError` unless these are the matrices and small tensors of attributions."""
     wanted = {"bias": torch.float32, "signatures": torch.float64, "labels": torch.int64}
-    found = {name: column.dtype for name, column in columns.items() if column.dim() == 1}
-    if "weights" not in matrices or found != wanted or found.keys() != columns.keys():
+    numbers = {name: column.dtype for name, column in columns.items() if not name.startswith(HASH)}
+    hashed = len(numbers) < len(columns)
+    lacking = {"signatures"} if hashed else set()
+    sane = numbers == {name: dtype for name, dtype in wanted.items() if name not in lacking}
+    sane = sane and all(columns[name].dim() == 1 for name in numbers)
+    if "weights" not in matrices or not sane:
         raise CorruptFileError(
-            f"{path} holds {sorted([*matrices, *columns])}, which are no attributions: those are weights, maybe "
-            f"standard_errors, and of one number an example {sorted(wanted)}"
+            f"{path} holds {reprlib.repr(sorted([*matrices, *columns]))}, which are no attributions: those are "
+            "weights, maybe standard_errors, and of every example a bias, a label, and hashes of its entries"
         )
+
+
+def format_of(identity: Identity) -> int:
+    """The version of the format that attributions of such examples are saved in."""
+    return 2 if identity.hashes else 1

@@ -1,6 +1,6 @@
 """Attributions: weights by example and component, with everything that determined them. What goes to disk and the Hub.
 
-attributions.safetensors    weights, bias, standard_errors, signatures, labels, and a checksum a row; above a size
+attributions.safetensors    weights, bias, standard_errors, labels, hashes of the examples, a checksum a row; if large
                             attributions-00001-of-00003.safetensors and so on, each with its stretch of the examples
 components.json             what the columns are
 config.json                 all that determines the numbers, and the checksums of the files above; written last
@@ -22,7 +22,7 @@ from hf_coar.attributions.provenance import Provenance
 from hf_coar.attributions.rows import Rows
 from hf_coar.components import Components
 from hf_coar.data import Identity
-from hf_coar.errors import CoarError, CorruptFileError, ModelMismatchError
+from hf_coar.errors import CoarError, CorruptFileError, ModelMismatchError, NonFiniteOutputError
 from hf_coar.storage import cards, files, hub
 
 _TOLD = ("class", "library", "id", "revision", "dtype", "n_parameters")
@@ -69,6 +69,7 @@ class Attributions:
 
         Raises:
             CoarError: the shapes do not agree.
+            NonFiniteOutputError: NaN or infinity; names the example and the component.
         """
         self.provenance = Provenance.from_json(config or {})
         self._matrices = {"weights": rows.as_rows(weights)}
@@ -80,12 +81,23 @@ class Attributions:
         self.evaluation = dict(evaluation) if evaluation is not None else None
         shapes = {name: list(matrix.shape) for name, matrix in self._matrices.items()}
         n_examples = len(self)
-        vectors = {"bias": bias, **vars(identity)}
-        lengths = {name: list(vector.shape) for name, vector in vectors.items()}
+        columns = {"bias": bias, **identity.columns()}
+        lengths = {name: list(column.shape) for name, column in columns.items() if name not in identity.hash_columns()}
+        lengths |= {name: list(column.shape)[:1] for name, column in identity.hash_columns().items()}
         if any(shape != [n_examples, len(components)] for shape in shapes.values()) or any(
             shape != [n_examples] for shape in lengths.values()
         ):
             raise CoarError(f"{shapes | lengths} and {len(components)} components do not fit together")
+        self._check_finite()
+
+    def _check_finite(self) -> None:
+        """Of all that lies in memory; what lies in files is checked as it is read."""
+        for matrix in self._matrices.values():
+            if matrix.in_memory:
+                matrix.verify(self.components)
+        bad = (~self.bias.isfinite()).nonzero().flatten().tolist()
+        if bad:
+            raise NonFiniteOutputError(f"the bias of example {bad[0]} is {float(self.bias[bad[0]])}; it cannot be used")
 
     @property
     def config(self) -> dict[str, Any]:
@@ -153,9 +165,10 @@ class Attributions:
 
         Raises:
             CorruptFileError: a row is not what was written.
+            NonFiniteOutputError: a row holds NaN or infinity.
         """
         for matrix in self._matrices.values():
-            matrix.verify()
+            matrix.verify(self.components)
 
     def predict(self, kept: Any) -> Tensor:
         """The outputs expected when components are ablated.
@@ -287,12 +300,13 @@ class Attributions:
         # The configuration comes last: where it is, and its checksums are right, the rest is whole.
         artefact.write_json(
             folder / artefact.CONFIG,
-            {"hf_coar_format": artefact.FORMAT_VERSION, "files": checksums, **provenance.to_json()},
+            {"hf_coar_format": artefact.format_of(self.identity), "files": checksums, **provenance.to_json()},
         )
         artefact.remove_other_shards(folder, checksums)
 
     def _save_matrices(self, folder: Path, dtype: torch.dtype, max_shard_size: int | str) -> dict[str, str]:
-        columns = {"bias": self.bias.float(), **vars(self.identity)}
+        self._check_finite()  # tensors may have been changed since they were given
+        columns = {"bias": self.bias.float(), **self.identity.columns()}
         matrices = {name: matrix.tensor() for name, matrix in self._matrices.items()}
         row_size = max(1, sum(matrix.shape[1] for matrix in matrices.values()) * dtype.itemsize)
         n_rows = max(1, rows.n_bytes(max_shard_size) // row_size)
@@ -376,7 +390,7 @@ class Attributions:
             columns["bias"],
             matrices.get("standard_errors"),
             components,
-            Identity(columns["signatures"], columns["labels"]),
+            Identity.of(columns),
             provenance,
             None if evaluation_path is None else artefact.read_evaluation(evaluation_path),
         )

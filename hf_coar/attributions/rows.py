@@ -13,10 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hf_coar.errors import CoarError, CorruptFileError
+from hf_coar.errors import CoarError, CorruptFileError, NonFiniteOutputError
 from hf_coar.storage import files
 
 _ROOT, _SUFFIX, _DIGEST_SIZE = "sha256", "_row_checksums", 16
+_AT_ONCE = 64  # rows
 _STORED = {"F16": torch.float16, "F32": torch.float32}
 
 
@@ -52,6 +53,7 @@ class Rows:
         Raises:
             IndexError: out of range.
             CorruptFileError: the row is not what was written.
+            NonFiniteOutputError: it holds NaN or infinity.
         """
         n_rows = self.shape[0]
         if not -n_rows <= index < n_rows:
@@ -64,16 +66,58 @@ class Rows:
         row = part[position].clone()
         if self._checksums is not None and _row_checksum(row) != bytes(self._checksums[index].numpy()):
             raise CorruptFileError(f"example {index} of {self._path} is damaged; download or save it again")
+        check_finite(row[None], index)
         return row.float()
 
-    def verify(self) -> None:
+    def verify(self, components: Sequence[object] | None = None) -> None:
         """Check every row.
+
+        Args:
+            components: what the columns are, for the message.
 
         Raises:
             CorruptFileError: one is not what was written.
+            NonFiniteOutputError: one holds NaN or infinity.
         """
-        for index in range(self.shape[0] if self._checksums is not None else 0):
+        if self._checksums is None:  # in memory
+            first = 0
+            for part in self._parts:
+                check_finite(part, first, components)
+                first += len(part)
+            return
+        for index in range(self.shape[0]):
             self.row(index)
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether nothing of it has to be read."""
+        return self._checksums is None
+
+
+def check_finite(values: Tensor, first: int, components: Sequence[object] | None = None) -> None:
+    """One gate for whatever becomes, or became, attributions.
+
+    Args:
+        values: float [examples, columns].
+        first: number of the first example.
+        components: what the columns are, for the message.
+
+    Raises:
+        NonFiniteOutputError: NaN or infinity; names the example and the component.
+    """
+    # A sum is finite only if all are; it overflows rarely, and is read without a copy.
+    if values.dtype == torch.float32 and bool(values.sum(dtype=torch.float64).isfinite()):
+        return
+    for start in range(0, len(values), _AT_ONCE):
+        bad = (~values[start : start + _AT_ONCE].isfinite()).nonzero()
+        if len(bad):
+            row, column = bad[0].tolist()
+            name = "" if components is None else f" ({components[column]})"
+            raise NonFiniteOutputError(
+                f"the attributions of example {first + start + row} to component {column}{name} are "
+                f"{float(values[start + row, column])}; they cannot be used: leave that component out (exclude=…), or "
+                "take a method that does not differentiate, such as hf_coar.Regression()"
+            )
 
 
 def as_rows(matrix: Tensor | Rows) -> Rows:

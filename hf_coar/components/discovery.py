@@ -11,7 +11,7 @@ from hf_coar.components import experts, heads
 from hf_coar.components.groups import GRANULARITIES, Components, Group, Skipped
 from hf_coar.components.rules import Matrix, is_table, registered, rule_of, searched_inside
 from hf_coar.errors import CoarError, NoComponentsError
-from hf_coar.models import embedding_modules, output_modules
+from hf_coar.models import check_usable, embedding_modules, output_modules
 
 _HEAD = "classifier or language-model head (left out unless included)"
 _EMBEDDING = "embedding"
@@ -55,12 +55,14 @@ def find_components(
         whose classifier cannot be told, nothing is left out.
 
     Raises:
+        ModelError: a lazy module without a shape, TorchScript, or weights of inference mode.
         NoComponentsError: nothing is left, the model has none of this granularity, or a glob matches no module.
         CoarError: an unknown granularity.
     """
     if granularity not in GRANULARITIES:
         raise CoarError(f"unknown granularity {granularity!r}; there are {', '.join(GRANULARITIES)}")
     include, exclude = _globs(include), _globs(exclude)
+    check_usable(model)
     found = _matrices(model)
     aliases = _aliases(model)
     names = [name for one in found for name in aliases[one.module]]

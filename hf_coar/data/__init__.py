@@ -1,7 +1,8 @@
 """Data: anything that can be iterated again, as batches of tensors whose first axis is the example."""
 
-from hf_coar.data.batches import Batch, Identity, as_batch, identity, rows, signatures, size, to_device
-from hf_coar.data.examples import Chunk, Chunks, Examples, Read, batches, describe
+from hf_coar.data.batches import Batch, as_batch, rows, size, to_device
+from hf_coar.data.examples import Chunk, Chunks, Examples, Read, batches, describe, few
+from hf_coar.data.identity import Identity
 from hf_coar.data.loading import load_data
 
 __all__ = [
@@ -14,10 +15,9 @@ __all__ = [
     "as_batch",
     "batches",
     "describe",
-    "identity",
+    "few",
     "load_data",
     "rows",
-    "signatures",
     "size",
     "to_device",
 ]

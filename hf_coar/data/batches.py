@@ -1,7 +1,6 @@
-"""Batches: mappings of tensors whose first axis is the example, and by what the examples are known again."""
+"""Batches: mappings of tensors whose first axis is the example."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -63,64 +62,3 @@ def rows(batch: Mapping[str, Tensor], start: int, stop: int) -> Batch:
 def to_device(batch: Mapping[str, Tensor], device: torch.device) -> Batch:
     """The batch on a device."""
     return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
-
-
-@dataclass(frozen=True)
-class Identity:
-    """By what the examples of a run are known again.
-
-    Attributes:
-        signatures: float64 [examples], see `signatures`.
-        labels: int64 [examples]; -1 where there is no label of the whole example.
-    """
-
-    signatures: Tensor
-    labels: Tensor
-
-    @classmethod
-    def of(cls, results: Mapping[str, Tensor]) -> "Identity":
-        """From the results of a run."""
-        return cls(results["signatures"], results["labels"])
-
-    def check(self, other: "Identity") -> None:
-        """Raises `DataError` unless the other examples are the same, in the same order."""
-        ours, theirs = self.signatures, other.signatures
-        if len(ours) != len(theirs):
-            raise DataError(f"the data hold {len(theirs)} examples, and the attributions are of {len(ours)}")
-        differing = (ours - theirs).abs() > _SIGNATURE_TOLERANCE * (1 + ours.abs())
-        if differing.any():
-            first = int(differing.nonzero()[0])
-            raise DataError(
-                f"{int(differing.sum())} of {len(ours)} examples are not those that were attributed, the first one is "
-                f"example {first}; give the same data set, split and order (no shuffling)"
-            )
-
-
-_SIGNATURE_TOLERANCE = 1e-3
-
-
-def identity(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The `signatures` and `labels` of a batch."""
-    labels = batch.get("labels")
-    if labels is None or labels.dim() != 1 or labels.is_floating_point():
-        labels = torch.full((size(batch),), -1)
-    return {"signatures": signatures(batch), "labels": labels.detach().cpu().long()}
-
-
-def signatures(batch: Mapping[str, Tensor]) -> Tensor:
-    """One number an example, float64 [examples]; not a hash, so that it survives the rounding of a resized image.
-
-    The sum over the inputs of a weighted mean, in which padding does not count.
-    """
-    real = batch.get("attention_mask")
-    total = torch.zeros(size(batch), dtype=torch.float64)
-    for name, value in batch.items():
-        if name in ("attention_mask", "labels"):
-            continue
-        flat = value.detach().cpu().double().flatten(1)
-        if real is not None and real.shape == value.shape:
-            flat = flat * real.detach().cpu().double()
-        # Weights that differ by position, so that permuted pixels or tokens do not cancel.
-        weights = torch.cos(torch.arange(flat.shape[1], dtype=torch.float64) * 0.1) + 1.5
-        total += (flat * weights).sum(1) / (flat.abs().sum(1) + 1.0)
-    return total

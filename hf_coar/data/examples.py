@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from hf_coar.data import order
 from hf_coar.data.batches import Batch, as_batch, size
 from hf_coar.errors import CoarError, DataError
 
@@ -73,21 +73,23 @@ def batches(data: Any, batch_size: int | None = None) -> Iterable[Batch]:
     pairs (inputs, labels).
 
     Raises:
-        DataError: data that cannot be iterated again, such as a generator, or that come in another order every time.
+        DataError: data that cannot be iterated again, such as a generator, or that come in another order or with other
+            values every time.
     """
     if isinstance(data, Examples):
         return data.with_batch_size(batch_size) if batch_size is not None else data
     if type(data).__module__.split(".")[0] == "datasets":
         if isinstance(data, dict):
             raise DataError(f"data holds the splits {sorted(data)}; give one of them, such as data[{min(data)!r}]")
-        return Examples(data, _collate, _BATCH_SIZE if batch_size is None else batch_size, describe(data))
+        examples = Examples(data, _collate, _BATCH_SIZE if batch_size is None else batch_size, describe(data))
+        order.check(examples)
+        return examples
     if not hasattr(data, "__iter__") or isinstance(data, Iterator):
         raise DataError(
             f"data is a {type(data).__name__}, which cannot be iterated again; "
             "give a datasets.Dataset, a DataLoader, or a list of batches"
         )
-    if isinstance(getattr(data, "sampler", None), torch.utils.data.RandomSampler):
-        raise DataError("the DataLoader shuffles, so that no example keeps its place; build it with shuffle=False")
+    order.check(data)
     return data
 
 
@@ -211,6 +213,20 @@ class Chunks:
         for number, (count, read) in enumerate(found):
             yield Chunk(number, start, start + count, lambda read=read, start=start: read(start))
             start += count
+
+
+def few(data: Any, count: int) -> Batch:
+    """The first examples that can be read, at most `count` of them; no more than these are decoded.
+
+    Raises:
+        DataError: there is none.
+    """
+    if isinstance(data, Examples):
+        data = data.with_batch_size(min(count, data.batch_size))
+    for chunk in Chunks(data):
+        for _, batch in chunk.read().pieces:
+            return {name: value[:count] for name, value in batch.items()}
+    raise DataError("the data set is empty; nothing to run on")
 
 
 def _unbroken(rows: Iterable[Any]) -> Iterator[Any]:

@@ -8,7 +8,6 @@ from hf_coar.estimators.baselines import (
     RandomWeights,
     WeightNorm,
 )
-from hf_coar.estimators.gates import reached
 from hf_coar.estimators.path_gradient import PathGradient
 from hf_coar.estimators.registry import ESTIMATORS, Estimator, Fit, Part, Problem, Size, get, register
 from hf_coar.estimators.regression import Regression
@@ -35,6 +34,5 @@ __all__ = [
     "WeightNorm",
     "get",
     "parts_of",
-    "reached",
     "register",
 ]

@@ -1,17 +1,17 @@
 """Budgets: how large an estimator can be for so many forward passes an example, or minutes."""
 
+import itertools
 import logging
 import math
 import re
 import tempfile
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from hf_coar import data as data_module
-from hf_coar.errors import CoarError, DataError
+from hf_coar.errors import CoarError
 from hf_coar.estimators.registry import Estimator
 from hf_coar.runs import engine, workers
 from hf_coar.runs.problem import Problem, Size
@@ -21,6 +21,7 @@ from hf_coar.storage import files
 logger = logging.getLogger(__name__)
 
 _TRIED = (8, 64, 512)  # forward passes an example that are timed: the fewest that the method can make use of
+_SHARE = 0.05  # of the time goes into timing, about
 _SECONDS = {"s": 1, "sec": 1, "min": 60, "h": 3600}
 _FILE = "budget.json"
 
@@ -49,7 +50,7 @@ def parse(budget: float | str) -> tuple[float, bool]:
 def choose(method: Estimator, budget: float | str, problem: Problem, folder: Path) -> Estimator:
     """The method in the size that a budget affords.
 
-    A budget in forward passes decides by itself. For one in minutes, a small run on the first batch is timed; what it
+    A budget in forward passes decides by itself. For one in minutes, a small run on a few examples is timed; what it
     affords is kept in the run's folder, so that a run that resumes, or a process that joins, takes the same size.
 
     Args:
@@ -70,7 +71,7 @@ def choose(method: Estimator, budget: float | str, problem: Problem, folder: Pat
         )
     path = folder / _FILE
     if not path.exists():
-        passes = _affordable(method, amount, problem, folder)
+        passes = _affordable(method, amount, problem)
         method.sized(passes, problem.size)  # or says that it is too little, and nothing is kept
         # Of several processes that choose at once, one writes, and the others take what it wrote.
         files.write_json(path, {"budget": str(budget), "passes": passes}, replace=False)
@@ -83,29 +84,68 @@ def choose(method: Estimator, budget: float | str, problem: Problem, folder: Pat
     return chosen
 
 
-def _affordable(method: Estimator, seconds: float, problem: Problem, folder: Path) -> float:
+def _affordable(method: Estimator, seconds: float, problem: Problem) -> float:
     """Forward passes an example that all examples can have within a time."""
     chunks = data_module.Chunks(problem.data)
-    batch, n_examples = first_batch(chunks), None
-    if chunks.count is not None:
-        n_examples = chunks.count * data_module.size(batch)
-    if n_examples is None:
+    if chunks.count is None:
         raise CoarError("a stream of unknown length has no budget in minutes; give forward passes an example")
+    size = next(chunk.stop - chunk.start for chunk in chunks)
+    n_examples = chunks.count * size
     team = workers.team(engine.current().worker)
-    trial = _small(method, problem.size)
+    few = data_module.few(problem.data, size)
+    sample, trial = _Sample(few, seconds * _SHARE), _small(method, problem.size)
     begun = time.monotonic()
-    with tempfile.TemporaryDirectory() if team.count == 1 else nullcontext(folder / "timing") as place:
+    # Every process times by itself, so that nobody waits, and never on results that are there already.
+    with tempfile.TemporaryDirectory() as place, workers.alone(), engine.running(progress=False, worker=None):
         store = Store(place, {"task": "timing", "method": trial.settings()})
-        with engine.running(progress=False):
-            trial.fit(replace(problem, data=[batch], store=store))
+        trial.fit(replace(problem, data=sample, store=store, identity=None))
     spent = time.monotonic() - begun
-    cost = trial.cost(problem.size) * data_module.size(batch)
-    passes = max(seconds - spent, 0.0) * team.count / n_examples * cost / spent
+    each, cost = sample.seconds_an_example, trial.cost(problem.size)
+    passes = max(seconds - spent, 0.0) * team.count / n_examples * cost / each
     logger.info(
-        "timed: %.3g ms a forward pass of one example; %s for %d examples on %d processes: %.3g passes an example",
-        1000 * spent / cost, engine.duration(seconds), n_examples, team.count, passes,
+        "timed on %d examples in %.3g s: %.3g ms a forward pass of one example; %s for %d examples on %d processes: "
+        "%.3g passes an example",
+        sample.n_examples, spent, 1000 * each / cost, engine.duration(seconds), n_examples, team.count, passes,
     )  # fmt: skip
     return passes
+
+
+class _Sample:
+    """A few examples in pieces of 1, 1, 2, 4 …, until one more would take too long; timed as they are used up.
+
+    Attributes:
+        n_examples: of all pieces that were given out.
+        seconds_an_example: in the last piece, over all kinds of passes.
+    """
+
+    def __init__(self, batch: data_module.Batch, seconds: float) -> None:
+        """Pieces of a batch, for about so many seconds at most; the first two always come."""
+        self._batch, self._seconds = batch, seconds
+        self._stops: list[int] = []
+        self._settled = False
+        self.seconds_an_example = 0.0
+
+    @property
+    def n_examples(self) -> int:
+        return self._stops[-1]
+
+    def __iter__(self) -> Iterator[data_module.Batch]:
+        spent, start, count, taken = 0.0, 0, data_module.size(self._batch), 0.0
+        for number in itertools.count():
+            if self._settled and number == len(self._stops):
+                break
+            stop = self._stops[number] if self._settled else min(max(1, 2 * start), count)
+            begun = time.monotonic()
+            yield data_module.rows(self._batch, start, stop)
+            taken = (time.monotonic() - begun) / (stop - start)
+            spent += taken * (stop - start)
+            if not self._settled:
+                self._stops.append(stop)
+                # The first piece warms up, and tells little. The next has as many examples as all before it together.
+                if stop == count or (number and spent + taken * stop > self._seconds):
+                    self._settled = True
+            start = stop
+        self.seconds_an_example += taken
 
 
 def _small(method: Estimator, size: Size) -> Estimator:
@@ -116,15 +156,3 @@ def _small(method: Estimator, size: Size) -> Estimator:
         except CoarError:
             continue
     return method
-
-
-def first_batch(chunks: Any) -> data_module.Batch:
-    """The first batch of `data.Chunks` that can be read.
-
-    Raises:
-        DataError: there is none.
-    """
-    for chunk in chunks:
-        for _, batch in chunk.read().pieces:
-            return batch
-    raise DataError("the data set is empty; nothing to run on")

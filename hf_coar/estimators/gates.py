@@ -121,14 +121,6 @@ def check_differentiable(values: Tensor, model: nn.Module) -> None:
         )
 
 
-def reached(masked: MaskedModel, output: Output, batch: data_module.Batch) -> bool:
-    """Whether a gradient of the output reaches any gate; one forward pass."""
-    device = next(iter(batch.values())).device
-    gates = [torch.ones(size, device=device, requires_grad=True) for size in masked.components.sizes()]
-    with torch.enable_grad(), masked.gated(gates):
-        return output.of(masked.model, batch).requires_grad
-
-
 def n_blocks(ablated_fraction: float) -> int:
     """Blocks, and so passes, a round."""
     soft = ablated_fraction <= _SOFT_UP_TO

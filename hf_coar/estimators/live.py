@@ -89,7 +89,7 @@ def rounds(
             else:
                 reader.next_round()
                 found = reader.means()
-                cost = FORWARD_AND_BACKWARD + method.spent(found, reader.gates.blocks)
+                cost = FORWARD_AND_BACKWARD + round(method.spent(found, reader.gates.blocks), 1)
         found = {name: value.cpu() for name, value in found.items()}
         weights, errors = method.estimate(found, components.sizes())
         reliability = reader.sums.reliability().cpu() if reader.rounds > 1 else None

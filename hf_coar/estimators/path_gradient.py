@@ -10,6 +10,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from hf_coar import data as data_module
@@ -17,7 +18,7 @@ from hf_coar.errors import CoarError
 from hf_coar.estimators.gates import GateRounds, Sums, n_blocks
 from hf_coar.estimators.outliers import Outliers, find
 from hf_coar.estimators.registry import FORWARD_AND_BACKWARD, Estimator, is_whole, register, single_part
-from hf_coar.estimators.shrinkage import shrink
+from hf_coar.estimators.shrinkage import BLOCK, shrink
 from hf_coar.runs.engine import Part
 from hf_coar.runs.fidelity import correlation, slope
 from hf_coar.runs.measuring import parts_of
@@ -120,16 +121,25 @@ class PathGradient(Estimator):
             NonFiniteOutputError: the model gave NaN or infinity.
         """
         gates = self.gates(problem)
-        parts = [part for part in self.parts(problem.size) if part.kind == "rounds"]
+        (part,) = (part for part in self.parts(problem.size) if part.kind == "rounds")
 
         def read(batch: data_module.Batch, first: int, part: Part) -> dict[str, Tensor]:
             reader = BatchReader(self, gates, batch, first)
             return reader.all_rounds() if self._most_rounds else reader.single()
 
-        reads = problem.compute(parts, read, "gate paths")
-        weights, errors = self.estimate(reads, problem.components.sizes())
-        bias = reads["output"] - (weights * reads["gates"]).sum(1)
-        fit = Fit(weights, bias, errors, self.spent(reads, gates.blocks) + self.check_masks)
+        # Blocks of examples are estimated one by one: all reads together take three times what comes out of them.
+        n_examples, blocks = problem.stream(part, read, "gate paths", BLOCK)
+        shape = (n_examples, len(problem.components))
+        weights, bias, errors, spent = torch.empty(shape), torch.empty(n_examples), None, 0.0
+        for number, reads in enumerate(blocks):
+            rows = slice(number * BLOCK, number * BLOCK + len(reads["output"]))
+            weights[rows], some = self.estimate(reads, problem.components.sizes())
+            bias[rows] = reads["output"] - (weights[rows] * reads["gates"]).sum(1)
+            spent += self.spent(reads, gates.blocks) * len(reads["output"]) / n_examples
+            if some is not None:
+                errors = torch.empty(shape) if errors is None else errors
+                errors[rows] = some
+        fit = Fit(weights, bias, errors, round(spent, 1) + self.check_masks)
         return self._checked(fit, problem) if self.check_masks else fit
 
     def gates(self, problem: Problem) -> GateRounds:
@@ -161,13 +171,13 @@ class PathGradient(Estimator):
 
     @staticmethod
     def spent(reads: Mapping[str, Tensor], blocks: int) -> float:
-        """Forward passes that the reads of an example took on average, to a tenth."""
+        """Forward passes that the reads of an example took on average."""
         if "rounds" not in reads:
             return FORWARD_AND_BACKWARD
         passes = FORWARD_AND_BACKWARD * blocks * float(reads["rounds"].mean())
         if "outliers" in reads:
             passes += 1 + float((reads["outliers"] >= 0).sum(1).float().mean())
-        return round(passes, 1)
+        return passes
 
     @property
     def _most_rounds(self) -> int:

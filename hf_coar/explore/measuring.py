@@ -11,7 +11,6 @@ from torch import Tensor
 
 from hf_coar import editing, masking, models
 from hf_coar.attributions import Attributions
-from hf_coar.data import Identity
 from hf_coar.editing import edited
 from hf_coar.errors import CoarError
 from hf_coar.explore import columns
@@ -182,7 +181,7 @@ def _subset(source: Source, rows: Sequence[int]) -> Attributions:
     """Attributions of some examples only; no other row is read."""
     whole = source.attributions
     weights = torch.stack([whole.row(row) for row in rows])
-    identity = Identity(whole.identity.signatures[list(rows)], whole.identity.labels[list(rows)])
+    identity = whole.identity.rows(list(rows))
     return Attributions(weights, whole.bias[list(rows)], None, whole.components, identity, whole.config)
 
 

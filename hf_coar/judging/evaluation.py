@@ -120,11 +120,12 @@ def evaluate(
     settings = {"task": "evaluate", "seed": seed, "n_masks": n_masks, "model": {"fingerprint": fingerprint}}
     settings |= {"output": output.name, "components": attributions.components.to_json()}
     settings |= {"dtype": options.dtype} if options.dtype else {}
+    batches = data_module.batches(data, options.batch_size)
     predicted, measured = {}, {}
     with workers.folder(out) as folder:
         for fraction in fractions:
             store = Store(folder / f"fraction-{fraction:g}", {**settings, "ablated_fraction": fraction})
-            batches = data_module.batches(data, options.batch_size)
+            store.expect(attributions.identity, attributions.provenance.skipped)
             problem = Problem(masked, batches, output, fraction, seed, store, attributions.identity)
             masks = sampling.Masks(len(masked), fraction, n_masks, seed, sampling.EVALUATION)
             measured[fraction] = problem.measure(masks)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from hf_coar import models
 from hf_coar.components import Components, Group
 from hf_coar.errors import CoarError
 from hf_coar.masking import layout, weights
@@ -90,6 +91,7 @@ def gated(
     of_groups = {group.parameter: tensor for group, tensor in zip(components.groups, tensors, strict=True)}
     state = Pass(rows.pop() if rows else None, fired, of_groups)
     with ExitStack() as stack:
+        stack.enter_context(models.held(model))
 
         def note_run(module: nn.Module, inputs: Any, output: Any) -> None:
             fired.ran = fired.ran or not state.idle

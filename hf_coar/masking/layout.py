@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from hf_coar import models
 from hf_coar.errors import CoarError, ModelError
 
 _PAIR, _TRIPLE = (0, 1), (0, 1, 0)
@@ -279,6 +280,8 @@ def probe(
             run(_PAIR, pair)
             run(_TRIPLE, triple)
         except (RuntimeError, ValueError, IndexError) as error:
+            if models.is_out_of_memory(error):
+                raise  # whoever runs it may try with fewer examples
             raise ModelError(
                 f"{type(model).__name__} does not run on two or three examples of the batch, so that gates cannot be "
                 f"told apart by example ({type(error).__name__}: {str(error)[:200]}); use one mask for all of them, "
@@ -327,14 +330,8 @@ def _two_rows(leaves: Sequence[Any], divided: Sequence[bool], n_examples: int) -
 
 @contextmanager
 def _undisturbed(model: nn.Module, leaves: Sequence[Any]) -> Iterator[None]:
-    """Evaluation mode, no gradients and random numbers as if nothing had run."""
-    training = [module for module in model.modules() if module.training]
+    """Evaluation mode, no gradients; state and random numbers afterwards as if nothing had run."""
     devices = list({leaf.device for leaf in leaves if isinstance(leaf, Tensor) and leaf.device.type == "cuda"})
-    try:
-        for module in training:
-            module.training = False
-        with torch.no_grad(), torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        for module in training:
-            module.training = True
+    with models.state_kept(model), torch.no_grad(), torch.random.fork_rng(devices=devices):
+        model.eval()
+        yield

@@ -74,6 +74,10 @@ class MaskedModel:
         kept = self.components.check_kept(kept)
         if how not in _HOW:
             raise CoarError(f"how={how!r}; there are {', '.join(map(repr, _HOW))}")
+        with models.held(self.model):
+            yield from self._ablated(kept, how)
+
+    def _ablated(self, kept: Tensor, how: str) -> Iterator[nn.Module]:
         if how == "auto":
             how = "weights" if self._by_weights(kept) else "hooks"
         if how == "hooks":
@@ -112,7 +116,7 @@ class MaskedModel:
         Raises:
             CoarError: a weight that cannot be changed; nothing has been changed then.
         """
-        with torch.no_grad():
+        with torch.no_grad(), models.held(self.model):
             kept = self.components.check_kept(kept)
             # All of them are made, and so checked, before the first is applied.
             for edit in list(weights.edits(self.model, self.components, kept, self._tensors)):
@@ -172,6 +176,7 @@ def ablate(model: nn.Module, components: Components, kept: Any, how: str = "auto
         CoarError: a wrong shape or gates outside 0 … 1; a module with gates that did not run as a module; a batch that
             the rows do not fit; a weight that cannot be changed.
         ModelMismatchError: the components are not this model's.
+        ModelError: another thread or task holds the model: it has ablated components of it, or runs it.
     """
     kept = components.check_kept(kept)
     with MaskedModel(model, components).ablated(kept, how):

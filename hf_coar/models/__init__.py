@@ -4,17 +4,28 @@ Nothing here, or above, asks for a model's name: only for the library it comes f
 interfaces (`get_classifier`, `get_output_embeddings`, `get_input_embeddings`) say.
 """
 
-from hf_coar.models.calling import device_of, embedding_modules, frozen, logits, output_modules
+from hf_coar.models.calling import (
+    device_of,
+    embedding_modules,
+    frozen,
+    is_out_of_memory,
+    logits,
+    output_modules,
+)
+from hf_coar.models.holding import check_usable, held, state_kept
 from hf_coar.models.loading import load_architecture, load_model, load_snippet, save_model
 from hf_coar.models.records import check_edit, copy_with_record, fingerprint, library, record
 
 __all__ = [
     "check_edit",
+    "check_usable",
     "copy_with_record",
     "device_of",
     "embedding_modules",
     "fingerprint",
     "frozen",
+    "held",
+    "is_out_of_memory",
     "library",
     "load_architecture",
     "load_model",
@@ -23,4 +34,5 @@ __all__ = [
     "output_modules",
     "record",
     "save_model",
+    "state_kept",
 ]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_coar.errors import CoarError, ModelError
+from hf_coar.models.holding import check_usable, held, state_kept
 from hf_coar.models.records import library
 
 
@@ -63,23 +64,35 @@ def _logits_of(output: Any, model: nn.Module) -> Tensor:
     return found
 
 
+_CHECKPOINTING = ("gradient_checkpointing", "grad_checkpointing", "use_checkpoint")  # transformers, timm, others
+
+
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradient to any parameter, with every flag put back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        model.eval()
-        for parameter, _ in wanted:
-            if parameter.is_floating_point():
-                parameter.requires_grad_(False)
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        for parameter, required in wanted:
-            if parameter.is_floating_point():
-                parameter.requires_grad_(required)
+    """Evaluation mode and no gradient to any parameter; flags, buffers and attributes are put back afterwards.
+
+    Gradient checkpointing is off inside: it would run modules again in the backward, when their hooks are gone.
+
+    Raises:
+        ModelError: another thread holds the model, or it is of a kind that cannot be held, see `holding.check_usable`.
+    """
+    check_usable(model)
+    with held(model), state_kept(model):
+        wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        try:
+            model.eval()
+            for module in model.modules():
+                for name in _CHECKPOINTING:
+                    if vars(module).get(name) is True:
+                        setattr(module, name, False)
+            for parameter, _ in wanted:
+                if parameter.is_floating_point():
+                    parameter.requires_grad_(False)
+            yield
+        finally:
+            for parameter, required in wanted:
+                if parameter.is_floating_point():
+                    parameter.requires_grad_(required)
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -123,3 +136,13 @@ def embedding_modules(model: nn.Module) -> list[nn.Module]:
     """Modules that look up vectors of tokens, positions or types."""
     # A vision model's "input embedding" is its patch convolution, which holds filters like any other.
     return [module for module in model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)]
+
+
+_OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on whatever device."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _OUT_OF_MEMORY)

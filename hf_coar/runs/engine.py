@@ -6,125 +6,36 @@ run's folder; no process waits for another while they run, and whoever is done t
 
 import contextlib
 import logging
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from hf_coar import data as data_module
 from hf_coar import models
+from hf_coar.data import Identity
 from hf_coar.errors import CoarError, DataError
+from hf_coar.models import is_out_of_memory
 from hf_coar.runs import workers
+from hf_coar.runs.outbox import SHORT, Outbox
 from hf_coar.runs.progress import Progress, duration
+from hf_coar.runs.running import Running, autocast, current, placed, running
 from hf_coar.runs.store import Store
 from hf_coar.runs.workers import Team, processes
 
-__all__ = ["Part", "Running", "duration", "placed", "processes", "run", "running"]
+__all__ = ["Part", "Running", "current", "duration", "is_out_of_memory", "placed", "processes", "run", "running"]
 
 logger = logging.getLogger(__name__)
 
 Compute = Callable[[data_module.Batch, int, "Part"], Mapping[str, Tensor]]
 
-_OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
 _POLL = 0.1  # seconds between two looks at what the others are doing
 _PATIENCE = 2.0  # seconds without any news after which a unit in progress counts as abandoned, or three units' time
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-# ---------------------------------------------------------------------------------------------------------- how to run
-
-
-@dataclass(frozen=True)
-class Running:
-    """How passes run. Nothing here changes the numbers beyond rounding, and none but `dtype` is stored.
-
-    Attributes:
-        dtype: "bfloat16" or "float16": matrix products and convolutions in lower precision (autocast). That is rounding
-            of a few per cent, so it is recorded, and a run does not resume with another one.
-        compile: `torch.compile` for masked passes (gates change the model's hooks in every pass, and stay eager); True,
-            or the name of a backend.
-        masks_together: masks in one forward pass, over as many copies of the batch; for batches too small to fill the
-            device.
-        worker: "i/n": this is worker i, counted from 0, of n that were started one by one and share the run's folder.
-        strict: an example that cannot be read is an error; otherwise it is left out, and listed in the run's folder.
-        batch_size: examples a batch, for `datasets` objects and what `load` gives; None for their own.
-        progress: show a progress bar.
-        log_with: where figures of the run go while it runs, see `tracking.tracked`; None for nowhere.
-    """
-
-    dtype: str | None = None
-    compile: bool | str = False
-    masks_together: int = 1
-    worker: str | None = None
-    strict: bool = False
-    batch_size: int | None = None
-    progress: bool = True
-    log_with: Any = None
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        if self.dtype is not None and self.dtype not in _DTYPES:
-            raise CoarError(f"dtype={self.dtype!r}; there are {', '.join(_DTYPES)}, and None for the model's own")
-        if not isinstance(self.masks_together, int) or self.masks_together < 1:
-            raise CoarError(f"masks_together={self.masks_together!r}; must be a whole number, at least 1")
-
-
-_current: ContextVar[Running] = ContextVar("running", default=Running())  # noqa: B039 (frozen)
-
-
-@contextmanager
-def running(**options: Any) -> Iterator[Running]:
-    """Inside the block everything runs with these options, the fields of `Running`; others are as outside of it.
-
-    A context and not arguments of every call, so that what changes speed only cannot get among what changes numbers::
-
-        with coar.running(dtype="bfloat16", batch_size=64, progress=False):
-            attributions = coar.attribute(model, data)
-
-    Raises:
-        CoarError: an unknown option or value.
-    """
-    unknown = sorted(set(options) - set(Running.__dataclass_fields__))
-    if unknown:
-        raise CoarError(f"no option {', '.join(unknown)}; there are {', '.join(Running.__dataclass_fields__)}")
-    token = _current.set(replace(_current.get(), **options))
-    try:
-        yield _current.get()
-    finally:
-        _current.reset(token)
-
-
-def current() -> Running:
-    """The options of the innermost `running` block."""
-    return _current.get()
-
-
-@contextmanager
-def placed(model: nn.Module, device: torch.device) -> Iterator[torch.device]:
-    """The model on a device inside the block, and back afterwards; a model that is dispatched already stays."""
-    home = models.device_of(model)
-    dispatched = _execution_device(model)
-    move = dispatched is None and home.type == "cpu" and device.type != "cpu"
-    try:
-        yield model.to(device) and device if move else dispatched or home
-    finally:
-        if move:
-            model.to(home)
-
-
-def _execution_device(model: nn.Module) -> torch.device | None:
-    """Where accelerate's hooks want the inputs of a model that they spread or offload; None for any other model."""
-    if hasattr(model, "hf_device_map") or any(parameter.is_meta for parameter in model.parameters()):
-        hooks = [getattr(module, "_hf_hook", None) for module in model.modules()]
-        devices = [getattr(hook, "execution_device", None) for hook in hooks]
-        found = next((device for device in devices if device is not None), None)
-        return torch.device(found) if found is not None else models.device_of(model)
-    return None
+_NEIGHBOURS = 16  # batches that are dealt to a process together where there are many, so that shards can join them
 
 
 # ---------------------------------------------------------------------------------------------------------- what to run
@@ -176,7 +87,7 @@ def run(
         data: batches, or what `data.as_batch` makes a batch of.
         parts: the parts of the passes on every batch, all of one kind.
         compute: (batch on the device, index of its first example, part) -> results, tensors [examples, …]. Beside them
-            every shard holds what `data.identity` says of its examples. Where memory runs out it is called again with
+            every shard holds the `data.Identity` of its examples. Where memory runs out it is called again with
             fewer examples.
         what: said by the progress bar.
         progress: show it.
@@ -194,21 +105,27 @@ def run(
     with (
         models.frozen(model),
         placed(model, state.device) as device,
-        _autocast(device, options.dtype),
+        autocast(device, options.dtype),
         Progress(what, progress and options.progress and state.is_main_process) as bar,
     ):
-        job = _Job(store, chunks, parts, compute, device, team, options.strict, what, bar)
-        job.do_own()
-        if team.count > 1:
-            job.take_over()
+        by_hand = team.count > 1 and (options.worker or os.environ.get(workers.WORKER))
+        job = _Job(store, chunks, parts, compute, device, team, options.strict, what, bar, Outbox(store))
+        with job.nothing_lost():
+            job.do_own()
+            if team.count > 1:
+                job.take_over()
+        if by_hand:
+            job.check_others()
     return job.finish()
 
 
-def _autocast(device: torch.device, dtype: str | None) -> contextlib.AbstractContextManager:
-    if dtype is None:
-        return contextlib.nullcontext()
-    # No cache of casted weights: masks change them in place.
-    return torch.autocast(device.type, _DTYPES[dtype], cache_enabled=False)
+@dataclass(frozen=True)
+class _Piece:
+    """Examples of a batch without a hole: the index of the first, the batch on the device, by what they are known."""
+
+    start: int
+    batch: data_module.Batch
+    identity: Identity
 
 
 @dataclass
@@ -224,55 +141,60 @@ class _Job:
     strict: bool
     what: str
     bar: Progress
+    outbox: Outbox
     bounds: dict[int, tuple[int, int]] = field(default_factory=dict)  # of the batches passed so far
+    checked: set[int] = field(default_factory=set)  # batches that were compared with what there is
     fits: int | None = None  # examples that fit into memory at once, once that was found out
     longest: float = 0.0  # seconds of the longest unit
 
     # ---------------------------------------------------------------------------------------------- which units, when
 
-    def _check_first(self, chunk: data_module.Chunk) -> None:
-        """Results that are there already must be of these data: compares the examples of one shard.
-
-        Raises:
-            DataError: they are not.
-        """
-        stored = self.store.of_examples(chunk.start, chunk.stop)
-        if stored is None:
-            return
-        first, results = stored
-        for start, batch in chunk.read().pieces:
-            low, high = max(first, start), min(first + len(results["labels"]), start + data_module.size(batch))
-            if low < high:
-                found = data_module.identity(data_module.rows(batch, low - start, high - start))
-                kept = {name: results[name][low - first : high - first] for name in found}
-                try:
-                    data_module.Identity.of(kept).check(data_module.Identity.of(found))
-                except DataError as error:
-                    raise DataError(
-                        f"{self.store.folder} holds results of other examples: {error}, or choose another folder"
-                    ) from error
+    @contextmanager
+    def nothing_lost(self) -> Iterator[None]:
+        """What is computed is written, whatever ends the block."""
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(CoarError):  # the first error is the one to be told
+                self.outbox.flush()
+            raise
+        self.outbox.flush()
 
     def do_own(self) -> None:
-        """The units that are dealt to this process, batch by batch in their order."""
+        """The units that are dealt to this process, batch by batch in their order.
+
+        Batches of which there are results already are read all the same, and compared with these.
+        """
         count = self.chunks.count
         if count is not None:
             self.bar.total = -(-count * len(self.parts) // self.team.count)
         for chunk in self.chunks:
-            if not self.bounds:
-                self._check_first(chunk)
             self.bounds[chunk.number] = (chunk.start, chunk.stop)
             self.store.check_passed(self.parts[0].kind, chunk.stop)
             units = [(chunk.number, part) for part in range(len(self.parts))]
-            self._do(chunk, [unit for unit in units if self._owner(unit) == self.team.index])
+            units = [unit for unit in units if self._owner(unit) == self.team.index]
+            pieces = None
+            if units and self.store.was_begun(chunk.start, chunk.stop):
+                pieces = self._read(chunk)
+            self._do(chunk, units, pieces)
         if not self.bounds:
             raise DataError("the data set is empty; nothing to run on")
+
+    def check_others(self) -> None:
+        """Compare what other workers had done when this one came, as nobody says that they look at these data."""
+        for chunk in self.chunks:
+            if chunk.number not in self.checked and self.store.was_begun(chunk.start, chunk.stop):
+                self._read(chunk)
 
     def _owner(self, unit: Unit) -> int:
         number, part = unit
         count = self.chunks.count
         # Whole batches, so that nobody decodes those of others; parts of them where there are too few.
         whole = count is None or count >= self.team.count
-        return (number if whole else number * len(self.parts) + part) % self.team.count
+        if not whole:
+            return (number * len(self.parts) + part) % self.team.count
+        many = count is not None and count >= 4 * _NEIGHBOURS * self.team.count
+        return (number // _NEIGHBOURS if many else number) % self.team.count
 
     def take_over(self) -> None:
         """What other processes have left, until nothing is missing.
@@ -280,7 +202,8 @@ class _Job:
         The first missing unit of every process is taken to be in progress, and left to it unless nothing new turns up
         for a while; the others are taken from the end, where their owner comes last. What is done twice does no harm.
         """
-        seen, since = self.store.refresh(), time.monotonic()
+        self.outbox.flush()
+        seen, since = self.store.refresh(now=True), time.monotonic()
         while missing := self._missing():
             in_progress = {self._owner(unit): unit for unit in reversed(missing)}.values()
             free = [unit for unit in missing if unit not in in_progress]
@@ -288,6 +211,7 @@ class _Job:
                 time.sleep(_POLL)
             else:
                 self._do_some(free or missing)
+                self.outbox.flush()
             now = self.store.refresh()
             if now != seen:
                 seen, since = now, time.monotonic()
@@ -299,7 +223,9 @@ class _Job:
     def _do_some(self, units: list[Unit]) -> None:
         if self.chunks.random_access:
             # Two processes that take over at once begin at different places.
-            units = [units[-1 - (self.team.index * len(units) // self.team.count) % len(units)]]
+            taken = units[-1 - (self.team.index * len(units) // self.team.count) % len(units)]
+            short = 0 < self.longest < SHORT  # then with its neighbours, as they share a shard
+            units = [unit for unit in units if unit[0] // _NEIGHBOURS == taken[0] // _NEIGHBOURS] if short else [taken]
         else:
             units = units[len(units) // 2 :]  # passing the stream again costs more than a unit done twice
         numbers = sorted({number for number, _ in units})
@@ -312,21 +238,22 @@ class _Job:
 
     # ------------------------------------------------------------------------------------------------------- one batch
 
-    def _do(self, chunk: data_module.Chunk, units: list[Unit]) -> None:
-        """The missing ones of some units of a batch, which is read only if there are any."""
-        pieces: list[tuple[int, data_module.Batch]] | None = None
+    def _do(self, chunk: data_module.Chunk, units: list[Unit], pieces: list[_Piece] | None = None) -> None:
+        """The missing ones of some units of a batch, which is read only if there are any, or was already."""
         for _, number in units:
             part = self.parts[number]
             if self.team.count > 1:
                 self.store.refresh()
-            todo = bool(self.store.missing(part.name, chunk.start, chunk.stop))
-            if todo:
-                pieces = pieces if pieces is not None else self._read(chunk)
-                for first, last in self.store.missing(part.name, chunk.start, chunk.stop):
-                    self._do_stretch(part, pieces, first, last)
-            self.bar.update(part.cost * (chunk.stop - chunk.start), computed=todo)
+            missing = self.store.missing(part.name, chunk.start, chunk.stop)
+            if missing and pieces is None:
+                pieces = self._read(chunk)
+                missing = self.store.missing(part.name, chunk.start, chunk.stop)  # without those that cannot be read
+            for first, last in missing:
+                self._do_stretch(part, pieces, first, last)
+            self.bar.update(part.cost * (chunk.stop - chunk.start), computed=bool(missing))
 
-    def _read(self, chunk: data_module.Chunk) -> list[tuple[int, data_module.Batch]]:
+    def _read(self, chunk: data_module.Chunk) -> list[_Piece]:
+        """The examples of a batch, compared with those that there are results of."""
         read = chunk.read()
         for index, reason in read.failed.items():
             if self.strict:
@@ -334,18 +261,26 @@ class _Job:
             if index not in self.store.skipped:
                 logger.warning("example %d cannot be read and is left out: %s", index, reason)
                 self.store.skip(index, reason)
-        return [(start, data_module.to_device(batch, self.device)) for start, batch in read.pieces]
+        pieces = []
+        for start, batch in read.pieces:
+            identity = Identity.of_batch(batch)
+            self.store.check_expected(batch, identity, start)
+            self.store.check_examples(identity, start)
+            pieces.append(_Piece(start, data_module.to_device(batch, self.device), identity))
+        self.checked.add(chunk.number)
+        return pieces
 
-    def _do_stretch(self, part: Part, pieces: list[tuple[int, data_module.Batch]], first: int, last: int) -> None:
+    def _do_stretch(self, part: Part, pieces: list[_Piece], first: int, last: int) -> None:
         """One part of the passes on examples first … last - 1 of a batch."""
-        for start, batch in pieces:
-            low, high = max(first, start), min(last, start + data_module.size(batch))
+        for piece in pieces:
+            low, high = max(first, piece.start), min(last, piece.start + len(piece.identity))
             if low < high:
                 begun = time.monotonic()
-                examples = data_module.rows(batch, low - start, high - start)
-                results = self._results(examples, low, part)
-                self.store.write(part.name, low, results | data_module.identity(examples))
-                self._note_time(time.monotonic() - begun)
+                rows = slice(low - piece.start, high - piece.start)
+                results = self._results(data_module.rows(piece.batch, rows.start, rows.stop), low, part)
+                seconds = time.monotonic() - begun
+                self.outbox.add(part.name, low, results | piece.identity.rows(rows).columns(), seconds)
+                self._note_time(seconds)
 
     def _note_time(self, seconds: float) -> None:
         if not self.longest and self.bar.total and self.bar.shown:
@@ -413,10 +348,3 @@ class _Job:
                 len(skipped), n_examples, list(skipped)[:8], self.store.folder / "skipped",
             )  # fmt: skip
         return n_examples
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on whatever device."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _OUT_OF_MEMORY)

@@ -1,6 +1,6 @@
 """A problem: what is to be attributed, and the two ways in which an estimator looks at it: `measure` and `compute`."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_coar.components import Components
-from hf_coar.data import Identity
-from hf_coar.errors import CoarError
+from hf_coar.data import Batch, Identity
+from hf_coar.errors import CoarError, NonFiniteOutputError
 from hf_coar.masking import MaskedModel
 from hf_coar.models.outputs import Output
 from hf_coar.runs.engine import Compute, Part, current, run
@@ -81,20 +81,54 @@ class Problem:
 
         Raises:
             DataError: no examples, or other data than before.
+            NonFiniteOutputError: a result is NaN or infinite; names the example and, where it is of one, the component.
             CoarError: not even one example fits into memory.
         """
-        if self.store is None:
-            raise CoarError("this problem has no store to keep results in")
-        count = run(self.store, self.model, self.data, list(parts), compute, what)
+        count = self._run(parts, compute, what)
         gathered = [self.store.gather(part.name, count) for part in parts]
-        identity = Identity.of(gathered[0])
-        if self.identity is not None:
-            self.identity.check(identity)
-        self.identity = identity
-        names = [name for name in gathered[0] if name not in vars(identity)]
+        self._note(Identity.of(gathered[0]))
+        names = [name for name in gathered[0] if name not in self.identity.columns()]
         if len(gathered) == 1:
             return {name: gathered[0][name] for name in names}
         return {name: torch.cat([results[name] for results in gathered], dim=1) for name in names}
+
+    def stream(self, part: Part, compute: Compute, what: str, block: int) -> tuple[int, Iterator[dict[str, Tensor]]]:
+        """What `compute` gives of one part, a few examples at a time: a run's results may be larger than the memory.
+
+        Args:
+            part: all passes.
+            compute: as for `compute`.
+            what: said by the progress bar.
+            block: examples at a time.
+
+        Returns:
+            how many examples there are, and their results block by block. `identity` is known when all were taken.
+        """
+        count = self._run([part], compute, what)
+        return count - len(self.store.skipped), self._blocks(self.store.blocks(part.name, count, block))
+
+    def _blocks(self, found: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+        identities = []
+        for results in found:
+            identities.append(Identity.of(results))
+            yield {name: value for name, value in results.items() if name not in identities[-1].columns()}
+        self._note(Identity.joined(identities))
+
+    def _note(self, identity: Identity) -> None:
+        if self.identity is not None:
+            self.identity.check(identity)
+        self.identity = identity
+
+    def _run(self, parts: Sequence[Part], compute: Compute, what: str) -> int:
+        if self.store is None:
+            raise CoarError("this problem has no store to keep results in")
+
+        def finite(batch: Batch, first: int, part: Part) -> Mapping[str, Tensor]:
+            results = compute(batch, first, part)
+            _check_finite(results, first, part, self.components)
+            return results
+
+        return run(self.store, self.model, self.data, list(parts), finite, what)
 
     def measure(self, masks: MaskSequence, kind: str = "masks") -> Tensor:
         """Outputs of every example under every mask, float32 [masks, examples].
@@ -129,3 +163,18 @@ class Fit:
     standard_errors: Tensor | None = None
     cost: float | None = None
     checked: dict[str, float] | None = None
+
+
+def _check_finite(results: Mapping[str, Tensor], first: int, part: Part, components: Components) -> None:
+    """Raises `NonFiniteOutputError` naming the first example (counted from `first`) with NaN or infinity."""
+    for name, values in results.items():
+        if not values.is_floating_point() or bool((finite := values.isfinite()).all()):
+            continue
+        row, *place = (~finite).nonzero()[0].tolist()
+        of_components = place and values.shape[1:] == (len(components),)
+        where = f" at component {place[0]} ({components[place[0]]})" if of_components else ""
+        raise NonFiniteOutputError(
+            f"{name!r} of example {first + row} is {float(values[(row, *place)])}{where}, in {part.kind} {part.start} "
+            f"… {part.stop - 1}; look at that example, leave that component out (exclude=…), try a higher precision, "
+            "or a method that does not differentiate, such as hf_coar.Regression(). What was finished before is kept"
+        )

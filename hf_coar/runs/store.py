@@ -1,30 +1,41 @@
 """The folder of a run: frozen settings and write-once shards. A shard's existence means that its unit is done.
 
     run.json                                     what determines the numbers
-    shards/<part>-<start>-<stop>.safetensors     results of one part of the passes on examples start … stop - 1
+    shards/<part>-<start>-<stop>.safetensors     results of one part of the passes on examples start … stop - 1, with
+                                                 the hashes of these examples and of what determines the numbers
     skipped/<index>.json                         an example that could not be read, and why
     length-<kind>.json                           how many examples the data held when all of them were done
 
 No flags, no order, no locks: any number of processes that share the folder can join, die and come back.
 """
 
+import hashlib
 import json
 import logging
 import os
 import re
 import reprlib
-from collections.abc import Iterator, Mapping
+import time
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hf_coar.data import Batch, Identity
+from hf_coar.data.identity import HASH
 from hf_coar.errors import CoarError, CorruptFileError, DataError, RunMismatchError
+from hf_coar.runs.index import Index, Stretch, gaps
 from hf_coar.storage import files
 
 logger = logging.getLogger(__name__)
 
+_RUN = "run"  # word in the header of a shard: a hash of the settings in run.json
+_ANY, _ALL = "any", 2**62  # the part that stands for all of them; more examples than there are
+_LOOKS = 20  # looks at the folder take one part in so many of the time
 _SHARD = re.compile(r"(?P<part>[a-z]+-\d+)-(?P<start>\d+)-(?P<stop>\d+)\.safetensors")
 
 
@@ -46,22 +57,32 @@ class Store:
         """
         self.folder = Path(folder)
         self._shards = self.folder / "shards"
-        self._freeze(json.loads(json.dumps(settings)))  # tuples become lists, as in the file
+        settings = json.loads(json.dumps(settings))  # tuples become lists, as in the file
+        self._about = {_RUN: _stamp(settings)}
+        self._compare(settings)
         files.remove_stale_temporaries(self._shards)
+        for name in sorted(_names_in(self._shards)):
+            if _SHARD.fullmatch(name):
+                self._inspect(self._shards / name)
+        # Not before the shards were looked at: where run.json is gone, they say whose they are.
+        files.write_json(self.folder / "run.json", settings, replace=False)
+        self._compare(settings)  # of several processes that begin at once, one wrote
         self._names: set[str] = set()
-        self._done: dict[str, set[tuple[int, int]]] = {}
+        self._done, self._before = Index(), Index()
         self._skipped: dict[int, str] = {}
-        for path, _, _, _ in self._listing():
-            self._drop_damaged(path)
+        self._known = _Known()
+        self._expected: tuple[Identity, list[int]] | None = None
+        self._next_look = 0.0
         self.refresh()
+        for part in self._done.parts():
+            for stretch in self._done.overlapping(part, 0, _ALL):
+                self._before.add(_ANY, *stretch)
 
-    def _freeze(self, settings: dict[str, Any]) -> None:
+    def _compare(self, settings: dict[str, Any]) -> None:
         path = self.folder / "run.json"
         if not path.exists():
-            # Of several processes that begin at once, one writes, and the others compare with what it wrote.
-            files.write_json(path, settings, replace=False)
-        stored = files.read_json(path)
-        differing = sorted(_differences(stored, settings), key=lambda entry: entry[0])
+            return
+        differing = sorted(_differences(files.read_json(path), settings), key=lambda entry: entry[0])
         if differing:
             raise RunMismatchError(
                 f"{self.folder} holds a run with other settings: "
@@ -69,61 +90,74 @@ class Store:
                 + ". Choose another folder, or go back to those settings"
             )
 
-    def _listing(self) -> Iterator[tuple[Path, str, int, int]]:
-        for path in sorted(self._shards.glob("*.safetensors")):
-            match = _SHARD.fullmatch(path.name)
-            if match:
-                yield path, match["part"], int(match["start"]), int(match["stop"])
-
-    def _drop_damaged(self, path: Path) -> None:
+    def _inspect(self, path: Path) -> None:
+        """Delete a shard that is damaged; one of another run is an error."""
         try:
-            files.read_tensors(path)
+            _, about = files.read_tensors_about(path)
         except CorruptFileError as error:
             logger.warning("%s; it will be computed again", error)
             try:
                 path.unlink(missing_ok=True)
             except OSError as reason:
                 raise CoarError(f"cannot delete the damaged {path}: {reason.strerror}; delete it yourself") from reason
+        else:
+            self._check_run(path, about)
 
-    def refresh(self) -> int:
+    def _check_run(self, path: Path, about: Mapping[str, str]) -> None:
+        if about != self._about:
+            raise RunMismatchError(
+                f"{path} holds results of a run with other settings (its run.json is gone or was exchanged), or of an "
+                f"older hf_coar; choose another folder, or delete {self._shards} to compute them again"
+            )
+
+    # ---------------------------------------------------------------------------------------------------- what is done
+
+    def refresh(self, now: bool = False) -> int:
         """Look for what other processes did meanwhile, trusting it until it is gathered.
+
+        Args:
+            now: even if the last look was a moment ago. Otherwise looks take a twentieth of the time at most: a listing
+                takes the longer, the more shards there are.
 
         Returns:
             How many shards there are.
         """
-        for name in _names_in(self._shards) - self._names:
-            self._names.add(name)
+        begun = time.monotonic()
+        if not now and begun < self._next_look:
+            return len(self._names)
+        new = _names_in(self._shards) - self._names
+        self._names |= new
+        for name in sorted(new):
             match = _SHARD.fullmatch(name)
             if match:
-                self._done.setdefault(match["part"], set()).add((int(match["start"]), int(match["stop"])))
+                self._done.add(match["part"], int(match["start"]), int(match["stop"]))
         for name in _names_in(self.folder / "skipped"):
             index = name.removesuffix(".json")
             if index.isdigit() and int(index) not in self._skipped:
                 self._skipped[int(index)] = str(files.read_json(self.folder / "skipped" / name))
+        done = time.monotonic()
+        self._next_look = done + _LOOKS * (done - begun)
         return len(self._names)
 
-    def missing(self, part: str, start: int, stop: int) -> list[tuple[int, int]]:
+    def missing(self, part: str, start: int, stop: int) -> list[Stretch]:
         """The stretches of examples start … stop - 1 for which a part is not done; skipped examples count as done."""
-        done = self._done.get(part, set())
-        if (start, stop) in done:  # as a rule: the batches are those of before
-            return []
-        gaps, position = [], start
         skipped = [(index, index + 1) for index in self._skipped if start <= index < stop]
-        for first, last in sorted([*done, *skipped]):
-            if last <= position or first >= stop:
-                continue
-            if first > position:
-                gaps.append((position, first))
-            position = max(position, last)
-        return gaps + ([(position, stop)] if position < stop else [])
+        return gaps([*self._done.overlapping(part, start, stop), *skipped], start, stop)
+
+    def was_begun(self, start: int, stop: int) -> bool:
+        """Whether there were results of some of the examples start … stop - 1 when the folder was opened."""
+        return bool(self._before.overlapping(_ANY, start, stop))
 
     def write(self, part: str, start: int, results: Mapping[str, Tensor]) -> None:
         """Store the results of a part for examples from `start` on; the first axis of every tensor is the example."""
         stop = start + next(iter(results.values())).shape[0]
-        path = self._shards / f"{part}-{start:09d}-{stop:09d}.safetensors"
-        files.write_tensors(path, results)
+        path = self._path(part, start, stop)
+        files.write_tensors(path, results, self._about)
         self._names.add(path.name)
-        self._done.setdefault(part, set()).add((start, stop))
+        self._done.add(part, start, stop)
+
+    def _path(self, part: str, start: int, stop: int) -> Path:
+        return self._shards / f"{part}-{start:09d}-{stop:09d}.safetensors"
 
     def skip(self, index: int, reason: str) -> None:
         """Note that an example cannot be read: it is left out of all results."""
@@ -134,6 +168,8 @@ class Store:
     def skipped(self) -> dict[int, str]:
         """Why an example was left out, by its index; in order."""
         return dict(sorted(self._skipped.items()))
+
+    # ------------------------------------------------------------------------------------------------ how many, of what
 
     def length(self, kind: str) -> int | None:
         """How many examples the data held when all parts of this kind were done; None if they never were."""
@@ -146,10 +182,9 @@ class Store:
         Raises:
             DataError: they held another number before, or there are results of examples beyond the last.
         """
-        # A run that was broken off noted no length, so its results are looked at as well.
-        ends = [stop for part, done in self._done.items() if part.startswith(f"{kind}-") for _, stop in done]
         self.check_passed(kind, n_examples)
-        before = max([*ends, self.length(kind) or 0])
+        # A run that was broken off noted no length, so its results are looked at as well.
+        before = max(self._done.end(kind), self.length(kind) or 0)
         if before > n_examples:
             raise DataError(self._other_length(before, f"{n_examples}"))
         files.write_json(self.folder / f"length-{kind}.json", n_examples, replace=False)
@@ -166,12 +201,61 @@ class Store:
             "or choose another folder"
         )
 
-    def of_examples(self, start: int, stop: int) -> tuple[int, dict[str, Tensor]] | None:
-        """The first example and the results of some shard that begins among examples start … stop - 1, if any."""
-        for path, _, first, _ in self._listing():
-            if start <= first < stop:
-                return first, files.read_tensors(path)
-        return None
+    def check_examples(self, identity: Identity, start: int) -> None:
+        """Compare examples from `start` on, as they were read now, with those that there are results of.
+
+        Raises:
+            DataError: they are others; names the first, and in what it differs.
+        """
+        todo = [(start, start + len(identity))]
+        for part in self._done.parts():  # as a rule the first one tells of all: shards agree with each other
+            found = [(stretch, part_of) for part_of in todo for stretch in self._done.overlapping(part, *part_of)]
+            for (first, last), (low, high) in found:
+                results = files.read_tensors(self._path(part, first, last), verify=False)
+                low, high = max(first, low), min(last, high)
+                stored = Identity.of({name: value[low - first : high - first] for name, value in results.items()})
+                with self._same_examples():
+                    stored.check(identity.rows(slice(low - start, high - start)), low)
+            todo = [gap for part_of in todo for gap in gaps(self._done.overlapping(part, *part_of), *part_of)]
+            if not todo:
+                return
+
+    def expect(self, identity: Identity, skipped: Sequence[int] = ()) -> None:
+        """Say beforehand of which examples the results are to be; `check_expected` compares with them.
+
+        Args:
+            identity: of the examples.
+            skipped: indices of examples that it leaves out, as they could not be read.
+        """
+        self._expected = (identity, sorted(skipped))
+
+    def check_expected(self, batch: Batch, identity: Identity, start: int) -> None:
+        """Compare the examples of a batch, from `start` on, with those to be expected, if it was said which.
+
+        Raises:
+            DataError: they are others; names the first, and in what it differs.
+        """
+        if self._expected is None:
+            return
+        expected, skipped = self._expected
+        count, first = len(identity), start - bisect_left(skipped, start)
+        added = [index for index in skipped if start <= index < start + count]
+        if added:
+            raise DataError(f"example {added[0]} could not be read when the attributions were made, and now it can be")
+        if first + count > len(expected):
+            raise DataError(f"the data hold more than the {len(expected)} examples that the attributions are of")
+        expected.rows(slice(first, first + count)).check_batch(batch, start, identity)
+
+    @contextmanager
+    def _same_examples(self) -> Iterator[None]:
+        try:
+            yield
+        except DataError as error:
+            raise DataError(
+                f"{self.folder} holds results of other examples: {error}, or choose another folder"
+            ) from error
+
+    # ------------------------------------------------------------------------------------------------------ the results
 
     def gather(self, part: str, n_examples: int) -> dict[str, Tensor]:
         """A part's results for all examples, in their order: tensors whose first axis is the example.
@@ -180,33 +264,105 @@ class Store:
 
         Raises:
             CorruptFileError: a shard was damaged since the folder was opened, or is gone.
+            RunMismatchError: a shard is of a run with other settings.
+            DataError: two shards are of different examples.
         """
-        gathered: dict[str, Tensor] = {}
-        covered = torch.zeros(n_examples, dtype=torch.bool)
-        for path, shard_part, start, stop in self._listing():
-            if shard_part != part or start >= n_examples:
-                continue
-            for name, values in files.read_tensors(path).items():
-                if name not in gathered:
-                    gathered[name] = values.new_zeros((n_examples, *values.shape[1:]))
-                gathered[name][start:stop] = values[: n_examples - start]
-            covered[start:stop] = True
-        skipped = [index for index in self._skipped if index < n_examples]
-        covered[skipped] = True
-        if not covered.all():
-            first = int((~covered).nonzero()[0])
-            raise CorruptFileError(f"{self._shards} lacks results of {part} for example {first}; run it again")
-        if skipped:
-            covered[skipped] = False
-            gathered = {name: values[covered] for name, values in gathered.items()}
-        return gathered
+        return next(self.blocks(part, n_examples, n_examples), {})
+
+    def blocks(self, part: str, n_examples: int, size: int) -> Iterator[dict[str, Tensor]]:
+        """What `gather` gives, `size` examples at a time; every shard is read once."""
+        if self.missing(part, 0, n_examples):
+            self.refresh(now=True)  # another process may have done it
+        kept = [index for index in range(n_examples) if index not in self._skipped]
+        opened: dict[Stretch, dict[str, Tensor]] = {}  # shards that reach into the next block
+        for first in range(0, len(kept), size):
+            yield self._joined(part, kept[first : first + size], opened)
+
+    def _joined(self, part: str, indices: Sequence[int], opened: dict[Stretch, dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Some examples' results out of the shards that hold them."""
+        start, stop = indices[0], indices[-1] + 1
+        joined: dict[str, Tensor] = {}
+        covered = torch.zeros(stop - start, dtype=torch.bool)
+        stretches = self._done.overlapping(part, start, stop)
+        if not all(self._path(part, *stretch).exists() for stretch in stretches):  # somebody deleted some
+            self._names, self._done = set(), Index()
+            self.refresh(now=True)
+            stretches = self._done.overlapping(part, start, stop)
+        for stretch in stretches:
+            results = opened.pop(stretch, None) or self._open(part, stretch)
+            first, last = stretch
+            low, high = max(first, start), min(last, stop)
+            for name, values in results.items():
+                if name not in joined:
+                    joined[name] = values.new_zeros((stop - start, *values.shape[1:]))
+                joined[name][low - start : high - start] = values[low - first : high - first]
+            covered[low - start : high - start] = True
+            if last > stop:
+                opened[stretch] = results
+        wanted = torch.tensor(indices) - start
+        if not covered[wanted].all():
+            lost = start + int(wanted[~covered[wanted]][0])
+            raise CorruptFileError(f"{self._shards} lacks results of {part} for example {lost}; run it again")
+        return joined if len(wanted) == stop - start else {name: values[wanted] for name, values in joined.items()}
+
+    def _open(self, part: str, stretch: Stretch) -> dict[str, Tensor]:
+        """A shard, checked: whole, of this run, and of the same examples as all that were opened before."""
+        path = self._path(part, *stretch)
+        results, about = files.read_tensors_about(path)
+        self._check_run(path, about)
+        if any(name.startswith(HASH) for name in results):
+            with self._same_examples():
+                self._known.check(Identity.of(results), stretch[0])
+        return results
+
+
+class _Known:
+    """The identity of all examples whose shards were opened so far."""
+
+    def __init__(self) -> None:
+        self._columns: dict[str, Tensor] = {}
+        self._seen = torch.zeros(0, dtype=torch.bool)
+
+    def check(self, identity: Identity, start: int) -> None:
+        """Compare the examples from `start` on that were seen before, and note the others."""
+        stop, columns = start + len(identity), identity.columns()
+        if stop > len(self._seen):
+            self._grow(max(stop, 2 * len(self._seen)), columns)
+        seen = self._seen[start:stop]
+        if seen.any():
+            rows = seen.nonzero().flatten()
+            known = Identity.of({name: column[rows + start] for name, column in self._columns.items()})
+            known.check(identity.rows(rows), start + int(rows[0]))
+        for name in self._columns:
+            self._columns[name][start:stop] = columns[name]
+        self._seen[start:stop] = True
+
+    def _grow(self, size: int, columns: Mapping[str, Tensor]) -> None:
+        old, count = self._columns or columns, len(self._seen)
+        self._columns = {name: column.new_zeros((size, *column.shape[1:])) for name, column in old.items()}
+        seen, self._seen = self._seen, torch.zeros(size, dtype=torch.bool)
+        self._seen[:count] = seen
+        for name, column in old.items():
+            self._columns[name][:count] = column[:count]
 
 
 def _names_in(folder: Path) -> set[str]:
     try:
         return set(os.listdir(folder))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return set()
+
+
+def _stamp(settings: dict[str, Any]) -> str:
+    """A hash of settings: equal where `_differences` finds none."""
+    plain = json.dumps(_without_none(settings), sort_keys=True, separators=(",", ":"))
+    return hashlib.blake2b(plain.encode(), digest_size=16).hexdigest()
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(entry) for key, entry in value.items() if entry is not None}
+    return value
 
 
 def _differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -5,6 +5,7 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -79,6 +80,19 @@ def folder(out: str | Path | None) -> Iterator[Path]:
         state.wait_for_everyone()  # the main process's folder goes when it leaves
 
 
+_alone: ContextVar[bool] = ContextVar("alone", default=False)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside the block this process shares nothing with others, whoever started it."""
+    token = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(token)
+
+
 def team(worker: str | None = None) -> Team:
     """This process among all that share the run.
 
@@ -89,6 +103,8 @@ def team(worker: str | None = None) -> Team:
     Raises:
         CoarError: `worker` is not of that form.
     """
+    if _alone.get():
+        return Team()
     state = processes()
     text = worker or os.environ.get(WORKER) or "0/1"
     match = re.fullmatch(r"(\d+)/(\d+)", text)

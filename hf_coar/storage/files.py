@@ -119,12 +119,19 @@ def read_json(path: Path) -> Any:
         raise CorruptFileError(f"cannot read {path} as JSON: {error}") from error
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write tensors as safetensors, atomically, with a checksum of names, dtypes, shapes and bytes in the header."""
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], about: Mapping[str, str] | None = None) -> None:
+    """Write tensors as safetensors, atomically, with a checksum of names, dtypes, shapes and bytes in the header.
+
+    Args:
+        path: the file.
+        tensors: what it holds.
+        about: words for the header, which the checksum covers too.
+    """
     from safetensors.torch import save
 
+    about = dict(about or {})
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
-    write_bytes(path, save(tensors, metadata={_CHECKSUM: checksum(tensors)}))
+    write_bytes(path, save(tensors, metadata={**about, _CHECKSUM: checksum(tensors, about)}))
 
 
 def read_tensors(path: Path, verify: bool = True) -> dict[str, torch.Tensor]:
@@ -137,22 +144,30 @@ def read_tensors(path: Path, verify: bool = True) -> dict[str, torch.Tensor]:
     Raises:
         CorruptFileError: missing, truncated, altered, or written by something else.
     """
+    return read_tensors_about(path, verify)[0]
+
+
+def read_tensors_about(path: Path, verify: bool = True) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """`read_tensors`, and the words in the header."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(str(path), framework="pt") as file:
-            expected = (file.metadata() or {}).get(_CHECKSUM)
+            about = dict(file.metadata() or {})
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (OSError, SafetensorError, ValueError) as error:
         raise CorruptFileError(f"cannot read {path}: {error}") from error
-    if verify and checksum(tensors) != expected:
+    expected = about.pop(_CHECKSUM, None)
+    if verify and checksum(tensors, about) != expected:
         raise CorruptFileError(f"{path} is damaged: its checksum does not match its content")
-    return tensors
+    return tensors, about
 
 
-def checksum(tensors: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes, in the order of the names."""
+def checksum(tensors: Mapping[str, torch.Tensor], about: Mapping[str, str] | None = None) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes, in the order of the names, and over words about them."""
     digest = hashlib.sha256()
+    for name, text in sorted((about or {}).items()):
+        digest.update(f"{name}={text}\n".encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor_bytes(tensor))

@@ -1,0 +1,117 @@
+"""Checks of a model before the first pass, on a few examples: that it repeats itself, and that gradients arrive."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from hf_coar import data as data_module
+from hf_coar import models
+from hf_coar.components import Group
+from hf_coar.errors import ModelError
+from hf_coar.masking import MaskedModel
+from hf_coar.models.outputs import Output
+
+N_EXAMPLES = 4  # enough that a layer of a few ReLUs, all of them off for one example, is on for another
+# Of the largest logit; scripts/measure_identity.py shows how far two forwards are apart. Kernels of a GPU that add up
+# in any order move the last bits, dropout or a random mask the first ones.
+_ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-8}
+_ROUNDING_OF_HALF = 3e-2
+_LEVELS = (0.8, 0.4)  # of all gates: a group is blocked only if it has no gradient at either
+_NAMED = 8
+
+
+def check_repeats(model: nn.Module, batch: data_module.Batch) -> None:
+    """Two equal forwards.
+
+    Args:
+        model: frozen.
+        batch: a few examples, on its device.
+
+    Raises:
+        ModelError: they differ.
+    """
+    with torch.no_grad():
+        first, second = (models.logits(model, batch) for _ in range(2))
+    tolerance = _ROUNDING.get(first.dtype, _ROUNDING_OF_HALF)
+    if first.shape == second.shape:
+        first, second = first.double(), second.double()
+        scale = float(first.abs().nan_to_num(0, 0, 0).max())
+        difference = float((first - second).abs().nan_to_num(0).max())
+        if difference <= tolerance * scale:
+            return
+        found = f"its logits differ by {difference:.3g}, where the largest is {scale:.3g}"
+    else:
+        found = f"its logits have the shapes {list(first.shape)} and {list(second.shape)}"
+    raise ModelError(
+        f"stochastic forward: {type(model).__name__} gives two results for the same examples in evaluation mode "
+        f"({found}); it draws random numbers (F.dropout without training=self.training, a random mask) or keeps a "
+        "state: make its forward repeatable, or have it seed itself"
+    )
+
+
+def blocked(masked: MaskedModel, output: Output, batch: data_module.Batch) -> list[Group]:
+    """The groups that matter to the output although no gradient of it reaches their gates.
+
+    Args:
+        masked: the model, frozen, with its components.
+        output: what is differentiated.
+        batch: some examples, on the model's device.
+    """
+    suspects = list(masked.components.groups)
+    for level in _LEVELS:
+        reached = _reached(masked, output, batch, level)
+        suspects = [group for group in suspects if group.parameter not in reached]
+        if not suspects:
+            return []
+    with torch.no_grad():
+        plain = models.logits(masked.model, batch)
+        # As a rule none of them matters (modules that do not run for these examples), and one pass says so.
+        if _same(plain, _ablated(masked, suspects, batch)):
+            return []
+        return [group for group in suspects if not _same(plain, _ablated(masked, [group], batch))]
+
+
+def check_reached(masked: MaskedModel, output: Output, batch: data_module.Batch) -> None:
+    """Raises `ModelError` if a gradient of the output does not reach some groups, see `blocked`."""
+    groups = blocked(masked, output, batch)
+    if groups:
+        names = ", ".join(group.module for group in groups[:_NAMED]) + (" …" if len(groups) > _NAMED else "")
+        raise ModelError(
+            f"no gradient reaches the gates of {len(groups)} of {len(masked.components.groups)} modules of "
+            f"{type(masked.model).__name__}: {names}; its forward blocks it (detach, "
+            "no_grad, rounding, integer kernels or numpy inside). Use a method that needs none, such as "
+            "hf_coar.Regression(), or exclude these modules"
+        )
+
+
+def _reached(masked: MaskedModel, output: Output, batch: data_module.Batch, level: float) -> set[str]:
+    """Parameters of the groups at whose gates a gradient arrives."""
+    device = next(iter(batch.values())).device
+    gates = [torch.full((size,), level, device=device, requires_grad=True) for size in masked.components.sizes()]
+    with torch.enable_grad():
+        with masked.gated(gates):
+            values = output.of(masked.model, batch)
+        if not values.requires_grad:
+            return set()
+        # Of every example alone: what it moves up may move another one down.
+        signs = torch.linspace(1, 2, len(values), device=values.device)
+        gradients = torch.autograd.grad((values * signs).sum(), gates, allow_unused=True)
+    found = zip(masked.components.groups, gradients, strict=True)
+    return {group.parameter for group, gradient in found if gradient is not None and bool((gradient != 0).any())}
+
+
+def _ablated(masked: MaskedModel, groups: Sequence[Group], batch: data_module.Batch) -> Tensor:
+    names = {group.parameter for group in groups}
+    kept = torch.cat([torch.full((group.size,), group.parameter not in names) for group in masked.components.groups])
+    with masked.ablated(kept):
+        return models.logits(masked.model, batch)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Equal but for rounding: a weight of zeros may be multiplied by another kernel."""
+    if one.shape != other.shape:
+        return False
+    tolerance = _ROUNDING.get(one.dtype, _ROUNDING_OF_HALF)
+    scale = float(one.double().abs().nan_to_num(0, 0, 0).max())
+    return float((one.double() - other.double()).abs().nan_to_num(torch.inf).max()) <= tolerance * scale

@@ -1,0 +1,112 @@
+"""How passes run: precision, compilation, place. Nothing of it changes the numbers beyond rounding, or is stored."""
+
+import contextlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_coar import models
+from hf_coar.errors import CoarError
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Running:
+    """How passes run. Nothing here changes the numbers beyond rounding, and none but `dtype` is stored.
+
+    Attributes:
+        dtype: "bfloat16" or "float16": matrix products and convolutions in lower precision (autocast). That is rounding
+            of a few per cent, so it is recorded, and a run does not resume with another one.
+        compile: `torch.compile` for masked passes (gates change the model's hooks in every pass, and stay eager); True,
+            or the name of a backend.
+        masks_together: masks in one forward pass, over as many copies of the batch; for batches too small to fill the
+            device.
+        worker: "i/n": this is worker i, counted from 0, of n that were started one by one and share the run's folder.
+        strict: an example that cannot be read is an error; otherwise it is left out, and listed in the run's folder.
+        batch_size: examples a batch, for `datasets` objects and what `load` gives; None for their own.
+        progress: show a progress bar.
+        log_with: where figures of the run go while it runs, see `tracking.tracked`; None for nowhere.
+    """
+
+    dtype: str | None = None
+    compile: bool | str = False
+    masks_together: int = 1
+    worker: str | None = None
+    strict: bool = False
+    batch_size: int | None = None
+    progress: bool = True
+    log_with: Any = None
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        if self.dtype is not None and self.dtype not in _DTYPES:
+            raise CoarError(f"dtype={self.dtype!r}; there are {', '.join(_DTYPES)}, and None for the model's own")
+        if not isinstance(self.masks_together, int) or self.masks_together < 1:
+            raise CoarError(f"masks_together={self.masks_together!r}; must be a whole number, at least 1")
+
+
+_current: ContextVar[Running] = ContextVar("running", default=Running())  # noqa: B039 (frozen)
+
+
+@contextmanager
+def running(**options: Any) -> Iterator[Running]:
+    """Inside the block everything runs with these options, the fields of `Running`; others are as outside of it.
+
+    A context and not arguments of every call, so that what changes speed only cannot get among what changes numbers::
+
+        with coar.running(dtype="bfloat16", batch_size=64, progress=False):
+            attributions = coar.attribute(model, data)
+
+    Raises:
+        CoarError: an unknown option or value.
+    """
+    unknown = sorted(set(options) - set(Running.__dataclass_fields__))
+    if unknown:
+        raise CoarError(f"no option {', '.join(unknown)}; there are {', '.join(Running.__dataclass_fields__)}")
+    token = _current.set(replace(_current.get(), **options))
+    try:
+        yield _current.get()
+    finally:
+        _current.reset(token)
+
+
+def current() -> Running:
+    """The options of the innermost `running` block."""
+    return _current.get()
+
+
+@contextmanager
+def placed(model: nn.Module, device: torch.device) -> Iterator[torch.device]:
+    """The model on a device inside the block, and back afterwards; a model that is dispatched already stays."""
+    home = models.device_of(model)
+    dispatched = _execution_device(model)
+    move = dispatched is None and home.type == "cpu" and device.type != "cpu"
+    try:
+        yield model.to(device) and device if move else dispatched or home
+    finally:
+        if move:
+            model.to(home)
+
+
+def _execution_device(model: nn.Module) -> torch.device | None:
+    """Where accelerate's hooks want the inputs of a model that they spread or offload; None for any other model."""
+    if hasattr(model, "hf_device_map") or any(parameter.is_meta for parameter in model.parameters()):
+        hooks = [getattr(module, "_hf_hook", None) for module in model.modules()]
+        devices = [getattr(hook, "execution_device", None) for hook in hooks]
+        found = next((device for device in devices if device is not None), None)
+        return torch.device(found) if found is not None else models.device_of(model)
+    return None
+
+
+def autocast(device: torch.device, dtype: str | None) -> contextlib.AbstractContextManager:
+    """Matrix products and convolutions in lower precision inside the block, if one is given."""
+    if dtype is None:
+        return contextlib.nullcontext()
+    # No cache of casted weights: masks change them in place.
+    return torch.autocast(device.type, _DTYPES[dtype], cache_enabled=False)
