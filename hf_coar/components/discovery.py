@@ -1,6 +1,7 @@
 """Finding components: walk the modules, ask each class's rule for its matrices, cut them by the granularity."""
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -9,9 +10,12 @@ from torch.nn.utils import parametrizations, parametrize
 
 from hf_coar.components import experts, heads
 from hf_coar.components.groups import GRANULARITIES, Components, Group, Skipped
-from hf_coar.components.rules import Matrix, is_table, registered, rule_of, searched_inside
+from hf_coar.components.rules import Matrix, registered, rule_of, searched_inside
+from hf_coar.components.unknown import is_table
 from hf_coar.errors import CoarError, NoComponentsError
 from hf_coar.models import check_usable, embedding_modules, output_modules
+
+logger = logging.getLogger(__name__)
 
 _HEAD = "classifier or language-model head (left out unless included)"
 _EMBEDDING = "embedding"
@@ -52,7 +56,8 @@ def find_components(
     Returns:
         The components, in the order of the modules. The classifier or language-model head and the embeddings are left
         out by default; `components.skipped` lists every weight that was left out, with the reason. Of a plain module
-        whose classifier cannot be told, nothing is left out.
+        whose classifier cannot be told, nothing is left out. Where nothing tells the rows of a matrix of an unknown
+        class from its columns, a warning names it, and its group says `guessed`.
 
     Raises:
         ModelError: a lazy module without a shape, TorchScript, or weights of inference mode.
@@ -84,6 +89,7 @@ def find_components(
     skipped += _without_rule(model, found)
     if not groups:
         raise NoComponentsError(_nothing_found(model, found, left_out, granularity, include, exclude))
+    _warn_of_guesses(model, groups.values())
     shared = [_with_sharers(model, group, users[key[0]]) for key, group in groups.items()]
     return Components(tuple(shared), granularity, tuple(skipped))
 
@@ -110,6 +116,7 @@ def _matrices(model: nn.Module) -> list[_Found]:
         for matrix in (module_rule or experts.structural)(module):
             inner = ".".join(part for part in (name, matrix.module) if part)
             found.append(_locate(inner, model.get_submodule(inner), matrix))
+    found = _told_by_their_like(found)
     blocks = heads.head_blocks(model, [(one.module, one.matrix) for one in found])
     return [
         replace(
@@ -119,6 +126,24 @@ def _matrices(model: nn.Module) -> list[_Found]:
         )
         for one in found
     ]
+
+
+def _told_by_their_like(found: Sequence[_Found]) -> list[_Found]:
+    """Guessed axes (of a square matrix, often) become known where the class's other matrices of this name are."""
+    known: dict[tuple[str, str], set[tuple[int | None, int | None]]] = {}
+    for one in found:
+        if not one.matrix.guessed:
+            axes = (one.matrix.output_axis, one.matrix.input_axis)
+            known.setdefault((one.module_class, one.matrix.parameter), set()).add(axes)
+
+    def told(one: _Found) -> _Found:
+        axes = known.get((one.module_class, one.matrix.parameter), set()) if one.matrix.guessed else set()
+        if len(axes) != 1:
+            return one
+        ((output_axis, input_axis),) = axes
+        return replace(one, matrix=replace(one.matrix, output_axis=output_axis, input_axis=input_axis, guessed=False))
+
+    return [told(one) for one in found]
 
 
 def _locate(name: str, module: nn.Module, matrix: Matrix) -> _Found:
@@ -246,7 +271,23 @@ def _group(
         by_weights=matrix.by_weights,
         routed=one.expert is not None,
         head_block=one.head_block or None,
+        guessed=matrix.guessed and size > 1,  # of a whole matrix, no axis matters
     )
+
+
+def _warn_of_guesses(model: nn.Module, groups: Iterable[Group]) -> None:
+    """One line that names the classes whose rows and columns nothing but a name tells apart."""
+    places: dict[str, list[str]] = {}
+    for group in groups:
+        if group.guessed:
+            path = group.parameter.removeprefix(f"{group.module}.")
+            places.setdefault(f"{path} of {type(model.get_submodule(group.module)).__name__}", []).append(group.module)
+    if places:
+        logger.warning(
+            "which axis of %s makes the outputs is guessed: no rule knows the class, and neither its sizes nor a bias "
+            "tell (first in %r); if it is wrong, say it with hf_coar.components.rule",
+            _abbreviate(list(places)), next(iter(places.values()))[0],
+        )  # fmt: skip
 
 
 def _users(model: nn.Module) -> dict[int, list[str]]:

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from hf_coar.components.rules import Matrix, own_parameters, rule
+from hf_coar.components.rules import Matrix, rule
+from hf_coar.components.unknown import own_parameters
 
 _LAST = re.compile(r"(.*[._])?(down|down_proj|output_linear|w2|fc2|wo|c_proj|out_proj|dense_4h_to_h|output)([._].*)?")
 _CONTAINER = re.compile(r".*experts?", re.IGNORECASE)
@@ -18,7 +19,7 @@ _STACKS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
 
 def stacked_experts(module: nn.Module) -> list[Matrix]:
     """Parameters [experts, out, in], or [experts, in, out] where the class says that they are transposed."""
-    transposed = _is_transposed(module)
+    transposed, guessed = _is_transposed(module)
     found = []
     for name in _STACKS:
         parameter = dict(module.named_parameters(recurse=False)).get(name)
@@ -35,22 +36,30 @@ def stacked_experts(module: nn.Module) -> list[Matrix]:
                     site="weight",
                     output_stack=stack,
                     input_stack=stack,
+                    guessed=guessed,
                 )
             )
     return found
 
 
-def _is_transposed(module: nn.Module) -> bool:
-    """As the class says (`use_experts_implementation`), or as the shapes say: both matrices share the model's width."""
+def _is_transposed(module: nn.Module) -> tuple[bool, bool]:
+    """Whether the stacks are [experts, in, out], and whether that is guessed.
+
+    As the class says (`use_experts_implementation`), or as the shapes say: both matrices share the model's width.
+    """
     said = getattr(module, "is_transposed", None)
     if isinstance(said, bool):
-        return said
+        return said, False
     up = next(p for n, p in module.named_parameters(recurse=False) if n in ("gate_up_proj", "up_proj"))
     down = module.down_proj
     if up.shape[2] != down.shape[1]:
-        return True
-    # Square stacks: the width of the configuration would not help either. Twice the inner width settles it.
-    return up.shape[1] == down.shape[2] and up.shape[2] == 2 * down.shape[1]
+        return True, False
+    if up.shape[1] != down.shape[2]:
+        return False, False
+    # Without a gate, both ways round fit: the model's own width settles it.
+    widths = {getattr(module, name, None) for name in ("hidden_size", "hidden_dim")}
+    fitting = [axis for axis in (1, 2) if up.shape[axis] in widths]
+    return fitting == [1], len(fitting) != 1
 
 
 @rule("transformers.models.jetmoe.modeling_jetmoe.JetMoeParallelExperts")

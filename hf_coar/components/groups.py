@@ -36,6 +36,7 @@ class Group:
         routed: the module runs on chosen tokens only (an expert), so that its rows do not tell the examples.
         head_block: input columns of one attention head, where the parameter is an attention's output projection.
         scope: of a shared parameter, the module around all its users, whose forward the gates enter; else None.
+        guessed: nothing but the parameter's name tells its output axis from its input axis, see `unknown`.
     """
 
     module: str
@@ -53,6 +54,7 @@ class Group:
     routed: bool = False
     head_block: int | None = None
     scope: str | None = None
+    guessed: bool = field(default=False, compare=False)
 
     @property
     def place(self) -> str:

@@ -14,11 +14,9 @@ output do not show the features (`site="weight"`), gates scale the weight itself
 and for one mask an example the module runs once an example.
 """
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor, nn
 
 from hf_coar.storage.registry import Registry, dotted
@@ -47,6 +45,7 @@ class Matrix:
         input_size: the same for input slices.
         module: path of the module inside that the parameter's name starts from and whose forward gates enter; "" for
             the module itself.
+        guessed: nothing but the parameter's name says which axis is which, see `unknown`.
     """
 
     parameter: str
@@ -63,6 +62,7 @@ class Matrix:
     output_size: int | None = None
     input_size: int | None = None
     module: str = ""
+    guessed: bool = False
 
 
 Rule = Callable[[nn.Module], list[Matrix]]
@@ -263,46 +263,3 @@ def zamba_mixer(module: nn.Module) -> list[Matrix]:
     heads = (0, module.x_proj_weight.shape[0])
     names = ("x_proj_weight", "dt_proj_weight")
     return [Matrix(name, 1, 2, site="weight", output_stack=heads, input_stack=heads) for name in names]
-
-
-_WEIGHT = re.compile(r"weight|kernel|fn|.*(_|\b)(weight|kernel|proj|projection|fn|gate)")
-_TABLE = re.compile(
-    r".*(pos|embed|token|query|queries|latent|table|prompt|rel_|_rel|bias|scale|mask|codebook|pad_|freqs|_ape).*|A_log|D"
-)
-_TIMES_WEIGHT = re.compile(r".*(proj|projection|projection_weight)")
-
-
-def own_parameters(module: nn.Module) -> list[Matrix]:
-    """For modules with matrices of their own: parameters that are named as weights are.
-
-    `weight` is [out, in], as `F.linear` wants it (routers, quantisation-aware layers); a projection is [in, out], as in
-    `x @ projection`; three axes are a stack of matrices [n, out, in]. Modules that hold other packed weights and know
-    their sizes (GPTQ, AWQ) are gated at their output.
-    """
-    found = []
-    for name, parameter in module.named_parameters(recurse=False):
-        if not _is_matrix(name, parameter) or hasattr(module, "num_embeddings") or hasattr(module, "padding_idx"):
-            continue
-        if parameter.dim() == 3:
-            stack = (0, parameter.shape[0])
-            found.append(Matrix(name, 1, 2, site="weight", output_stack=stack, input_stack=stack))
-        elif parameter.dim() == 2:
-            output_axis, input_axis = (1, 0) if _TIMES_WEIGHT.fullmatch(name) else (0, 1)
-            found.append(Matrix(name, output_axis, input_axis, site="weight"))
-    packed = next((name for name in ("qweight", "W_q", "weight") if name in dict(module.named_buffers())), None)
-    out_features, in_features = (getattr(module, name, None) for name in ("out_features", "in_features"))
-    if not found and packed and type(out_features) is int and type(in_features) is int:
-        sizes = {"output_size": out_features, "input_size": in_features}
-        found.append(Matrix(packed, 0, 1, by_weights="never", **sizes))
-    return found
-
-
-def is_table(name: str) -> bool:
-    """Whether a parameter's name says that it is looked up, added or applied entry by entry (positions, decays)."""
-    return _TABLE.fullmatch(name) is not None
-
-
-def _is_matrix(name: str, parameter: Tensor) -> bool:
-    if not _WEIGHT.fullmatch(name) or is_table(name) or not parameter.is_floating_point():
-        return False
-    return sum(size > 1 for size in parameter.shape) >= 2 and parameter.dtype != torch.bool

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from hf_coar.components.groups import Components, Group
 
 BY = ("layer", "head", "module")
+_GUESSED = " (guessed: which axis makes the outputs; say it with hf_coar.components.rule)"
 
 
 def layer_of(names: Sequence[str]) -> dict[str, str]:
@@ -90,6 +91,8 @@ def summary(components: "Components") -> dict[str, Any]:
         entry = {"module": group.module, "parameter": group.parameter, "kind": group.kind, "components": group.size}
         if group.shared_by:
             entry["shared_by"] = list(group.shared_by)
+        if group.guessed:
+            entry["guessed"] = True
         of_layer.setdefault(layers[group.module], []).append(entry)
     reasons: dict[str, dict[str, Any]] = {}
     for skipped in components.skipped:
@@ -120,9 +123,11 @@ def tree(components: "Components") -> str:
             name = f"{name} … {last['layer']} ({len(alike)} alike)"
         lines.append(f"  {name}: {first['components']:,}{' each' if len(alike) > 1 else ''}")
         for (place, kind), entries in groupby(first["groups"], key=lambda e: (_starred(first["layer"], e), e["kind"])):
-            sizes = [entry["components"] for entry in entries]
+            first_entry, *_ = run_of = list(entries)
+            sizes = [entry["components"] for entry in run_of]
             times = f" ({len(sizes)} matrices)" if len(sizes) > 1 else ""
-            lines.append(f"    {place}: {sum(sizes):,} {_plural(kind, sum(sizes))}{times}")
+            guessed = _GUESSED if first_entry.get("guessed") else ""
+            lines.append(f"    {place}: {sum(sizes):,} {_plural(kind, sum(sizes))}{times}{guessed}")
     if content["skipped"]:
         lines.append("left out")
         for entry in content["skipped"]:

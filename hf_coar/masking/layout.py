@@ -89,9 +89,16 @@ class _Sketch:
     entries: Mapping[int, Tensor]
 
 
-def _sketch(value: Any, n: int) -> _Sketch | str:
+@dataclass(frozen=True)
+class _Plain:
+    """A number, a flag, nothing: as it was."""
+
+    value: Any
+
+
+def _sketch(value: Any, n: int) -> "_Sketch | _Plain | str":
     if not isinstance(value, Tensor):
-        return PLAIN if isinstance(value, _PLAIN) else UNKNOWN
+        return _Plain(value) if isinstance(value, _PLAIN) else UNKNOWN
     entries = {}
     x = value.detach()
     for axis, size in enumerate(x.shape):
@@ -105,10 +112,11 @@ def _sketch(value: Any, n: int) -> _Sketch | str:
 _SEEN, _SINGLE, _GUESS = "seen", "single", "guess"
 
 
-def _place(pair: _Sketch | str, triple: _Sketch | str) -> tuple[Place, str]:
+def _place(pair: _Sketch | _Plain | str, triple: _Sketch | _Plain | str) -> tuple[Place, str]:
     """Where the examples are, and how sure the order is: seen, of no matter (one entry each), or a guess (both fit)."""
-    if isinstance(pair, str) or isinstance(triple, str):
-        return (pair if pair == triple else UNKNOWN), _SINGLE
+    if not isinstance(pair, _Sketch) or not isinstance(triple, _Sketch):
+        # A number that changes with the examples (tokens an expert) would be wrong for each of them alone.
+        return (PLAIN if isinstance(pair, _Plain) and pair == triple else UNKNOWN), _SINGLE
     if pair.shape == triple.shape:
         return SHARED, _SINGLE
     grown = [axis for axis, (a, b) in enumerate(zip(pair.shape, triple.shape, strict=False)) if a != b]

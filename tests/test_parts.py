@@ -1,0 +1,149 @@
+"""Every part earns its place: without it, attributions or orders are worse, by more than these tests allow.
+
+The figures stand for the demo's network, with seeds that are fixed; each test says what they were with the part and
+without it. Whoever changes an estimator on purpose measures them anew.
+"""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+import hf_coar as coar
+from hf_coar import demo, editing, models
+from hf_coar.editing.rules import forward_selection
+from hf_coar.estimators.shrinkage import shrink
+from hf_coar.models import outputs
+from hf_coar.runs import sampling
+
+N_EXAMPLES, N_MASKS = 24, 40
+
+
+@dataclass
+class Judge:
+    """The demo's images with their measured margins under evaluation masks, and attributions of them."""
+
+    model: torch.nn.Module
+    data: object
+    masks: Tensor
+    measured: Tensor
+
+    def attributed(self, **settings) -> coar.Attributions:
+        return coar.attribute(self.model, self.data, method=coar.PathGradient(**settings), progress=False)
+
+    def correlation(self, attributions: coar.Attributions) -> float:
+        """Mean over the examples of the correlation of predicted and measured margins."""
+        p, m = self._centred(attributions)
+        return float(((p * m).sum(0) / (p.square().sum(0) * m.square().sum(0)).sqrt()).mean())
+
+    def slope(self, attributions: coar.Attributions) -> float:
+        """By how much measured margins move where predicted ones move by one."""
+        p, m = self._centred(attributions)
+        return float((p * m).sum() / p.square().sum())
+
+    def _centred(self, attributions: coar.Attributions) -> tuple[Tensor, Tensor]:
+        predicted = attributions.predict(self.masks)
+        return predicted - predicted.mean(0), self.measured - self.measured.mean(0)
+
+
+@pytest.fixture(scope="module")
+def judge() -> Judge:
+    model, data = coar.load(demo.MODEL, data=demo.IMAGES, split=f"train[:{N_EXAMPLES}]", batch_size=N_EXAMPLES)
+    components = coar.find_components(model)
+    masks = torch.rand(N_MASKS, len(components), generator=torch.Generator().manual_seed(11)) >= 0.05
+    measured, (batch,) = [], list(data)
+    for kept in masks:
+        with torch.no_grad(), coar.ablate(model, components, kept):
+            measured.append(outputs.get("margin")(models.logits(model, batch), batch))
+    return Judge(model, data, masks, torch.stack(measured))
+
+
+@pytest.fixture(scope="module")
+def two_rounds(judge) -> coar.Attributions:
+    return judge.attributed(rounds=2)
+
+
+# ------------------------------------------------------------------------------------------------------ path gradient
+
+
+def test_pairs_of_rounds_are_antithetic(judge, two_rounds, monkeypatch):
+    drawn: dict[tuple, int] = {}
+    draw = sampling.uniforms
+
+    def anew(seed, purpose, example, index, count):
+        """The second time that a draw of a path is asked for, it is another one."""
+        key = (seed, purpose, example, index)
+        drawn[key] = drawn.get(key, -1) + 1
+        return draw(seed + 100 * drawn[key] if purpose == sampling.PATHS else seed, purpose, example, index, count)
+
+    monkeypatch.setattr(sampling, "uniforms", anew)
+    independent = judge.attributed(rounds=2)
+    assert set(drawn.values()) == {1}
+    assert judge.correlation(two_rounds) > judge.correlation(independent) + 0.02
+
+
+def test_smoothing_narrows_from_round_to_round(judge):
+    assert judge.slope(judge.attributed(rounds=8)) == pytest.approx(1.05, abs=0.07)
+
+
+# ---------------------------------------------------------------------------------------------------------- shrinkage
+
+
+def test_shrinkage_makes_two_rounds_better(judge, two_rounds):
+    plain = judge.attributed(rounds=2, shrink=False)
+    assert judge.correlation(two_rounds) > judge.correlation(plain) + 0.02
+
+
+@pytest.mark.parametrize("noise", [1.0, 2.0])
+def test_examples_tell_about_each_other(noise):
+    """Effects that are alike between examples but for their sign are found better than those whose signs are mixed."""
+    generator = torch.Generator().manual_seed(0)
+    n_examples, n_components, rounds = 24, 300, 4
+    size = torch.rand(n_components, generator=generator) * 2
+
+    def error(signs: Tensor) -> float:
+        truth = signs * size
+        reads = truth + noise * torch.randn(rounds, n_examples, n_components, generator=generator)
+        hard = torch.randn(n_examples, n_components, generator=generator)
+        weights, _ = shrink(reads.mean(0), hard, reads.var(0) / rounds, [n_components])
+        return float((weights - truth).square().mean())
+
+    alike = torch.randn(n_examples, 1, generator=generator).sign()
+    mixed = torch.randn(n_examples, n_components, generator=generator).sign()
+    assert error(alike) < 0.7 * error(mixed)
+
+
+# -------------------------------------------------------------------------------------------------- forward selection
+
+
+def sides(gain: list[float], reference: list[list[float]], margins: list[float] | None = None) -> editing.Sides:
+    """One target that is to rise, and references [examples, components]; without margins all of them count alike."""
+    expected = torch.tensor(margins or [1.0] * len(reference), dtype=torch.float64)
+    target, others = -torch.tensor([gain], dtype=torch.float64), torch.tensor(reference, dtype=torch.float64)
+    return editing.Sides([(1, target)], others, expected, 0.0 if margins else None)
+
+
+@pytest.mark.parametrize(("gain", "second"), [(4.5, 2), (3.0, 1)])
+def test_noise_grows_with_the_number_of_components(gain, second):
+    # After component 0, whose drift is 1/2 and gain 10, component 1 cancels the drift and gains 1, component 2 adds
+    # none. The noise of one component is 1/2. The third is better if (10 + gain)² > 11² (1 + 1/2 / noise): from a gain
+    # of 3.47 on with the noise of two components, of 5.56 on with that of one, of 2.30 on with that of four.
+    given = sides([10.0, 1.0, gain], [[1.0, -1.0, 0.0], [0.0, 0.0, 0.0]])
+    assert forward_selection(given, rho=1.5).tolist()[:2] == [0, second]
+
+
+@pytest.mark.parametrize(("gain", "first"), [(1.48, 1), (2.45, 0)])
+def test_references_count_by_half_their_typical_distance(gain, first):
+    # Component 0 harms the reference at a distance of 1 from the boundary, component 1 one at 4, the median. With half
+    # of that as the scale, the near one counts 3.1 times as much (scale 4: 1.6 times, scale 1: 13 times).
+    given = sides([gain, 1.0], [[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]], [1.0, 4.0, 4.0])
+    assert editing.RULES["covariance"](given).tolist()[0] == first
+
+
+@pytest.mark.parametrize(("gain", "first"), [(5.5, 0), (12.0, 1)])
+def test_covariance_counts_little_noise(gain, first):
+    # Component 0 harms nobody, as far as is known. With rho .02, what harms has to gain 10 times as much to come
+    # first; with .2, 3.3 times; with .002, 32 times.
+    given = sides([1.0, gain], [[0.0, 1.0], [0.0, 1.0]])
+    assert editing.RULES["covariance"](given).tolist()[0] == first
