@@ -17,6 +17,7 @@ from hf_coar.components import Components, Group
 from hf_coar.errors import NoComponentsError
 
 ABLATED = 0.15
+SEEN = 1e-6  # of the logits' scale: an ablation that moves them less shows nothing
 
 
 @dataclass
@@ -26,7 +27,8 @@ class Report:
     Attributes:
         differences: "hooks", "weights", "rows", "ones", "rows of ones", "gradient",
             "saved".
-        effect: how far the ablation moved the logits at all.
+        effect: how far zeroing by hand moved the logits at all: the smaller of two draws.
+        inert: zeroing all components by hand moves nothing: they have no effect, whatever a mask does.
         counts: components by granularity.
         unused: parameters that the forward does not use.
         bypassed: parameters that are read without their module running.
@@ -38,6 +40,7 @@ class Report:
 
     differences: dict[str, float] = field(default_factory=dict)
     effect: float = 0.0
+    inert: bool = False
     counts: dict[str, int] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)
     bypassed: list[str] = field(default_factory=list)
@@ -118,8 +121,7 @@ def check(tiny: TinyModel, granularity: str = "unit", seed: int = 0, thorough: b
     report.counts[granularity] = len(components)
     report.by_hooks = all(g.site in ("output", "input") and not g.routed for g in components.groups)
     generator = torch.Generator().manual_seed(seed)
-    kept = torch.rand(2, len(components), generator=generator) >= ABLATED
-    kept[:, 0] = False
+    drawn = torch.rand(2, len(components), generator=generator)
     silent = _silent(tiny, components, plain, report)
     scale = float(plain.abs().max().clamp_min(1e-6))
 
@@ -127,15 +129,16 @@ def check(tiny: TinyModel, granularity: str = "unit", seed: int = 0, thorough: b
         return float((a - b).abs().max()) / scale if a.numel() else 0.0
 
     with torch.no_grad():
+        kept, hand = _with_effect(tiny, components, drawn, silent, plain, far)
+        report.effect = min(far(plain[e], hand[e][e]) for e in range(2))
+        report.inert = report.effect <= SEEN and not kept.any()
         by_weights = [_ablated(tiny, components, row, "weights") for row in kept]
-        by_hand = logits_of(tiny, zeroed_by_hand(tiny.model, components, kept[0]))
-        report.effect = far(plain, by_weights[0])
-        report.differences["weights"] = far(by_hand, by_weights[0])
+        report.differences["weights"] = max(map(far, hand, by_weights))
         reached = kept[0] | silent
-        hand = by_hand if not silent.any() else _ablated(tiny, components, reached, "weights")
-        report.differences["hooks"] = far(hand, _ablated(tiny, components, reached, "hooks"))
+        reached_by_hand = _by_hand(tiny, components, reached) if silent.any() else hand[0]
+        report.differences["hooks"] = far(reached_by_hand, _ablated(tiny, components, reached, "hooks"))
         rows = _ablated(tiny, components, kept, "hooks")
-        report.differences["rows"] = max(far(rows[e], by_weights[e][e]) for e in range(2))
+        report.differences["rows"] = max(far(hand[e][e], rows[e]) for e in range(2))
     if thorough:
         report.differences["ones"] = _ones(tiny, components, plain, (len(components),), far)
         # Modules that run once an example round as batches of one do, so this one need not be bit for bit.
@@ -174,8 +177,44 @@ def _ablated(tiny: TinyModel, components: Components, kept: Tensor, how: str) ->
         return logits_of(tiny)
 
 
+def _by_hand(tiny: TinyModel, components: Components, kept: Tensor) -> Tensor:
+    return logits_of(tiny, zeroed_by_hand(tiny.model, components, kept))
+
+
+def _with_effect(
+    tiny: TinyModel,
+    components: Components,
+    drawn: Tensor,
+    silent: Tensor,
+    plain: Tensor,
+    far: Callable[[Tensor, Tensor], float],
+) -> tuple[Tensor, list[Tensor]]:
+    """One mask an example which moves that example's logits, and the logits with each, zeroed by hand.
+
+    In each at least one component is ablated whose module runs. Masks that move nothing are drawn again with twice the
+    share ablated, up to all of the components: what still moves nothing then has no effect.
+    """
+    first = int((~silent).nonzero()[0]) if not silent.all() else 0
+    masks, hand = [], []
+    for example, row in enumerate(drawn):
+        share = ABLATED
+        while True:
+            kept = row >= share
+            kept[first] = False
+            logits = _by_hand(tiny, components, kept)
+            if far(plain[example], logits[example]) > SEEN or not kept.any():
+                break
+            share *= 2
+        masks.append(kept)
+        hand.append(logits)
+    return torch.stack(masks), hand
+
+
 def _silent(tiny: TinyModel, components: Components, plain: Tensor, report: Report) -> Tensor:
-    """Components whose modules did not run: without effect (noted as unused), or read past their modules."""
+    """Components whose modules did not run: without effect (noted as unused), or read past their modules.
+
+    Which of the two is told by zeroing by hand, so that a mask that does nothing is not taken for a weight that does.
+    """
     most = torch.full((len(components),), 0.75)
     with torch.no_grad(), masking.MaskedModel(tiny.model, components).gated(most.split(components.sizes())) as fired:
         logits_of(tiny)
@@ -183,7 +222,7 @@ def _silent(tiny: TinyModel, components: Components, plain: Tensor, report: Repo
     for name in sorted(missing):
         kept = torch.cat([torch.full((g.size,), g.parameter != name) for g in components.groups])
         with torch.no_grad():
-            changed = not torch.equal(_ablated(tiny, components, kept, "weights"), plain)
+            changed = not torch.equal(_by_hand(tiny, components, kept), plain)
         (report.bypassed if changed else report.unused).append(name)
     return torch.cat([torch.full((g.size,), g.parameter in missing) for g in components.groups])
 
