@@ -5,7 +5,7 @@ interfaces (`get_classifier`, `get_output_embeddings`, `get_input_embeddings`) s
 """
 
 from hf_coar.models.calling import device_of, embedding_modules, frozen, logits, output_modules
-from hf_coar.models.loading import load_architecture, load_model, load_snippet, save_model
+from hf_coar.models.loading import load_architecture, load_model, load_snippet, save_model, saved
 from hf_coar.models.records import check_edit, copy_with_record, fingerprint, library, record
 
 __all__ = [
@@ -23,4 +23,5 @@ __all__ = [
     "output_modules",
     "record",
     "save_model",
+    "saved",
 ]

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from hf_coar.errors import CoarError, CorruptFileError, DataError, RunMismatchError
-from hf_coar.storage import files
+from hf_coar.storage import files, folders
 
 logger = logging.getLogger(__name__)
 
@@ -42,9 +42,9 @@ class Store:
 
         Raises:
             RunMismatchError: the folder holds a run with other settings; the error lists the keys that differ.
-            CoarError: the folder cannot be written.
+            CoarError: the folder holds other things, or cannot be written.
         """
-        self.folder = Path(folder)
+        self.folder = folders.claim(folder, folders.ATTRIBUTIONS)
         self._shards = self.folder / "shards"
         self._freeze(json.loads(json.dumps(settings)))  # tuples become lists, as in the file
         files.remove_stale_temporaries(self._shards)
