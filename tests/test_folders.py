@@ -91,7 +91,9 @@ ATTRIBUTE = ["attribute", DEMO / "model", DEMO / "images.parquet", "--split", "t
 WRITERS = {
     "attribute": attribute,
     "evaluate": evaluate,
-    "judging.evaluate": lambda out: evaluation.evaluate(mlp_attributions(), build_net("mlp").model, data(2), out=out),
+    "judging.evaluate": lambda out: evaluation.evaluate(
+        mlp_attributions(), build_net("mlp").model, data(2), [0.1], 4, 1, out=out
+    ),
     "Store": lambda out: Store(out, {"seed": 0}),
     "save_pretrained": lambda out: tiny().save_pretrained(out),
     "add_evaluation": lambda out: add_evaluation(out, Report()),

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import re
 import tarfile
 import time
 
@@ -365,9 +366,10 @@ def nasty_config():
 def assert_harmless(text):
     """As a reader of Markdown sees it."""
     prose = "".join(part for i, part in enumerate(text.split("```")) if i % 2 == 0)
+    prose = re.sub(r"`[^`\n]*`", "code", prose.replace("\\`", ""))  # what stands in code is shown as it is
     assert "<script" not in prose and "\x1b" not in text and "\u202e" not in text
     assert "# Heading" not in [line.strip() for line in prose.splitlines()]
-    assert "](javascript:" not in prose and "](http://t" not in prose
+    assert not re.search(r"(?<!\\)\]\((javascript|http://t)", prose)
     widths = {line.count("|") - line.count("\\|") for line in prose.splitlines() if line.startswith("| ")}
     assert widths <= {3, 4, 5}, "a value broke out of its cell"
 
@@ -426,6 +428,6 @@ def test_plain_texts_stay_as_they_are():
     ):
         assert escaping.for_markdown(text) == text
     assert escaping.for_markdown("# a\n- b") == "\\# a - b"
-    assert escaping.for_markdown("- a") == "\\- a" and escaping.for_markdown("1. a").endswith("1. a")
-    assert escaping.for_markdown("1. a") != "1. a"
+    assert escaping.for_markdown("- a") == "\\- a" and escaping.for_markdown("1. a") == "1\\. a"
+    assert escaping.for_markdown("[x](y) [1:2]") == "[x\\](y) [1:2]" and escaping.for_markdown("98.0 %") == "98.0 %"
     assert escaping.code_span("a`b|c") == "`a'b\u2502c`"

@@ -216,7 +216,7 @@ class Attributions:
         """Where a model or data set that the provenance names is: a Hub id, or a local path seen from here.
 
         Raises:
-            CoarError: these attributions come from the Hub and name a local path.
+            CoarError: these attributions come from elsewhere and name a local path.
         """
         if name is None or self.origin is None:
             return name
@@ -229,7 +229,13 @@ class Attributions:
             return name
         # Relative paths are of the folder where the run was made, which is around it as a rule.
         around = [Path(name), *(folder / name for folder in self.origin.parents)]
-        return next((str(path) for path in around if path.exists()), name)
+        there = next((str(path) for path in around if path.exists()), None)
+        if there is not None and not self.made_here:
+            raise CoarError(
+                f"{self.origin} was not made here by you, and names {name!r}, which is a path on this machine; if it is "
+                "meant, give it yourself with model=… or data=…"
+            )
+        return there or name
 
     def check_model(self, fingerprint: str, given: Mapping[str, Any] | None = None) -> None:
         """Raises `ModelMismatchError` unless a model with this fingerprint was attributed.
@@ -310,8 +316,8 @@ class Attributions:
         source: str,
         dtype: Any,
         max_shard_size: int | str,
-        provenance: Provenance,
         evaluation: Mapping[str, Any] | None,
+        provenance: Provenance,
         beside: Path | None = None,
     ) -> None:
         """All files into an empty folder; `beside` is the one where they will lie, with its card and pictures."""

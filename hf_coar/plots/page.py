@@ -391,4 +391,4 @@ def _markdown_table(table: _Table) -> str:
 
     ruler = ["--:" if place in table.numbers else "---" for place in range(len(table.head))]
     caption = [f"{for_markdown(table.caption)}:", ""] if table.caption else []
-    return "\n".join([*caption, row(table.head), row(ruler), *map(row, table.rows)])
+    return "\n".join([*caption, row(table.head), f"| {' | '.join(ruler)} |", *map(row, table.rows)])
