@@ -26,6 +26,7 @@ from hf_coar.plots import page
 from hf_coar.runs import checks, engine, sampling, tracking, workers
 from hf_coar.runs.problem import Problem
 from hf_coar.runs.store import Store
+from hf_coar.storage import folders
 
 logger = logging.getLogger(__name__)
 
@@ -124,6 +125,7 @@ def attribute(
     batch_size: int | None = None,
     progress: bool | None = None,
     log_with: Any = None,
+    overwrite: bool = False,
 ) -> Attributions:
     """How much every component contributes to the output of every example.
 
@@ -137,14 +139,15 @@ def attribute(
             `PathGradient()`, or `Regression(solver=ARD())` for models that let no gradient through.
         ablated_fraction: the fraction of components that masks ablate. Predictions are best for ablations of that size.
         seed: of all draws.
-        out: folder of the run. It resumes where it stopped; settings that change the numbers must then be the same. A
-            temporary folder by default.
+        out: folder of the run: new, empty, or one in which a run stopped, which then resumes; settings that change the
+            numbers must be the same. A temporary folder by default.
         budget: decides the number of rounds or masks in the place of the method's own: as many as cost no more than
             this many forward passes an example, or than a time such as `"20 min"` for all of them (one batch is timed
             first; a run that resumes keeps its number).
         batch_size: as `running` has it, for this call.
         progress: the same.
         log_with: the same.
+        overwrite: take an `out` that holds other things as well; files of the same names are replaced.
 
     Returns:
         The attributions, also saved in `out`, with a page `report.html` to look at.
@@ -156,6 +159,8 @@ def attribute(
     """
     sampling.check_fraction(ablated_fraction)
     sampling.check_seed(seed)
+    if out is not None:
+        folders.check(out, folders.ATTRIBUTIONS, overwrite)
     output = outputs.get(output)
     chosen = None if method in ("auto", None) else estimators.get(method)
     with _running(batch_size=batch_size, progress=progress, log_with=log_with) as options:
@@ -163,6 +168,8 @@ def attribute(
         masked = MaskedModel(model, replace(components or find_components(model), fingerprint=None))
         problem = Problem(masked, data_module.batches(data, options.batch_size), output, ablated_fraction, seed)
         chosen = _checked(problem, chosen)
+        if out is not None:
+            folders.claim(out, folders.ATTRIBUTIONS, overwrite)
         with workers.folder(out) as folder:
             chosen = chosen if budget is None else budgets.choose(chosen, budget, problem, folder)
             provenance = _provenance(problem, data, chosen)
@@ -187,6 +194,7 @@ def _attributed(
         attributions = Attributions(
             fit.weights, fit.bias, fit.standard_errors, problem.components, problem.identity, provenance
         )
+        attributions.made_here = True
         run.figures({"reliability": attributions.stability()})
     return attributions
 
@@ -204,6 +212,7 @@ def evaluate(
     batch_size: int | None = None,
     progress: bool | None = None,
     log_with: Any = None,
+    overwrite: bool = False,
 ) -> Report:
     """Compare predictions with the model's outputs under fresh random masks.
 
@@ -219,6 +228,7 @@ def evaluate(
         batch_size: as `running` has it, for this call.
         progress: the same.
         log_with: the same.
+        overwrite: as for `attribute`.
 
     Returns:
         The report; its figures are also saved as `evaluation.json` in `out`, with a page `report.html` to look at.
@@ -228,6 +238,8 @@ def evaluate(
         ModelMismatchError: another model.
         DataError: other data.
     """
+    if out is not None:
+        folders.claim(out, folders.ATTRIBUTIONS, overwrite)
     settings = {"task": "evaluate", "n_masks": n_masks, "seed": seed, "fit": attributions.provenance.to_json()}
     with (
         _running(batch_size=batch_size, progress=progress, log_with=log_with) as options,

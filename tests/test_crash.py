@@ -157,13 +157,12 @@ def test_the_one_that_is_left_takes_over(any_undisturbed, tmp_path):
 # -------------------------------------------------------------------------------------------------- every write step
 
 STEPS = [
-    (files.tempfile, "mkstemp"),
+    (files, "_temporary"),
     (os, "fdopen"),
     (os, "fsync"),
-    (os, "chmod"),
     (os, "replace"),
     (os, "link"),
-    (files, "_sync_folder"),
+    (files, "sync_folder"),
 ]
 
 

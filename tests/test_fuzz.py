@@ -1,11 +1,10 @@
-"""Hostile files: thousands of seeded mutations of a real artefact load, or are a CoarError; nothing else happens."""
+"""Hostile files: two thousand seeded changes of real files are read, or are a CoarError; nothing else happens.
 
-import hashlib
+All twenty thousand, with the same seeds and more: `scripts/fuzz.py`.
+"""
+
 import json
-import random
-import resource
-import struct
-import time
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,15 +13,13 @@ from test_format import tiny
 
 import hf_coar as coar
 from hf_coar.attributions import rows
-from hf_coar.editing import edited
 
-N_BYTES, N_HEADERS, N_JSON = 900, 900, 900
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
-# What JSON may hold where something else is expected; `10**30` and so on are no sizes that may be allocated.
-STRANGE = [
-    None, True, -1, 0, 2**31, 2**63, 10**30, 1.5, float("nan"), float("inf"), "", "x", "../../x", "/etc/passwd",
-    "\ud800", "a" * 5000, [], {}, [[]], {"": ""}, [None] * 50, "attributions-00001-of-00001.safetensors",
-]  # fmt: skip
+import fuzz
+
+# Of each kind as many as take some seconds; the share that must be refused shows that the changes are felt.
+MANY = {"artefact": (700, 0.5), "edit": (400, 0.3), "run": (40, 0.1), "model": (160, 0.2), "flags": (700, 0.3)}
 
 
 @pytest.fixture(scope="module")
@@ -34,139 +31,62 @@ def artefact(tmp_path_factory) -> dict[str, bytes]:
 
 
 def attempt(folder: Path, saved: dict[str, bytes]) -> str:
-    """Write the files, load them, and use what was loaded as a user would."""
+    """Write the files, and use what is loaded from them as a user would."""
     for name, content in saved.items():
-        path = folder / name
-        if not path.exists() or path.read_bytes() != content:
-            path.write_bytes(content)
+        (folder / name).write_bytes(content)
     try:
-        attributions = coar.Attributions.from_pretrained(folder)
-        attributions.verify()
-        attributions.predict(torch.ones(len(attributions.components)))
-        [str(component) for component in attributions.components]
-        attributions.save_pretrained(folder / "again")
+        fuzz.use_artefact(folder, saved)
     except coar.CoarError as error:
         assert str(error)
         return "error"
     return "loaded"
 
 
-def changed_bytes(content: bytes, source: random.Random) -> bytes:
-    """Flip, cut, repeat, insert or zero a few bytes."""
-    data = bytearray(content)
-    for _ in range(source.choice([1, 1, 1, 2, 8])):
-        position = source.randrange(len(data) + 1)
-        length = source.choice([1, 2, 8, 64])
-        what = source.randrange(6)
-        if what == 0 and position < len(data):
-            data[position] ^= 1 << source.randrange(8)
-        elif what == 1:
-            del data[position:]
-        elif what == 2:
-            data[position:position] = source.randbytes(length)
-        elif what == 3:
-            data[position : position + length] = bytes(length)
-        elif what == 4:
-            del data[position : position + length]
-        else:
-            data[position : position + length] = b"\xff" * length
-    return bytes(data)
-
-
-def places(value, path=()):
-    """The path of every entry of nested JSON."""
-    yield path
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, inner in items:
-        yield from places(inner, (*path, key))
-
-
-def changed_json(value, source: random.Random):
-    """Replace, remove, add or swap some entry, keys included."""
-    value = json.loads(json.dumps(value))
-    for _ in range(source.choice([1, 1, 2])):
-        *parents, last = source.choice([path for path in places(value) if path] or [("new",)])
-        holder = value
-        for key in parents:
-            holder = holder[key]
-        what = source.randrange(4)
-        if what == 0 or (isinstance(holder, list) and what == 3):
-            holder[last] = source.choice(STRANGE)
-        elif what == 1:
-            del holder[last]
-        elif what == 2 and isinstance(holder, dict):
-            holder[source.choice(["../x", "new", "files", "\ud800", "a" * 300])] = source.choice(STRANGE)
-        elif isinstance(holder, dict):
-            holder[source.choice(["../../evil", "/tmp/evil", "x", ""])] = holder.pop(last)
-        if not isinstance(value, dict | list):
-            break
-    return value
-
-
 def dumped(value) -> bytes:
     return json.dumps(value).encode()
 
 
-def run(folder: Path, n: int, seed: int, mutate) -> dict[str, int]:
-    counts = {"error": 0, "loaded": 0}
-    source = random.Random(seed)
-    for _ in range(n):
-        counts[attempt(folder, mutate(source))] += 1
-    return counts
+def test_there_are_two_thousand():
+    assert sum(n for n, _ in MANY.values()) == 2000 and sum(fuzz.SHARES.values()) == 20_000
 
 
-@pytest.fixture
-def bounded():
-    """Half a minute of work, and no more memory than the process had before, but for a few megabytes."""
-    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-    yield
-    assert time.process_time() - started < 30
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024  # kilobytes
+@pytest.mark.parametrize("kind", MANY)
+def test_changed_files_are_read_or_refused(kind):
+    n, refused = MANY[kind]
+    tally = fuzz.fuzz(kind, range(n))
+    assert not tally.findings, tally.findings[:5]
+    assert tally.read + tally.refused == n and tally.refused > refused * n and tally.read > 0
 
 
-def test_changed_bytes_of_any_file(tmp_path, artefact, bounded):
-    def mutate(source):
-        name = source.choice(sorted(artefact))
-        return {**artefact, name: changed_bytes(artefact[name], source)}
+def test_the_tally_tells_a_finding(monkeypatch):
+    """Exceptions, deaths and endless loops of a child are found, and the others go on."""
 
-    counts = run(tmp_path, N_BYTES, 1, mutate)
-    assert counts["error"] > N_BYTES // 2  # the rest: changed words of the card, spaces in JSON
+    def use(folder, files):
+        number = int((folder / "number").read_text())
+        if number == 1:
+            raise KeyError("raw")
+        if number == 2:
+            fuzz.os.kill(fuzz.os.getpid(), fuzz.signal.SIGSEGV)
+        while number == 3:
+            pass
+        if number == 4:
+            bytearray(2**40)
+        if number == 5:
+            raise coar.CoarError("x" * 10_000)
 
-
-def signed(saved: dict[str, bytes]) -> dict[str, bytes]:
-    """As a liar would do it: with a configuration that names the checksums of what is really there."""
-    config = json.loads(saved["config.json"])
-    if isinstance(config, dict) and isinstance(config.get("files"), dict):
-        config["files"]["components.json"] = hashlib.sha256(saved["components.json"]).hexdigest()
-    return {**saved, "config.json": dumped(config)}
-
-
-def test_hostile_json_with_right_checksums(tmp_path, artefact, bounded):
-    def mutate(source):
-        name = source.choice(["config.json", "components.json", "components.json"])
-        saved = {**artefact, name: dumped(changed_json(json.loads(artefact[name]), source))}
-        return signed(saved) if name == "components.json" else saved
-
-    counts = run(tmp_path, N_JSON, 2, mutate)
-    assert counts["error"] > N_JSON // 3 and counts["loaded"] > 0
-
-
-def test_hostile_safetensors_headers(tmp_path, artefact, bounded):
-    name = "attributions-00001-of-00002.safetensors"
-    content = artefact[name]
-    (length,) = struct.unpack("<Q", content[:8])
-    header, data = json.loads(content[8 : 8 + length]), content[8 + length :]
-
-    def mutate(source):
-        encoded = dumped(changed_json(header, source))
-        claimed = source.choice([len(encoded)] * 6 + [0, 2**40, 2**64 - 1, len(encoded) - 1])
-        return {
-            **artefact,
-            name: struct.pack("<Q", claimed) + encoded + source.choice([data, data[:-1], data + b"x", b""]),
-        }
-
-    counts = run(tmp_path, N_HEADERS, 3, mutate)
-    assert counts["error"] > 0.9 * N_HEADERS
+    counted = iter(range(100))
+    kind = fuzz.Kind(lambda folder: [{}], lambda files, source: {"number": str(next(counted)).encode()}, use)
+    monkeypatch.setitem(fuzz.KINDS, "edit", kind)
+    monkeypatch.setattr(fuzz, "SECONDS", 0.3)
+    tally = fuzz.fuzz("edit", range(1))
+    assert tally.read == 1
+    found = []
+    for number in range(1, 6):
+        counted = iter([number])
+        found += fuzz.fuzz("edit", range(1)).findings
+    said = [what for _, what in found]
+    assert len(said) == 5 and "KeyError" in said[0] and "died" in said[1] and "too long" in said[2]
+    assert "MemoryError" in said[3] and "10000 characters" in said[4]
 
 
 def test_matrices_of_every_kind_with_right_checksums(tmp_path, artefact):
@@ -215,19 +135,5 @@ def test_deep_and_endless_json(tmp_path, artefact, monkeypatch):
     for content in (b"[" * 200_000, b'{"a":' * 200_000, b"1" * 100_000, b"", b"null", b"[]", b"\xff\xfe", b"NaN"):
         for name in ("config.json", "components.json"):
             assert attempt(tmp_path, {**artefact, name: content}) == "error"
-    monkeypatch.setattr("hf_coar.attributions.artefact._LARGEST_JSON", 100)
+    monkeypatch.setattr("hf_coar.storage.files.LARGEST_JSON", 100)
     assert attempt(tmp_path, artefact) == "error"
-
-
-def test_hostile_records_of_edits(tmp_path):
-    record = {"rule": "welch", "components": ["a"], "parameters": ["a.weight"], "indices": [1], "increase": [0]}
-    record |= {"decrease": [], "base": {"id": "a/b", "library": "timm"}, "data": {}, "figures": [["a", "b", "c"]]}
-    source, folder = random.Random(4), tmp_path / "edited"
-    folder.mkdir()
-    for _ in range(300):
-        (folder / "coar_edit.json").write_bytes(dumped(changed_json(record, source)))
-        try:
-            entries = edited.read_record(folder)
-            edited.write_card(folder, entries, "user/name")
-        except coar.CoarError as error:
-            assert str(error)

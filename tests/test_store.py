@@ -4,17 +4,19 @@ import errno
 import json
 import os
 import random
-import tempfile
 import time
 
 import pytest
 import torch
+from conftest import build_net
 
+from hf_coar import models
+from hf_coar.attributions import rows
 from hf_coar.errors import CoarError, CorruptFileError, RunMismatchError
 from hf_coar.runs import store as store_module
 from hf_coar.runs.index import Index
 from hf_coar.runs.store import Store
-from hf_coar.storage import files
+from hf_coar.storage import files, folders
 
 SETTINGS = {"seed": 0, "model": {"id": "a/b", "fingerprint": "0f"}, "fractions": (0.1, 0.2)}
 VALUES = torch.arange(40.0).view(10, 4)
@@ -30,7 +32,8 @@ def write(store, start, stop, part="masks-000000"):
 
 
 def files_in(folder):
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    paths = (path for path in folder.rglob("*") if path.is_file() and path.name != folders.MARKER)
+    return sorted(path.relative_to(folder).as_posix() for path in paths)
 
 
 def no_temporary_files(folder):
@@ -252,7 +255,7 @@ def full_disk(*args, **kwargs):
 
 
 @pytest.mark.parametrize(
-    ("owner", "name"), [(os, "fsync"), (os, "replace"), (os, "fdopen"), (tempfile, "mkstemp")], ids=lambda x: str(x)
+    ("owner", "name"), [(os, "fsync"), (os, "replace"), (os, "fdopen"), (files, "_temporary")], ids=lambda x: str(x)
 )
 def test_a_full_disk_is_an_error_and_the_run_resumes(store, monkeypatch, owner, name):
     write(store, 0, 4)
@@ -272,8 +275,8 @@ def test_a_read_only_folder_is_an_error(tmp_path, monkeypatch):
     def read_only(*args, **kwargs):
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr(tempfile, "mkstemp", read_only)
-    with pytest.raises(CoarError, match=r"run\.json.*Read-only file system.*another folder"):
+    monkeypatch.setattr(files, "_temporary", read_only)
+    with pytest.raises(CoarError, match=r"run.*Read-only file system.*another folder"):
         Store(tmp_path / "run", SETTINGS)
 
 
@@ -321,9 +324,31 @@ def test_no_temporary_files_after_success(store):
     assert files_in(store.folder) == ["run.json", "shards/masks-000000-000000000-000000010.safetensors"]
 
 
-def test_files_can_be_read_by_others(store):
-    write(store, 0, 10)
-    assert all((store.folder / name).stat().st_mode & 0o444 == 0o444 for name in files_in(store.folder))
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_files_obey_the_umask(tmp_path, umask):
+    """Those that safetensors makes itself as well, which only their owner could read otherwise."""
+    model = torch.nn.Linear(2, 2)
+    before = os.umask(umask)
+    try:
+        write(Store(tmp_path / "run", SETTINGS), 0, 10)
+        rows.save(tmp_path / "rows.safetensors", {"weights": torch.zeros(2, 3)}, {"bias": torch.zeros(2)})
+        models.save_model(model, tmp_path / "model")
+        timm_model = build_net("timm_vit").model
+        models.save_model(timm_model, tmp_path / "timm")
+    finally:
+        os.umask(before)
+    made = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(made) > 8
+    assert {path.stat().st_mode & 0o777 for path in made} == {0o666 & ~umask}
+
+
+def test_what_safetensors_writes_is_synced(tmp_path, monkeypatch):
+    """It puts another file in the place of the one that it was given, so that one is synced."""
+    synced, fsync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.fstat(handle).st_ino) or fsync(handle))
+    path = tmp_path / "rows.safetensors"
+    rows.save(path, {"weights": torch.zeros(2, 3)}, {"bias": torch.zeros(2)})
+    assert path.stat().st_ino in synced
 
 
 # ----------------------------------------------------------------------------------------------------------------- json

@@ -3,7 +3,7 @@
 import hashlib
 import re
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from hf_coar.attributions.provenance import Provenance
 from hf_coar.data import Identity
 from hf_coar.data.identity import HASH
 from hf_coar.errors import CoarError, CorruptFileError
-from hf_coar.storage import cards, files
+from hf_coar.storage import cards, files, swapping
 
 # 2: examples are known by a hash of every entry; 1: by one number, see `data.identity.signatures`.
 FORMATS = (1, 2)
@@ -22,7 +22,6 @@ EVALUATION, PICTURES = "evaluation.json", "pictures"
 UPLOADED = ("attributions*.safetensors", CONFIG, COMPONENTS, EVALUATION, "README.md", "pictures/*.png", cards.RESULTS)
 
 _SHARD = re.compile(r"attributions(-\d{5}-of-\d{5})?\.safetensors")
-_LARGEST_JSON = 256 * 2**20  # bytes; a list of a million components takes a tenth of it
 
 
 def shard_names(n_shards: int) -> list[str]:
@@ -31,11 +30,9 @@ def shard_names(n_shards: int) -> list[str]:
     return [WEIGHTS] if n_shards == 1 else numbered
 
 
-def remove_other_shards(folder: Path, names: Iterable[str]) -> None:
-    """Delete what an earlier save with other shards left behind."""
-    for path in folder.glob("attributions*.safetensors"):
-        if _SHARD.fullmatch(path.name) and path.name not in names:
-            path.unlink(missing_ok=True)
+def shards_in(folder: Path) -> list[str]:
+    """The names of the files of matrices that lie in a folder."""
+    return sorted(path.name for path in folder.glob("attributions*.safetensors") if _SHARD.fullmatch(path.name))
 
 
 def public(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -58,21 +55,18 @@ def write_json(path: Path, value: Any) -> None:
         raise CoarError(f"{path.name} cannot be written: it holds what is no JSON ({error})") from error
 
 
-def read_json(path: Path) -> Any:
-    """Read JSON of a sane size.
-
-    Raises:
-        CorruptFileError: it is no JSON, or too much.
-    """
-    size = path.stat().st_size
-    if size > _LARGEST_JSON:
-        raise CorruptFileError(f"{path} takes {size:,} bytes, which no {path.name} needs; it is not attributions'")
-    return files.read_json(path)
-
-
 def read_evaluation(path: Path) -> dict[str, Any]:
     """Read `evaluation.json`; see `cards.check_evaluation`."""
-    return cards.check_evaluation(read_json(path))
+    return cards.check_evaluation(files.read_json(path))
+
+
+read_json = files.read_json
+
+
+def is_of(evaluation: Mapping[str, Any], fingerprint: str, unknown: bool = True) -> bool:
+    """Whether an evaluation judged the attributions with this fingerprint; `unknown` if it does not say which."""
+    judged = evaluation.get("of")
+    return unknown if judged is None else judged == fingerprint
 
 
 def checksum(path: Path) -> str:
@@ -84,9 +78,17 @@ def checksum(path: Path) -> str:
         raise CorruptFileError(f"cannot read {path}: {error}") from error
 
 
+def size(path: Path) -> int:
+    """Bytes of a file."""
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise CorruptFileError(f"cannot read {path}: {error}") from error
+
+
 def check_folder(folder: Path) -> None:
     """Raises `CoarError` unless a folder holds attributions, or something like it."""
-    absent = [file for file in (CONFIG, COMPONENTS) if not (folder / file).is_file()]
+    absent = [file for file in (CONFIG, COMPONENTS) if not swapping.current(folder, file).is_file()]
     if absent:
         raise CoarError(f"{folder} holds no attributions: it lacks {', '.join(absent)}")
 
@@ -97,7 +99,7 @@ def read_config(path: Path, name: str) -> tuple[dict[str, str], Provenance]:
     Raises:
         CorruptFileError: damaged, of another format, or with names of files that are not ours.
     """
-    config = read_json(path)
+    config = files.read_json(path)
     if not isinstance(config, dict) or config.get("hf_coar_format") not in FORMATS:
         found = config.get("hf_coar_format") if isinstance(config, dict) else None
         raise CorruptFileError(

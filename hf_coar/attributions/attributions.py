@@ -8,6 +8,8 @@ evaluation.json             predicted against measured, if it was evaluated
 README.md                   a card
 """
 
+import hashlib
+import logging
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
@@ -23,7 +25,9 @@ from hf_coar.attributions.rows import Rows
 from hf_coar.components import Components
 from hf_coar.data import Identity
 from hf_coar.errors import CoarError, CorruptFileError, ModelMismatchError, NonFiniteOutputError
-from hf_coar.storage import cards, files, hub
+from hf_coar.storage import cards, files, folders, hub, swapping
+
+logger = logging.getLogger(__name__)
 
 _TOLD = ("class", "library", "id", "revision", "dtype", "n_parameters")
 _VERIFIED_AT_LOAD = 64 * 2**20  # bytes; larger files are checked row by row as they are read, or by `verify`
@@ -51,9 +55,11 @@ class Attributions:
         provenance: model, data, output, method, ablated fraction, seed, cost and versions.
         evaluation: predicted against measured as JSON values, or None; `evaluate` makes it, `save_pretrained` keeps it.
         origin: the folder that they were loaded from, the Hub id, or None where they were made just now.
+        made_here: whether `provenance` comes from this user on this machine, so that local paths in it may be followed.
     """
 
     origin: Path | str | None = None
+    made_here: bool = False
 
     def __init__(
         self,
@@ -223,7 +229,7 @@ class Attributions:
         """Where a model or data set that the provenance names is: a Hub id, or a local path seen from here.
 
         Raises:
-            CoarError: these attributions come from the Hub and name a local path.
+            CoarError: these attributions come from elsewhere and name a local path.
         """
         if name is None or self.origin is None:
             return name
@@ -236,7 +242,13 @@ class Attributions:
             return name
         # Relative paths are of the folder where the run was made, which is around it as a rule.
         around = [Path(name), *(folder / name for folder in self.origin.parents)]
-        return next((str(path) for path in around if path.exists()), name)
+        there = next((str(path) for path in around if path.exists()), None)
+        if there is not None and not self.made_here:
+            raise CoarError(
+                f"{self.origin} was not made here by you, and names {name!r}, which is a path on this machine; if it "
+                "is meant, give it yourself with model=… or data=…"
+            )
+        return there or name
 
     def check_model(self, fingerprint: str, given: Mapping[str, Any] | None = None) -> None:
         """Raises `ModelMismatchError` unless a model with this fingerprint was attributed.
@@ -259,50 +271,82 @@ class Attributions:
             "this one"
         )
 
+    def fingerprint(self) -> str:
+        """Hash of weights and bias, by which an evaluation knows what it judged, as 32 hexadecimal digits."""
+        return _fingerprint(self.matrix(), self.bias)
+
     def save_pretrained(
         self,
         folder: str | Path,
         dtype: str | torch.dtype | None = None,
         max_shard_size: int | str = "5GB",
         report: Figures | None = None,
+        overwrite: bool = False,
     ) -> None:
-        """Save to a folder; a README.md that a person wrote or changed is left as it is.
+        """Save to a folder, all or nothing; a README.md that a person wrote or changed is left as it is.
 
         Args:
-            folder: made if it does not exist.
+            folder: made if it does not exist; otherwise it must be empty, or ours.
             dtype: of the matrices: "float32", or "float16" for half the size.
             max_shard_size: bytes a file, or such as "500MB"; larger matrices are divided between files.
             report: from `evaluate`, to be saved with them and shown on the card.
+            overwrite: take a folder that holds other things as well; files of the same names are replaced.
 
         Raises:
-            CoarError: the folder cannot be written, or the weights do not fit into float16.
+            CoarError: the folder holds other things or cannot be written, the report is of other attributions, or the
+                weights do not fit into float16. What was saved there before is as it was then.
         """
-        self._save(Path(folder), ".", dtype, max_shard_size, report, self.provenance)
+        folder = Path(folder)
+        folders.check(folder, folders.ATTRIBUTIONS, overwrite)
+        evaluation = self._judged(report) or self._left_in(folder)
+        others = [*artefact.shards_in(folder), *([] if evaluation else [artefact.EVALUATION, cards.RESULTS])]
+        with folders.replaced(folder, folders.ATTRIBUTIONS, overwrite, self.made_here, others) as new:
+            self._write(new, ".", dtype, max_shard_size, evaluation, self.provenance, beside=folder)
 
-    def _save(
+    def _judged(self, report: Figures | None) -> dict[str, Any] | None:
+        """The figures that belong to these weights."""
+        evaluation = self.evaluation if report is None else report.to_json()
+        if evaluation is not None and not artefact.is_of(evaluation, self.fingerprint()):
+            if report is not None:
+                raise CoarError("report is of other attributions than these; evaluate these, or save those")
+            logger.warning("the evaluation was of other weights, and is left out; evaluate these")
+            return None
+        return evaluation
+
+    def _left_in(self, folder: Path) -> dict[str, Any] | None:
+        """The evaluation that an earlier save of these weights, or their run, has in its folder."""
+        path = swapping.current(folder, artefact.EVALUATION)
+        if not path.is_file():
+            return None
+        evaluation = artefact.read_evaluation(path)
+        if evaluation.get("of") is None:  # of an older version: it belongs to what lies beside it
+            evaluation["of"] = _fingerprint_in(folder)
+        return evaluation if artefact.is_of(evaluation, self.fingerprint(), unknown=False) else None
+
+    def _write(
         self,
         folder: Path,
         source: str,
         dtype: Any,
         max_shard_size: int | str,
-        report: Figures | None,
+        evaluation: Mapping[str, Any] | None,
         provenance: Provenance,
+        beside: Path | None = None,
     ) -> None:
-        evaluation = self.evaluation if report is None else report.to_json()
-        if evaluation is None and (folder / artefact.EVALUATION).is_file():
-            evaluation = artefact.read_evaluation(folder / artefact.EVALUATION)
-        checksums = self._save_matrices(folder, rows.stored_dtype(dtype), max_shard_size)
+        """All files into an empty folder; `beside` is the one where they will lie, with its card and pictures."""
+        stored = rows.stored_dtype(dtype)
+        checksums = self._save_matrices(folder, stored, max_shard_size)
         artefact.write_json(folder / artefact.COMPONENTS, self.components.to_json())
         checksums[artefact.COMPONENTS] = artefact.checksum(folder / artefact.COMPONENTS)
         if evaluation is not None:
+            weights = rows.as_rows(rows.converted(self.weights, stored))
+            evaluation = {**evaluation, "of": _fingerprint(weights, self.bias)}
             artefact.write_json(folder / artefact.EVALUATION, evaluation)
-        self.write_card(folder, source, provenance, evaluation)
-        # The configuration comes last: where it is, and its checksums are right, the rest is whole.
+        self.write_card(folder, source, provenance, evaluation, beside)
         artefact.write_json(
             folder / artefact.CONFIG,
             {"hf_coar_format": artefact.format_of(self.identity), "files": checksums, **provenance.to_json()},
         )
-        artefact.remove_other_shards(folder, checksums)
 
     def _save_matrices(self, folder: Path, dtype: torch.dtype, max_shard_size: int | str) -> dict[str, str]:
         self._check_finite()  # tensors may have been changed since they were given
@@ -322,24 +366,30 @@ class Attributions:
         return checksums
 
     def write_card(
-        self, folder: Path, source: str, provenance: Provenance, evaluation: Mapping[str, Any] | None
+        self,
+        folder: Path,
+        source: str,
+        provenance: Provenance,
+        evaluation: Mapping[str, Any] | None,
+        beside: Path | None = None,
     ) -> None:
         """Write the card, unless there is one that a person wrote or changed, and the Hub's file of results.
 
         Args:
-            folder: with its `pictures`, if there are any.
+            folder: to write to.
             source: from where the reader loads the attributions: Hub id, or "." for the folder itself.
             provenance: as the card is to show it.
             evaluation: `Report.to_json()`, or None.
+            beside: the folder with the card so far and the `pictures`; by default the same one.
         """
-        path = folder / hub.CARD
-        if not path.exists() or cards.is_generated(path.read_text(encoding="utf-8", errors="replace")):
+        there = folder if beside is None else beside
+        if cards.may_be_replaced(there / hub.CARD):
             pictures = sorted(
-                f"{artefact.PICTURES}/{picture.name}" for picture in (folder / artefact.PICTURES).glob("*.png")
+                f"{artefact.PICTURES}/{picture.name}" for picture in (there / artefact.PICTURES).glob("*.png")
             )
             of = provenance.to_json()
             card = cards.attributions_card(of, len(self), source, evaluation, self.stability(), pictures)
-            files.write_bytes(path, card.encode())
+            files.write_bytes(folder / hub.CARD, card.encode())
         results = cards.evaluation_yaml(provenance.data, evaluation)
         if results is not None:
             files.write_bytes(folder / cards.RESULTS, results.encode())
@@ -372,6 +422,11 @@ class Attributions:
             CorruptFileError: the files are damaged, of another format, or not attributions.
         """
         source = hub.Source(name, revision, token, cache_dir, local_files_only)
+        return source.read_whole(lambda: cls._read(source, verify))
+
+    @classmethod
+    def _read(cls, source: hub.Source, verify: bool | None) -> "Attributions":
+        name = source.name
         if source.is_local:
             artefact.check_folder(Path(name))
         checksums, provenance = artefact.read_config(source.file(artefact.CONFIG), str(name))
@@ -392,10 +447,13 @@ class Attributions:
             components,
             Identity.of(columns),
             provenance,
-            None if evaluation_path is None else artefact.read_evaluation(evaluation_path),
         )
         loaded.origin = Path(name).resolve() if source.is_local else str(name)
-        if verify or (verify is None and sum(path.stat().st_size for path in paths) <= _VERIFIED_AT_LOAD):
+        loaded.made_here = source.is_local and folders.made_here(name)
+        if evaluation_path is not None:
+            loaded.evaluation = artefact.read_evaluation(evaluation_path)
+            loaded.evaluation = loaded._judged(None)
+        if verify or (verify is None and sum(map(artefact.size, paths)) <= _VERIFIED_AT_LOAD):
             loaded.verify()
         return loaded
 
@@ -443,8 +501,21 @@ class Attributions:
                 files.write_bytes(folder / artefact.PICTURES / picture.name, picture.read_bytes())
             if card is not None:
                 files.write_bytes(folder / hub.CARD, Path(card).read_bytes())
-            self._save(folder, repo_id, dtype, max_shard_size, report, self.provenance.public())
+            self._write(folder, repo_id, dtype, max_shard_size, self._judged(report), self.provenance.public())
             return hub.upload(
                 folder, repo_id, artefact.UPLOADED, commit_message, token, create_pr,
                 is_generated=cards.is_generated, stale=("attributions*.safetensors",),
             )  # fmt: skip
+
+
+def _fingerprint(weights: Rows, bias: Tensor) -> str:
+    digest = hashlib.blake2b(weights.fingerprint().encode(), digest_size=16)
+    digest.update(files.tensor_bytes(bias.float()))
+    return digest.hexdigest()
+
+
+def _fingerprint_in(folder: Path) -> str | None:
+    try:
+        return Attributions.from_pretrained(folder, verify=False).fingerprint()
+    except CoarError:
+        return None

@@ -5,7 +5,7 @@ from typing import Any
 
 from hf_coar.attributions import Attributions, Figures, artefact
 from hf_coar.errors import CoarError
-from hf_coar.storage import cards, hub
+from hf_coar.storage import cards, folders, hub
 
 
 def add_evaluation(folder: str | Path, report: Figures) -> None:
@@ -18,8 +18,11 @@ def add_evaluation(folder: str | Path, report: Figures) -> None:
     Raises:
         CoarError: no attributions there, or the folder cannot be written.
     """
+    folders.claim(folder, folders.ATTRIBUTIONS)
     attributions = Attributions.from_pretrained(folder, verify=False)
     evaluation = cards.check_evaluation(report.to_json())
+    if not artefact.is_of(evaluation, attributions.fingerprint()):
+        raise CoarError(f"the evaluation is of other attributions than those in {folder}; evaluate these")
     artefact.write_json(Path(folder) / artefact.EVALUATION, evaluation)
     attributions.write_card(Path(folder), ".", attributions.provenance, evaluation)
 

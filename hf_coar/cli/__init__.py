@@ -30,11 +30,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             result = args.run(args)
         speaks = workers.processes().is_main_process
     except CoarError as error:
-        sys.stderr.write(f"{terminal.red(f'{verb}:', sys.stderr)} {error}\n")
+        terminal.write(f"{terminal.red(f'{verb}:', sys.stderr)} {error}\n", sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
         sys.stderr.write(f"\n{verb}: interrupted; run the same command again to go on from here\n")
         return INTERRUPTED
     if speaks:
-        sys.stdout.write(f"{result}\n")
+        terminal.write(f"{result}\n", sys.stdout)
     return 0

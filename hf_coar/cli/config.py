@@ -2,7 +2,11 @@
 
 import argparse
 import difflib
+import functools
+import os
+import reprlib
 import runpy
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,11 +14,13 @@ from typing import Any
 
 from hf_coar.errors import CoarError
 from hf_coar.runs import workers
-from hf_coar.storage import files
+from hf_coar.storage import files, folders
 
 RUN = "run.yaml"
+_LARGEST = 100_000  # bytes of a file of flags; PyYAML reads some 100 kB a second
+_DEEPEST = 5
 _VERB, _OUT = "verb", "out"
-_OF_THE_CALL = ("config", "json", "dry_run", "worker", "help")  # of this call, not of the run
+_OF_THE_CALL = ("config", "json", "dry_run", "worker", "overwrite", "help")  # of this call, not of the run
 IMPORT = "import_"  # from the command line only: files may come from elsewhere, and this runs code
 _NOT_FLAGS = (_VERB, "run", "config", IMPORT)
 
@@ -81,14 +87,59 @@ def _read(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(_text(path), Loader=_loader())
+        if isinstance(values, Mapping):
+            return {str(key).replace("-", "_"): value for key, value in values.items()}
+    except CoarError:
+        raise
     except (OSError, UnicodeDecodeError) as error:
         raise CoarError(f"--config {path}: cannot be read ({error})") from error
     except yaml.YAMLError as error:
-        raise CoarError(f"--config {path}: this is no YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, Mapping):
-        raise CoarError(f"--config {path}: expected lines such as `rounds: 8`, and found {type(values).__name__}")
-    return {str(key).replace("-", "_"): value for key, value in values.items()}
+        raise CoarError(f"--config {path}: this is no YAML: {' '.join(str(error).split())[:300]}") from error
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:  # such as the 45th of a month
+        raise CoarError(f"--config {path}: holds a value that is none: {error}") from error
+    raise CoarError(f"--config {path}: expected lines such as `rounds: 8`, and found {type(values).__name__}")
+
+
+def _text(path: Path) -> str:
+    """The content of a plain file of a sane size; a pipe would never end."""
+    with open(path, encoding="utf-8", opener=_at_once) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise CoarError(f"--config {path}: this is no plain file")
+        if status.st_size > _LARGEST:
+            raise CoarError(f"--config {path}: {status.st_size:,} bytes are no flags; at most {_LARGEST:,} are read")
+        return file.read()
+
+
+def _at_once(name: str, flags: int) -> int:
+    return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))  # or opening a pipe would wait for its writer
+
+
+@functools.cache
+def _loader() -> Any:
+    """YAML as far as flags need it: texts, numbers and lists of them; no tags, no aliases, which can double a value
+    with every line, and nothing nested deeply."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        depth = 0
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            event = self.peek_event()
+            tagged = getattr(event, "tag", None) not in (None, "!")
+            if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) or tagged:
+                problem = "tags (!) and aliases (&, *) have no use here"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+            if self.depth >= _DEEPEST:
+                raise yaml.MarkedYAMLError(problem="it is nested deeply", problem_mark=event.start_mark)
+            self.depth += 1
+            try:
+                return super().compose_node(parent, index)
+            finally:
+                self.depth -= 1
+
+    return Loader
 
 
 def _apply(verb: argparse.ArgumentParser, values: dict[str, Any], path: Path) -> None:
@@ -101,6 +152,7 @@ def _apply(verb: argparse.ArgumentParser, values: dict[str, Any], path: Path) ->
         values.setdefault(_OUT, str(path.parent))  # a run's own file: the folder in which it lies, wherever that is now
     unknown = sorted(set(values) - set(known))
     if unknown:
+        unknown = [reprlib.repr(key)[1:-1] for key in unknown[:5]]
         close = {key: difflib.get_close_matches(key, known, n=1) for key in unknown}
         told = ", ".join(key + (f" (did you mean {close[key][0]}?)" if close[key] else "") for key in unknown)
         raise CoarError(f"--config {path}: hf-coar {name} has no {told}; it has {', '.join(sorted(known))}")
@@ -118,7 +170,7 @@ def _converted(action: argparse.Action, value: Any, where: str) -> Any:
     """A value of a file as the command line would make it."""
     if action.nargs == 0:
         if not isinstance(value, bool):
-            raise CoarError(f"{where}: {value!r} is neither true nor false")
+            raise CoarError(f"{where}: {reprlib.repr(value)} is neither true nor false")
         return value
     if action.nargs in ("+", "*"):
         return [_one(action, entry, where) for entry in (value if isinstance(value, list) else [value])]
@@ -127,14 +179,19 @@ def _converted(action: argparse.Action, value: Any, where: str) -> Any:
 
 def _one(action: argparse.Action, value: Any, where: str) -> Any:
     if isinstance(value, bool | list | Mapping):
-        raise CoarError(f"{where}: {value!r} is not a single number or word")
+        raise CoarError(f"{where}: {reprlib.repr(value)} is not a single number or word")
     try:
         found = action.type(str(value)) if callable(action.type) else str(value)
-    except (ValueError, argparse.ArgumentTypeError) as error:
-        raise CoarError(f"{where}: {value!r} is not of type {getattr(action.type, '__name__', '?')}") from error
+    except (ValueError, OverflowError, argparse.ArgumentTypeError) as error:  # among them numbers of 5,000 digits
+        raise CoarError(f"{where}: {_short(value)} is not of type {getattr(action.type, '__name__', '?')}") from error
     if action.choices is not None and found not in action.choices:
-        raise CoarError(f"{where}: {value!r}; there are {', '.join(map(str, action.choices))}")
+        raise CoarError(f"{where}: {_short(value)}; there are {', '.join(map(str, action.choices))}")
     return found
+
+
+def _short(value: Any) -> str:
+    """A value for a message; a number of thousands of digits cannot even be written out."""
+    return "this number" if isinstance(value, int) and value.bit_length() > 1000 else reprlib.repr(value)
 
 
 @contextmanager
@@ -150,7 +207,7 @@ def written_back(args: argparse.Namespace) -> Iterator[None]:
 
 def _write(args: argparse.Namespace) -> None:
     out = getattr(args, _OUT, None)
-    if out is None or getattr(args, "dry_run", False) or not Path(out).is_dir():
+    if out is None or getattr(args, "dry_run", False) or folders.kind_of(out) is None:
         return
     if not workers.processes().is_main_process:
         return
@@ -176,4 +233,10 @@ def text(verb: str, values: Mapping[str, Any]) -> str:
     plain = {key: str(value) if isinstance(value, Path) else value for key, value in plain.items()}
     head = f"# hf-coar {verb} --config {RUN} goes on in this folder, with --out elsewhere it does the same again.\n"
     head += "# Flags on the command line win; paths are as they were given.\n"
-    return head + yaml.safe_dump({_VERB: verb, **plain}, sort_keys=False, allow_unicode=True, default_flow_style=False)
+
+    class Dumper(yaml.SafeDumper):
+        def ignore_aliases(self, data: Any) -> bool:
+            return True  # they are not read
+
+    options = {"sort_keys": False, "allow_unicode": True, "default_flow_style": False}
+    return head + yaml.dump({_VERB: verb, **plain}, Dumper=Dumper, **options)

@@ -13,6 +13,7 @@ from hf_coar.cli import completion, config, methods, terminal, verbs
 from hf_coar.components import GRANULARITIES
 from hf_coar.models import outputs
 from hf_coar.runs.tracking import TRACKERS
+from hf_coar.storage.escaping import for_terminal
 
 _TARGETS = "examples as indices (17), ranges (20-39) or labels (label=3)"
 
@@ -29,7 +30,7 @@ class _Parser(argparse.ArgumentParser):
         close = [match[0] for word in words if (match := difflib.get_close_matches(word, known, n=1))]
         hint = f"; did you mean {', '.join(close)}?" if close else ""
         name = terminal.red(f"{self.prog}:", sys.stderr)
-        self.exit(2, f"{name} {message}{hint}\nall flags, with an example: {self.prog} --help\n")
+        self.exit(2, f"{name} {for_terminal(message + hint)}\nall flags, with an example: {self.prog} --help\n")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[argparse.Namespace, list[str]]:
         """As argparse does, except that a verb reports its unknown flags itself, and knows what is close to them."""
@@ -89,6 +90,7 @@ def _attribute(each: Any) -> None:
     _method_flags(verb)
     _running_flags(verb)
     _tracker_flag(verb)
+    _overwrite_flag(verb)
     verb.add_argument("--dry-run", action="store_true", help="say what it would cost and who would do what, and stop")
 
 
@@ -107,6 +109,7 @@ def _evaluate(each: Any) -> None:
     verb.add_argument("--n-masks", type=int, default=100, help="masks a fraction (default %(default)s)")
     verb.add_argument("--seed", type=int, default=1, help="of the masks; not that of the fit (default %(default)s)")
     verb.add_argument("--out", help="folder of the run, which resumes")
+    _overwrite_flag(verb)
     _tracker_flag(verb)
 
 
@@ -128,6 +131,7 @@ def _edit(each: Any) -> None:
         "--step", type=int, metavar="K", help="attribute the model anew, by one pass, after every K components that go"
     )
     verb.add_argument("--out", required=True, help="folder for the edited model")
+    _overwrite_flag(verb)
     verb.add_argument("--data", help="with --step: Hub id, folder or file of the data set; by default as attributed")
     _data_flags(verb)
 
@@ -200,6 +204,12 @@ def _verb(
 def _switch(verb: argparse._ActionsContainer, flag: str, what: str) -> None:
     """On or off; `--no-…` so that the command line can switch off what a file has on."""
     verb.add_argument(flag, action=argparse.BooleanOptionalAction, default=False, help=what)
+
+
+def _overwrite_flag(verb: argparse._ActionsContainer) -> None:
+    verb.add_argument(
+        "--overwrite", action="store_true", help="take a folder with other things; replace files of the same names"
+    )
 
 
 def _model_flags(verb: argparse.ArgumentParser) -> None:

@@ -5,6 +5,8 @@ import os
 import sys
 from typing import TextIO
 
+from hf_coar.storage.escaping import for_terminal
+
 _RED, _BOLD, _FAINT, _OFF = "\033[31m", "\033[1m", "\033[2m", "\033[0m"
 
 
@@ -32,13 +34,18 @@ def _painted(text: str, code: str, stream: TextIO) -> str:
     return f"{code}{text}{_OFF}" if colours(stream) else text
 
 
+def write(text: str, stream: TextIO) -> None:
+    """Write a text whose names may come from anybody: what would drive the terminal is spelled out."""
+    stream.write(for_terminal(text, paint=colours(stream)))
+
+
 class _BesideProgressBars(logging.Handler):
     """Writes above the progress bars instead of through them."""
 
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
 
-        text = self.format(record)
+        text = for_terminal(self.format(record))
         tqdm.write(text if record.levelno > logging.INFO else faint(text, sys.stderr), file=sys.stderr)
 
 

@@ -22,6 +22,7 @@ from hf_coar.estimators import PathGradient, Size, budget
 from hf_coar.plots import page as report
 from hf_coar.runs import engine, workers
 from hf_coar.runs.plan import plan
+from hf_coar.storage import folders as store
 
 
 def components(args: argparse.Namespace) -> str:
@@ -36,6 +37,7 @@ def components(args: argparse.Namespace) -> str:
 
 def attribute(args: argparse.Namespace) -> str:
     """Attribute, or with `--dry-run` say what that would cost."""
+    store.check(args.out, store.ATTRIBUTIONS, args.overwrite)
     model, data = pipeline.load(**_sources(args))
     if args.dry_run:
         return _planned(args, model, data)
@@ -43,7 +45,7 @@ def attribute(args: argparse.Namespace) -> str:
         attributions = pipeline.attribute(
             model, data, _found(model, args), output=args.output, method=methods.chosen(args),
             ablated_fraction=args.ablated_fraction, seed=args.seed, out=args.out, budget=args.budget,
-            log_with=args.log_with,
+            log_with=args.log_with, overwrite=args.overwrite,
         )  # fmt: skip
     summary = {
         "attributions": str(args.out),
@@ -85,11 +87,13 @@ def _planned(args: argparse.Namespace, model: Any, data: Any) -> str:
 
 def evaluate(args: argparse.Namespace) -> str:
     """Compare with the model; figures and pictures go to the attributions that they judge, where those are local."""
+    if args.out is not None:
+        store.check(args.out, store.ATTRIBUTIONS, args.overwrite)
     attributions = Attributions.from_pretrained(args.attributions)
     model, data = pipeline.reopen(attributions, **_sources(args))
     found = pipeline.evaluate(
         attributions, model, data, fractions=args.fractions, n_masks=args.n_masks, seed=args.seed, out=args.out,
-        log_with=args.log_with,
+        log_with=args.log_with, overwrite=args.overwrite,
     )  # fmt: skip
     folder, page = Path(args.attributions), None
     if folder.is_dir() and workers.processes().is_main_process:
@@ -103,6 +107,7 @@ def evaluate(args: argparse.Namespace) -> str:
 
 def edit(args: argparse.Namespace) -> str:
     """Save an edited model, and say how to load it."""
+    store.check(args.out, store.MODEL, args.overwrite)
     attributions = Attributions.from_pretrained(args.attributions)
     source: Any = attributions
     if args.step is None:
@@ -112,7 +117,7 @@ def edit(args: argparse.Namespace) -> str:
         source = _attributing_anew(attributions, data)
     sides = {side: examples(getattr(args, side), side, attributions) for side in ("increase", "decrease", "reference")}
     edited = editing.edit(model, source, n_components=args.n_components, rule=args.rule, step=args.step, **sides)
-    edited_model.save(edited, args.out)
+    edited_model.save(edited, args.out, overwrite=args.overwrite)
     snippet = models.load_snippet(edited, str(args.out))
     ablated = models.record(edited)["edit"]["components"]
     if args.json:

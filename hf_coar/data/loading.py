@@ -194,6 +194,6 @@ def _from_model(loader: Any, model: nn.Module, what: str) -> Any:
     if source["id"] is None:
         raise CoarError(f"the model has no id or folder to load its {what} from; use coar.load, or batches of tensors")
     try:
-        return loader.from_pretrained(source["id"], revision=source["revision"])
+        return loader.from_pretrained(source["id"], revision=source["revision"], trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"no {what} is saved with {source['id']!r}; build batches of tensors yourself") from error

@@ -19,14 +19,15 @@ from torch import Tensor, nn
 
 from hf_coar import api as pipeline
 from hf_coar import data, editing, models, plots
-from hf_coar.attributions import Attributions, folders
+from hf_coar.attributions import Attributions
+from hf_coar.attributions.folders import add_evaluation
 from hf_coar.components import Components, find_components
 from hf_coar.editing import edited
 from hf_coar.errors import CoarError
 from hf_coar.estimators.path_gradient import PathGradient
 from hf_coar.judging import evaluation
 from hf_coar.plots import page as pages
-from hf_coar.storage import files
+from hf_coar.storage import files, folders
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +99,7 @@ def run(out: str | Path = "coar-demo", forget: str = FORGOTTEN, progress: bool =
     if forget not in names:
         raise CoarError(f"no class {forget!r}; there are {', '.join(names)}")
     target = names.index(forget)
+    folders.claim(out, folders.DEMO)
     model, images = pipeline.load(MODEL, IMAGES, batch_size=100)
     attributed, choosing, held_out = _three_parts(images)
     components = find_components(model)
@@ -117,7 +119,7 @@ def run(out: str | Path = "coar-demo", forget: str = FORGOTTEN, progress: bool =
     forgetting = _Forgetting(names, target, before, after)
     pictures = _draw(out / "pictures", attributions, report, forgetting, sweep, n_components)
     pages.write(out / "attributions", attributions, report)
-    folders.add_evaluation(out / "attributions", report)
+    add_evaluation(out / "attributions", report)
     edited.save(changed, out / "edited", _rows(forgetting), pictures=out / "pictures")
     logger.info("edit: loading the saved model with timm alone")
     figures = {

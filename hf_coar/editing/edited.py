@@ -12,7 +12,7 @@ from hf_coar import models
 from hf_coar.attributions import artefact
 from hf_coar.errors import CoarError, ModelMismatchError
 from hf_coar.models.records import EDIT as RECORD
-from hf_coar.storage import cards, files, hub
+from hf_coar.storage import cards, files, folders, hub
 
 # What the libraries write, and what a tokenizer or an image processor needs; no pickles, no code.
 _UPLOADED = ("*.safetensors", "*.json", "*.txt", "*.jinja", "*.model", hub.CARD, "pictures/*.png")
@@ -75,28 +75,37 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(bytes_a, bytes_b)
 
 
-def save(edited: nn.Module, folder: str | Path, figures: Figures = (), pictures: str | Path | None = None) -> None:
-    """Save an edited model as its own library does, with the record of the edit and a card.
+def save(
+    edited: nn.Module,
+    folder: str | Path,
+    figures: Figures = (),
+    pictures: str | Path | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Save an edited model as its own library does, with the record of the edit and a card; all or nothing.
 
     Args:
         edited: from `edit`.
-        folder: made if it does not exist; a README.md that a person wrote or changed there is left as it is.
+        folder: made if it does not exist; otherwise it must be empty, or hold a model that was saved here before. A
+            README.md that a person wrote or changed there is left as it is.
         figures: every metric, before and after, on examples that nothing was chosen on; for the card.
         pictures: a folder of PNG files for the card.
+        overwrite: take a folder that holds other things as well; files of the same names are replaced.
 
     Raises:
-        CoarError: it is not an edited model, or the folder cannot be written.
+        CoarError: it is not an edited model, or the folder holds other things or cannot be written. What was there is
+            as it was then.
     """
     folder, entries = Path(folder), models.record(edited).get("edit")
     if not entries:
         raise CoarError(f"the {type(edited).__name__} given was not made by coar.edit; save it with its own library")
-    models.save_model(edited, folder)
-    _copy_preprocessing(entries.get("base") or {}, folder)
-    for picture in sorted(Path(pictures).glob("*.png")) if pictures is not None else ():
-        files.write_bytes(folder / artefact.PICTURES / picture.name, picture.read_bytes())
-    entries = {**entries, "figures": [[str(cell) for cell in row] for row in figures]}
-    files.write_json(folder / RECORD, entries)
-    write_card(folder, entries, ".")
+    with models.saved(edited, folder, overwrite) as new:
+        _copy_preprocessing(models.record(edited), new, folder)
+        for picture in sorted(Path(pictures).glob("*.png")) if pictures is not None else ():
+            files.write_bytes(new / artefact.PICTURES / picture.name, picture.read_bytes())
+        entries = {**entries, "figures": [[str(cell) for cell in row] for row in figures]}
+        files.write_json(new / RECORD, entries)
+        write_card(new, entries, ".", folder)
 
 
 # What image processors and tokenizers of transformers consist of.
@@ -107,18 +116,21 @@ _PREPROCESSING = (
 )  # fmt: skip
 
 
-def _copy_preprocessing(base: Mapping[str, Any], folder: Path) -> None:
-    """The base's image processor or tokenizer, as far as it is on this machine, so that pipelines find it."""
-    if base.get("library") != "transformers" or not base.get("id"):
+def _copy_preprocessing(origin: Mapping[str, Any], new: Path, folder: Path) -> None:
+    """The image processor or tokenizer from where the model was loaded, if it is on this machine, for pipelines.
+
+    Not from where its record says that the base is: a record may come from anybody, and name any folder.
+    """
+    if origin.get("library") != "transformers" or not origin.get("id"):
         return
-    source = hub.Source(base["id"], base.get("revision"), local_files_only=True)
+    source = hub.Source(origin["id"], origin.get("revision"), local_files_only=True)
     for name in _PREPROCESSING:
         try:
             path = source.file_if_there(name)
         except CoarError:  # neither a folder nor a Hub id
             return
-        if path is not None and path.parent.resolve() != folder.resolve():
-            files.write_bytes(folder / name, path.read_bytes())
+        if path is not None and not (new / name).exists():
+            files.write_bytes(new / name, path.read_bytes())
 
 
 def push_to_hub(
@@ -156,13 +168,14 @@ def push_to_hub(
         if isinstance(edited, nn.Module):
             save(edited, Path(temporary) / "saved", figures, pictures)
             edited = Path(temporary) / "saved"
+        hub.Source(edited).settle()
         entries = artefact.public(read_record(edited))
         folder = Path(temporary) / "pushed"
         for pattern in _UPLOADED:
             for path in Path(edited).glob(pattern):
                 target = folder / path.relative_to(edited)
                 target.parent.mkdir(parents=True, exist_ok=True)
-                if path.name != RECORD and not target.exists():
+                if path.name not in (RECORD, folders.MARKER) and not target.exists():
                     target.symlink_to(path.resolve())
         repo_id = hub.create(repo_id, private, token)
         files.write_json(folder / RECORD, entries)
@@ -183,16 +196,18 @@ def read_record(folder: str | Path) -> dict[str, Any]:
     return models.check_edit(artefact.read_json(path), str(path))
 
 
-def write_card(folder: Path, entries: Mapping[str, Any], source: str) -> None:
+def write_card(folder: Path, entries: Mapping[str, Any], source: str, beside: Path | None = None) -> None:
     """Write the card of the model in a folder, unless there is one that a person wrote or changed.
 
     Args:
-        folder: with its `pictures`, if there are any.
+        folder: to write to.
         entries: the record of the edit.
         source: from where the reader loads the model: Hub id, or "." for the folder itself.
+        beside: the folder with the card and the `pictures` so far; by default the same one.
     """
-    path = folder / hub.CARD
-    if path.exists() and not cards.is_generated(path.read_text(encoding="utf-8", errors="replace")):
+    there = folder if beside is None else beside
+    if not cards.may_be_replaced(there / hub.CARD):
         return
-    pictures = sorted(f"{artefact.PICTURES}/{picture.name}" for picture in (folder / artefact.PICTURES).glob("*.png"))
-    files.write_bytes(path, cards.edited_model_card(entries, source, pictures).encode())
+    names = {picture.name for place in (there, folder) for picture in (place / artefact.PICTURES).glob("*.png")}
+    pictures = [f"{artefact.PICTURES}/{name}" for name in sorted(names)]
+    files.write_bytes(folder / hub.CARD, cards.edited_model_card(entries, source, pictures).encode())

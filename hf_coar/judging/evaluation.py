@@ -21,7 +21,7 @@ from hf_coar.runs import engine, sampling, workers
 from hf_coar.runs.fidelity import correlation, slope
 from hf_coar.runs.problem import Problem
 from hf_coar.runs.store import Store
-from hf_coar.storage import files
+from hf_coar.storage import files, folders
 
 _RESAMPLES = 1000
 
@@ -43,6 +43,7 @@ class Report:
         seed: of the masks.
         reliability: float32 [examples], the share of the weights' variance that is not noise of the estimate, see
             `stability.reliability`; None for methods without standard errors.
+        of: `Attributions.fingerprint()` of what was judged.
     """
 
     correlation: dict[float, float]
@@ -54,6 +55,7 @@ class Report:
     n_masks: int
     seed: int
     reliability: Tensor | None = None
+    of: str | None = None
 
     @property
     def mean_reliability(self) -> float | None:
@@ -64,6 +66,7 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """The figures without the arrays, as JSON values."""
         return {
+            "of": self.of,
             "n_masks": self.n_masks,
             "seed": self.seed,
             "reliability": self.mean_reliability,
@@ -122,6 +125,8 @@ def evaluate(
     settings |= {"dtype": options.dtype} if options.dtype else {}
     batches = data_module.batches(data, options.batch_size)
     predicted, measured = {}, {}
+    if out is not None:
+        folders.claim(out, folders.ATTRIBUTIONS)
     with workers.folder(out) as folder:
         for fraction in fractions:
             store = Store(folder / f"fraction-{fraction:g}", {**settings, "ablated_fraction": fraction})
@@ -131,7 +136,9 @@ def evaluate(
             measured[fraction] = problem.measure(masks)
             predicted[fraction] = attributions.predict(masks.rows(0, n_masks))
     reliability = None if attributions.standard_errors is None else stability.reliability(attributions)
-    report = replace(_report(predicted, measured, n_masks, seed), reliability=reliability)
+    report = replace(
+        _report(predicted, measured, n_masks, seed), reliability=reliability, of=attributions.fingerprint()
+    )
     if out is not None and workers.processes().is_main_process:
         files.write_json(Path(out) / "evaluation.json", report.to_json())
     return report

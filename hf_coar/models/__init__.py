@@ -13,7 +13,7 @@ from hf_coar.models.calling import (
     output_modules,
 )
 from hf_coar.models.holding import check_usable, held, state_kept
-from hf_coar.models.loading import load_architecture, load_model, load_snippet, save_model
+from hf_coar.models.loading import load_architecture, load_model, load_snippet, save_model, saved
 from hf_coar.models.records import check_edit, copy_with_record, fingerprint, library, record
 
 __all__ = [
@@ -34,5 +34,6 @@ __all__ = [
     "output_modules",
     "record",
     "save_model",
+    "saved",
     "state_kept",
 ]

@@ -1,7 +1,8 @@
 """Loading and saving models with the library that they come from; nothing is unpickled."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,12 @@ import torch
 from torch import nn
 
 from hf_coar.errors import CoarError, ModelError
+from hf_coar.models.building import LARGEST, building, check_counts, size_of_file, size_of_weights
 from hf_coar.models.records import EDIT, RECORD, check_edit, library, record
-from hf_coar.storage import files, hub
+from hf_coar.storage import files, folders, hub
+from hf_coar.storage.escaping import python_name
+
+_LOADED = "edit_is_loaded"  # the record of the edit came from a file, which anybody may have written
 
 
 def load_model(
@@ -39,20 +44,21 @@ def load_model(
     """
     name = str(name)
     source = hub.Source(name, revision, token, cache_dir, local_files_only)
+    source.settle()
     config = _read_config(source)
     options = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     if "architecture" in config and "pretrained_cfg" in config:
-        model = _load_timm(source)
+        model = _load_timm(source, config)
     elif "architectures" in config or "model_type" in config:
         options |= {"revision": source.commit or revision, "trust_remote_code": trust_remote_code}
-        model = _load_transformers(name, config, options)
+        model = _load_transformers(source, config, options)
     else:
         raise ModelError(
             f"{name!r} has a config.json that neither timm ('architecture') nor transformers ('architectures') wrote; "
             f"it has {sorted(config)}"
         )
     edit = _read_edit(source)
-    setattr(model, RECORD, {"id": name, "revision": source.commit, **({"edit": edit} if edit else {})})
+    setattr(model, RECORD, {"id": name, "revision": source.commit, **({"edit": edit, _LOADED: True} if edit else {})})
     return model.eval()
 
 
@@ -72,18 +78,16 @@ def load_architecture(
     """
     source = hub.Source(str(name), revision, token)
     config = _read_config(source)
-    try:
-        with torch.device("meta"):
-            if "architecture" in config and "pretrained_cfg" in config:
-                import timm
+    largest = size_of_weights(source) if source.is_local else LARGEST  # nothing is downloaded for it
+    check_counts(config, largest, f"config.json of {source.name!r}")
+    check_counts(config.get("model_args"), largest, f"config.json of {source.name!r}", all_keys=True)
+    with building(f"{source.name!r} cannot be built from its config.json", largest), torch.device("meta"):
+        if "architecture" in config and "pretrained_cfg" in config:
+            import timm
 
-                model = timm.create_model(f"local-dir:{source.file('config.json').parent}", pretrained=False)
-            else:
-                model = _build_transformers(source, config, trust_remote_code)
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
-        if isinstance(error, ModelError):
-            raise
-        raise ModelError(f"{source.name!r} cannot be built from its config.json: {_first_line(error)}") from error
+            model = timm.create_model(f"local-dir:{source.file('config.json').parent}", pretrained=False)
+        else:
+            model = _build_transformers(source, config, trust_remote_code)
     setattr(model, RECORD, {"id": str(name), "revision": source.commit})
     return model.eval()
 
@@ -106,8 +110,10 @@ def _read_config(source: hub.Source) -> dict:
         raise ModelError(
             f"no model {source.name!r}: {error}; give a Hub id, or a folder that timm or transformers saved"
         ) from error
-    if not isinstance(config, dict):
-        raise ModelError(f"config.json of {source.name!r} holds a {type(config).__name__}, not a mapping")
+    if not isinstance(config, dict) or not files.is_json(config):
+        raise ModelError(
+            f"config.json of {source.name!r} holds no mapping of JSON values, but a {type(config).__name__}"
+        )
     return config
 
 
@@ -116,16 +122,16 @@ def _read_edit(source: hub.Source) -> dict[str, Any] | None:
     return None if path is None else check_edit(files.read_json(path), f"{EDIT} of {source.name!r}")
 
 
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
-
-
 _SAFE_WEIGHTS = ("model.safetensors", "open_clip_model.safetensors")  # in timm's own order
 
+# timm chooses a weight file by itself where its configuration names a source, and of some names it unpickles; so the
+# file that was found to be safetensors is named, and nothing else that a configuration may name is left.
+_NO_OTHER_SOURCE: dict[str, Any] = {"source": None, "state_dict": None, "url": None, "hf_hub_id": None}
+_NO_OTHER_SOURCE |= {"hf_hub_filename": None, "custom_load": False}
 
-def _load_timm(source: hub.Source) -> nn.Module:
-    """From the folder that holds the files of the commit: timm itself would also unpickle, and knows no token."""
+
+def _load_timm(source: hub.Source, config: Mapping[str, Any]) -> nn.Module:
+    """From the safetensors file of the commit alone: timm itself would also unpickle, and knows no token."""
     import timm
 
     weights = next((path for name in _SAFE_WEIGHTS if (path := source.file_if_there(name))), None)
@@ -134,28 +140,36 @@ def _load_timm(source: hub.Source) -> nn.Module:
             f"{source.name!r} holds none of {', '.join(_SAFE_WEIGHTS)}, and other weights are not read, as that could "
             "run code; load it with timm and save it with safe_serialization=True"
         )
-    try:
-        return timm.create_model(f"local-dir:{weights.parent}", pretrained=True)
-    except (RuntimeError, ValueError, OSError, TypeError, KeyError, AttributeError) as error:
-        raise ModelError(f"timm cannot load {source.name!r}: {_first_line(error)}") from error
+    overlay, largest = {**_NO_OTHER_SOURCE, "file": str(weights)}, size_of_file(weights)
+    check_counts(config.get("model_args"), largest, f"config.json of {source.name!r}", all_keys=True)
+    with building(f"timm cannot load {source.name!r}", largest):
+        folder = source.file("config.json").parent
+        model = timm.create_model(f"local-dir:{folder}", pretrained=True, pretrained_cfg_overlay=overlay)
+        model.pretrained_cfg = {key: value for key, value in model.pretrained_cfg.items() if key != "file"}
+    return model
 
 
-def _load_transformers(name: str, config: Mapping[str, Any], options: Mapping[str, Any]) -> nn.Module:
-    loader = _transformers_class(name, config, options["trust_remote_code"])
-    try:
-        return loader.from_pretrained(name, use_safetensors=True, **options)
-    except (OSError, ValueError, RuntimeError, TypeError) as error:
-        raise ModelError(f"transformers cannot load {name!r}: {_first_line(error)}") from error
+def _load_transformers(source: hub.Source, config: Mapping[str, Any], options: Mapping[str, Any]) -> nn.Module:
+    loader = _transformers_class(source.name, config, options["trust_remote_code"])
+    largest = size_of_weights(source)
+    check_counts(config, largest, f"config.json of {source.name!r}")
+    with building(f"transformers cannot load {source.name!r}", largest):
+        return loader.from_pretrained(source.name, use_safetensors=True, **options)
 
 
 def _transformers_class(name: str, config: Mapping[str, Any], trust_remote_code: bool) -> Any:
     import transformers
 
-    architecture = (config.get("architectures") or [None])[0]
+    named = config.get("architectures") or [None]
+    architecture = named[0] if isinstance(named, list) else named
+    if not isinstance(architecture, str | None):
+        raise ModelError(f"config.json of {name!r} names the architecture {str(architecture)[:80]!r}, which is no name")
     loader = getattr(transformers, architecture or "", None)
+    if not (isinstance(loader, type) and issubclass(loader, transformers.PreTrainedModel)):
+        loader = None  # a function, a tokenizer, a module
     if loader is None and not trust_remote_code:
         raise ModelError(
-            f"{name!r} needs the class {architecture!r}, which transformers {transformers.__version__} does not hold; "
+            f"{name!r} needs the class {architecture!r}, which is no model of transformers {transformers.__version__}; "
             "if you trust the code that comes with it, pass trust_remote_code=True"
         )
     return loader or _remote_class(transformers, config)
@@ -163,50 +177,71 @@ def _transformers_class(name: str, config: Mapping[str, Any], trust_remote_code:
 
 def _remote_class(transformers: Any, config: Mapping[str, Any]) -> Any:
     """The first task class that a repository with its own code names in `auto_map`."""
-    tasks = [key for key in config.get("auto_map", {}) if key.startswith("AutoModelFor")]
-    return getattr(transformers, tasks[0] if tasks else "AutoModel")
+    named = config.get("auto_map")
+    tasks = [key for key in named if key.startswith("AutoModelFor")] if isinstance(named, dict) else []
+    return getattr(transformers, tasks[0] if tasks else "AutoModel", transformers.AutoModel)
 
 
-def save_model(model: nn.Module, folder: str | Path) -> None:
-    """Save with the library that the model came from, so that this library alone loads it again.
+def save_model(model: nn.Module, folder: str | Path, overwrite: bool = False) -> None:
+    """Save with the library that the model came from, so that this library alone loads it again; all or nothing.
 
     transformers: `AutoModelFor….from_pretrained(folder)`; timm: `timm.create_model("local-dir:" + folder,
     pretrained=True)`; a plain module: its state dict as `model.safetensors`. An edited model's record goes into
     `coar_edit.json`.
 
+    Args:
+        model: of any library.
+        folder: made if it does not exist; otherwise it must be empty, or hold a model that was saved here before.
+        overwrite: take a folder that holds other things as well; files of the same names are replaced.
+
     Raises:
-        CoarError: the folder cannot be written.
+        CoarError: the folder holds other things, or cannot be written; what was there is as it was then.
     """
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _save_with_its_library(model, folder)
-    except OSError as error:
-        raise CoarError(f"cannot write {folder}: {error.strerror or error}; choose another folder") from error
-    edit = record(model).get("edit")
-    if edit:
-        files.write_json(folder / EDIT, edit)
+    with saved(model, folder, overwrite):
+        pass
+
+
+@contextmanager
+def saved(model: nn.Module, folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """`save_model`, to which the block may add files in the folder that it is given; all are in place after it."""
+    vouched = not getattr(model, RECORD, {}).get(_LOADED)
+    with folders.replaced(folder, folders.MODEL, overwrite, vouched, removed=_STATE) as new:
+        _save_with_its_library(model, new)
+        edit = record(model).get("edit")
+        if edit:
+            files.write_json(new / EDIT, edit)
+        yield new
+
+
+# What would be read instead of, or with, the weights that are saved now.
+_STATE = ("model.safetensors", "model.safetensors.index.json", EDIT)
 
 
 def _save_with_its_library(model: nn.Module, folder: Path) -> None:
-    if library(model) == "transformers":
-        model.save_pretrained(folder)
-    elif library(model) == "timm":
-        from timm.models import save_for_hf
+    from safetensors import SafetensorError
+    from safetensors.torch import save_model as save_state
 
-        save_for_hf(model, str(folder), safe_serialization=True)
-    else:
-        from safetensors.torch import save_model as save_state
+    mode = files.mode_in(folder)
+    try:
+        if library(model) == "transformers":
+            model.save_pretrained(folder)
+        elif library(model) == "timm":
+            from timm.models import save_for_hf
 
-        save_state(model, str(folder / "model.safetensors"))
+            save_for_hf(model, str(folder), safe_serialization=True)
+        else:
+            save_state(model, str(folder / "model.safetensors"))
+    except SafetensorError as error:  # a full disk
+        raise OSError(str(error)) from error
     for path in folder.glob("*.safetensors"):
-        path.chmod(0o644)  # as files usually are; safetensors makes some that only their owner can read
+        files.settle(path, mode)  # as other files are; safetensors makes some that only their owner can read
 
 
 def load_snippet(model: nn.Module, folder: str) -> str:
     """The line of Python that loads what `save_model` wrote, with the base library alone."""
     if library(model) == "transformers":
-        return f"transformers.{type(model).__name__}.from_pretrained({json.dumps(folder)})"
+        name = python_name(type(model).__name__, "AutoModel")
+        return f"transformers.{name}.from_pretrained({json.dumps(folder)})"
     if library(model) == "timm":
         return f"timm.create_model({json.dumps('local-dir:' + folder)}, pretrained=True)"
     return f"model.load_state_dict(safetensors.torch.load_file({json.dumps(folder + '/model.safetensors')}))"

@@ -22,7 +22,8 @@ from hf_coar.attributions import Attributions, artefact
 from hf_coar.errors import CoarError
 from hf_coar.judging.evaluation import Report
 from hf_coar.plots.canvas import Figure
-from hf_coar.storage import cards, files
+from hf_coar.storage import cards, files, folders
+from hf_coar.storage.escaping import for_markdown
 
 logger = logging.getLogger(__name__)
 
@@ -67,9 +68,9 @@ def write(folder: str | Path, attributions: Attributions, evaluation: Report | N
         The path of `report.html`.
 
     Raises:
-        CoarError: the folder cannot be written.
+        CoarError: the folder holds other things, or cannot be written.
     """
-    folder = Path(folder)
+    folder = folders.claim(folder, folders.ATTRIBUTIONS)
     sections = [section for section in _sections(attributions, evaluation) if section is not None]
     drawn = _drawn(folder / artefact.PICTURES, sections)
     files.write_bytes(folder / MARKDOWN, _markdown(attributions, evaluation, sections, drawn).encode())
@@ -364,16 +365,21 @@ def _markdown(
     attributions: Attributions, evaluation: Report | None, sections: Sequence[_Section], drawn: Mapping[str, bytes]
 ) -> str:
     tiles = _Table(["", ""], [list(tile) for tile in _tiles(attributions, evaluation)])
-    parts = [f"# {_title(attributions)}", _subtitle(attributions), _markdown_table(tiles)]
+    parts = [f"# {for_markdown(_title(attributions))}", for_markdown(_subtitle(attributions)), _markdown_table(tiles)]
     parts += [_without_pictures(drawn)]
     for section in sections:
         pictures = [
-            f"![{what}]({artefact.PICTURES}/{name}.png)"
+            f"![{for_markdown(what)}]({artefact.PICTURES}/{name}.png)"
             for name, (what, _) in section.pictures.items()
             if name in drawn
         ]
         if section.tables or section.code or pictures:
-            parts += [f"## {section.title}", section.text, *map(_markdown_table, section.tables), *pictures]
+            parts += [
+                f"## {section.title}",
+                for_markdown(section.text),
+                *map(_markdown_table, section.tables),
+                *pictures,
+            ]
             parts += [f"```python\n{section.code}\n```"] if section.code else []
     parts.append(f"Made by hf_coar {version('hf_coar')}.")
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -381,8 +387,8 @@ def _markdown(
 
 def _markdown_table(table: _Table) -> str:
     def row(cells: Sequence[str]) -> str:
-        return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+        return f"| {' | '.join(map(for_markdown, cells))} |"
 
     ruler = ["--:" if place in table.numbers else "---" for place in range(len(table.head))]
-    caption = [f"{table.caption}:", ""] if table.caption else []
-    return "\n".join([*caption, row(table.head), row(ruler), *map(row, table.rows)])
+    caption = [f"{for_markdown(table.caption)}:", ""] if table.caption else []
+    return "\n".join([*caption, row(table.head), f"| {' | '.join(ruler)} |", *map(row, table.rows)])

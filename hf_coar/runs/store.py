@@ -29,7 +29,7 @@ from hf_coar.data import Batch, Identity
 from hf_coar.data.identity import HASH
 from hf_coar.errors import CoarError, CorruptFileError, DataError, RunMismatchError
 from hf_coar.runs.index import Index, Stretch, gaps
-from hf_coar.storage import files
+from hf_coar.storage import files, folders
 
 logger = logging.getLogger(__name__)
 
@@ -53,9 +53,9 @@ class Store:
 
         Raises:
             RunMismatchError: the folder holds a run with other settings; the error lists the keys that differ.
-            CoarError: the folder cannot be written.
+            CoarError: the folder holds other things, or cannot be written.
         """
-        self.folder = Path(folder)
+        self.folder = folders.claim(folder, folders.ATTRIBUTIONS)
         self._shards = self.folder / "shards"
         settings = json.loads(json.dumps(settings))  # tuples become lists, as in the file
         self._about = {_RUN: _stamp(settings)}

@@ -9,10 +9,13 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from importlib.resources import files as resources
+from pathlib import Path
 from string import Template
 from typing import Any
+from urllib.parse import quote
 
 from hf_coar.errors import CorruptFileError
+from hf_coar.storage.escaping import all_for_markdown, code_span, for_markdown, python_name
 
 RESULTS = ".eval_results/hf_coar.yaml"
 
@@ -42,6 +45,11 @@ def is_generated(card: str) -> bool:
     """Whether a card is just as it was made here: nobody has written or changed a word of it."""
     match = _MARK.search(card.replace("\r\n", "\n"))
     return bool(match) and match[1] == _digest(card.replace("\r\n", "\n")[: match.start()])
+
+
+def may_be_replaced(path: Path) -> bool:
+    """Whether there is no card, or one that nobody has changed."""
+    return not path.exists() or is_generated(path.read_text(encoding="utf-8", errors="replace"))
 
 
 def _digest(text: str) -> str:
@@ -92,7 +100,9 @@ def attributions_card(
     # Of the relations that the Hub knows, an adapter's is the nearest: of no use without the base model.
     metadata |= {"base_model": hub_id(model), "base_model_relation": "adapter"} if hub_id(model) else {}
     metadata |= {"datasets": [hub_id(data)]} if hub_id(data) else {}
-    fraction = config.get("ablated_fraction")
+    snippets = _snippet("attributions", source=json.dumps(source)), _next_snippet(model, data)
+    config = all_for_markdown(config)  # from here on it is shown, and may come from anybody
+    model, data, fraction = _mapping(config, "model"), _mapping(config, "data"), config.get("ablated_fraction")
     text = template("attributions").substitute(
         metadata=_yaml_head(metadata),
         model=_model_name(model),
@@ -112,10 +122,10 @@ def attributions_card(
         versions=", ".join(f"{name} {version}" for name, version in _mapping(config, "versions").items()),
         fidelity=_fidelity(evaluation),
         stability=_stability(stability),
-        snippet=_snippet("attributions", source=json.dumps(source)),
-        next_snippet=_next_snippet(model, data),
+        snippet=snippets[0],
+        next_snippet=snippets[1],
         pictures=_gallery(pictures),
-        fingerprint=model.get("fingerprint"),
+        fingerprint=code_span(model.get("fingerprint")),
         citation=_CITATION,
     )
     return _marked(text)
@@ -173,6 +183,8 @@ def check_evaluation(value: Any) -> dict[str, Any]:
         CorruptFileError: it is something else.
     """
     try:
+        if not isinstance(value.get("of"), str | None):
+            raise TypeError("its 'of' is no text")
         _fidelity(value)
         evaluation_entries({"id": "a/b", "revision": "0" * 40}, value)
     except (TypeError, KeyError, IndexError, ValueError, AttributeError) as error:
@@ -207,13 +219,19 @@ def edited_model_card(entries: Mapping[str, Any], source: str = ".", pictures: S
     metadata |= {"base_model": hub_id(base), "base_model_relation": "finetune"} if hub_id(base) else {}
     metadata |= {"datasets": [hub_id(data)]} if hub_id(data) else {}
     revision = f", revision={json.dumps(base['revision'])}" if hub_id(base) and base.get("revision") else ""
+    snippets = _load_script(base, source), _snippet(
+        "undo", source=json.dumps(source), revision=revision,
+        base=json.dumps(hub_id(base) or "PATH OF THE ORIGINAL MODEL"),
+    )  # fmt: skip
+    entries = all_for_markdown(entries)  # from here on it is shown, and may come from anybody
+    base, data = _mapping(entries, "base"), _mapping(entries, "data")
     text = template("edited_model").substitute(
         metadata=_yaml_head(metadata),
         title=f"{_model_name(base)}, {_count(len(components), 'component')} ablated".removeprefix("a "),
         model=_model_name(base),
         model_line=_model_line(base),
         data_line=_data_line(data),
-        library={"torch": "PyTorch"}.get(library, library),
+        library={"torch": "PyTorch"}.get(library, for_markdown(library)),
         aim=_aim(entries),
         increase=_examples(entries.get("increase")),
         decrease=_examples(entries.get("decrease")),
@@ -221,16 +239,13 @@ def edited_model_card(entries: Mapping[str, Any], source: str = ".", pictures: S
         n_components=_count(len(components), "component"),
         were="was" if len(components) == 1 else "were",
         granularity=entries.get("granularity"),
-        components="\n".join(f"- `{component}`" for component in components),
+        components="\n".join(f"- {code_span(component)}" for component in components),
         rule=_rule(entries),
         ablated=_ablated(entries),
         output=entries.get("output"),
         figures=_before_and_after(entries.get("figures") or ()),
-        snippet=_load_script(base, source),
-        undo_snippet=_snippet(
-            "undo", source=json.dumps(source), revision=revision,
-            base=json.dumps(hub_id(base) or "PATH OF THE ORIGINAL MODEL"),
-        ),
+        snippet=snippets[0],
+        undo_snippet=snippets[1],
         pictures=_gallery(pictures),
         citation=_CITATION,
     )  # fmt: skip
@@ -244,7 +259,7 @@ def _load_script(base: Mapping[str, Any], source: str) -> str:
         name = json.dumps(f"{'hf-hub' if on_hub else 'local-dir'}:{source}")
         return f"import timm\n\nmodel = timm.create_model({name}, pretrained=True).eval()"
     if library == "transformers":
-        name = base.get("class")
+        name = python_name(base.get("class"), "AutoModel")
         return f"from transformers import {name}\n\nmodel = {name}.from_pretrained({json.dumps(source)})"
     if not on_hub:
         script = 'from safetensors.torch import load_file\n\nmodel.load_state_dict(load_file("model.safetensors"))'
@@ -380,7 +395,7 @@ def _model_name(model: Mapping[str, Any]) -> str:
 
 def _model_line(model: Mapping[str, Any]) -> str:
     parts = [_model_name(model)]
-    parts += [f"revision `{model['revision']}`"] if model.get("revision") else []
+    parts += [f"revision {code_span(model['revision'])}"] if model.get("revision") else []
     parts += [f"class {model['class']} of {model.get('library')}"] if model.get("class") and hub_id(model) else []
     parts += [f"of {model['library']}"] if model.get("library") and not hub_id(model) else []
     return ", ".join(parts)
@@ -390,7 +405,7 @@ def _data_line(data: Mapping[str, Any]) -> str:
     local = f"{public_name(data)} (local)" if public_name(data) else "batches of tensors"
     parts = [hub_id(data) or local]
     parts += [f"split {data['split']}"] if data.get("split") else []
-    parts += [f"revision `{data['revision']}`"] if data.get("revision") else []
+    parts += [f"revision {code_span(data['revision'])}"] if data.get("revision") else []
     selected = data.get("selected")
     parts += [f"{_count(len(selected), 'example')} of it"] if isinstance(selected, Sequence) else []
     return ", ".join(parts)
@@ -425,4 +440,5 @@ def _gallery(pictures: Sequence[str]) -> str:
     if not pictures:
         return ""
     names = [(re.sub(r"[_-]+", " ", path.rsplit("/", 1)[-1].rsplit(".", 1)[0]), path) for path in pictures]
-    return "## Pictures\n\n" + "\n\n".join(f"![{name}]({path})" for name, path in names) + "\n\n"
+    shown = [f"![{for_markdown(name)}]({quote(path)})" for name, path in names]
+    return "## Pictures\n\n" + "\n\n".join(shown) + "\n\n"

@@ -3,7 +3,8 @@
 import hashlib
 import json
 import os
-import tempfile
+import secrets
+import stat
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -32,19 +33,24 @@ def write_bytes(path: Path, content: bytes | Callable[[str], None], replace: boo
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        handle, temporary = _temporary(path)
     except OSError as error:
         raise CoarError(
             f"cannot write {path}: {error.strerror or error}; free some space or choose another folder"
         ) from error
     try:
         with os.fdopen(handle, "wb") as file:
-            content(temporary) if callable(content) else file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes private files; a run folder may be shared
-        _rename(temporary, path, replace)
-        _sync_folder(path.parent)
+            if callable(content):
+                mode = os.fstat(file.fileno()).st_mode & 0o777
+                content(temporary)
+            else:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        if callable(content):
+            settle(temporary, mode)
+        rename(temporary, path, replace)
+        sync_folder(path.parent)
     except OSError as error:
         raise CoarError(
             f"cannot write {path}: {error.strerror or error}; free some space or choose another folder, "
@@ -54,7 +60,38 @@ def write_bytes(path: Path, content: bytes | Callable[[str], None], replace: boo
         Path(temporary).unlink(missing_ok=True)
 
 
-def _rename(temporary: str, path: Path, replace: bool) -> None:
+def _temporary(path: Path) -> tuple[int, str]:
+    """A new file beside `path`, with the permissions that the umask gives (`tempfile` makes private ones)."""
+    while True:
+        name = str(path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp")
+        try:
+            return os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666), name
+        except FileExistsError:
+            continue
+
+
+def mode_in(folder: Path) -> int:
+    """The permissions that a new file in a folder gets, by the umask and the folder's own rules."""
+    handle, name = _temporary(Path(folder) / "mode")
+    try:
+        return os.fstat(handle).st_mode & 0o777
+    finally:
+        os.close(handle)
+        Path(name).unlink()
+
+
+def settle(path: str | Path, mode: int) -> None:
+    """Give a file that a library wrote permissions, and sync it.
+
+    By path: safetensors puts a file of its own in the place of the one that it was given, readable by its owner alone.
+    """
+    os.chmod(path, mode)
+    with open(path, "rb+") as file:  # Windows syncs only what is open for writing
+        os.fsync(file.fileno())
+
+
+def rename(temporary: str, path: Path, replace: bool) -> None:
+    """Put a finished file in its place; without `replace`, only if there is none."""
     if replace:
         os.replace(temporary, path)
         return
@@ -78,7 +115,8 @@ def remove_stale_temporaries(folder: Path, age: float = 86400.0) -> None:
             continue
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder last."""
     if os.name == "nt":  # folders cannot be opened there, and renames are journalled
         return
     handle = os.open(folder, os.O_RDONLY)
@@ -103,19 +141,23 @@ def is_json(value: Any) -> bool:
     return True
 
 
+LARGEST_JSON = 256 * 2**20  # bytes; a list of a million components takes a tenth of it
+
+
 def read_json(path: Path) -> Any:
-    """Read JSON.
+    """Read JSON of a sane size.
 
     Raises:
-        CorruptFileError: the file is missing or is not JSON.
+        CorruptFileError: the file is missing, no plain file, too large, or not JSON.
     """
     try:
+        status = Path(path).stat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST_JSON:  # a pipe would never end
+            raise CorruptFileError(f"{path} is no file of JSON: it is no plain file, or takes {status.st_size:,} bytes")
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (
-        OSError,
-        ValueError,
-        RecursionError,
-    ) as error:  # not UTF-8, not JSON, numbers of 5,000 digits, nested deeply
+    except CorruptFileError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:  # not UTF-8, not JSON, 5,000 digits, nested deeply
         raise CorruptFileError(f"cannot read {path} as JSON: {error}") from error
 
 

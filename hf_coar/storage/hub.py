@@ -2,11 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hf_coar.errors import CoarError
+from hf_coar.storage import swapping
 
 CARD = "README.md"
+
+_Read = TypeVar("_Read")
 
 
 class Source:
@@ -46,13 +49,32 @@ class Source:
             raise CoarError(f"{self.name!r} holds no {filename}")
         return path
 
+    def read_whole(self, read: Callable[[], _Read]) -> _Read:
+        """What `read` makes of the files, all of them of before or after a save by another process."""
+        return swapping.read_whole(Path(self.name), read) if self.is_local else read()
+
+    def settle(self) -> None:
+        """Finish a save that was killed half-way, before another library reads the folder.
+
+        Raises:
+            CoarError: the folder cannot be written.
+        """
+        try:
+            if self.is_local:
+                swapping.settle(Path(self.name))
+        except OSError as error:
+            raise CoarError(
+                f"{self.name} was being saved when the process was killed, and cannot be written now "
+                f"({error.strerror or error}); make it writable, and the save ends as it was meant to"
+            ) from error
+
     def file_if_there(self, filename: str) -> Path | None:
         """The same, or None where the repository lacks the file."""
         return self._path(filename, required=False)
 
     def _path(self, filename: str, required: bool) -> Path | None:
         if self.is_local:
-            path = Path(self.name) / filename
+            path = swapping.current(Path(self.name), filename)
             return path if path.is_file() else None
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError
