@@ -1,8 +1,10 @@
 """Data: anything that can be iterated again, as batches of tensors whose first axis is the example."""
 
 from hf_coar.data.batches import Batch, as_batch, rows, size, to_device
+from hf_coar.data.described import settings
 from hf_coar.data.examples import Chunk, Chunks, Examples, Read, batches, describe, few
 from hf_coar.data.identity import Identity
+from hf_coar.data.kinds import KINDS, Kind
 from hf_coar.data.loading import load_data
 
 __all__ = [
@@ -11,6 +13,8 @@ __all__ = [
     "Chunks",
     "Examples",
     "Identity",
+    "KINDS",
+    "Kind",
     "Read",
     "as_batch",
     "batches",
@@ -18,6 +22,7 @@ __all__ = [
     "few",
     "load_data",
     "rows",
+    "settings",
     "size",
     "to_device",
 ]

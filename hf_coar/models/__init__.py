@@ -12,18 +12,23 @@ from hf_coar.models.calling import (
     logits,
     output_modules,
 )
+from hf_coar.models.classes import Head, class_names, head
 from hf_coar.models.holding import check_usable, held, state_kept
+from hf_coar.models.libraries import library
 from hf_coar.models.loading import load_architecture, load_model, load_snippet, save_model, saved
-from hf_coar.models.records import check_edit, copy_with_record, fingerprint, library, record
+from hf_coar.models.records import check_edit, copy_with_record, fingerprint, record
 
 __all__ = [
+    "Head",
     "check_edit",
     "check_usable",
+    "class_names",
     "copy_with_record",
     "device_of",
     "embedding_modules",
     "fingerprint",
     "frozen",
+    "head",
     "held",
     "is_out_of_memory",
     "library",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hf_coar.errors import CoarError, ModelError
 from hf_coar.models.holding import check_usable, held, state_kept
-from hf_coar.models.records import library
+from hf_coar.models.libraries import library
 
 
 @functools.lru_cache(maxsize=32)
