@@ -24,10 +24,12 @@ from hf_coar import demo, editing, explore, models
 from hf_coar.attributions import rows
 from hf_coar.data import Identity, identity
 from hf_coar.errors import CoarError, DataError, ModelMismatchError
-from hf_coar.explore import columns, drawing, layout, links, measuring, own, panels, views
+from hf_coar.explore import cards, columns, contributions, drawing, layout, links, measuring
 from hf_coar.explore.columns import Summary
 from hf_coar.explore.links import View
 from hf_coar.explore.source import Source, open_source
+from hf_coar.explore.tabs import components as components_tab
+from hf_coar.explore.tabs import edit, examples, own
 
 N = 40
 
@@ -145,22 +147,22 @@ def checked(html):
 
 
 def test_examples_are_buttons_with_their_predictions(source):
-    html = panels.gallery(source, View(example=3))
-    assert checked(html).acts.count("example") == panels.PAGE
+    html = cards.gallery(source, View(example=3))
+    assert checked(html).acts.count("example") == cards.PAGE
     assert html.count('aria-current="true"') == 1 and "page 1 of 2" in html
     outcome = source.predictions([3])[0]
     assert source.class_name(int(outcome.classes[0])) in html
 
 
 def test_wrong_predictions_are_found(source):
-    found, more = panels.filtered(source, View(wrong=True))
+    found, more = cards.filtered(source, View(wrong=True))
     logits = torch.cat([models.logits(source.model, source.batch([i])).detach() for i in range(N)])
     expected = (logits.argmax(1) != source.attributions.labels).nonzero().flatten().tolist()
     assert found == expected and expected and not more
 
 
 def test_an_example_shows_its_strongest_components_with_errors(source):
-    html = panels.example(source, View(example=5, k=3))
+    html = examples.example(source, View(example=5, k=3))
     checked(html)
     weights, errors = source.attributions.row(5), source.attributions.row(5, "standard_errors")
     best = weights.topk(3).indices.tolist()
@@ -173,7 +175,7 @@ def test_an_example_shows_its_strongest_components_with_errors(source):
 
 def test_the_heat_map_holds_every_component(source):
     weights = source.attributions.row(0)
-    strips = panels.strips(source.components, weights)
+    strips = contributions.strips(source.components, weights)
     assert torch.equal(torch.cat([strip.values for strip in strips]), weights)
     assert [strip.first for strip in strips] == [start for _, start, _ in source.components.spans()]
 
@@ -186,7 +188,7 @@ def test_many_matrices_are_drawn_layer_by_layer():
 
     components = coar.find_components(nn.ModuleDict({"layers": nn.ModuleList(Block() for _ in range(40))}))
     weights = torch.randn(len(components))
-    strips = panels.strips(components, weights)
+    strips = contributions.strips(components, weights)
     assert len(components.groups) == 80 and [strip.name for strip in strips[:2]] == ["layers.0", "layers.1"]
     assert len(strips) == 40 and torch.equal(torch.cat([strip.values for strip in strips]), weights)
 
@@ -208,7 +210,7 @@ def test_small_numbers_are_written_with_a_power_of_ten(largest, factor, said):
 
 
 def test_a_component_shows_whom_it_helps_and_hurts(source):
-    html = views.component(source, View(component=100, ticked=(5, 100)))
+    html = components_tab.component(source, View(component=100, ticked=(5, 100)))
     checked(html)
     weights = source.attributions.weights[:, 100]
     cards = re.findall(r'coar-card" data-act="example" data-value="(\d+)"', html)
@@ -219,7 +221,7 @@ def test_a_component_shows_whom_it_helps_and_hurts(source):
 
 
 def test_the_list_of_components_is_by_size_within_a_layer(source):
-    html = views.component_list(source, View(view="components", layer="layer2.0"))
+    html = components_tab.component_list(source, View(view="components", layer="layer2.0"))
     names, index = source.components.regroup("layer")
     sizes = source.attributions.weights.abs().mean(0).masked_fill(index != names.index("layer2.0"), -1)
     shown = re.findall(r'data-act="component" data-value="(\d+)"', html)
@@ -229,9 +231,9 @@ def test_the_list_of_components_is_by_size_within_a_layer(source):
 def test_texts_of_others_are_no_html(texts):
     source = open_source(texts / "classifier")
     hostile = {"text": '<img src=x onerror="alert(1)">', "label": 0}
-    assert "<img" not in panels.content_of(hostile, 50)
+    assert "<img" not in cards.content_of(hostile, 50)
     assert '"><' not in drawing.button("a", '"><script>', "x")
-    assert checked(panels.gallery(source, View())).buttons >= 4
+    assert checked(cards.gallery(source, View())).buttons >= 4
 
 
 # ------------------------------------------------------------------------------------------------------ live ablations
@@ -264,7 +266,7 @@ def test_accuracies_and_flips_are_counted(source):
     right = int((change.after.classes == source.attributions.labels).sum())
     assert sum(one.after for one in found) == right
     assert len(change.flips()) == int((change.before.classes != change.after.classes).sum()) > 0
-    html = views.change(source, View(example=5), components, change)
+    html = examples.change(source, View(example=5), components, change)
     checked(html)
     assert f"Predictions that flip: {len(change.flips())} of {N}" in html
 
@@ -300,20 +302,20 @@ def marked(source, label=1):
 
 def test_the_preview_ranks_as_editing_does(source):
     view = View(view="edit", lower=marked(source), n_components=7)
-    chosen, components, change = measuring.preview(source, view)
+    chosen, components, change = edit.preview(source, view)
     expected = editing.rank_components(source.attributions, decrease=view.lower, reference=chosen.spared)
     assert list(components) == expected[:7].tolist()
     held_out = {row for row in range(N) if row % 4 == 3} - set(view.lower)
     assert not held_out & {*chosen.spared, *change.rows}
-    checked(views.edit(source, view, chosen, components, change))
+    checked(edit.edit(source, view, chosen, components, change))
 
 
 def test_clicks_mark_move_and_unmark():
-    view = measuring.toggled(View(), 3, "lower")
+    view = edit.toggled(View(), 3, "lower")
     assert view.lower == (3,)
-    moved = measuring.toggled(view, 3, "spared")
+    moved = edit.toggled(view, 3, "spared")
     assert (moved.lower, moved.spared) == ((), (3,))
-    assert measuring.toggled(moved, 3, "spared") == View()
+    assert edit.toggled(moved, 3, "spared") == View()
 
 
 def test_a_saved_edit_loads_with_timm_alone_and_has_its_card(source, tmp_path):
@@ -321,7 +323,7 @@ def test_a_saved_edit_loads_with_timm_alone_and_has_its_card(source, tmp_path):
 
     view = View(view="edit", lower=marked(source), n_components=6)
     before = state_of(source.model)
-    archive = measuring.save_edit(source, view, tmp_path)
+    archive = edit.save_edit(source, view, tmp_path)
     assert same_state(source.model, before)
     zipfile.ZipFile(archive).extractall(tmp_path / "out")
     edited = timm.create_model(f"local-dir:{tmp_path / 'out' / 'edited-model'}", pretrained=True)
@@ -331,7 +333,7 @@ def test_a_saved_edit_loads_with_timm_alone_and_has_its_card(source, tmp_path):
     assert zeroed == 6
     entries = models.record(models.load_model(tmp_path / "out" / "edited-model"))["edit"]
     assert entries["decrease"] == list(view.lower)  # rows of the attributions, not of the part that was ranked
-    _, components, _ = measuring.preview(source, view)
+    _, components, _ = edit.preview(source, view)
     assert sorted(entries["indices"]) == sorted(components)
     card = (tmp_path / "out" / "edited-model" / "README.md").read_text()
     assert "held out" in card and all(str(source.components[i]) in card for i in components)
@@ -339,9 +341,9 @@ def test_a_saved_edit_loads_with_timm_alone_and_has_its_card(source, tmp_path):
 
 def test_an_edit_without_targets_or_references_says_so(source):
     with pytest.raises(CoarError, match="no targets yet"):
-        measuring.sides(source, View())
+        edit.sides(source, View())
     with pytest.raises(CoarError, match="none is left to spare"):
-        measuring.sides(source, View(lower=tuple(range(N))))
+        edit.sides(source, View(lower=tuple(range(N))))
 
 
 # ---------------------------------------------------------------------------------------------------------- own input
@@ -369,10 +371,10 @@ def test_own_texts_of_classifiers_and_language_models(texts):
         arrived = list(own.arriving(source, "a bad good film", max_rounds=2))
         assert len(arrived) == 3
         checked(own.panel(source, "a bad good film", arrived[-1], running=False))
-        for html in (panels.gallery(source, View()), panels.example(source, View(example=1, k=2))):
+        for html in (cards.gallery(source, View()), examples.example(source, View(example=1, k=2))):
             checked(html)
         change = measuring.what_if(source, [0, 50, 100], range(4))
-        checked(views.change(source, View(), [0, 50, 100], change))
+        checked(examples.change(source, View(), [0, 50, 100], change))
         assert len(measuring.accuracies(source, change)) == (2 if name == "classifier" else 1)
 
 
@@ -446,14 +448,14 @@ def test_no_view_reads_the_whole_matrix(tmp_path, monkeypatch):
 
     monkeypatch.setattr(rows.Rows, "tensor", forbidden)
     source = open_source(tmp_path, model, data)
-    checked(panels.gallery(source, View()) + panels.example(source, View(example=33, k=5)))
-    checked(views.component(source, View(component=4321)) + views.component_list(source, View()))
+    checked(cards.gallery(source, View()) + examples.example(source, View(example=33, k=5)))
+    checked(components_tab.component(source, View(component=4321)) + components_tab.component_list(source, View()))
     components = measuring.ablated(source, View(example=33, k=500))
     change = measuring.what_if(source, components, measuring.measured_rows(source, [33]))
-    checked(views.change(source, View(example=33), components, change))
+    checked(examples.change(source, View(example=33), components, change))
     view = View(lower=(0, 1), n_components=9)
-    checked(views.edit(source, view, *measuring.preview(source, view)))
-    measuring.save_edit(source, view, tmp_path / "edit")
+    checked(edit.edit(source, view, *edit.preview(source, view)))
+    edit.save_edit(source, view, tmp_path / "edit")
     with pytest.raises(AssertionError, match="whole matrix"):
         _ = source.attributions.weights
 
@@ -473,8 +475,8 @@ def test_columns_entries_and_the_pass_are_those_of_the_matrix(tmp_path):
 
 def test_references_of_large_attributions_are_drawn(tmp_path, monkeypatch):
     model, data, _ = wide(tmp_path)
-    monkeypatch.setattr(measuring, "_MOST_ENTRIES", 20 * 5000)
-    chosen = measuring.sides(open_source(tmp_path, model, data), View(lower=(0, 1)))
+    monkeypatch.setattr(edit, "_MOST_ENTRIES", 20 * 5000)
+    chosen = edit.sides(open_source(tmp_path, model, data), View(lower=(0, 1)))
     assert len(chosen.spared) == 18 and chosen.n_others == 43
 
 
@@ -490,8 +492,9 @@ def test_large_attributions_open_in_a_second(tmp_path):
     source, before = open_source(tmp_path, model, data), held()
     source.summary()
     for draw in (
-        lambda: panels.gallery(source, View(page=30)), lambda: panels.example(source, View(example=4000)),
-        lambda: views.component(source, View(component=99_000)), lambda: views.component_list(source, View()),
+        lambda: cards.gallery(source, View(page=30)), lambda: examples.example(source, View(example=4000)),
+        lambda: components_tab.component(source, View(component=99_000)),
+        lambda: components_tab.component_list(source, View()),
     ):  # fmt: skip
         started = time.monotonic()
         draw()

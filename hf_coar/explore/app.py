@@ -1,4 +1,4 @@
-"""What the controls of the page do: every event makes a `View`, and the view is drawn by `panels` and `views`."""
+"""What the controls of the page do: every event makes a `View`, and the view is drawn by its tab."""
 
 import tempfile
 from collections.abc import Callable, Iterator
@@ -6,12 +6,13 @@ from dataclasses import replace
 from typing import Any
 
 from hf_coar.errors import CoarError
-from hf_coar.explore import links, measuring, own, panels, views
+from hf_coar.explore import cards, drawing, links, measuring
 from hf_coar.explore.drawing import note, warning
 from hf_coar.explore.layout import Layout, most_components
 from hf_coar.explore.links import View
 from hf_coar.explore.source import Source
 from hf_coar.explore.style import LINK, READY, SEARCH
+from hf_coar.explore.tabs import components, edit, examples, own
 
 _MOST_MARKED = 200  # examples that "mark the whole class" marks
 _KEPT_SAVED = 4  # edited models
@@ -115,7 +116,7 @@ class Page(Layout):
             try:
                 return {self.message: "", **call(*arguments)}
             except CoarError as error:
-                return {self.message: panels.wrapped(warning(str(error)))}
+                return {self.message: drawing.wrapped(warning(str(error)))}
 
         return run
 
@@ -137,7 +138,7 @@ class Page(Layout):
             view = links.from_query(search or "", len(source), len(source.components), source.n_classes)
             controls = self._controls_of(view)
         except CoarError as error:
-            view, said = View(), panels.wrapped(warning(str(error)))
+            view, said = View(), drawing.wrapped(warning(str(error)))
             controls = self._controls_of(view)
         selected = {self.tabs: self.gr.Tabs(selected=view.view), self.message: said}
         return {**self._shown(view), **controls, **selected}
@@ -163,18 +164,18 @@ class Page(Layout):
 
     def _draw_examples(self, view: View) -> Updates:
         return {
-            self.gallery: panels.gallery(self.source, view), self.example: panels.example(self.source, view),
+            self.gallery: cards.gallery(self.source, view), self.example: examples.example(self.source, view),
             self.number: view.example,
         }  # fmt: skip
 
     def _draw_components(self, view: View) -> Updates:
         return {
-            self.component: views.component(self.source, view), self.component_number: view.component,
+            self.component: components.component(self.source, view), self.component_number: view.component,
         }  # fmt: skip
 
     def _draw_edit(self, view: View) -> Updates:
-        gallery = panels.gallery(self.source, replace(view, wrong=False), act="mark")
-        return {self.edit_gallery: gallery, self.marks: views.marks(view)}
+        gallery = cards.gallery(self.source, replace(view, wrong=False), act="mark")
+        return {self.edit_gallery: gallery, self.marks: edit.marks(view)}
 
     def _acted(self, view: View, marking: str, event: dict[str, str]) -> Updates:
         """A click on something with `data-act`."""
@@ -192,7 +193,7 @@ class Page(Layout):
             return self._shown(replace(view, view="own", explained=value))
         if act == "page":
             return self._shown(replace(view, page=max(0, value)))
-        changed = measuring.toggled(view, value, marking) if act == "mark" else view
+        changed = edit.toggled(view, value, marking) if act == "mark" else view
         if act == "clear":
             changed = replace(view, lower=(), higher=(), spared=())
         return {**self._shown(changed), self.edit: "", self.file: self.gr.File(visible=False)}
@@ -219,7 +220,7 @@ class Page(Layout):
         return open_tab
 
     def _mark_shown(self, view: View, marking: str) -> Updates:
-        rows, _ = panels.filtered(self.source, replace(view, wrong=False))
+        rows, _ = cards.filtered(self.source, replace(view, wrong=False))
         if len(rows) > _MOST_MARKED:
             raise CoarError(
                 f"{len(rows):,} examples are shown, and {_MOST_MARKED} can be marked at once: choose a label"
@@ -232,7 +233,7 @@ class Page(Layout):
     def _search(self, view: View, wrong: bool, progress: Any) -> Any:
         """Run the model on the examples among which wrong predictions are looked for."""
         if wrong:
-            panels.filtered(self.source, replace(view, wrong=True), progress)
+            cards.filtered(self.source, replace(view, wrong=True), progress)
         return self.gr.skip()
 
     def _list(self, view: View, before: Any, progress: Any) -> tuple[Any, Any]:
@@ -240,7 +241,7 @@ class Page(Layout):
         now = (view.layer, view.component)
         if view.view != "components" or now == before:
             return self.gr.skip(), self.gr.skip()
-        return views.component_list(self.source, view, progress), now
+        return components.component_list(self.source, view, progress), now
 
     def _measure(self, view: View, before: tuple, progress: Any) -> tuple[Any, Any]:
         """What is ticked, measured on the live model; only where it is looked at and has changed."""
@@ -252,12 +253,12 @@ class Page(Layout):
             return self.gr.skip(), self.gr.skip()
         if not components:
             hint = "Move k, or tick components in the lists above: the model runs without them, live."
-            return panels.wrapped(note(hint)), now
+            return drawing.wrapped(note(hint)), now
         try:
             found = self._changed(components, view.example, progress)
-            return views.change(self.source, view, components, found), now
+            return examples.change(self.source, view, components, found), now
         except CoarError as error:
-            return panels.wrapped(warning(str(error))), ()
+            return drawing.wrapped(warning(str(error))), ()
 
     def _changed(self, components: tuple[int, ...], example: int, progress: Any) -> measuring.Change:
         """What ablating components does; kept, as the next example that is looked at wants the same."""
@@ -272,18 +273,18 @@ class Page(Layout):
         if view.view != "edit":
             return self.gr.skip()
         if not (view.lower or view.higher):
-            return panels.wrapped(note("Choose what a click asks for, click on examples, and preview the edit."))
+            return drawing.wrapped(note("Choose what a click asks for, click on examples, and preview the edit."))
         try:
-            return views.edit(self.source, view, *measuring.preview(self.source, view, progress))
+            return edit.edit(self.source, view, *edit.preview(self.source, view, progress))
         except CoarError as error:
-            return panels.wrapped(warning(str(error)))
+            return drawing.wrapped(warning(str(error)))
 
     def _save(self, view: View, progress: Any) -> tuple[Any, str]:
         try:
             self.saved.append(tempfile.TemporaryDirectory(prefix="coar-edit-"))
-            path = measuring.save_edit(self.source, view, self.saved[-1].name, progress)
+            path = edit.save_edit(self.source, view, self.saved[-1].name, progress)
         except CoarError as error:
-            return self.gr.File(visible=False), panels.wrapped(warning(str(error)))
+            return self.gr.File(visible=False), drawing.wrapped(warning(str(error)))
         while len(self.saved) > _KEPT_SAVED:
             self.saved.pop(0).cleanup()
         return self.gr.File(str(path), visible=True), ""
@@ -296,7 +297,7 @@ class Page(Layout):
             view = replace(view, text=text or "")
         if not (view.image or view.text):
             what = "upload an image" if self.source.kind == "image" else "type a text"
-            yield panels.wrapped(warning(f"nothing to attribute yet: {what} first")), view, links.to_query(view)
+            yield drawing.wrapped(warning(f"nothing to attribute yet: {what} first")), view, links.to_query(view)
         yield from self._attribute_linked(view, session)
 
     def _attribute_linked(self, view: View, session: str) -> Iterator[tuple]:
@@ -315,7 +316,7 @@ class Page(Layout):
                 yield own.panel(self.source, content, last, running=True), skip, skip
             yield own.panel(self.source, content, last, running=False), skip, skip
         except CoarError as error:
-            yield panels.wrapped(warning(str(error))), skip, skip
+            yield drawing.wrapped(warning(str(error))), skip, skip
         finally:
             if self.turns.get(session) is turn:
                 del self.turns[session]

@@ -53,6 +53,16 @@ def button(act: str, value: object, inner: str, classes: str = "coar-link", labe
     )
 
 
+def wrapped(inner: str) -> str:
+    """HTML in the explorer's own style."""
+    return f'<div class="coar">{inner}</div>'
+
+
+def figure(name: str, value: str, unit: str) -> str:
+    """A number that is read from afar, with what it is beneath."""
+    return f'<div class="coar-figure"><b>{value}</b><span>{escape(f"{name}, {unit}")}</span></div>'
+
+
 def note(text: str) -> str:
     """A quiet line; `text` is plain."""
     return f'<p class="coar-note">{escape(text)}</p>'

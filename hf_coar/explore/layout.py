@@ -1,9 +1,9 @@
-"""The page: four tabs of Gradio controls, with HTML between them that `panels` and `views` fill."""
+"""The page: four tabs of Gradio controls, with HTML between them that the files of `tabs` fill."""
 
 from typing import Any
 
 from hf_coar.errors import CoarError
-from hf_coar.explore import drawing, links, panels
+from hf_coar.explore import drawing, links
 from hf_coar.explore.drawing import note
 from hf_coar.explore.links import View
 from hf_coar.explore.source import Source
@@ -89,7 +89,7 @@ class Layout:
                 self.gallery = self._html("gallery")
             with gr.Column(scale=7, min_width=320):
                 self.example = self._html("example")
-                gr.HTML(panels.wrapped(drawing.heading("What if they were gone?")))
+                gr.HTML(drawing.wrapped(drawing.heading("What if they were gone?")))
                 with gr.Row():
                     self.k = gr.Slider(
                         0, most_components(source), 0, step=1,
@@ -168,7 +168,7 @@ class Layout:
             with gr.Column(scale=7, min_width=320):
                 words = "Its attribution arrives here round by round, with standard errors that shrink."
                 cannot = "The data are batches of tensors, which do not say how an image or a text becomes one."
-                self.own = self._html("own", panels.wrapped(note(words if possible else cannot)))
+                self.own = self._html("own", drawing.wrapped(note(words if possible else cannot)))
 
 
 def most_components(source: Source) -> int:
@@ -183,4 +183,4 @@ def _header(source: Source) -> str:
     names = " on ".join("/".join(name.split("/")[-2:]) for name in ids if name)
     size = f"{len(source):,} examples × {len(source.components):,} components"
     said = [names, size, f"output: {source.output.name}, {source.unit}"]
-    return panels.wrapped(f"<h2>hf_coar explorer</h2>{note(' · '.join(filter(None, said)))}")
+    return drawing.wrapped(f"<h2>hf_coar explorer</h2>{note(' · '.join(filter(None, said)))}")

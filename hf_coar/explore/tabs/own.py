@@ -14,7 +14,8 @@ from torch import Tensor
 from hf_coar.data import Batch
 from hf_coar.errors import CoarError
 from hf_coar.estimators import live
-from hf_coar.explore import drawing, panels
+from hf_coar.explore import cards, drawing
+from hf_coar.explore.contributions import attribution, ranked
 from hf_coar.explore.drawing import number, thumbnail
 from hf_coar.explore.links import View
 from hf_coar.explore.outcome import Outcome
@@ -164,13 +165,13 @@ def panel(source: Source, content: Any, arrived: Arrived, running: bool) -> str:
     state = f"round {rounds} of {MAX_ROUNDS}" if rounds else "first pass"
     output = number(arrived.value, 2)
     classes = " coar-of-text" if of_text else ""
-    return panels.wrapped(
-        f'<div class="coar-top{classes}">{picture}<div>{panels.top_table(source, arrived.found)}'
+    return drawing.wrapped(
+        f'<div class="coar-top{classes}">{picture}<div>{cards.top_table(source, arrived.found)}'
         f"{drawing.note(f'attributed: the {source.output.name}{of}: {output} {source.unit}')}</div></div>"
         f'<div class="coar-figures" role="status"><div class="coar-figure"><b>{state}</b>'
         f"<span>{'more is arriving …' if running else 'done'}</span></div>"
         f"{_cost(arrived)}{_noise(source, arrived)}</div>"
-        f"{panels.attribution(source, weights, errors)}{panels.ranked(source, weights, errors, View(), ticks=False)}"
+        f"{attribution(source, weights, errors)}{ranked(source, weights, errors, View(), ticks=False)}"
     )
 
 

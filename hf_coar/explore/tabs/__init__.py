@@ -1,0 +1,1 @@
+"""The tabs of the explorer, a file a tab."""

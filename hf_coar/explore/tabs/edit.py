@@ -1,0 +1,187 @@
+"""The tab of edits: examples are marked, the edit is previewed on the live model, and saved."""
+
+import shutil
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hf_coar import editing, models
+from hf_coar.attributions import Attributions
+from hf_coar.data import Identity
+from hf_coar.editing import edited
+from hf_coar.errors import CoarError
+from hf_coar.explore import contributions, drawing
+from hf_coar.explore.changes import accuracy_table, flips
+from hf_coar.explore.columns import Progress, no_progress
+from hf_coar.explore.drawing import button, heading, note, number, wrapped
+from hf_coar.explore.links import View
+from hf_coar.explore.measuring import MOST_MEASURED, Change, accuracies, is_held_out, measured_rows, what_if
+from hf_coar.explore.source import Source
+
+_HELD_OUT = ". Every fourth example is held out: it is not measured here, and gives the figures on the card."
+_MOST_ENTRIES = 2**24  # of the weights that an edit is ranked by: 64 MB, and as many references as fit into it
+
+
+@dataclass(frozen=True)
+class Sides:
+    """The examples of an edit, as rows of the attributions.
+
+    Attributes:
+        higher: whose outputs are to rise.
+        lower: whose outputs are to fall.
+        spared: whose outputs are to stay.
+        n_others: how many examples `spared` was drawn from, where it was drawn.
+    """
+
+    higher: tuple[int, ...]
+    lower: tuple[int, ...]
+    spared: tuple[int, ...]
+    n_others: int = 0
+
+
+def sides(source: Source, view: View) -> Sides:
+    """The examples that were marked; without marked references all others but those held out, or a part of them.
+
+    Raises:
+        CoarError: nothing is marked, or nothing is left to spare.
+    """
+    targets = {*view.higher, *view.lower}
+    if not targets:
+        raise CoarError("no targets yet: choose what clicks mark, then click on examples")
+    if view.spared:
+        return Sides(view.higher, view.lower, view.spared)
+    others = [row for row in range(len(source)) if row not in targets and not is_held_out(row)]
+    if not others:
+        raise CoarError(f"all {len(source)} examples are targets, so that none is left to spare; unmark some")
+    most = max(16, _MOST_ENTRIES // len(source.components) - len(targets))
+    n = min(len(others), most)
+    return Sides(view.higher, view.lower, tuple(others[i * len(others) // n] for i in range(n)), len(others))
+
+
+def _subset(source: Source, rows: Sequence[int]) -> Attributions:
+    """Attributions of some examples only; no other row is read."""
+    whole = source.attributions
+    weights = torch.stack([whole.row(row) for row in rows])
+    identity = Identity(whole.identity.signatures[list(rows)], whole.identity.labels[list(rows)])
+    return Attributions(weights, whole.bias[list(rows)], None, whole.components, identity, whole.config)
+
+
+def _local(chosen: Sides) -> tuple[list[int], dict[str, list[int] | None]]:
+    """All rows of an edit, and the arguments of `editing` that count among them."""
+    rows = [*chosen.higher, *chosen.lower, *chosen.spared]
+    first, second = len(chosen.higher), len(chosen.higher) + len(chosen.lower)
+    groups = {"increase": range(first), "decrease": range(first, second), "reference": range(second, len(rows))}
+    return rows, {name: list(group) or None for name, group in groups.items()}
+
+
+def edit_ranking(source: Source, chosen: Sides) -> Tensor:
+    """All components, the best to ablate first, int64 [components]."""
+    rows, arguments = _local(chosen)
+    return editing.rank_components(_subset(source, rows), **arguments)
+
+
+def preview(source: Source, view: View, progress: Progress = no_progress) -> tuple[Sides, tuple[int, ...], Change]:
+    """What an edit would ablate, and what that does, on examples that are not held out."""
+    chosen = sides(source, view)
+    components = tuple(edit_ranking(source, chosen)[: view.n_components].tolist())
+    marked = (*view.higher, *view.lower, *view.spared)
+    rows = measured_rows(source, marked, without_held_out=True)
+    return chosen, components, what_if(source, components, rows, progress)
+
+
+def save_edit(source: Source, view: View, folder: str | Path, progress: Progress = no_progress) -> Path:
+    """The edited model with its card, as a ZIP file in a folder; the figures on the card are of the held-out examples.
+
+    Raises:
+        CoarError: nothing is marked, or the folder cannot be written.
+    """
+    chosen = sides(source, view)
+    rows, arguments = _local(chosen)
+    progress(0.1, "making the edited model")
+    with source.lock:
+        changed = editing.edit(source.model, _subset(source, rows), n_components=view.n_components, **arguments)
+    entries = {
+        **models.record(changed)["edit"],
+        "increase": list(chosen.higher), "decrease": list(chosen.lower), "reference": list(chosen.spared),
+    }  # fmt: skip
+    changed = models.copy_with_record(changed, edit=entries)
+    progress(0.4, "measuring on the examples that were held out")
+    figures = held_out_figures(source, view, tuple(entries["indices"]))
+    inner = Path(folder) / "edited-model"
+    progress(0.8, "saving")
+    edited.save(changed, inner, figures)
+    archive = _zipped(inner, Path(folder) / "edited-model.zip")
+    shutil.rmtree(inner)
+    return archive
+
+
+def held_out_figures(source: Source, view: View, components: Sequence[int]) -> list[tuple[str, str, str]]:
+    """Rows for the card: (what, before, after), on examples that neither the ranking nor a preview has seen."""
+    marked = {*view.higher, *view.lower, *view.spared}
+    rows = [row for row in range(len(source)) if is_held_out(row) and row not in marked][:MOST_MEASURED]
+    if not rows:
+        return []
+    change = what_if(source, components, rows)
+    found = [
+        (f"accuracy on {one.name} ({one.count} held out)", _of(one.before, one.count), _of(one.after, one.count))
+        for one in accuracies(source, change)
+    ]
+    means = [f"{float(side.outputs.mean()):.3f} {source.unit}" for side in (change.before, change.after)]
+    return [*found, (f"mean {source.output.name} ({len(rows)} held out)", *means)]
+
+
+def _of(hits: int, count: int) -> str:
+    return f"{100 * hits / count:.1f}% ({hits} of {count})"
+
+
+def _zipped(folder: Path, path: Path) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for file in sorted(folder.rglob("*")):
+            if file.is_file():
+                archive.write(file, file.relative_to(folder.parent))
+    return path
+
+
+def toggled(view: View, row: int, side: str) -> View:
+    """The view after a click on an example while clicks mark `side`: marked, moved from another side, or unmarked."""
+    was_there = row in getattr(view, side, ())
+    emptied = {name: tuple(i for i in getattr(view, name) if i != row) for name in ("lower", "higher", "spared")}
+    if side in emptied and not was_there:
+        emptied[side] = tuple(sorted((*emptied[side], row)))
+    return replace(view, **emptied)
+
+
+def marks(view: View) -> str:
+    """How many examples are marked."""
+    sides = [("to lower", view.lower), ("to raise", view.higher), ("to spare", view.spared)]
+    said = " · ".join(f"<b>{len(rows)}</b> {name}" for name, rows in sides)
+    clear = button("clear", 0, "Clear all marks", "coar-small") if any(rows for _, rows in sides) else ""
+    default = "" if view.spared else '<span class="coar-faint">(none marked: all others are spared)</span>'
+    return wrapped(f'<div class="coar-pager" role="status">{said} {default} {clear}</div>')
+
+
+def edit(source: Source, view: View, chosen: Sides, components: Sequence[int], found: Change) -> str:
+    """What an edit would do."""
+    rows = []
+    for name, side in (("to lower", view.lower), ("to raise", view.higher), ("to spare", chosen.spared)):
+        places = [place for place, row in enumerate(found.rows) if row in set(side)]
+        if places:
+            means = [number(float(values[places].mean()), 2) for values in (found.predicted, found.measured)]
+            rows.append([f"{name} ({len(places):,} measured)", *means])
+    head = ["examples", "predicted change", f"measured change, mean {source.unit}"]
+    drawn = chosen.n_others and chosen.n_others > len(chosen.spared)
+    said = f"References: {len(chosen.spared):,}"
+    said += f", drawn evenly from {chosen.n_others:,} others" if drawn else ""
+    names = "".join(f"<li>{contributions.component_button(source, i)}</li>" for i in components[:40])
+    more = f"<li>and {len(components) - 40} more</li>" if len(components) > 40 else ""
+    return wrapped(
+        f'<p class="coar-statement">Preview: {len(components):,} '
+        f"component{'s' if len(components) != 1 else ''} ablated.</p>"
+        f"{drawing.table(head, rows)}{note(said + _HELD_OUT)}"
+        f'<div class="coar-columns coar-aside"><div>{accuracy_table(accuracies(source, found), len(found.rows))}</div>'
+        f"<div>{heading('What is ablated')}<ol>{names}{more}</ol></div></div>{flips(source, found)}"
+    )
