@@ -24,10 +24,10 @@ from hf_coar import demo, editing, explore, models
 from hf_coar.attributions import rows
 from hf_coar.data import Identity, identity
 from hf_coar.errors import CoarError, DataError, ModelMismatchError
-from hf_coar.explore import cards, columns, contributions, drawing, layout, links, measuring
+from hf_coar.explore import cards, columns, contributions, drawing, links, measuring, page
 from hf_coar.explore.columns import Summary
-from hf_coar.explore.links import View
 from hf_coar.explore.source import Source, open_source
+from hf_coar.explore.tab import View
 from hf_coar.explore.tabs import components as components_tab
 from hf_coar.explore.tabs import edit, examples, own
 
@@ -535,7 +535,7 @@ def test_attributions_that_name_no_source_say_what_to_give(tmp_path):
 def test_a_missing_gradio_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(CoarError, match=re.escape('pip install "hf_coar[explore]"')):
-        layout.gradio()
+        page.gradio()
 
 
 def test_the_import_does_not_import_gradio():

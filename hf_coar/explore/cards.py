@@ -10,9 +10,9 @@ from torch import Tensor
 from hf_coar.explore import drawing
 from hf_coar.explore.columns import Progress, no_progress
 from hf_coar.explore.drawing import button, note, percent, wrapped
-from hf_coar.explore.links import View
 from hf_coar.explore.outcome import Outcome
 from hf_coar.explore.source import Source, image_column, text_column
+from hf_coar.explore.tab import View
 
 PAGES = {"text": 10}  # examples on a page
 PAGE = 24  # the same of all that is no text

@@ -10,8 +10,8 @@ from torch import Tensor
 from hf_coar.components import Components
 from hf_coar.explore import drawing
 from hf_coar.explore.drawing import Strip, button, heading, note, number
-from hf_coar.explore.links import View
 from hf_coar.explore.source import Source
+from hf_coar.explore.tab import View
 
 _MOST_STRIPS = 64  # rows of a heat map; above, one row a layer
 _LISTED = 8  # components on either side of an example's list

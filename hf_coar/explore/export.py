@@ -10,7 +10,7 @@ from typing import Any
 
 from hf_coar.attributions import Attributions, artefact
 from hf_coar.errors import CoarError
-from hf_coar.explore.layout import gradio
+from hf_coar.explore.page import gradio
 from hf_coar.storage import files, hub
 
 logger = logging.getLogger(__name__)

@@ -10,9 +10,9 @@ from hf_coar import editing, masking
 from hf_coar.errors import CoarError
 from hf_coar.explore import columns
 from hf_coar.explore.columns import Progress, no_progress
-from hf_coar.explore.links import View
 from hf_coar.explore.outcome import Outcome
 from hf_coar.explore.source import Source
+from hf_coar.explore.tab import View
 
 MOST_MEASURED = 500  # examples that an ablation is measured on
 _HELD_OUT = 4  # every fourth example plays no part in an edit, so that its card can be honest
@@ -98,6 +98,12 @@ def strongest(source: Source, row: int, k: int, side: str) -> tuple[int, ...]:
 def ablated(source: Source, view: View) -> tuple[int, ...]:
     """The components that a view asks to ablate: those ticked, or the example's k strongest."""
     return view.ticked or (strongest(source, view.example, view.k, view.side) if view.k else ())
+
+
+def most_components(source: Source) -> int:
+    """As far as sliders go: a tenth of the components, where attributions still predict."""
+    n = len(source.components)
+    return min(n, max(20, round(0.1 * n)))
 
 
 def measured_rows(source: Source, always: Sequence[int] = (), without_held_out: bool = False) -> list[int]:

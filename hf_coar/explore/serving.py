@@ -10,8 +10,7 @@ from typing import Any
 from hf_coar.attributions import Attributions
 from hf_coar.errors import CoarError
 from hf_coar.explore import style
-from hf_coar.explore.app import Page
-from hf_coar.explore.layout import gradio
+from hf_coar.explore.page import Page, gradio
 from hf_coar.explore.source import open_source
 
 logger = logging.getLogger(__name__)

@@ -1,5 +1,7 @@
 """The tab of components: one component over all examples, whom it helps and whom it hurts."""
 
+from dataclasses import replace
+from functools import partial
 from html import escape
 
 import torch
@@ -8,11 +10,46 @@ from torch import Tensor
 from hf_coar.explore import cards, columns, contributions, drawing
 from hf_coar.explore.columns import Progress, no_progress
 from hf_coar.explore.drawing import button, figure, heading, note, number, wrapped
-from hf_coar.explore.links import View
 from hf_coar.explore.source import Source
+from hf_coar.explore.tab import Tab, Updates, View, register
 
 _LISTED = 25  # components in the list
 _EXTREMES = 8  # most helped and most hurt examples
+
+
+@register
+class Components(Tab):
+    """Components to choose from, and one of them over all examples."""
+
+    name, title, place = "components", "Components", 1
+    kept = ("layer", "ticked", "k", "side")
+    acts = {"component": lambda source, view, value, beside: replace(view, view="components", component=value)}
+
+    def build(self) -> None:
+        """A list on the left, one component on the right."""
+        gr, source, page = self.gr, self.source, self.page
+        names, _ = source.components.regroup("layer")
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=4, min_width=300):
+                with gr.Row():
+                    self.layer = gr.Dropdown(
+                        [("all", ""), *((name or "(the model itself)", name) for name in names)], value="",
+                        label="Layer", elem_id="layer", min_width=120,
+                    )  # fmt: skip
+                    self.number = gr.Number(
+                        0, precision=0, minimum=0, maximum=len(source.components) - 1,
+                        label="Component number, Enter opens it", elem_id="component-number", min_width=120,
+                    )  # fmt: skip
+                    self.sets("layer", self.layer)
+                    self.sets("component", self.number, "submit")
+                self.list = page.html("component-list")
+                self.draws_later(self.list, lambda view: (view.layer, view.component), partial(component_list, source))
+            with gr.Column(scale=7, min_width=320):
+                self.component = page.html("component")
+
+    def draw(self, view: View, before: View) -> Updates:
+        """The component."""
+        return {self.component: component(self.source, view), self.number: view.component}
 
 
 def component(source: Source, view: View) -> str:

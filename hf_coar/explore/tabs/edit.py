@@ -1,10 +1,12 @@
 """The tab of edits: examples are marked, the edit is previewed on the live model, and saved."""
 
 import shutil
+import tempfile
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,16 +16,118 @@ from hf_coar.attributions import Attributions
 from hf_coar.data import Identity
 from hf_coar.editing import edited
 from hf_coar.errors import CoarError
-from hf_coar.explore import contributions, drawing
+from hf_coar.explore import cards, contributions, drawing, measuring
 from hf_coar.explore.changes import accuracy_table, flips
 from hf_coar.explore.columns import Progress, no_progress
-from hf_coar.explore.drawing import button, heading, note, number, wrapped
-from hf_coar.explore.links import View
+from hf_coar.explore.drawing import button, heading, note, number, warning, wrapped
 from hf_coar.explore.measuring import MOST_MEASURED, Change, accuracies, is_held_out, measured_rows, what_if
 from hf_coar.explore.source import Source
+from hf_coar.explore.tab import Tab, Updates, View, register
 
+_MARKS = [("lower its output", "lower"), ("raise its output", "higher"), ("spare it (reference)", "spared")]
+_MOST_MARKED = 200  # examples that "mark all that are shown" marks
+_KEPT_SAVED = 4  # edited models
 _HELD_OUT = ". Every fourth example is held out: it is not measured here, and gives the figures on the card."
 _MOST_ENTRIES = 2**24  # of the weights that an edit is ranked by: 64 MB, and as many references as fit into it
+
+
+@register
+class Edit(Tab):
+    """Examples are marked, and an edit of the model by them is previewed and saved."""
+
+    name, title, place = "edit", "Edit", 2
+    kept = ("label", "page", "lower", "higher", "spared", "n_components")
+    acts = {
+        "mark": lambda source, view, value, side: toggled(view, value, side),
+        "clear": lambda source, view, value, side: replace(view, lower=(), higher=(), spared=()),
+    }
+
+    def build(self) -> None:
+        """Examples to mark on the left, the edit on the right."""
+        gr, source, page = self.gr, self.source, self.page
+        self.saved: list[tempfile.TemporaryDirectory] = []  # what visitors may still be downloading
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=5, min_width=300):
+                self.marking = gr.Radio(
+                    _MARKS, value="lower", label="A click on an example asks the edit to …", elem_id="marking"
+                )
+                with gr.Row(visible=source.n_classes > 0):
+                    self.label = gr.Dropdown(
+                        [("all", -1), *page.class_choices()], value=-1, label="Show the label", elem_id="edit-label"
+                    )
+                    self.mark_all = gr.Button("Mark all that are shown", elem_id="mark-all", min_width=140)
+                self.sets("label", self.label, page=0)
+                self.gallery = page.html("edit-gallery", self.marking)
+            with gr.Column(scale=6, min_width=320):
+                self.marks = page.html("marks", self.marking)
+                most = measuring.most_components(source)
+                self.n_components = gr.Slider(
+                    1, most, min(10, most), step=1, label="How many components the edit ablates",
+                    elem_id="n-components", buttons=[],
+                )  # fmt: skip
+                self.sets("n_components", self.n_components)
+                with gr.Row():
+                    self.preview = gr.Button("Preview the edit", variant="primary", elem_id="preview")
+                    self.save = gr.Button("Save the edited model", elem_id="save")
+                self.file = gr.File(label="Edited model with its card (ZIP)", visible=False, elem_id="file")
+                self.edit = page.html("edit", self.marking)
+
+    def connect(self) -> None:
+        """Marking, the preview and saving."""
+        page = self.page
+        page.step(self.mark_all.click, self._mark_shown, page.view, self.marking)
+        for listen in (self.preview.click, page.loaded.then):
+            listen(page.with_progress(self._preview), page.view, self.edit, show_progress_on=self.edit)
+        self.save.click(
+            page.with_progress(self._save), page.view, [self.file, page.message], show_progress_on=self.save
+        )
+
+    def draw(self, view: View, before: View) -> Updates:
+        """The examples with their marks; a preview of other marks goes."""
+        gallery = cards.gallery(self.source, replace(view, wrong=False), act="mark")
+        drawn = {self.gallery: gallery, self.marks: marks(view)}
+        if _asked(view) != _asked(before):
+            drawn |= {self.edit: "", self.file: self.gr.File(visible=False)}
+        return drawn
+
+    def controls(self, view: View) -> Updates:
+        """As set, within the slider."""
+        most = measuring.most_components(self.source)
+        return {**super().controls(view), self.n_components: min(view.n_components, most)}
+
+    def _mark_shown(self, view: View, marking: str) -> Updates:
+        rows, _ = cards.filtered(self.source, replace(view, wrong=False))
+        if len(rows) > _MOST_MARKED:
+            raise CoarError(
+                f"{len(rows):,} examples are shown, and {_MOST_MARKED} can be marked at once: choose a label"
+            )
+        rest = {name: tuple(set(getattr(view, name)) - set(rows)) for name in ("lower", "higher", "spared")}
+        rest[marking] = (*rest[marking], *rows)
+        return self.page.shown(replace(view, **{name: tuple(sorted(rows)) for name, rows in rest.items()}), view)
+
+    def _preview(self, view: View, progress: Progress) -> Any:
+        if view.view != self.name:
+            return self.gr.skip()
+        if not (view.lower or view.higher):
+            return wrapped(note("Choose what a click asks for, click on examples, and preview the edit."))
+        try:
+            return edit(self.source, view, *preview(self.source, view, progress))
+        except CoarError as error:
+            return wrapped(warning(str(error)))
+
+    def _save(self, view: View, progress: Progress) -> tuple[Any, str]:
+        try:
+            self.saved.append(tempfile.TemporaryDirectory(prefix="coar-edit-"))
+            path = save_edit(self.source, view, self.saved[-1].name, progress)
+        except CoarError as error:
+            return self.gr.File(visible=False), wrapped(warning(str(error)))
+        while len(self.saved) > _KEPT_SAVED:
+            self.saved.pop(0).cleanup()
+        return self.gr.File(str(path), visible=True), ""
+
+
+def _asked(view: View) -> tuple:
+    return view.lower, view.higher, view.spared, view.n_components
 
 
 @dataclass(frozen=True)

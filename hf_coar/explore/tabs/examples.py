@@ -1,17 +1,118 @@
 """The tab of examples: one example, its components, and what happens without some of them."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from html import escape
+from typing import Any
 
-from hf_coar.explore import cards, contributions, drawing
+from hf_coar.explore import cards, contributions, drawing, measuring
 from hf_coar.explore.changes import accuracy_table, flips
+from hf_coar.explore.columns import Progress
 from hf_coar.explore.drawing import figure, heading, note, number, wrapped
-from hf_coar.explore.links import View
 from hf_coar.explore.measuring import Change, accuracies
 from hf_coar.explore.outcome import Outcome
 from hf_coar.explore.source import Source, text_column
+from hf_coar.explore.tab import Tab, Updates, View, register
 
+_KEPT_CHANGES = 15  # measured ablations
 _LONGEST_TEXT = 4000  # characters shown of an example
+
+
+@register
+class Examples(Tab):
+    """Examples to choose from, one of them with its components, and what happens without those."""
+
+    name, title, place = "examples", "Examples", 0
+    kept = ("label", "wrong", "page", "k", "side", "ticked")
+    acts = {
+        "example": lambda source, view, value, beside: replace(view, view="examples", example=value),
+        "try": lambda source, view, value, beside: replace(view, view="examples", ticked=(value,), k=0),
+        "see": lambda source, view, value, beside: replace(view, view="examples"),
+        "tick": lambda source, view, value, beside: replace(
+            view, ticked=tuple(sorted(set(measuring.ablated(source, view)) ^ {value})), k=0
+        ),
+        "page": lambda source, view, value, beside: replace(view, page=max(0, value)),
+    }
+
+    def build(self) -> None:
+        """A gallery on the left, one example on the right."""
+        gr, source, page = self.gr, self.source, self.page
+        self.changes: dict[tuple[int, ...], Change] = {}
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=4, min_width=300):
+                with gr.Row():
+                    self.label = gr.Dropdown(
+                        [("all", -1), *page.class_choices()], value=-1, label="Label", elem_id="label", min_width=120,
+                        visible=source.n_classes > 0,
+                    )  # fmt: skip
+                    self.number = gr.Number(
+                        0, precision=0, minimum=0, maximum=len(source) - 1, label="Example number, Enter opens it",
+                        elem_id="number", min_width=120,
+                    )  # fmt: skip
+                    self.sets("label", self.label, page=0)
+                    self.sets("example", self.number, "submit")
+                self.wrong = gr.Checkbox(
+                    False, label="only wrong predictions", elem_id="wrong", container=False,
+                    visible=source.n_classes > 0,
+                )  # fmt: skip
+                self.gallery = page.html("gallery")
+            with gr.Column(scale=7, min_width=320):
+                self.example = page.html("example")
+                gr.HTML(wrapped(heading("What if they were gone?")))
+                with gr.Row():
+                    self.k = gr.Slider(
+                        0, measuring.most_components(source), 0, step=1,
+                        label="k: how many of its strongest components to ablate", elem_id="k", scale=3, buttons=[],
+                    )  # fmt: skip
+                    self.side = gr.Radio(
+                        [("those that help it most", "help"), ("those that hurt it most", "hurt")], value="help",
+                        label="Which", elem_id="side", scale=2, min_width=200,
+                    )  # fmt: skip
+                    self.sets("k", self.k, ticked=())
+                    self.sets("side", self.side, ticked=())
+                self.change = page.html("change")
+                self.draws_later(
+                    self.change, lambda view: (view.example, measuring.ablated(source, view)), self._measured
+                )
+
+    def connect(self) -> None:
+        """Wrong predictions are searched with a bar before they are shown."""
+        search = self.wrong.input(
+            self.page.with_progress(self._search), [self.page.view, self.wrong], self.gallery, show_progress="full"
+        )
+        self.page.step(search.then, self.page.setter("wrong", page=0), self.page.view, self.wrong)
+
+    def draw(self, view: View, before: View) -> Updates:
+        """The gallery and the example."""
+        return {
+            self.gallery: cards.gallery(self.source, view), self.example: example(self.source, view),
+            self.number: view.example,
+        }  # fmt: skip
+
+    def controls(self, view: View) -> Updates:
+        """As set, and whether only wrong ones are shown."""
+        return {**super().controls(view), self.wrong: view.wrong}
+
+    def _search(self, view: View, wrong: bool, progress: Progress) -> Any:
+        """Run the model on the examples among which wrong predictions are looked for."""
+        if wrong:
+            cards.filtered(self.source, replace(view, wrong=True), progress)
+        return self.gr.skip()
+
+    def _measured(self, view: View, progress: Progress) -> str:
+        components = measuring.ablated(self.source, view)
+        if not components:
+            return wrapped(note("Move k, or tick components in the lists above: the model runs without them, live."))
+        return change(self.source, view, components, self._changed(components, view.example, progress))
+
+    def _changed(self, components: tuple[int, ...], row: int, progress: Progress) -> Change:
+        """What ablating components does; kept, as the next example that is looked at wants the same."""
+        found = self.changes.get(components)
+        if found is None or row not in found.rows:
+            rows = measuring.measured_rows(self.source, [row])
+            found = measuring.what_if(self.source, components, rows, progress)
+            self.changes = {**dict(list(self.changes.items())[-_KEPT_CHANGES:]), components: found}
+        return found
 
 
 def example(source: Source, view: View) -> str:

@@ -14,16 +14,113 @@ from torch import Tensor
 from hf_coar.data import Batch
 from hf_coar.errors import CoarError
 from hf_coar.estimators import live
-from hf_coar.explore import cards, drawing
+from hf_coar.explore import cards, drawing, links
 from hf_coar.explore.contributions import attribution, ranked
-from hf_coar.explore.drawing import number, thumbnail
-from hf_coar.explore.links import View
+from hf_coar.explore.drawing import note, number, thumbnail, warning
 from hf_coar.explore.outcome import Outcome
 from hf_coar.explore.source import Source
+from hf_coar.explore.tab import Tab, Updates, View, register
 from hf_coar.models import outputs
 
 MAX_ROUNDS = 16
 _KEPT_IMAGES, _LARGEST_SIDE = 64, 1024  # uploads kept for their links, and pixels that are kept of one
+
+
+@register
+class Own(Tab):
+    """An image or a text of the visitor's, and its attribution as it arrives."""
+
+    name, title, place = "own", "Your own input", 3
+    kept = ("text", "image", "explained")
+    acts = {"token": lambda source, view, value, beside: replace(view, view="own", explained=value)}
+
+    def build(self) -> None:
+        """The input on the left, its attribution on the right."""
+        gr, source, page = self.gr, self.source, self.page
+        self.uploads = Uploads()
+        self.turns: dict[str, object] = {}  # by session: the attribution of an own input that is wanted now
+        of_text, possible = source.kind == "text", source.takes_own
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=4, min_width=280):
+                self.image = gr.Image(
+                    type="pil", image_mode=None, sources=["upload", "clipboard"], label="Your image", height=230,
+                    visible=possible and not of_text, elem_id="own-image", buttons=[],
+                )  # fmt: skip
+                self.text = gr.Textbox(
+                    label="Your text", lines=5, max_length=links.LONGEST_TEXT, visible=possible and of_text,
+                    elem_id="own-text",
+                )  # fmt: skip
+                self.explained = gr.Dropdown(
+                    [("the predicted one", -1), *page.class_choices()], value=-1, label="Class to explain",
+                    visible=possible and source.n_classes > 0, elem_id="explained",
+                )  # fmt: skip
+                with gr.Row(visible=possible):
+                    self.start = gr.Button("Attribute it", variant="primary", elem_id="start")
+                    self.stop = gr.Button("Stop", elem_id="stop")
+            with gr.Column(scale=7, min_width=320):
+                words = "Its attribution arrives here round by round, with standard errors that shrink."
+                cannot = "The data are batches of tensors, which do not say how an image or a text becomes one."
+                self.own = page.html("own", value=drawing.wrapped(note(words if possible else cannot)))
+
+    def connect(self) -> None:
+        """The attribution begins with the button, with Enter, with a click on a token, and with a link."""
+        gr, page = self.gr, self.page
+
+        def start(view: View, image: Any, text: str, explained: int, request: gr.Request) -> Iterator[tuple]:
+            yield from self._attribute(view, image, text, explained, request.session_hash)
+
+        def linked(view: View, request: gr.Request) -> Iterator[tuple]:
+            yield from self._attribute_linked(view, request.session_hash)
+
+        inputs = [page.view, self.image, self.text, self.explained]
+        shown = {"outputs": [self.own, page.view, page.query], "show_progress": "minimal", "concurrency_limit": None}
+        running = [
+            self.start.click(start, inputs, **shown), self.text.submit(start, inputs, **shown),
+            page.loaded.then(linked, page.view, **shown), page.clicked[self.own].then(linked, page.view, **shown),
+        ]  # fmt: skip
+        self.stop.click(None, cancels=running)
+
+    def controls(self, view: View) -> Updates:
+        """The input that a view names.
+
+        Raises:
+            CoarError: its image is gone.
+        """
+        found = {self.explained: view.explained, self.text: view.text}
+        return {**found, self.image: self.uploads.get(view.image)} if view.image else found
+
+    def _attribute(self, view: View, image: Any, text: str, explained: int, session: str) -> Iterator[tuple]:
+        view = replace(view, view="own", text="", image="", explained=explained)
+        if self.source.kind == "image" and image is not None:
+            view = replace(view, image=self.uploads.keep(image))
+        elif self.source.kind == "text":
+            view = replace(view, text=text or "")
+        if not (view.image or view.text):
+            what = "upload an image" if self.source.kind == "image" else "type a text"
+            said = drawing.wrapped(warning(f"nothing to attribute yet: {what} first"))
+            yield said, view, links.to_query(view)
+        yield from self._attribute_linked(view, session)
+
+    def _attribute_linked(self, view: View, session: str) -> Iterator[tuple]:
+        """The attribution of the input that a view names, round by round, until the same visitor asks for another."""
+        skip, turn, last = self.gr.skip(), object(), None
+        if view.view != "own" or not (view.image or view.text):
+            yield skip, skip, skip
+            return
+        self.turns[session] = turn
+        yield skip, view, links.to_query(view)
+        try:
+            content = self.uploads.get(view.image) if view.image else view.text
+            for last in arriving(self.source, content, view.explained):
+                if self.turns.get(session) is not turn:
+                    return
+                yield panel(self.source, content, last, running=True), skip, skip
+            yield panel(self.source, content, last, running=False), skip, skip
+        except CoarError as error:
+            yield drawing.wrapped(warning(str(error))), skip, skip
+        finally:
+            if self.turns.get(session) is turn:
+                del self.turns[session]
 
 
 class Uploads:
@@ -167,7 +264,7 @@ def panel(source: Source, content: Any, arrived: Arrived, running: bool) -> str:
     classes = " coar-of-text" if of_text else ""
     return drawing.wrapped(
         f'<div class="coar-top{classes}">{picture}<div>{cards.top_table(source, arrived.found)}'
-        f"{drawing.note(f'attributed: the {source.output.name}{of}: {output} {source.unit}')}</div></div>"
+        f"{note(f'attributed: the {source.output.name}{of}: {output} {source.unit}')}</div></div>"
         f'<div class="coar-figures" role="status"><div class="coar-figure"><b>{state}</b>'
         f"<span>{'more is arriving …' if running else 'done'}</span></div>"
         f"{_cost(arrived)}{_noise(source, arrived)}</div>"
@@ -189,7 +286,7 @@ def _text(source: Source, content: str, arrived: Arrived) -> str:
         for place, (word, hit) in enumerate(zip(words[1:], hits, strict=True), start=1)
     ]  # fmt: skip
     every = drawing.button("token", -1, "Explain all tokens", "coar-small") if arrived.explained >= 0 else ""
-    said = drawing.note("Click a token to explain it alone; underlined: the token that the model expects.")
+    said = note("Click a token to explain it alone; underlined: the token that the model expects.")
     return f'<div><div class="coar-text">{"".join(pieces)}</div>{said}{every}</div>'
 
 
@@ -219,19 +316,3 @@ def _line(values: Sequence[float]) -> str:
         '<svg class="coar-spark" viewBox="0 0 70 22" role="img" aria-label="by round">'
         f'<polyline points="{points}"/><path class="coar-axis" d="M1 21H69"/></svg>'
     )
-
-
-def content_of(view: View, uploads: Uploads) -> Any:
-    """The visitor's input that a view names; None if it names none.
-
-    Raises:
-        CoarError: its image is gone.
-    """
-    if view.image:
-        return uploads.get(view.image)
-    return view.text or None
-
-
-def without_input(view: View) -> View:
-    """The view without an input of the visitor's own."""
-    return replace(view, text="", image="", explained=-1)
