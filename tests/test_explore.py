@@ -1,5 +1,6 @@
 """The explorer without a browser: links, views, live ablations, edits, own input, export; never the whole matrix."""
 
+import ast
 import dataclasses
 import json
 import os
@@ -24,8 +25,7 @@ from hf_coar import demo, editing, explore, models
 from hf_coar.attributions import rows
 from hf_coar.data import Identity, identity
 from hf_coar.errors import CoarError, DataError, ModelMismatchError
-from hf_coar.explore import cards, columns, contributions, drawing, links, measuring, page
-from hf_coar.explore.columns import Summary
+from hf_coar.explore import columns, drawing, links, measuring, page, pieces, tab
 from hf_coar.explore.source import Source, open_source
 from hf_coar.explore.tab import View
 from hf_coar.explore.tabs import components as components_tab
@@ -124,10 +124,11 @@ class Checker(HTMLParser):
 
     def __init__(self):
         super().__init__()
-        self.open, self.buttons, self.acts = [], 0, []
+        self.open, self.buttons, self.acts, self.attributes = [], 0, [], []
 
     def handle_starttag(self, tag, attributes):
         self.buttons += tag == "button"
+        self.attributes += [name for name, _ in attributes]
         self.acts += [value for name, value in attributes if name == "data-act"]
         if tag not in ("img", "input", "br"):
             self.open.append(tag)
@@ -147,15 +148,15 @@ def checked(html):
 
 
 def test_examples_are_buttons_with_their_predictions(source):
-    html = cards.gallery(source, View(example=3))
-    assert checked(html).acts.count("example") == cards.PAGE
+    html = pieces.gallery(source, View(example=3))
+    assert checked(html).acts.count("example") == pieces.PAGE
     assert html.count('aria-current="true"') == 1 and "page 1 of 2" in html
     outcome = source.predictions([3])[0]
     assert source.class_name(int(outcome.classes[0])) in html
 
 
 def test_wrong_predictions_are_found(source):
-    found, more = cards.filtered(source, View(wrong=True))
+    found, more = pieces.filtered(source, View(wrong=True))
     logits = torch.cat([models.logits(source.model, source.batch([i])).detach() for i in range(N)])
     expected = (logits.argmax(1) != source.attributions.labels).nonzero().flatten().tolist()
     assert found == expected and expected and not more
@@ -175,7 +176,7 @@ def test_an_example_shows_its_strongest_components_with_errors(source):
 
 def test_the_heat_map_holds_every_component(source):
     weights = source.attributions.row(0)
-    strips = contributions.strips(source.components, weights)
+    strips = pieces.strips(source.components, weights)
     assert torch.equal(torch.cat([strip.values for strip in strips]), weights)
     assert [strip.first for strip in strips] == [start for _, start, _ in source.components.spans()]
 
@@ -188,7 +189,7 @@ def test_many_matrices_are_drawn_layer_by_layer():
 
     components = coar.find_components(nn.ModuleDict({"layers": nn.ModuleList(Block() for _ in range(40))}))
     weights = torch.randn(len(components))
-    strips = contributions.strips(components, weights)
+    strips = pieces.strips(components, weights)
     assert len(components.groups) == 80 and [strip.name for strip in strips[:2]] == ["layers.0", "layers.1"]
     assert len(strips) == 40 and torch.equal(torch.cat([strip.values for strip in strips]), weights)
 
@@ -228,12 +229,73 @@ def test_the_list_of_components_is_by_size_within_a_layer(source):
     assert [int(i) for i in shown] == sizes.argsort(descending=True)[: len(shown)].tolist()
 
 
-def test_texts_of_others_are_no_html(texts):
+HOSTILE = '"><img src=x onerror="alert(1)">'
+
+
+def test_texts_of_others_are_no_html(texts, monkeypatch):
     source = open_source(texts / "classifier")
-    hostile = {"text": '<img src=x onerror="alert(1)">', "label": 0}
-    assert "<img" not in cards.content_of(hostile, 50)
-    assert '"><' not in drawing.button("a", '"><script>', "x")
-    assert checked(cards.gallery(source, View())).buttons >= 4
+    hostile = {"text": HOSTILE, "label": 0}
+    assert "<img" not in pieces.content(hostile, 50)
+    monkeypatch.setattr(source, "class_names", [HOSTILE, HOSTILE + "2"])
+    monkeypatch.setattr(source, "raw", lambda row: hostile)
+    monkeypatch.setattr(type(source), "unit", HOSTILE)
+    group = dataclasses.replace(source.components.groups[0], module=HOSTILE, parameter=HOSTILE, kind=HOSTILE)
+    source.components = dataclasses.replace(source.components, groups=(group, *source.components.groups[1:]))
+    change = measuring.what_if(open_source(texts / "classifier"), [0, 50, 100], range(4))
+    view = View(lower=(1,), higher=(2,), ticked=(0,))
+    for html in (
+        pieces.gallery(source, view), examples.example(source, view), components_tab.component(source, view),
+        components_tab.component_list(source, view), examples.change(source, view, [0, 50], change),
+        edit.edit(source, view, edit.sides(source, view), [0, 50], change),
+    ):  # fmt: skip
+        assert "alert(1)" in html and HOSTILE not in html and "<img src=x" not in html
+        assert not [name for name in checked(html).attributes if name.startswith("on")]
+
+
+def test_html_is_made_in_one_place_only():
+    """No string is HTML but what `drawing.html` makes of a template in the source: all else is escaped by it."""
+    folder = Path(explore.__file__).parent
+    for path in folder.rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        fixed_names = {
+            name for node in ast.walk(tree) if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
+            for name in map(ast.unparse, node.targets)
+        }  # fmt: skip
+        for node in ast.walk(tree):
+            if isinstance(node, ast.JoinedStr):
+                fixed = "".join(part.value for part in node.values if isinstance(part, ast.Constant))
+                assert not re.search(r"</?[a-zA-Z]", fixed), (path.name, node.lineno, fixed)
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "Html" and path.name != "drawing.py":
+                raise AssertionError(f"{path.name}:{node.lineno} makes HTML by itself")
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("html", "drawing.html"):
+                template = node.args[0]
+                named = isinstance(template, ast.Name) and template.id in fixed_names
+                assert named or isinstance(template, ast.Constant), (path.name, node.lineno)
+    assert pieces.wrapped("<b>") == '<div class="coar">&lt;b&gt;</div>'
+
+
+def test_a_tab_is_one_class_that_registers_itself(source, monkeypatch):
+    pytest.importorskip("gradio", reason='needs pip install "hf_coar[explore]"')
+    monkeypatch.setattr(tab.TABS, "_values", dict(tab.TABS._values))
+    monkeypatch.setattr(tab.TABS, "_defined", dict(tab.TABS._defined))
+
+    @tab.TABS.register("weights")
+    class Weights(tab.Tab):
+        title, place, kept = "Weights", 9, ("k",)
+
+        def build(self):
+            self.shown = self.page.html("weights")
+            self.sets("k", self.gr.Slider(0, 9))
+
+        def draw(self, view, before):
+            return {self.shown: f"<b>{view.k}</b> of {self.source.unit}"}
+
+    made = page.Page(source)
+    assert list(made.tabs) == ["examples", "components", "edit", "own", "weights"]
+    drawn = made.shown(View(view="weights", k=3), View())
+    assert drawn[made.query] == "view=weights&k=3" and drawn[made.tabs["weights"].shown] == "<b>3</b> of logits"
+    assert made.tabs["weights"].shown.postprocess("<b>") == "&lt;b&gt;"
+    assert links.from_query("view=weights&k=3", N, 832) == View(view="weights", k=3)
 
 
 # ------------------------------------------------------------------------------------------------------ live ablations
@@ -371,7 +433,7 @@ def test_own_texts_of_classifiers_and_language_models(texts):
         arrived = list(own.arriving(source, "a bad good film", max_rounds=2))
         assert len(arrived) == 3
         checked(own.panel(source, "a bad good film", arrived[-1], running=False))
-        for html in (cards.gallery(source, View()), examples.example(source, View(example=1, k=2))):
+        for html in (pieces.gallery(source, View()), examples.example(source, View(example=1, k=2))):
             checked(html)
         change = measuring.what_if(source, [0, 50, 100], range(4))
         checked(examples.change(source, View(), [0, 50, 100], change))
@@ -386,7 +448,7 @@ def test_one_token_of_a_text_can_be_explained(texts):
     assert every.value == pytest.approx(sum(one.value for one in single) / 3, abs=1e-5)
     torch.testing.assert_close(every.last.weights, sum(one.last.weights for one in single) / 3, atol=1e-4, rtol=1e-3)
     html = own.panel(source, "a bad good film", single[1], running=False)
-    assert checked(html).acts.count("token") == 4 and "of token 2, &#x27;good&#x27;" in html
+    assert checked(html).acts.count("token") == 4 and "of token 2, &#39;good&#39;" in html
     for outside in (0, 4):
         with pytest.raises(CoarError, match="tokens 1 to 3"):
             next(own.arriving(source, "a bad good film", explained=outside))
@@ -448,7 +510,7 @@ def test_no_view_reads_the_whole_matrix(tmp_path, monkeypatch):
 
     monkeypatch.setattr(rows.Rows, "tensor", forbidden)
     source = open_source(tmp_path, model, data)
-    checked(cards.gallery(source, View()) + examples.example(source, View(example=33, k=5)))
+    checked(pieces.gallery(source, View()) + examples.example(source, View(example=33, k=5)))
     checked(components_tab.component(source, View(component=4321)) + components_tab.component_list(source, View()))
     components = measuring.ablated(source, View(example=33, k=500))
     change = measuring.what_if(source, components, measuring.measured_rows(source, [33]))
@@ -468,9 +530,7 @@ def test_columns_entries_and_the_pass_are_those_of_the_matrix(tmp_path):
     some, index = [0, 33, 59], torch.tensor([7, 4999, 0])
     assert torch.equal(columns.entries(attributions, some, index), weights[some][:, index])
     torch.testing.assert_close(columns.sums(attributions, some, index), weights[some][:, index].sum(1))
-    found = Summary.of(attributions)
-    torch.testing.assert_close(found.mean, weights.mean(0))
-    torch.testing.assert_close(found.size, weights.abs().mean(0))
+    torch.testing.assert_close(columns.sizes(attributions), weights.abs().mean(0))
 
 
 def test_references_of_large_attributions_are_drawn(tmp_path, monkeypatch):
@@ -490,9 +550,9 @@ def test_large_attributions_open_in_a_second(tmp_path):
         return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
 
     source, before = open_source(tmp_path, model, data), held()
-    source.summary()
+    source.sizes()
     for draw in (
-        lambda: cards.gallery(source, View(page=30)), lambda: examples.example(source, View(example=4000)),
+        lambda: pieces.gallery(source, View(page=30)), lambda: examples.example(source, View(example=4000)),
         lambda: components_tab.component(source, View(component=99_000)),
         lambda: components_tab.component_list(source, View()),
     ):  # fmt: skip

@@ -10,6 +10,7 @@ from typing import Any
 
 from hf_coar.attributions import Attributions, artefact
 from hf_coar.errors import CoarError
+from hf_coar.explore import source
 from hf_coar.explore.page import gradio
 from hf_coar.storage import files, hub
 
@@ -88,8 +89,8 @@ def export(
     config = loaded.config
     sources = {
         "attributions": (attributions, artefact.UPLOADED),
-        "model": (model or _known(config, "model"), _OF_MODELS),
-        "data": (data or _known(config, "data"), _OF_DATA),
+        "model": (model or source.known(loaded, "model"), _OF_MODELS),
+        "data": (data or source.known(loaded, "data"), _OF_DATA),
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -111,13 +112,6 @@ def _check_target(folder: Path) -> None:
         raise CoarError(f"{folder} is a file; give a folder")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "app.py").is_file():
         raise CoarError(f"{folder} holds other things already; give a new or empty folder, or an earlier export")
-
-
-def _known(config: Mapping[str, Any], what: str) -> str:
-    found = (config.get(what) or {}).get("id")
-    if not found:
-        raise CoarError(f"the attributions do not say where their {what} came from; give --{what}")
-    return found
 
 
 def _placed(source: Path, folder: Path, what: str, kinds: tuple[str, ...]) -> str:

@@ -20,21 +20,13 @@ _HELD_OUT = 4  # every fourth example plays no part in an edit, so that its card
 
 @dataclass(frozen=True)
 class Change:
-    """What an ablation did to some examples.
+    """What an ablation did to some examples."""
 
-    Attributes:
-        rows: the examples.
-        predicted: change of the output that the attributions expect, float32 [rows].
-        error: standard error of `predicted`, float32 [rows], or None.
-        before: the model as it is.
-        after: the model with the components ablated.
-    """
-
-    rows: list[int]
-    predicted: Tensor
-    error: Tensor | None
-    before: Outcome
-    after: Outcome
+    rows: list[int]  # the examples
+    predicted: Tensor  # change of the output that the attributions expect, float32 [rows]
+    error: Tensor | None  # standard error of `predicted`, float32 [rows], or None
+    before: Outcome  # the model as it is
+    after: Outcome  # the model with the components ablated
 
     @property
     def measured(self) -> Tensor:
@@ -58,19 +50,12 @@ class Change:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Of one class, or of all tokens.
+    """Of one class, or of all tokens."""
 
-    Attributes:
-        name: of the class.
-        count: examples of it (or tokens).
-        before: how many of them the model got right.
-        after: the same with the components ablated.
-    """
-
-    name: str
-    count: int
-    before: int
-    after: int
+    name: str  # of the class
+    count: int  # examples of it (or tokens)
+    before: int  # how many of them the model got right
+    after: int  # the same with the components ablated
 
 
 def accuracies(source: Source, change: Change) -> list[Accuracy]:

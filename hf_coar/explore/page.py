@@ -5,9 +5,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from markupsafe import escape
+
 from hf_coar.errors import CoarError
 from hf_coar.explore import links, tabs  # noqa: F401 (the tabs register themselves)
-from hf_coar.explore.drawing import note, warning, wrapped
+from hf_coar.explore.drawing import Html, html, note, warning, wrapped
 from hf_coar.explore.source import Source
 from hf_coar.explore.style import LINK, ON_LOAD, READY, SEARCH
 from hf_coar.explore.tab import TABS, Tab, Updates, View
@@ -61,21 +63,16 @@ class Page:
         self.tabs: dict[str, Tab] = {}
         self.items = {}
         with gr.Tabs(elem_id="tabs", overflow_behavior="wrap") as self.shown_tab:
-            for kind in sorted(TABS.values(), key=lambda kind: kind.place):
-                with gr.Tab(kind.title, id=kind.name) as self.items[kind.name]:
-                    self.tabs[kind.name] = kind(self)
+            for name, kind in sorted(TABS.items(), key=lambda item: item[1].place):
+                with gr.Tab(kind.title, id=name) as self.items[name]:
+                    self.tabs[name] = kind(self, name)
 
     def html(self, name: str, beside: Any = None, value: str = "") -> Any:
-        """HTML with the id `name`; clicks on a `data-act` in it do what a tab's act of that name says.
-
-        Args:
-            name: on the page.
-            beside: a control whose value these acts are given.
-            value: at first.
-        """
-        html = self.gr.HTML(value, elem_id=name, js_on_load=ON_LOAD, apply_default_css=False, min_height=20)
-        self._clickable[html] = self.query if beside is None else beside
-        return html
+        """HTML with the id `name`; what is clicked in it does the act of its `data-act`, given the control `beside`."""
+        shown = self.gr.HTML(value, elem_id=name, js_on_load=ON_LOAD, apply_default_css=False, min_height=20)
+        shown.postprocess = lambda drawn: None if drawn is None else str(escape(drawn))  # only `drawing.html` is HTML
+        self._clickable[shown] = self.query if beside is None else beside
+        return shown
 
     def class_choices(self) -> list[tuple[str, int]]:
         """Of a list to choose a class from."""
@@ -92,8 +89,8 @@ class Page:
         self._outputs = [self.view, self.query, self.message, self.shown_tab, *of_tabs]
         self._steps: list[Any] = []
         self.loaded = self.step(self.blocks.load, self._restored, self.search, js=SEARCH)
-        for html, beside in self._clickable.items():
-            self.clicked[html] = self.step(html.click, self._act(), self.view, beside, trigger_mode="multiple")
+        for shown, beside in self._clickable.items():
+            self.clicked[shown] = self.step(shown.click, self._act(), self.view, beside, trigger_mode="multiple")
         for name, item in self.items.items():
             self.step(item.select, self._opener(name), self.view, self.search, js=READY)
         for tab in self.tabs.values():
@@ -145,7 +142,7 @@ class Page:
             try:
                 return draw(view, progress), key(view)
             except CoarError as error:
-                return wrapped(warning(str(error))), ()
+                return warning(error), ()
 
         for step in self._steps:
             call = self.with_progress(run)
@@ -159,7 +156,7 @@ class Page:
             try:
                 return {self.message: "", **call(*arguments)}
             except CoarError as error:
-                return {self.message: wrapped(warning(str(error)))}
+                return {self.message: warning(error)}
 
         return run
 
@@ -170,7 +167,7 @@ class Page:
             view = links.from_query(search or "", len(source), len(source.components), source.n_classes)
             controls = self._controls(view)
         except CoarError as error:
-            view, said = View(), wrapped(warning(str(error)))
+            view, said = View(), warning(error)
             controls = self._controls(view)
         selected = {self.shown_tab: self.gr.Tabs(selected=view.view), self.message: said}
         return {**controls, **self.shown(view, View()), **selected}
@@ -215,10 +212,10 @@ def _checked(name: str, value: Any, source: Source) -> Any:
     return value
 
 
-def _header(source: Source) -> str:
+def _header(source: Source) -> Html:
     config = source.attributions.config
     ids = [str((config.get(key) or {}).get("id") or "").rstrip("/") for key in ("model", "data")]
     names = " on ".join("/".join(name.split("/")[-2:]) for name in ids if name)
     size = f"{len(source):,} examples × {len(source.components):,} components"
     said = [names, size, f"output: {source.output.name}, {source.unit}"]
-    return wrapped(f"<h2>hf_coar explorer</h2>{note(' · '.join(filter(None, said)))}")
+    return wrapped(html("<h2>hf_coar explorer</h2>"), note(" · ".join(filter(None, said))))

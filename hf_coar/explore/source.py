@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from hf_coar import api, models
 from hf_coar import data as data_module
 from hf_coar.attributions import Attributions
-from hf_coar.errors import DataError
-from hf_coar.explore.columns import Progress, Summary, no_progress
+from hf_coar.errors import CoarError, DataError
+from hf_coar.explore import columns
+from hf_coar.explore.columns import Progress, no_progress
 from hf_coar.explore.outcome import Outcome
 from hf_coar.models import outputs
 from hf_coar.runs import workers
@@ -55,7 +56,7 @@ class Source:
         self._places = self._places_of_rows()
         self._batches: OrderedDict[tuple[int, ...], dict[str, Tensor]] = OrderedDict()
         self._predicted: dict[int, Outcome] = {}
-        self._summary: Summary | None = None
+        self._sizes: Tensor | None = None
         self.class_names = self._named_classes()
         self._check_examples()
 
@@ -99,12 +100,12 @@ class Source:
         """Whether the output is of tokens, not of classes."""
         return self.output.name.startswith("token_")
 
-    def summary(self, progress: Progress = no_progress) -> Summary:
-        """Of all components; one pass over the files at the first call."""
+    def sizes(self, progress: Progress = no_progress) -> Tensor:
+        """Every component's mean absolute weight; one pass over the files at the first call."""
         with self.lock:
-            if self._summary is None:
-                self._summary = Summary.of(self.attributions, progress)
-            return self._summary
+            if self._sizes is None:
+                self._sizes = columns.sizes(self.attributions, progress)
+            return self._sizes
 
     # ------------------------------------------------------------------------------------------------------ examples
 
@@ -305,3 +306,15 @@ def open_source(
     if data is None or isinstance(data, str | Path):
         _, data = api.reopen(attributions, model=model, data=data)
     return Source(attributions, model, data)
+
+
+def known(attributions: Attributions, what: str) -> str:
+    """Where attributions say that their "model" or "data" came from.
+
+    Raises:
+        CoarError: they do not say.
+    """
+    name = (attributions.config.get(what) or {}).get("id")
+    if not name:
+        raise CoarError(f"the attributions do not say where their {what} came from; give --{what}")
+    return name

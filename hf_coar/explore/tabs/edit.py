@@ -16,26 +16,26 @@ from hf_coar.attributions import Attributions
 from hf_coar.data import Identity
 from hf_coar.editing import edited
 from hf_coar.errors import CoarError
-from hf_coar.explore import cards, contributions, drawing, measuring
-from hf_coar.explore.changes import accuracy_table, flips
+from hf_coar.explore import drawing, measuring, pieces
 from hf_coar.explore.columns import Progress, no_progress
-from hf_coar.explore.drawing import button, heading, note, number, warning, wrapped
+from hf_coar.explore.drawing import Html, button, html, joined, note, number, warning, wrapped
 from hf_coar.explore.measuring import MOST_MEASURED, Change, accuracies, is_held_out, measured_rows, what_if
 from hf_coar.explore.source import Source
-from hf_coar.explore.tab import Tab, Updates, View, register
+from hf_coar.explore.tab import TABS, Tab, Updates, View
 
 _MARKS = [("lower its output", "lower"), ("raise its output", "higher"), ("spare it (reference)", "spared")]
 _MOST_MARKED = 200  # examples that "mark all that are shown" marks
 _KEPT_SAVED = 4  # edited models
+_NAMED = 40  # ablated components
 _HELD_OUT = ". Every fourth example is held out: it is not measured here, and gives the figures on the card."
 _MOST_ENTRIES = 2**24  # of the weights that an edit is ranked by: 64 MB, and as many references as fit into it
 
 
-@register
+@TABS.register("edit")
 class Edit(Tab):
     """Examples are marked, and an edit of the model by them is previewed and saved."""
 
-    name, title, place = "edit", "Edit", 2
+    title, place = "Edit", 2
     kept = ("label", "page", "lower", "higher", "spared", "n_components")
     acts = {
         "mark": lambda source, view, value, side: toggled(view, value, side),
@@ -84,7 +84,7 @@ class Edit(Tab):
 
     def draw(self, view: View, before: View) -> Updates:
         """The examples with their marks; a preview of other marks goes."""
-        gallery = cards.gallery(self.source, replace(view, wrong=False), act="mark")
+        gallery = pieces.gallery(self.source, replace(view, wrong=False), act="mark")
         drawn = {self.gallery: gallery, self.marks: marks(view)}
         if _asked(view) != _asked(before):
             drawn |= {self.edit: "", self.file: self.gr.File(visible=False)}
@@ -96,7 +96,7 @@ class Edit(Tab):
         return {**super().controls(view), self.n_components: min(view.n_components, most)}
 
     def _mark_shown(self, view: View, marking: str) -> Updates:
-        rows, _ = cards.filtered(self.source, replace(view, wrong=False))
+        rows, _ = pieces.filtered(self.source, replace(view, wrong=False))
         if len(rows) > _MOST_MARKED:
             raise CoarError(
                 f"{len(rows):,} examples are shown, and {_MOST_MARKED} can be marked at once: choose a label"
@@ -113,14 +113,14 @@ class Edit(Tab):
         try:
             return edit(self.source, view, *preview(self.source, view, progress))
         except CoarError as error:
-            return wrapped(warning(str(error)))
+            return warning(error)
 
     def _save(self, view: View, progress: Progress) -> tuple[Any, str]:
         try:
             self.saved.append(tempfile.TemporaryDirectory(prefix="coar-edit-"))
             path = save_edit(self.source, view, self.saved[-1].name, progress)
         except CoarError as error:
-            return self.gr.File(visible=False), wrapped(warning(str(error)))
+            return self.gr.File(visible=False), warning(error)
         while len(self.saved) > _KEPT_SAVED:
             self.saved.pop(0).cleanup()
         return self.gr.File(str(path), visible=True), ""
@@ -132,19 +132,12 @@ def _asked(view: View) -> tuple:
 
 @dataclass(frozen=True)
 class Sides:
-    """The examples of an edit, as rows of the attributions.
+    """The examples of an edit, as rows of the attributions."""
 
-    Attributes:
-        higher: whose outputs are to rise.
-        lower: whose outputs are to fall.
-        spared: whose outputs are to stay.
-        n_others: how many examples `spared` was drawn from, where it was drawn.
-    """
-
-    higher: tuple[int, ...]
-    lower: tuple[int, ...]
-    spared: tuple[int, ...]
-    n_others: int = 0
+    higher: tuple[int, ...]  # whose outputs are to rise
+    lower: tuple[int, ...]  # whose outputs are to fall
+    spared: tuple[int, ...]  # whose outputs are to stay
+    n_others: int = 0  # how many examples `spared` was drawn from, where it was drawn
 
 
 def sides(source: Source, view: View) -> Sides:
@@ -259,16 +252,16 @@ def toggled(view: View, row: int, side: str) -> View:
     return replace(view, **emptied)
 
 
-def marks(view: View) -> str:
+def marks(view: View) -> Html:
     """How many examples are marked."""
     sides = [("to lower", view.lower), ("to raise", view.higher), ("to spare", view.spared)]
-    said = " · ".join(f"<b>{len(rows)}</b> {name}" for name, rows in sides)
+    said = html(" · ").join(html("<b>{}</b> {}", len(rows), name) for name, rows in sides)
     clear = button("clear", 0, "Clear all marks", "coar-small") if any(rows for _, rows in sides) else ""
-    default = "" if view.spared else '<span class="coar-faint">(none marked: all others are spared)</span>'
-    return wrapped(f'<div class="coar-pager" role="status">{said} {default} {clear}</div>')
+    default = html('<span class="coar-faint">{}</span>', "" if view.spared else "(none marked: all others are spared)")
+    return wrapped(html('<div class="coar-pager" role="status">{} {} {}</div>', said, default, clear))
 
 
-def edit(source: Source, view: View, chosen: Sides, components: Sequence[int], found: Change) -> str:
+def edit(source: Source, view: View, chosen: Sides, components: Sequence[int], found: Change) -> Html:
     """What an edit would do."""
     rows = []
     for name, side in (("to lower", view.lower), ("to raise", view.higher), ("to spare", chosen.spared)):
@@ -280,12 +273,12 @@ def edit(source: Source, view: View, chosen: Sides, components: Sequence[int], f
     drawn = chosen.n_others and chosen.n_others > len(chosen.spared)
     said = f"References: {len(chosen.spared):,}"
     said += f", drawn evenly from {chosen.n_others:,} others" if drawn else ""
-    names = "".join(f"<li>{contributions.component_button(source, i)}</li>" for i in components[:40])
-    more = f"<li>and {len(components) - 40} more</li>" if len(components) > 40 else ""
+    names = [pieces.component_button(source, i) for i in components[:_NAMED]]
+    names += [f"and {len(components) - _NAMED} more"] if len(components) > _NAMED else []
+    listed = html("<ol>{}</ol>", joined(html("<li>{}</li>", name) for name in names))
     return wrapped(
-        f'<p class="coar-statement">Preview: {len(components):,} '
-        f"component{'s' if len(components) != 1 else ''} ablated.</p>"
-        f"{drawing.table(head, rows)}{note(said + _HELD_OUT)}"
-        f'<div class="coar-columns coar-aside"><div>{accuracy_table(accuracies(source, found), len(found.rows))}</div>'
-        f"<div>{heading('What is ablated')}<ol>{names}{more}</ol></div></div>{flips(source, found)}"
+        html('<p class="coar-statement">Preview: {} ablated.</p>', drawing.count(components)),
+        drawing.table(head, rows) + note(said + _HELD_OUT),
+        pieces.change_columns(source, found, "What is ablated", listed),
+        pieces.flips(source, found),
     )

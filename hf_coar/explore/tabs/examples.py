@@ -2,27 +2,26 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from html import escape
 from typing import Any
 
-from hf_coar.explore import cards, contributions, drawing, measuring
-from hf_coar.explore.changes import accuracy_table, flips
+from hf_coar.explore import drawing, measuring, pieces
 from hf_coar.explore.columns import Progress
-from hf_coar.explore.drawing import figure, heading, note, number, wrapped
-from hf_coar.explore.measuring import Change, accuracies
+from hf_coar.explore.drawing import Html, figure, heading, html, joined, note, number, wrapped
+from hf_coar.explore.measuring import Change
 from hf_coar.explore.outcome import Outcome
 from hf_coar.explore.source import Source, text_column
-from hf_coar.explore.tab import Tab, Updates, View, register
+from hf_coar.explore.tab import TABS, Tab, Updates, View
 
 _KEPT_CHANGES = 15  # measured ablations
+_NAMED = 6  # ablated components
 _LONGEST_TEXT = 4000  # characters shown of an example
 
 
-@register
+@TABS.register("examples")
 class Examples(Tab):
     """Examples to choose from, one of them with its components, and what happens without those."""
 
-    name, title, place = "examples", "Examples", 0
+    title, place = "Examples", 0
     kept = ("label", "wrong", "page", "k", "side", "ticked")
     acts = {
         "example": lambda source, view, value, beside: replace(view, view="examples", example=value),
@@ -85,7 +84,7 @@ class Examples(Tab):
     def draw(self, view: View, before: View) -> Updates:
         """The gallery and the example."""
         return {
-            self.gallery: cards.gallery(self.source, view), self.example: example(self.source, view),
+            self.gallery: pieces.gallery(self.source, view), self.example: example(self.source, view),
             self.number: view.example,
         }  # fmt: skip
 
@@ -96,10 +95,10 @@ class Examples(Tab):
     def _search(self, view: View, wrong: bool, progress: Progress) -> Any:
         """Run the model on the examples among which wrong predictions are looked for."""
         if wrong:
-            cards.filtered(self.source, replace(view, wrong=True), progress)
+            pieces.filtered(self.source, replace(view, wrong=True), progress)
         return self.gr.skip()
 
-    def _measured(self, view: View, progress: Progress) -> str:
+    def _measured(self, view: View, progress: Progress) -> Html:
         components = measuring.ablated(self.source, view)
         if not components:
             return wrapped(note("Move k, or tick components in the lists above: the model runs without them, live."))
@@ -115,81 +114,70 @@ class Examples(Tab):
         return found
 
 
-def example(source: Source, view: View) -> str:
+def example(source: Source, view: View) -> Html:
     """One example: what it is, what the model says, its components by layer and in order."""
     row, found = view.example, source.predictions([view.example])[0]
     weights = source.attributions.row(row)
     errors = source.attributions.row(row, "standard_errors") if source.attributions.has_standard_errors else None
-    of_text = source.kind != "image"
-    big = _text(source, row, found) if of_text else f'<div class="coar-big">{cards.content(source, row, 256)}</div>'
-    label = source.label(row)
-    title = f"Example {row}" + (f" · {source.class_name(label)}" if label >= 0 else "")
+    of_text, label = source.kind != "image", source.label(row)
+    big = _text(source, row, found) if of_text else drawing.picture(pieces.content(source.raw(row), 256))
+    attributed = f"{source.output.name}, what is attributed: {number(float(found.outputs[0]), 2)} {source.unit}"
     return wrapped(
-        f"<h2>{escape(title)}</h2>"
-        f'<div class="coar-top{" coar-of-text" if of_text else ""}">{big}<div>{cards.top_table(source, found, label)}'
-        f"{_measured_output(source, found)}</div></div>"
-        f"{contributions.attribution(source, weights, errors)}{contributions.ranked(source, weights, errors, view)}"
+        html("<h2>Example {}{}</h2>", row, f" · {source.class_name(label)}" if label >= 0 else ""),
+        drawing.top(big, pieces.top_table(source, found, label) + note(attributed), of_text),
+        pieces.attribution(source, weights, errors),
+        pieces.ranked(source, weights, errors, measuring.ablated(source, view)),
     )
 
 
-def _text(source: Source, row: int, found: Outcome) -> str:
+def _text(source: Source, row: int, found: Outcome) -> Html:
     raw = source.raw(row)
-    column = text_column(raw)
+    column, said, inner = text_column(raw), html(""), html("")
     if found.targets and source.tokenizer is not None:
-        pieces = "".join(
-            f'<span class="coar-hit">{escape(piece)}</span>' if hit else escape(piece)
-            for piece, hit in zip(
-                [source.token(t) for t in found.targets[0].tolist()],
-                (found.tokens[0] == found.targets[0]).tolist(),
-                strict=True,
-            )
+        hits = (found.tokens[0] == found.targets[0]).tolist()
+        words = [source.token(token) for token in found.targets[0].tolist()]
+        inner = joined(
+            html('<span class="coar-hit">{}</span>', w) if hit else w for w, hit in zip(words, hits, strict=True)
         )
-        return (
-            f'<div class="coar-text" tabindex="0">{pieces}</div>{note("underlined: the token that the model expects")}'
-        )
-    inner = escape(raw[column][:_LONGEST_TEXT]) if column else cards.content_of(raw, 256)
-    return f'<div class="coar-text" tabindex="0">{inner}</div>'
+        said = note("underlined: the token that the model expects")
+    else:
+        inner = html("{}", raw[column][:_LONGEST_TEXT] if column else pieces.content(raw, 256))
+    return html('<div class="coar-text" tabindex="0">{}</div>{}', inner, said)
 
 
-def _measured_output(source: Source, found: Outcome) -> str:
-    value = float(found.outputs[0])
-    return note(f"{source.output.name}, what is attributed: {number(value, 2)} {source.unit}")
-
-
-def change(source: Source, view: View, components: Sequence[int], found: Change) -> str:
+def change(source: Source, view: View, components: Sequence[int], found: Change) -> Html:
     """What ablating components did: to the example that is looked at, to the classes, to the predictions."""
+    aside = _agreement(source, view, found)
     return wrapped(
-        f"{_of_example(source, view, components, found)}"
-        f'<div class="coar-columns coar-aside"><div>{accuracy_table(accuracies(source, found), len(found.rows))}</div>'
-        f"<div>{heading('Predicted against measured')}{_agreement(source, view, found)}</div></div>"
-        f"{flips(source, found, view.example)}"
+        _of_example(source, view, components, found),
+        pieces.change_columns(source, found, "Predicted against measured", aside),
+        pieces.flips(source, found, view.example),
     )
 
 
-def _of_example(source: Source, view: View, components: Sequence[int], found: Change) -> str:
-    names = cards.words(source.components[i] for i in components)
-    place = found.rows.index(view.example)
+def _of_example(source: Source, view: View, components: Sequence[int], found: Change) -> Html:
+    place, unit = found.rows.index(view.example), source.unit
     before, after = float(found.before.outputs[place]), float(found.after.outputs[place])
     predicted = before + float(found.predicted[place])
     places = drawing.digits(max(abs(after - before), abs(predicted - before)))
     error = f" ± {2 * float(found.error[place]):.{places}f}" if found.error is not None else ""
-    said = ""
+    said = html("")
     if found.before.classes is not None and found.after.classes is not None:
-        was, now = (int(side.classes[place]) for side in (found.before, found.after))
-        names_of = [source.class_name(index) for index in (was, now)]
-        flip = f": it flips from <b>{escape(names_of[0])}</b> to <b>{escape(names_of[1])}</b>"
-        said = flip if was != now else f": it stays <b>{escape(names_of[0])}</b>"
-    unit = source.unit
-    return (
-        f'<p class="coar-statement">Example {view.example} with {len(components):,} '
-        f"component{'s' if len(components) != 1 else ''} ablated{said}.</p>"
-        f'<div class="coar-figures">{figure(f"{source.output.name} now", number(before, places), unit)}'
-        f"{figure('predicted ± 2 s.e.' if error else 'predicted', number(predicted, places) + error, unit)}"
-        f"{figure('measured', number(after, places), unit)}</div>{note(f'ablated: {names}')}"
-    )
+        was, now = (source.class_name(int(side.classes[place])) for side in (found.before, found.after))
+        flip = html(": it flips from <b>{}</b> to <b>{}</b>", was, now)
+        said = flip if was != now else html(": it stays <b>{}</b>", was)
+    figures = [
+        figure(number(before, places), f"{source.output.name} now, {unit}"),
+        figure(number(predicted, places) + error, f"{'predicted ± 2 s.e.' if error else 'predicted'}, {unit}"),
+        figure(number(after, places), f"measured, {unit}"),
+    ]
+    names = ", ".join(str(source.components[i]) for i in components[:_NAMED])
+    names += f" and {len(components) - _NAMED} more" if len(components) > _NAMED else ""
+    statement = '<p class="coar-statement">Example {} with {} ablated{}.</p><div class="coar-figures">{}</div>{}'
+    return html(statement, view.example, drawing.count(components), said, joined(figures), note(f"ablated: {names}"))
 
 
-def _agreement(source: Source, view: View, found: Change) -> str:
+def _agreement(source: Source, view: View, found: Change) -> Html:
     marked = found.rows.index(view.example) if view.example in found.rows else None
     drawn = drawing.scatter(found.predicted, found.measured, ("predicted change", "measured change"), marked)
     correlation = found.correlation

@@ -3,9 +3,8 @@
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from html import escape
 from typing import Any
 
 import torch
@@ -14,23 +13,22 @@ from torch import Tensor
 from hf_coar.data import Batch
 from hf_coar.errors import CoarError
 from hf_coar.estimators import live
-from hf_coar.explore import cards, drawing, links
-from hf_coar.explore.contributions import attribution, ranked
-from hf_coar.explore.drawing import note, number, thumbnail, warning
+from hf_coar.explore import drawing, links, pieces
+from hf_coar.explore.drawing import Html, button, figure, html, joined, note, number, warning, wrapped
 from hf_coar.explore.outcome import Outcome
 from hf_coar.explore.source import Source
-from hf_coar.explore.tab import Tab, Updates, View, register
+from hf_coar.explore.tab import TABS, Tab, Updates, View
 from hf_coar.models import outputs
 
 MAX_ROUNDS = 16
 _KEPT_IMAGES, _LARGEST_SIDE = 64, 1024  # uploads kept for their links, and pixels that are kept of one
 
 
-@register
+@TABS.register("own")
 class Own(Tab):
     """An image or a text of the visitor's, and its attribution as it arrives."""
 
-    name, title, place = "own", "Your own input", 3
+    title, place = "Your own input", 3
     kept = ("text", "image", "explained")
     acts = {"token": lambda source, view, value, beside: replace(view, view="own", explained=value)}
 
@@ -60,7 +58,7 @@ class Own(Tab):
             with gr.Column(scale=7, min_width=320):
                 words = "Its attribution arrives here round by round, with standard errors that shrink."
                 cannot = "The data are batches of tensors, which do not say how an image or a text becomes one."
-                self.own = page.html("own", value=drawing.wrapped(note(words if possible else cannot)))
+                self.own = page.html("own", value=wrapped(note(words if possible else cannot)))
 
     def connect(self) -> None:
         """The attribution begins with the button, with Enter, with a click on a token, and with a link."""
@@ -97,8 +95,7 @@ class Own(Tab):
             view = replace(view, text=text or "")
         if not (view.image or view.text):
             what = "upload an image" if self.source.kind == "image" else "type a text"
-            said = drawing.wrapped(warning(f"nothing to attribute yet: {what} first"))
-            yield said, view, links.to_query(view)
+            yield warning(f"nothing to attribute yet: {what} first"), view, links.to_query(view)
         yield from self._attribute_linked(view, session)
 
     def _attribute_linked(self, view: View, session: str) -> Iterator[tuple]:
@@ -117,7 +114,7 @@ class Own(Tab):
                 yield panel(self.source, content, last, running=True), skip, skip
             yield panel(self.source, content, last, running=False), skip, skip
         except CoarError as error:
-            yield drawing.wrapped(warning(str(error))), skip, skip
+            yield warning(error), skip, skip
         finally:
             if self.turns.get(session) is turn:
                 del self.turns[session]
@@ -132,11 +129,7 @@ class Uploads:
         self._lock = threading.Lock()
 
     def keep(self, image: Any) -> str:
-        """Keep a PIL image.
-
-        Returns:
-            Its name, for links.
-        """
+        """Keep a PIL image; its name, for links, comes back."""
         image = image.copy()
         image.thumbnail((_LARGEST_SIDE, _LARGEST_SIDE))
         name = hashlib.sha256(f"{image.mode} {image.size}".encode() + image.tobytes()).hexdigest()[:20]
@@ -155,35 +148,21 @@ class Uploads:
         """
         with self._lock:
             if name not in self._images:
-                raise CoarError(
-                    "the uploaded image of this link is gone: uploads are kept only while the explorer runs; upload it "
-                    "again"
-                )
+                raise CoarError("the image of this link is gone: uploads are kept only for a while; upload it again")
             return self._images[name]
 
 
 @dataclass(frozen=True)
 class Arrived:
-    """The attribution of a visitor's input after some rounds.
+    """The attribution of a visitor's input after some rounds."""
 
-    Attributes:
-        found: the model's prediction.
-        value: the output that is attributed.
-        tokens: of a language model the tokens of the text; no others follow from it.
-        explained: the class, or of a language model the position of the token, whose output is attributed; -1 for the
-            mean over all tokens.
-        last: weights, standard errors, cost and number of rounds up to now.
-        errors: the typical standard error after every round that had one, in the unit of the output.
-        reliabilities: the expected correlation with another seed's after every round that had one.
-    """
-
-    found: Outcome
-    value: float
-    tokens: tuple[int, ...]
-    explained: int
-    last: "live.Round"
-    errors: tuple[float, ...]
-    reliabilities: tuple[float, ...]
+    found: Outcome  # the model's prediction
+    value: float  # the output that is attributed
+    tokens: tuple[int, ...]  # of a language model the tokens of the text; no others follow from it
+    explained: int  # the class, or of a language model the token's position; -1: the mean over all tokens
+    last: "live.Round"  # weights, standard errors, cost and number of rounds up to now
+    errors: tuple[float, ...]  # the typical standard error after every round that had one, in the unit of the output
+    reliabilities: tuple[float, ...]  # the expected correlation with another seed's after every round that had one
 
 
 def arriving(source: Source, content: Any, explained: int = -1, max_rounds: int = MAX_ROUNDS) -> Iterator[Arrived]:
@@ -247,72 +226,51 @@ def _attended(batch: Batch) -> Tensor:
     return batch.get("attention_mask", torch.ones_like(batch["input_ids"]))[0].bool()
 
 
-def panel(source: Source, content: Any, arrived: Arrived, running: bool) -> str:
+def panel(source: Source, content: Any, arrived: Arrived, running: bool) -> Html:
     """What has arrived, as HTML."""
-    weights = arrived.last.weights[0].cpu()
-    errors = arrived.last.standard_errors
+    weights, errors = arrived.last.weights[0].cpu(), arrived.last.standard_errors
     errors = errors[0].cpu() if errors is not None else None
-    of_text = isinstance(content, str)
-    picture = _text(source, content, arrived) if of_text else f'<div class="coar-big">{thumbnail(content, 256)}</div>'
-    of = "" if arrived.explained < 0 else f" of {source.class_name(arrived.explained)}"
+    of_text, one, rounds = isinstance(content, str), arrived.explained, arrived.last.rounds
+    of = "" if one < 0 else f" of {source.class_name(one)}"
     if arrived.tokens:
-        one = arrived.explained
         of = ", mean over the tokens" if one < 0 else f" of token {one}, {source.token(arrived.tokens[one])!r}"
-    rounds = arrived.last.rounds
+    attributed = note(f"attributed: the {source.output.name}{of}: {number(arrived.value, 2)} {source.unit}")
     state = f"round {rounds} of {MAX_ROUNDS}" if rounds else "first pass"
-    output = number(arrived.value, 2)
-    classes = " coar-of-text" if of_text else ""
-    return drawing.wrapped(
-        f'<div class="coar-top{classes}">{picture}<div>{cards.top_table(source, arrived.found)}'
-        f"{note(f'attributed: the {source.output.name}{of}: {output} {source.unit}')}</div></div>"
-        f'<div class="coar-figures" role="status"><div class="coar-figure"><b>{state}</b>'
-        f"<span>{'more is arriving …' if running else 'done'}</span></div>"
-        f"{_cost(arrived)}{_noise(source, arrived)}</div>"
-        f"{attribution(source, weights, errors)}{ranked(source, weights, errors, View(), ticks=False)}"
+    figures = [
+        figure(state, "more is arriving …" if running else "done"),
+        figure(f"{arrived.last.cost:,.0f}", "forward passes so far"),
+        *_noise(source, arrived),
+    ]
+    picture = _text(source, content, arrived) if of_text else drawing.picture(drawing.thumbnail(content, 256))
+    return wrapped(
+        drawing.top(picture, pieces.top_table(source, arrived.found) + attributed, of_text),
+        html('<div class="coar-figures" role="status">{}</div>', joined(figures)),
+        pieces.attribution(source, weights, errors),
+        pieces.ranked(source, weights, errors),
     )
 
 
-def _text(source: Source, content: str, arrived: Arrived) -> str:
+def _text(source: Source, content: str, arrived: Arrived) -> Html:
     """The text; of a language model every token that follows from others is a button that explains it."""
     if not arrived.tokens:
-        return f'<div class="coar-text" tabindex="0">{escape(content)}</div>'
+        return html('<div class="coar-text" tabindex="0">{}</div>', content)
     words = [source.token(token) for token in arrived.tokens]
-    hits = (arrived.found.tokens[0] == arrived.found.targets[0]).tolist()
-    pieces = [escape(words[0])] + [
-        drawing.button(
-            "token", place, escape(word), "coar-token" + (" coar-hit" if hit else ""), f"explain token {place}, {word}",
-            f' aria-pressed="{"true" if place == arrived.explained else "false"}"',
-        )
-        for place, (word, hit) in enumerate(zip(words[1:], hits, strict=True), start=1)
-    ]  # fmt: skip
-    every = drawing.button("token", -1, "Explain all tokens", "coar-small") if arrived.explained >= 0 else ""
+    shown: list[object] = [words[0]]
+    for place, hit in enumerate((arrived.found.tokens[0] == arrived.found.targets[0]).tolist(), start=1):
+        pressed = html(' aria-pressed="{}"', "true" if place == arrived.explained else "false")
+        classes, label = "coar-token" + (" coar-hit" if hit else ""), f"explain token {place}, {words[place]}"
+        shown.append(button("token", place, words[place], classes, label, pressed))
+    every = button("token", -1, "Explain all tokens", "coar-small") if arrived.explained >= 0 else ""
     said = note("Click a token to explain it alone; underlined: the token that the model expects.")
-    return f'<div><div class="coar-text">{"".join(pieces)}</div>{said}{every}</div>'
+    return html('<div><div class="coar-text">{}</div>{}{}</div>', joined(shown), said, every)
 
 
-def _cost(arrived: Arrived) -> str:
-    return f'<div class="coar-figure"><b>{arrived.last.cost:,.0f}</b><span>forward passes so far</span></div>'
-
-
-def _noise(source: Source, arrived: Arrived) -> str:
+def _noise(source: Source, arrived: Arrived) -> list[Html]:
     """Standard error and reliability, now and by round."""
     if not arrived.errors:
-        return '<div class="coar-figure"><b>–</b><span>standard errors come from the second round on</span></div>'
+        return [figure("–", "standard errors come from the second round on")]
     said = [(f"± {arrived.errors[-1]:.2g}", f"typical standard error, {source.unit}", arrived.errors)]
     if arrived.reliabilities:
         last = f"{arrived.reliabilities[-1]:.3f}"
         said.append((last, "reliability (1: another seed agrees)", arrived.reliabilities))
-    return "".join(
-        f'<div class="coar-figure"><b>{value} {_line(series)}</b><span>{escape(name)}</span></div>'
-        for value, name, series in said
-    )
-
-
-def _line(values: Sequence[float]) -> str:
-    """A small line from 0 up to the largest value, one point a round."""
-    top, n = max(max(values), 1e-30), max(len(values) - 1, 1)
-    points = " ".join(f"{2 + 66 * i / n:.1f},{20 - 17 * max(value, 0) / top:.1f}" for i, value in enumerate(values))
-    return (
-        '<svg class="coar-spark" viewBox="0 0 70 22" role="img" aria-label="by round">'
-        f'<polyline points="{points}"/><path class="coar-axis" d="M1 21H69"/></svg>'
-    )
+    return [figure(html("{} {}", value, drawing.line(series)), name) for value, name, series in said]
