@@ -54,6 +54,8 @@ class Page:
                 self.link = gr.Textbox(
                     label="Link to this view", buttons=["copy"], interactive=False, max_lines=1, elem_id="link"
                 )
+        # One at a time on the model; who waits sees the place in the queue.
+        self.heavy = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "full"}
         self.view = gr.State(View())
         self.search = gr.Textbox(visible="hidden", elem_id="search")
         self.query = gr.Textbox(visible="hidden", elem_id="query")
@@ -146,7 +148,7 @@ class Page:
 
         for step in self._steps:
             call = self.with_progress(run)
-            step.then(call, [self.view, kept], [html, kept], show_progress="full", show_progress_on=html)
+            step.then(call, [self.view, kept], [html, kept], show_progress_on=html, **self.heavy)
 
     def _safely(self, call: Callable[..., Updates]) -> Callable[..., Updates]:
         """The updates of a call; an error that the visitor can put right is said on the page."""

@@ -77,10 +77,11 @@ class Edit(Tab):
         page = self.page
         page.step(self.mark_all.click, self._mark_shown, page.view, self.marking)
         for listen in (self.preview.click, page.loaded.then):
-            listen(page.with_progress(self._preview), page.view, self.edit, show_progress_on=self.edit)
+            listen(page.with_progress(self._preview), page.view, self.edit, show_progress_on=self.edit, **page.heavy)
         self.save.click(
-            page.with_progress(self._save), page.view, [self.file, page.message], show_progress_on=self.save
-        )
+            page.with_progress(self._save), page.view, [self.file, page.message], show_progress_on=self.save,
+            **page.heavy,
+        )  # fmt: skip
 
     def draw(self, view: View, before: View) -> Updates:
         """The examples with their marks; a preview of other marks goes."""

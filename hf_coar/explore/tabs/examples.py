@@ -77,7 +77,7 @@ class Examples(Tab):
     def connect(self) -> None:
         """Wrong predictions are searched with a bar before they are shown."""
         search = self.wrong.input(
-            self.page.with_progress(self._search), [self.page.view, self.wrong], self.gallery, show_progress="full"
+            self.page.with_progress(self._search), [self.page.view, self.wrong], self.gallery, **self.page.heavy
         )
         self.page.step(search.then, self.page.setter("wrong", page=0), self.page.view, self.wrong)
 

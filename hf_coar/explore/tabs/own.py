@@ -21,6 +21,8 @@ from hf_coar.explore.tab import TABS, Tab, Updates, View
 from hf_coar.models import outputs
 
 MAX_ROUNDS = 16
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # their headers tell the size of what is decoded
+_MOST_MEGAPIXELS = 25  # 75 MB as pixels; a telephone's picture has 12
 _KEPT_IMAGES, _LARGEST_SIDE = 64, 1024  # uploads kept for their links, and pixels that are kept of one
 
 
@@ -44,6 +46,7 @@ class Own(Tab):
                     type="pil", image_mode=None, sources=["upload", "clipboard"], label="Your image", height=230,
                     visible=possible and not of_text, elem_id="own-image", buttons=[],
                 )  # fmt: skip
+                self.image.preprocess = self._read
                 self.text = gr.Textbox(
                     label="Your text", lines=5, max_length=links.LONGEST_TEXT, visible=possible and of_text,
                     elem_id="own-text",
@@ -71,12 +74,42 @@ class Own(Tab):
             yield from self._attribute_linked(view, request.session_hash)
 
         inputs = [page.view, self.image, self.text, self.explained]
-        shown = {"outputs": [self.own, page.view, page.query], "show_progress": "minimal", "concurrency_limit": None}
+        # A lane of its own, as it lets others have the model between two rounds.
+        lane = {"concurrency_id": "own", "concurrency_limit": 1, "show_progress": "minimal"}
+        shown = {"outputs": [self.own, page.view, page.query], **lane}
+
+        def forget(request: gr.Request) -> None:
+            self.turns.pop(request.session_hash, None)  # so that the next need not wait until the last has ended
+
+        def forget_token(request: gr.Request, event: gr.EventData) -> None:
+            if (event._data or {}).get("act") == "token":
+                forget(request)
+
+        for listen, call in ((self.start.click, forget), (self.text.submit, forget), (self.own.click, forget_token)):
+            listen(call, queue=False)
         running = [
             self.start.click(start, inputs, **shown), self.text.submit(start, inputs, **shown),
             page.loaded.then(linked, page.view, **shown), page.clicked[self.own].then(linked, page.view, **shown),
         ]  # fmt: skip
         self.stop.click(None, cancels=running)
+
+    def _read(self, given: Any) -> Any:
+        """An uploaded file as a PIL image; its size is looked at before its pixels are."""
+        from PIL import Image, ImageOps
+
+        if given is None:
+            return None
+        try:
+            with Image.open(given.path, formats=_FORMATS) as image:
+                megapixels = image.width * image.height / 1e6
+                if megapixels <= _MOST_MEGAPIXELS:
+                    return ImageOps.exif_transpose(image)
+                said = f"has {megapixels:,.0f} megapixels; give one of at most {_MOST_MEGAPIXELS}"
+        except Image.DecompressionBombError:
+            said = f"has hundreds of megapixels; give one of at most {_MOST_MEGAPIXELS}"
+        except (OSError, ValueError, TypeError, AttributeError, SyntaxError):
+            said = f"cannot be read; {', '.join(_FORMATS)} can"
+        raise self.gr.Error(f"this image {said}", print_exception=False)
 
     def controls(self, view: View) -> Updates:
         """The input that a view names.
@@ -92,7 +125,11 @@ class Own(Tab):
         if self.source.kind == "image" and image is not None:
             view = replace(view, image=self.uploads.keep(image))
         elif self.source.kind == "text":
-            view = replace(view, text=text or "")
+            view = replace(view, text=(text or "")[: links.LONGEST_TEXT])
+            if len(text or "") > links.LONGEST_TEXT:
+                said = f"the text has {len(text):,} characters; at most {links.LONGEST_TEXT:,} are taken"
+                yield warning(said), view, links.to_query(view)
+                return
         if not (view.image or view.text):
             what = "upload an image" if self.source.kind == "image" else "type a text"
             yield warning(f"nothing to attribute yet: {what} first"), view, links.to_query(view)
