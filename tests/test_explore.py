@@ -229,6 +229,146 @@ def test_the_list_of_components_is_by_size_within_a_layer(source):
     assert [int(i) for i in shown] == sizes.argsort(descending=True)[: len(shown)].tolist()
 
 
+def listed(html):
+    return [int(i) for i in re.findall(r'data-act="component" data-value="(\d+)"', html)]
+
+
+@pytest.mark.parametrize(
+    ("words", "pattern"),
+    [
+        ("LAYER3.1 conv2", r"layer3\.1\.conv2 "),
+        ("conv1 filter 7", r"conv1.* filter 7$"),
+        ("831", None),
+        ("nothing", "^$"),
+    ],
+)
+def test_components_are_searched_by_name_and_by_number(source, words, pattern):
+    found = components_tab.found(source, View(find=words)).tolist()
+    names = list(map(str, source.components))
+    assert found == ([831] if pattern is None else [i for i, name in enumerate(names) if re.search(pattern, name)])
+    inside = components_tab.found(source, View(find=words, layer="layer1.0")).tolist()
+    assert inside == [i for i in found if str(source.components[i]).startswith("layer1.0.")]
+    html = components_tab.component_list(source, View(find=words))
+    checked(html)
+    assert set(listed(html)) <= set(found) and bool(listed(html)) == bool(found)
+
+
+def test_the_strongest_component_is_looked_at_first(source):
+    strongest = int(source.attributions.weights.abs().mean(0).argmax())
+    assert strongest != 0 and f"<h2>{source.components[strongest]}</h2>" in components_tab.component(source, View())
+    assert listed(components_tab.component_list(source, View()))[0] == strongest
+
+
+def test_a_link_to_a_component_is_of_the_components_there_are(source):
+    with pytest.raises(CoarError, match="from 0 to 831"):
+        links.from_query("component=-2", N, 832)
+
+
+@pytest.mark.parametrize("kind", ["classifier", "language"])
+def test_classes_are_named_as_the_attributions_name_them(source, kind, monkeypatch):
+    data = {**source.attributions.config["data"], "label_names": [f"thing {i}" for i in range(10)]}
+    monkeypatch.setattr(source.attributions, "config", {**source.attributions.config, "data": data})
+    monkeypatch.setattr(source, "class_names", source._named_classes())
+    assert "thing 3" in pieces.gallery(source, View(label=3))
+
+
+def tokenizers():
+    """One of each family: spaces before words, pieces of words, bytes."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers import models as kinds
+
+    spaced = Tokenizer(kinds.Unigram([("<unk>", 0.0), ("▁the", -1.0), ("▁cat", -1.0), ("s", -1.5), ("▁sat", -1.0)], 0))
+    spaced.pre_tokenizer, spaced.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    pieces_of = Tokenizer(kinds.WordPiece({"[UNK]": 0, "the": 1, "cat": 2, "##s": 3, "sat": 4}, unk_token="[UNK]"))
+    pieces_of.pre_tokenizer, pieces_of.decoder = pre_tokenizers.Whitespace(), decoders.WordPiece()
+    in_bytes = Tokenizer(kinds.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
+    in_bytes.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    in_bytes.decoder = decoders.ByteLevel()
+    return {"sentencepiece": spaced, "wordpiece": pieces_of, "bytes": in_bytes}
+
+
+@pytest.mark.parametrize("name", ["sentencepiece", "wordpiece", "bytes"])
+def test_tokens_are_written_with_their_spaces(source, monkeypatch, name):
+    from transformers import PreTrainedTokenizerFast
+
+    text = "the cats sat" if name != "bytes" else "the cats, größer → sat"
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizers()[name])
+    monkeypatch.setattr(source, "_tokenizer", tokenizer, raising=False)
+    tokens = tokenizer(text)["input_ids"]
+    words = source.words(tokens)
+    assert "".join(words).replace("\ufffd", "") == text and len(words) == len(tokens)
+    if name != "bytes":
+        assert words == ["the", " cat", "s", " sat"]
+        monkeypatch.delitem(source.__dict__, "_some_word", raising=False)
+        assert source.token(tokens[3]) == " sat" and source.token(tokens[2]) == "s"
+        monkeypatch.delitem(source.__dict__, "_some_word", raising=False)
+
+
+def raws():
+    from PIL import Image
+
+    image = Image.linear_gradient("L")
+    yield from ({"image": image.convert(mode)} for mode in ("1", "P", "RGBA", "CMYK", "YCbCr", "HSV", "LAB", "I", "F"))
+    yield {"image": Image.fromarray(torch.arange(1024).reshape(32, 32).numpy().astype("uint16"))}
+    yield {"image": Image.new("RGB", (0, 5))}
+    yield from ({"pixel_values": torch.randn(shape)} for shape in [(3, 8, 8), (2, 8, 8), (0, 8, 8), (4, 3, 8, 8), (5,)])
+    yield {"pixel_values": torch.full((3, 8, 8), torch.nan)}
+    yield {"audio": {"array": [0.1] * 99, "sampling_rate": 16000}, "label": 1}
+    yield {"input_values": torch.randn(1600), "label": None}
+    yield {"tokens": ["a", "b"], "tags": [1, 2], "boxes": [[0.5, 1.0]], "nothing": None, "more": object()}
+    yield {}
+
+
+def test_data_of_any_kind_are_shown():
+    for raw in raws():
+        html = pieces.content(raw, 88)
+        checked(html)
+        assert "<img" in html or "coar-snippet" in html
+    assert "input_values: [" in pieces.content({"input_values": torch.randn(16)}, 88)
+
+
+class Unusual(nn.Module):
+    """Gives one number, a picture, a mapping, or logits, after one layer of components."""
+
+    def __init__(self, gives):
+        super().__init__()
+        self.inner, self.head, self.gives = nn.Linear(4, 6), nn.Linear(6, 3), gives
+
+    def forward(self, x):
+        logits = self.head(self.inner(x).relu())
+        return {"number": logits[:, :1], "picture": logits[:, :, None, None], "mapping": {"a": logits},
+                "tokens": logits[:, None].expand(-1, 5, -1), "logits": logits}[self.gives]  # fmt: skip
+
+
+@pytest.mark.parametrize("gives", ["number", "picture", "mapping", "tokens", "logits"])
+def test_outputs_of_any_kind_are_shown(tmp_path, gives):
+    """What was attributed with an output that is not here, of a model that gives what the explorer cannot draw."""
+    torch.manual_seed(0)
+    model = Unusual(gives).eval()
+    data = [{"inputs": torch.randn(5, 4), "labels": torch.randint(3, (5,))} for _ in range(2)]
+    ids = [identity(batch) for batch in data]
+    known = Identity(*(torch.cat([one[name] for one in ids]) for name in ("signatures", "labels")))
+    config = {
+        "model": {**models.record(model), "fingerprint": models.fingerprint(model)}, "output": "of_somebody_else",
+        "unit": "apples", "granularity": "unit", "method": {"name": "none"}, "seed": 0,
+    }  # fmt: skip
+    found = coar.find_components(model, include=["inner"])
+    attributions = coar.Attributions(torch.randn(10, 6), torch.zeros(10), None, found, known, config)
+    source = open_source(attributions, model, data)
+    assert source.output.name == "of_somebody_else"
+    for html in (
+        pieces.gallery(source, View()), examples.example(source, View(example=3, k=2)),
+        components_tab.component(source, View()), components_tab.component_list(source, View()),
+    ):  # fmt: skip
+        checked(html)
+    assert "apples" in examples.example(source, View(example=3))
+    html = examples.change(source, View(example=3), [0, 2], measuring.what_if(source, [0, 2], range(10)))
+    checked(html)
+    assert "–" in html and "nothing was measured" in html
+    assert ("Accuracy by class" in html) == (gives == "logits")
+    checked(edit.edit(source, View(lower=(1,)), *edit.preview(source, View(lower=(1,), n_components=2))))
+
+
 HOSTILE = '"><img src=x onerror="alert(1)">'
 
 

@@ -22,14 +22,16 @@ _FADED = 0.12  # the faintest visible cell
 
 
 def number(value: float, digits: int = 3, signed: bool = True) -> str:
-    """A number with its sign, with a real minus."""
+    """A number with its sign, with a real minus; a dash where there is none."""
+    if not math.isfinite(value):
+        return "–"
     text = f"{value:+.{digits}f}" if signed else f"{value:.{digits}f}"
     return text.replace("-", "−")
 
 
 def digits(largest: float) -> int:
     """Decimals that give the largest of some numbers three significant ones."""
-    return min(9, max(2, 2 - math.floor(math.log10(largest)))) if largest > 0 else 2
+    return min(9, max(2, 2 - math.floor(math.log10(largest)))) if 0 < largest < math.inf else 2
 
 
 _POWERS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -112,20 +114,34 @@ def data_uri(image: Any) -> str:
     return "data:image/png;base64," + base64.b64encode(written.getvalue()).decode()
 
 
-def thumbnail(image: Any, size: int) -> Html:
-    """A PIL image, not wider or higher than `size` pixels, as an `<img>`; small ones keep their pixels."""
-    small = image if image.mode in ("L", "RGB", "RGBA") else image.convert("RGB")
-    if max(small.size) > size:
-        small = small.copy()
+def thumbnail(image: Any, size: int) -> Html | None:
+    """A PIL image, not wider or higher than `size` pixels, as an `<img>`; None for one that cannot be drawn."""
+    try:
+        small = image.copy()
         small.thumbnail((size, size))
+        small = small if small.mode in ("L", "RGB", "RGBA") else _stretched(small).convert("RGB")
+        address = data_uri(small)
+    except (OSError, ValueError, SystemError):
+        return None
     crisp = " coar-crisp" if max(image.size) < 64 else ""
-    return html('<img class="coar-image{}" src="{}" alt="">', crisp, data_uri(small))
+    return html('<img class="coar-image{}" src="{}" alt="">', crisp, address)
 
 
-def image_of(pixels: Tensor) -> Any:
-    """Pixel values float [channels, height, width] as an image, stretched to their own range."""
+def _stretched(image: Any) -> Any:
+    """Of an image of more than 8 bits, its levels from the lowest to the highest."""
+    if image.mode not in ("I", "F", "I;16", "I;16B", "I;16L"):
+        return image
+    image = image.convert("F")
+    low, high = image.getextrema()
+    return image.point(lambda level: (level - low) * (255 / max(high - low, 1e-12))).convert("L")
+
+
+def image_of(pixels: Any) -> Any:
+    """Pixel values float [channels, height, width] as an image, stretched to their own range; None for others."""
     from PIL import Image
 
+    if not isinstance(pixels, Tensor) or pixels.dim() != 3 or not pixels.numel() or not bool(pixels.isfinite().all()):
+        return None
     pixels = pixels.detach().float().cpu()
     low, high = float(pixels.min()), float(pixels.max())
     levels = ((pixels - low) / max(high - low, 1e-12) * 255).round().to(torch.uint8)
@@ -262,6 +278,8 @@ def table(head: Sequence[object], rows: Sequence[Sequence[object]], classes: str
 def scatter(x: Tensor, y: Tensor, labels: tuple[str, str], marked: int | None = None) -> Html:
     """Points on equal axes with the line y = x; `marked` is drawn larger."""
     size, pad = 240, 34
+    if not bool(torch.cat([x, y]).isfinite().all()):
+        return note("nothing was measured")
     both = torch.cat([x, y, torch.zeros(1)])
     low, high = float(both.min()), float(both.max())
     span = (high - low) or 1.0

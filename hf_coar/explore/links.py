@@ -54,6 +54,8 @@ def from_query(query: str, n_examples: int, n_components: int, n_classes: int = 
     }  # fmt: skip
     for name, stop in last.items():
         value = getattr(view, name)
+        if value == getattr(View(), name):
+            continue  # such as -1 for all
         _check_range(name, value if isinstance(value, tuple) else (value,), stop)
     return view
 

@@ -36,8 +36,8 @@ class Change:
     @property
     def correlation(self) -> float | None:
         """Of predicted and measured changes over the examples; None where one of them is constant."""
-        if len(self.rows) < 3 or float(self.predicted.std()) == 0 or float(self.measured.std()) == 0:
-            return None
+        if len(self.rows) < 3 or not float(self.predicted.std()) > 0 or not float(self.measured.std()) > 0:
+            return None  # also where nothing could be measured
         return float(torch.corrcoef(torch.stack([self.predicted, self.measured]))[0, 1])
 
     def flips(self) -> list[int]:
@@ -60,6 +60,8 @@ class Accuracy:
 
 def accuracies(source: Source, change: Change) -> list[Accuracy]:
     """Of every class that occurs among the examples; of a language model, of the next tokens in one row."""
+    if change.before.classes is None and not change.before.tokens:
+        return []
     if change.before.classes is None or change.after.classes is None:
         targets = torch.cat(change.before.targets)
         hits = [int((torch.cat(side.tokens) == targets).sum()) for side in (change.before, change.after)]

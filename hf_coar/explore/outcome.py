@@ -31,10 +31,15 @@ class Outcome:
         )  # fmt: skip
 
     @classmethod
-    def of(cls, logits: Tensor, values: Tensor, batch: Mapping[str, Tensor]) -> "Outcome":
-        """From logits [examples, classes] or [examples, positions, vocabulary] and the outputs [examples] of them."""
-        if logits.dim() == 2:
+    def of(cls, logits: Tensor | None, values: Tensor, batch: Mapping[str, Tensor], of_tokens: bool) -> "Outcome":
+        """From logits [examples, classes], or of tokens [examples, positions, vocabulary], and the outputs [examples].
+
+        Whatever else a model gives (a number, a picture, boxes) leaves the outputs alone.
+        """
+        if logits is not None and logits.dim() == 2 and logits.shape[1] > 1 and not of_tokens:
             return cls(values, logits.argmax(-1).cpu(), _top(logits.softmax(-1).cpu()))
+        if logits is None or logits.dim() != 3 or not of_tokens:
+            return cls(values, None, [[] for _ in values])
         targets, real = outputs.next_tokens(logits, batch)
         best, last = logits[:, :-1].argmax(-1), real.long().cumsum(1).argmax(1)
         ends = logits[torch.arange(len(logits)), last.to(logits.device) + 1]

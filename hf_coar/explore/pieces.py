@@ -19,6 +19,7 @@ from hf_coar.explore.tab import View
 PAGES = {"text": 10}  # examples on a page
 PAGE = 24  # the same of all that is no text
 _MOST_SEARCHED = 500  # examples that a search for wrong predictions runs the model on, a page at a time
+_COLUMNS = 4  # of an example that is neither picture nor text
 _MOST_STRIPS = 64  # rows of a heat map; above, one row a layer
 _LISTED = 8  # components on either side of an example's list
 _FLIPS = 16  # examples shown whose prediction flips
@@ -84,6 +85,9 @@ def _card(source: Source, row: int, found: Outcome, extra: Html, act: str, view:
 def _prediction(source: Source, row: int, found: Outcome) -> tuple[Html, str]:
     """What the model says of an example, as HTML and as plain words."""
     start = html('<span class="coar-faint">{}</span> ', row)
+    if found.classes is None and not found.tokens:
+        plain = f"{source.output.name} {number(float(found.outputs[0]))}"
+        return start + plain, plain
     if found.classes is None:
         hits = int((found.tokens[0] == found.targets[0]).sum())
         plain = f"{hits} of {len(found.targets[0])} next tokens right"
@@ -98,24 +102,33 @@ def _prediction(source: Source, row: int, found: Outcome) -> tuple[Html, str]:
 
 
 def content(raw: Mapping[str, Any], size: int) -> Html:
-    """A raw example's picture, or the beginning of its text."""
+    """A raw example's picture, or the beginning of its text, or of the values that it has."""
     column = image_column(raw)
-    if column is not None:
-        return drawing.thumbnail(raw[column], size)
+    picture = raw[column] if column is not None else drawing.image_of(raw.get("pixel_values"))
+    shown = None if picture is None else drawing.thumbnail(picture, size)
+    if shown is not None:
+        return shown
     column = text_column(raw)
-    if column is not None:
-        return html('<span class="coar-snippet">{}</span>', raw[column][:240])
-    pixels = raw.get("pixel_values")
-    if isinstance(pixels, Tensor) and pixels.dim() == 3:
-        return drawing.thumbnail(drawing.image_of(pixels), size)
-    first = next((value for value in raw.values() if isinstance(value, Tensor)), torch.empty(0))
-    shown = ", ".join(f"{value:.3g}" for value in first.flatten()[:6].tolist())
-    return html('<span class="coar-snippet">[{}{}]</span>', shown, ", …" if first.numel() > 6 else "")
+    said = raw[column][:240] if column is not None else ", ".join(map(_value, list(raw.items())[:_COLUMNS]))
+    return html('<span class="coar-snippet">{}</span>', said)
+
+
+def _value(item: tuple[str, Any]) -> str:
+    """Such as `input_values: [0.1, -0.2, …]`."""
+    name, value = item
+    if isinstance(value, Tensor):
+        value = value.flatten()[:7].tolist()
+    if isinstance(value, list | tuple):
+        numbers = [f"{one:.3g}" if isinstance(one, float) else f"{one!s:.20}" for one in value[:6]]
+        return f"{name}: [{', '.join(numbers)}{', …' if len(value) > 6 else ''}]"
+    return f"{name}: {value!s:.60}"
 
 
 def top_table(source: Source, found: Outcome, label: int = -1) -> Html:
     """The most likely classes, or the most likely tokens after a text."""
     of_classes, rows = found.classes is not None, []
+    if not found.top[0]:
+        return note("of what this model gives, the explorer shows the output that is attributed")
     for index, probability in found.top[0]:
         name: object = source.class_name(index) if of_classes else repr(source.token(index))
         name = html("<b>{}</b> (its label)", name) if index == label and of_classes else name
@@ -216,7 +229,7 @@ def change_columns(source: Source, found: Change, title: str, aside: Html) -> Ht
 def _accuracy_table(found: Sequence[Accuracy], n_measured: int) -> Html:
     """Accuracy of every class before and after."""
     if not found:
-        return heading("Accuracy") + note("these examples have no labels")
+        return heading("Accuracy") + note("these examples have no labels, or no classes are predicted for them")
     shown = found
     if len(found) > _CLASSES:
         shown = sorted(found, key=lambda one: abs(one.after - one.before) / one.count, reverse=True)[:_CLASSES]
@@ -241,6 +254,8 @@ def _accuracy_row(one: Accuracy) -> list[Html]:
 
 def flips(source: Source, found: Change, first: int = -1) -> Html:
     """The examples whose prediction changed; the one that is looked at comes first."""
+    if found.before.classes is None and not found.before.tokens:
+        return html("")
     places = sorted(found.flips(), key=lambda place: found.rows[place] != first)
     if found.before.classes is None or found.after.classes is None:
         return _token_flips(source, found, places)
@@ -261,7 +276,7 @@ def _token_flips(source: Source, found: Change, places: Sequence[int]) -> Html:
         where = (before != after).nonzero().flatten().tolist()
         total += len(where)
         for at in where[: min(_FLIPS - len(rows), 4)] if len(rows) < _FLIPS else ():
-            context = "".join(source.token(t) for t in targets[max(0, at - 6) : at].tolist())
+            context = "".join(source.words(targets[max(0, at - 6) : at].tolist()))
             cells = [repr(source.token(int(side[at]))) for side in (targets, before, after)]
             opens = button("example", found.rows[place], f"…{context}", "coar-link")
             rows.append([opens, *cells[:2], html("<b>{}</b>", cells[2])])

@@ -120,6 +120,7 @@ CSS = """
 .dark .coar .coar-strip img { filter: brightness(1.5); }
 #mark-all { align-self: end; height: 2.75rem; }
 @media (max-width: 760px) {
+  .coar-first { order: -1; }
   .coar .coar-top .coar-track { width: 50px; }
   .coar .coar-columns, .coar .coar-columns.coar-aside { grid-template-columns: 1fr; }
   .coar .coar-top { grid-template-columns: 96px 1fr; } .coar .coar-top .coar-big .coar-image { width: 96px; }

@@ -15,7 +15,8 @@ class View:
 
     view: str = "examples"  # which tab
     example: int = 0  # the example that is looked at, a row of the attributions
-    component: int = 0  # the component that is looked at
+    component: int = -1  # the component that is looked at; -1 for the strongest one
+    find: str = ""  # parts of the names of the components that are listed
     label: int = -1  # show only examples with this label; -1 for all
     wrong: bool = False  # show only examples that the model gets wrong
     page: int = 0  # of the list of examples

@@ -1,5 +1,6 @@
 """The tab of components: one component over all examples, whom it helps and whom it hurts."""
 
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -10,9 +11,10 @@ from hf_coar.explore import columns, drawing, pieces
 from hf_coar.explore.columns import Progress, no_progress
 from hf_coar.explore.drawing import Html, button, figure, heading, html, joined, note, number, wrapped
 from hf_coar.explore.source import Source
-from hf_coar.explore.tab import TABS, Tab, Updates, View
+from hf_coar.explore.tab import TABS, Tab, View
 
 _LISTED = 25  # components in the list
+_LONGEST_SEARCH = 200  # characters
 _EXTREMES = 8  # most helped and most hurt examples
 
 
@@ -21,7 +23,7 @@ class Components(Tab):
     """Components to choose from, and one of them over all examples."""
 
     title, place = "Components", 1
-    kept = ("layer", "ticked", "k", "side")
+    kept = ("layer", "find", "ticked", "k", "side")
     acts = {"component": lambda source, view, value, beside: replace(view, view="components", component=value)}
 
     def build(self) -> None:
@@ -35,24 +37,49 @@ class Components(Tab):
                         [("all", ""), *((name or "(the model itself)", name) for name in names)], value="",
                         label="Layer", elem_id="layer", min_width=120,
                     )  # fmt: skip
-                    self.number = gr.Number(
-                        0, precision=0, minimum=0, maximum=len(source.components) - 1,
-                        label="Component number, Enter opens it", elem_id="component-number", min_width=120,
+                    self.find = gr.Textbox(
+                        label="Search by name or number", placeholder=str(source.components[0]), max_lines=1,
+                        max_length=_LONGEST_SEARCH, elem_id="find", min_width=120,
                     )  # fmt: skip
                     self.sets("layer", self.layer)
-                    self.sets("component", self.number, "submit")
+                    self.sets("find", self.find)
                 self.list = page.html("component-list")
-                self.draws_later(self.list, lambda view: (view.layer, view.component), partial(component_list, source))
-            with gr.Column(scale=7, min_width=320):
+                self.draws_later(
+                    self.list, lambda view: (view.layer, view.find, view.component), partial(component_list, source)
+                )
+            with gr.Column(scale=7, min_width=320, elem_classes="coar-first"):
                 self.component = page.html("component")
-
-    def draw(self, view: View, before: View) -> Updates:
-        """The component."""
-        return {self.component: component(self.source, view), self.number: view.component}
+                self.draws_later(self.component, lambda view: (view.component, view.ticked), partial(component, source))
 
 
-def component(source: Source, view: View) -> Html:
+def looked_at(source: Source, view: View, progress: Progress = no_progress) -> int:
+    """The component of a view: the one with the largest weights, unless it names one."""
+    return view.component if view.component >= 0 else int(source.sizes(progress).argmax())
+
+
+def found(source: Source, view: View) -> Tensor:
+    """The components of a layer whose names hold all words that are searched, or that have this number; int64 [found].
+
+    Letters count whether large or small.
+    """
+    layers, index = source.components.regroup("layer")
+    inside = index == layers.index(view.layer) if view.layer in layers else torch.ones(len(index), dtype=torch.bool)
+    words = view.find[:_LONGEST_SEARCH].casefold().split()
+    if words:
+        number = int(words[0]) if words[0].isdecimal() and len(words) == 1 else -1
+        hits = [i == number or all(_holds(name, w) for w in words) for i, name in enumerate(source.names)]
+        inside &= torch.tensor(hits)
+    return inside.nonzero().flatten()
+
+
+def _holds(name: str, word: str) -> bool:
+    """Whether a name holds a word; a number counts as a whole, so that 7 is not found in 17."""
+    return word in name and (not word.isdecimal() or word in re.findall(r"\d+", name))
+
+
+def component(source: Source, view: View, progress: Progress = no_progress) -> Html:
     """One component: its weights over all examples, whom it helps and whom it hurts."""
+    view = replace(view, component=looked_at(source, view, progress))
     one, weights = source.components[view.component], columns.column(source.attributions, view.component)
     group, places = one.group, drawing.digits(float(weights.abs().max()))
     error = None
@@ -113,18 +140,16 @@ def _extremes(source: Source, weights: Tensor, error: Tensor | None, title: str,
 
 
 def component_list(source: Source, view: View, progress: Progress = no_progress) -> Html:
-    """The components of a layer, those with the largest weights over all examples first."""
-    sizes = source.sizes(progress)
-    names, index = source.components.regroup("layer")
-    inside = (index == names.index(view.layer)).nonzero().flatten() if view.layer in names else torch.arange(len(index))
-    order = inside[sizes[inside].argsort(descending=True)][:_LISTED].tolist()
+    """The components that are searched, those with the largest weights over all examples first."""
+    sizes, current, inside = source.sizes(progress), looked_at(source, view, progress), found(source, view)
     largest, rows = float(sizes.max()) or 1.0, []
-    for i in order:
-        named = pieces.component_button(source, i, i == view.component)
+    for i in inside[sizes[inside].argsort(descending=True)][:_LISTED].tolist():
         size, bar = float(sizes[i]), drawing.fraction_bar(float(sizes[i]) / largest)
-        picked = html('<span class="coar-pick">{}</span>', named)
+        picked = html('<span class="coar-pick">{}</span>', pieces.component_button(source, i, i == current))
         rows.append([picked, bar, number(size, drawing.digits(largest), signed=False)])
-    said = f"{len(inside):,} components"
+    if not rows:
+        return wrapped(note(f"no component{' of ' + view.layer if view.layer else ''} is called {view.find!r}"))
+    said = f"{len(inside):,} component{'s' if len(inside) != 1 else ''}"
     said += f", the {len(rows)} with the largest weights" if len(inside) > len(rows) else ""
     said += f" (mean size over {len(source):,} examples)"
     return wrapped(drawing.table(["component", "", f"mean size, {source.unit}"], rows, "coar-listed", said))

@@ -58,7 +58,7 @@ class Edit(Tab):
                     self.mark_all = gr.Button("Mark all that are shown", elem_id="mark-all", min_width=140)
                 self.sets("label", self.label, page=0)
                 self.gallery = page.html("edit-gallery", self.marking)
-            with gr.Column(scale=6, min_width=320):
+            with gr.Column(scale=6, min_width=320, elem_classes="coar-first"):
                 self.marks = page.html("marks", self.marking)
                 most = measuring.most_components(source)
                 self.n_components = gr.Slider(

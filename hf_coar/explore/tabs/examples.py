@@ -55,7 +55,7 @@ class Examples(Tab):
                     visible=source.n_classes > 0,
                 )  # fmt: skip
                 self.gallery = page.html("gallery")
-            with gr.Column(scale=7, min_width=320):
+            with gr.Column(scale=7, min_width=320, elem_classes="coar-first"):
                 self.example = page.html("example")
                 gr.HTML(wrapped(heading("What if they were gone?")))
                 with gr.Row():
@@ -135,7 +135,7 @@ def _text(source: Source, row: int, found: Outcome) -> Html:
     column, said, inner = text_column(raw), html(""), html("")
     if found.targets and source.tokenizer is not None:
         hits = (found.tokens[0] == found.targets[0]).tolist()
-        words = [source.token(token) for token in found.targets[0].tolist()]
+        words = source.words(found.targets[0].tolist())
         inner = joined(
             html('<span class="coar-hit">{}</span>', w) if hit else w for w, hit in zip(words, hits, strict=True)
         )

@@ -255,6 +255,8 @@ def _targeted(source: Source, batch: Batch, explained: int) -> tuple[Batch, Outc
         labels[0, places[explained]] = batch["input_ids"][0, places[explained]]
         return {**batch, "labels": labels}, found, explained
     found = source.run({**batch, "labels": torch.zeros(1, dtype=torch.long)})
+    if found.classes is None:
+        raise CoarError("inputs of one's own are attributed for classifiers and language models, and this is neither")
     explained = int(found.classes[0]) if explained < 0 else explained
     return {**batch, "labels": torch.tensor([explained])}, found, explained
 
@@ -270,7 +272,7 @@ def panel(source: Source, content: Any, arrived: Arrived, running: bool) -> Html
     of_text, one, rounds = isinstance(content, str), arrived.explained, arrived.last.rounds
     of = "" if one < 0 else f" of {source.class_name(one)}"
     if arrived.tokens:
-        of = ", mean over the tokens" if one < 0 else f" of token {one}, {source.token(arrived.tokens[one])!r}"
+        of = ", mean over the tokens" if one < 0 else f" of token {one}, {source.words(arrived.tokens)[one]!r}"
     attributed = note(f"attributed: the {source.output.name}{of}: {number(arrived.value, 2)} {source.unit}")
     state = f"round {rounds} of {MAX_ROUNDS}" if rounds else "first pass"
     figures = [
@@ -291,7 +293,7 @@ def _text(source: Source, content: str, arrived: Arrived) -> Html:
     """The text; of a language model every token that follows from others is a button that explains it."""
     if not arrived.tokens:
         return html('<div class="coar-text" tabindex="0">{}</div>', content)
-    words = [source.token(token) for token in arrived.tokens]
+    words = source.words(arrived.tokens)
     shown: list[object] = [words[0]]
     for place, hit in enumerate((arrived.found.tokens[0] == arrived.found.targets[0]).tolist(), start=1):
         pressed = html(' aria-pressed="{}"', "true" if place == arrived.explained else "false")
