@@ -36,8 +36,10 @@ N = 40
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Attributions of the demo's first images, on disk."""
-    folder = tmp_path_factory.mktemp("explore") / "attributions"
+    """Attributions of the demo's first images, on disk; made once for all files of tests."""
+    folder = tmp_path_factory.getbasetemp() / "explore-attributions"
+    if folder.exists():
+        return folder
     model, data = coar.load(demo.MODEL, demo.IMAGES, split=f"train[:{N}]")
     method = coar.PathGradient(rounds=2)
     coar.attribute(model, data, method=method, progress=False).save_pretrained(folder)
@@ -57,7 +59,10 @@ def texts(tmp_path_factory):
     from tokenizers import models as token_models
     from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-    base = tmp_path_factory.mktemp("texts")
+    base = tmp_path_factory.getbasetemp() / "explore-texts"
+    if base.exists():
+        return base
+    base.mkdir()
     words = ["<pad>", "<eos>", "good", "bad", "film", "very", "a"]
     tokenizer = Tokenizer(token_models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
