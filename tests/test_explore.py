@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -269,10 +270,10 @@ def test_a_link_to_a_component_is_of_the_components_there_are(source):
         links.from_query("component=-2", N, 832)
 
 
-@pytest.mark.parametrize("kind", ["classifier", "language"])
-def test_classes_are_named_as_the_attributions_name_them(source, kind, monkeypatch):
-    data = {**source.attributions.config["data"], "label_names": [f"thing {i}" for i in range(10)]}
-    monkeypatch.setattr(source.attributions, "config", {**source.attributions.config, "data": data})
+def test_classes_are_named_as_the_attributions_name_them(source, monkeypatch):
+    known = source.attributions.provenance
+    data = {**known.data, "label_names": [f"thing {i}" for i in range(10)]}
+    monkeypatch.setattr(source.attributions, "provenance", dataclasses.replace(known, data=data))
     monkeypatch.setattr(source, "class_names", source._named_classes())
     assert "thing 3" in pieces.gallery(source, View(label=3))
 
@@ -806,7 +807,7 @@ def test_ctrl_c_leaves_nothing_but_json_on_standard_output(folder):
 
 def test_an_export_stands_alone_and_runs_as_it_is(folder, tmp_path):
     pytest.importorskip("gradio", reason='needs pip install "hf_coar[explore]"')
-    space = explore.export(folder, tmp_path / "space")
+    space = explore.export(folder, tmp_path / "space", demo.MODEL, demo.IMAGES)
     from huggingface_hub import SpaceCard
 
     card = SpaceCard.load(space / "README.md").data
@@ -840,13 +841,95 @@ def test_an_export_names_what_is_on_the_hub(folder, tmp_path):
 
 
 def test_an_export_replaces_an_earlier_one_and_nothing_else(folder, tmp_path):
-    explore.export(folder, tmp_path / "space")
-    explore.export(folder, tmp_path / "space")
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    space = tmp_path / "space"
+    explore.export(folder, space, demo.MODEL, demo.IMAGES)
+    (space / "hf_coar.whl").write_text("mine")
+    (space / "README.md").write_text("# Mine")
+    (space / "data" / "notes.txt").write_text("mine, too")
+    (tmp_path / "others.parquet").write_bytes(demo.IMAGES.read_bytes())
+    explore.export(folder, space, "timm/resnet18.a1_in1k", tmp_path / "others.parquet")
+    held = sorted(path.relative_to(space).as_posix() for path in space.rglob("*") if path.is_file())
+    assert {"hf_coar.whl", "data/notes.txt", "data/others.parquet"} <= set(held)
+    assert "data/images.parquet" not in held and not [name for name in held if name.startswith("model/")]
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    assert (space / "README.md").read_text() == "# Mine"
+    (space / "app.py").write_text("print('mine')")
+    with pytest.raises(CoarError, match=r"was changed since it was exported: app.py"):
+        explore.export(folder, space, demo.MODEL, demo.IMAGES)
+    assert (space / "app.py").read_text() == "print('mine')"
+
+
+@pytest.mark.parametrize("app", ['print("my own")', '"""An hf_coar explorer."""'])
+def test_an_export_leaves_what_is_not_its_own(folder, tmp_path, app):
+    mine = {"app.py": app, "data/thesis.csv": "precious", "model/model.safetensors": "weeks", "README.md": "# Mine"}
+    for name, text in mine.items():
+        (tmp_path / "mine" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "mine" / name).write_text(text)
     with pytest.raises(CoarError, match="holds other things"):
-        explore.export(folder, tmp_path / "mine")
-    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+        explore.export(folder, tmp_path / "mine", demo.MODEL, demo.IMAGES)
+    assert {name: (tmp_path / "mine" / name).read_text() for name in mine} == mine
+    assert len([path for path in (tmp_path / "mine").rglob("*") if path.is_file()]) == len(mine)
+
+
+def test_an_export_that_fails_leaves_the_earlier_one(folder, tmp_path, monkeypatch):
+    space = explore.export(folder, tmp_path / "space", demo.MODEL, demo.IMAGES)
+    before = {path: path.read_bytes() for path in space.rglob("*") if path.is_file()}
+
+    def full(*args):
+        raise OSError(28, "no space")
+
+    monkeypatch.setattr(sys.modules["hf_coar.explore.export"], "_readme", full)
+    with pytest.raises(CoarError, match="no space"):
+        explore.export(folder, space, demo.MODEL, demo.IMAGES)
+    assert {path: path.read_bytes() for path in space.rglob("*") if path.is_file()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["space"]
+
+
+def downloaded(folder, tmp_path, **entries):
+    """Attributions as somebody else may have written them, whose configuration names paths of this machine."""
+    shutil.copytree(folder, tmp_path / "theirs")
+    path = tmp_path / "theirs" / "config.json"
+    config = json.loads(path.read_text())
+    for what, name in entries.items():
+        config[what]["id"] = name
+    path.write_text(json.dumps(config))
+    return tmp_path / "theirs"
+
+
+@pytest.mark.parametrize("what", ["model", "data"])
+@pytest.mark.parametrize("named", ["..", "/etc", ".", "secrets", "~", "a/b/c", "C:/Users", "../../x", "secrets/", ""])
+def test_paths_in_a_configuration_are_not_exported(folder, tmp_path, monkeypatch, what, named):
+    (tmp_path / "secrets").mkdir()
+    (tmp_path / "secrets" / "key.txt").write_text("secret")
+    (tmp_path / "secrets" / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    theirs = downloaded(folder, tmp_path, **{"model": "user/model", "data": "user/data", what: named})
+    with pytest.raises(CoarError, match=f"give --data|give --model|--{what} "):
+        explore.export(theirs, tmp_path / "space")
+    assert not (tmp_path / "space").exists()
+    space = explore.export(theirs, tmp_path / "space", **{what: tmp_path / "secrets"})  # who calls may
+    assert list(space.rglob("*.json"))
+
+
+def test_links_that_lead_out_of_a_folder_are_not_exported(folder, tmp_path):
+    theirs = downloaded(folder, tmp_path, model="user/model", data="user/data")
+    (tmp_path / "secret.md").write_text("secret")
+    (theirs / "README.md").unlink()
+    (theirs / "README.md").symlink_to(tmp_path / "secret.md")
+    with pytest.raises(CoarError, match="out of the folder"):
+        explore.export(theirs, tmp_path / "space")
+    assert not (tmp_path / "space").exists()
+
+
+def test_paths_that_attributions_of_the_hub_name_are_not_opened(folder):
+    attributions = coar.Attributions.from_pretrained(folder)
+    assert len(open_source(attributions)) == N
+    attributions.origin = "user/repo"
+    with pytest.raises(CoarError, match=r"from the Hub .* which is a path on this machine"):
+        open_source(attributions)
+    with pytest.raises(CoarError, match="which is a path on this machine"):
+        open_source(attributions, demo.MODEL)
+    assert len(open_source(attributions, demo.MODEL, demo.IMAGES)) == N
 
 
 def test_views_are_plain_values():

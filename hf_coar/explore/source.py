@@ -371,15 +371,3 @@ def open_source(
     if data is None or isinstance(data, str | Path):
         _, data = api.reopen(attributions, model=model, data=data)
     return Source(attributions, model, data)
-
-
-def known(attributions: Attributions, what: str) -> str:
-    """Where attributions say that their "model" or "data" came from.
-
-    Raises:
-        CoarError: they do not say.
-    """
-    name = (attributions.config.get(what) or {}).get("id")
-    if not name:
-        raise CoarError(f"the attributions do not say where their {what} came from; give --{what}")
-    return name
