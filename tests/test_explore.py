@@ -442,6 +442,20 @@ def test_a_tab_is_one_class_that_registers_itself(source, monkeypatch):
     assert drawn[made.query] == "view=weights&k=3" and drawn[made.tabs["weights"].shown] == "<b>3</b> of logits"
     assert made.tabs["weights"].shown.postprocess("<b>") == "&lt;b&gt;"
     assert links.from_query("view=weights&k=3", N, 832) == View(view="weights", k=3)
+    Weights.acts = {"tick": lambda source, view, value, beside: view}
+    with pytest.raises(CoarError, match="act 'tick' is taken"):
+        page.Page(source)
+
+
+def test_clicks_that_make_no_sense_are_one_clear_error(source):
+    gradio = pytest.importorskip("gradio", reason='needs pip install "hf_coar[explore]"')
+    made = page.Page(source)
+    act = made._safely(made._act())
+    for value, words in (("99999", "from 0 to 39"), ("-1", "from 0 to 39"), ("1e9", "1e9"), ("9" * 99, "99999")):
+        said = act(View(), "", gradio.EventData(None, {"act": "example", "value": value}))
+        assert words in said[made.message] and made.view not in said
+    assert act(View(), "", gradio.EventData(None, {"act": "example", "value": "7"}))[made.view].example == 7
+    assert act(View(), "", gradio.EventData(None, {"act": "nothing"})) == {made.message: ""}
 
 
 # ------------------------------------------------------------------------------------------------------ live ablations

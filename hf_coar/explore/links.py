@@ -42,7 +42,15 @@ def from_query(query: str, n_examples: int, n_components: int, n_classes: int = 
         for name, value in parse_qsl(query.lstrip("?"), keep_blank_values=True)
         if name in kinds
     }
-    view = View(**found)
+    return checked(View(**found), n_examples, n_components, n_classes)
+
+
+def checked(view: View, n_examples: int, n_components: int, n_classes: int = 0) -> View:
+    """The view, if it makes sense here; what a browser sends need not.
+
+    Raises:
+        CoarError: a value that makes no sense; the message names it.
+    """
     _check_one_of("view", view.view, TABS)
     _check_one_of("side", view.side, SIDES)
     if len(view.text) > LONGEST_TEXT:

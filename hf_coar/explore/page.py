@@ -1,6 +1,7 @@
 """The page: a link and the tabs; every event makes a new `View`, and the tab that is looked at draws it."""
 
 import functools
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,7 @@ from hf_coar.explore.drawing import Html, html, note, warning, wrapped
 from hf_coar.explore.source import Source
 from hf_coar.explore.style import LINK, ON_LOAD, READY, SEARCH
 from hf_coar.explore.tab import TABS, Tab, Updates, View
+from hf_coar.storage.registry import Registry
 
 INSTALL = 'the explorer needs Gradio; install it with: pip install "hf_coar[explore]"'
 _CACHE = (3600, 86_400)  # look every hour for uploads and downloads older than a day
@@ -174,6 +176,9 @@ class Page:
         selected = {self.shown_tab: self.gr.Tabs(selected=view.view), self.message: said}
         return {**controls, **self.shown(view, View()), **selected}
 
+    def _checked(self, view: View) -> View:
+        return links.checked(view, len(self.source), len(self.source.components), self.source.n_classes)
+
     def _controls(self, view: View) -> Updates:
         return {control: value for tab in self.tabs.values() for control, value in tab.controls(view).items()}
 
@@ -188,13 +193,19 @@ class Page:
         return open_tab
 
     def _act(self) -> Callable[..., Updates]:
-        gr, acts = self.gr, {name: act for tab in self.tabs.values() for name, act in tab.acts.items()}
+        gr, acts = self.gr, Registry("act")
+        for tab in self.tabs.values():
+            for name, one in tab.acts.items():
+                acts.add(name, one)
 
         def act(view: View, beside: Any, event: gr.EventData) -> Updates:
             said = event._data or {}
             if said.get("act") not in acts:
                 return {}
-            changed = acts[said["act"]](self.source, view, int(said.get("value") or 0), beside)
+            value = str(said.get("value") or 0)
+            if not re.fullmatch(r"-?\d{1,12}", value):
+                raise CoarError(f"a click on {value[:40]!r} means nothing here")
+            changed = self._checked(acts[said["act"]](self.source, view, int(value), beside))
             return {**self._moved(changed, view), self.shown_tab: gr.Tabs(selected=changed.view)}
 
         return act
