@@ -179,14 +179,16 @@ def _publish(staging: Path, folder: Path, earlier: Mapping[str, str]) -> None:
                 raise CoarError(f"{path} is not of the earlier export, and the new one would replace it; move it away")
             (staging / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(path, staging / name, follow_symlinks=False)
-    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
-    os.rename(folder, old)
+    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
     try:
-        os.rename(staging, folder)
-    except OSError:
-        os.rename(old, folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+        os.rename(folder, beside / "old")
+        try:
+            os.rename(staging, folder)
+        except OSError:
+            os.rename(beside / "old", folder)
+            raise
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _umask() -> int:
