@@ -608,7 +608,7 @@ def test_one_token_of_a_text_can_be_explained(texts):
     assert every.value == pytest.approx(sum(one.value for one in single) / 3, abs=1e-5)
     torch.testing.assert_close(every.last.weights, sum(one.last.weights for one in single) / 3, atol=1e-4, rtol=1e-3)
     html = own.panel(source, "a bad good film", single[1], running=False)
-    assert checked(html).acts.count("token") == 4 and "of token 2, &#39;good&#39;" in html
+    assert checked(html).acts.count("token") == 4 and "of token 2, &#39; good&#39;" in html
     for outside in (0, 4):
         with pytest.raises(CoarError, match="tokens 1 to 3"):
             next(own.arriving(source, "a bad good film", explained=outside))
