@@ -279,7 +279,7 @@ def edit(source: Source, view: View, chosen: Sides, components: Sequence[int], f
     listed = html("<ol>{}</ol>", joined(html("<li>{}</li>", name) for name in names))
     return wrapped(
         html('<p class="coar-statement">Preview: {} ablated.</p>', drawing.count(components)),
-        drawing.table(head, rows) + note(said + _HELD_OUT),
+        drawing.table(head, rows, "coar-numbers") + note(said + _HELD_OUT),
         pieces.change_columns(source, found, "What is ablated", listed),
         pieces.flips(source, found),
     )
