@@ -119,7 +119,7 @@ CSS = """
 .coar .coar-figure b { display: block; font-size: 1.15rem; font-variant-numeric: tabular-nums; font-weight: 600; }
 .coar .coar-figure span { color: var(--coar-faint); font-size: .8rem; }
 .dark .coar .coar-strip img { filter: brightness(1.5); }
-#mark-all { align-self: end; height: 2.75rem; }
+#mark-all { align-self: end; min-height: 2.75rem; }
 @media (max-width: 760px) {
   .coar-first { order: -1; }
   .coar .coar-top .coar-track { width: 50px; }

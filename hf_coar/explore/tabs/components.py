@@ -27,22 +27,22 @@ class Components(Tab):
     acts = {"component": lambda source, view, value, beside: replace(view, view="components", component=value)}
 
     def build(self) -> None:
-        """A list on the left, one component on the right."""
+        """What is searched above, a list of it on the left, one component on the right."""
         gr, source, page = self.gr, self.source, self.page
         names, _ = source.components.regroup("layer")
+        with gr.Row():
+            self.find = gr.Textbox(
+                label="Search by name or number", placeholder=str(source.components[0]), max_lines=1,
+                max_length=_LONGEST_SEARCH, elem_id="find", min_width=120,
+            )  # fmt: skip
+            self.layer = gr.Dropdown(
+                [("all", ""), *((name or "(the model itself)", name) for name in names)], value="", label="Layer",
+                elem_id="layer", min_width=120,
+            )  # fmt: skip
+            self.sets("layer", self.layer)
+            self.sets("find", self.find)
         with gr.Row(equal_height=False):
             with gr.Column(scale=4, min_width=300):
-                with gr.Row():
-                    self.layer = gr.Dropdown(
-                        [("all", ""), *((name or "(the model itself)", name) for name in names)], value="",
-                        label="Layer", elem_id="layer", min_width=120,
-                    )  # fmt: skip
-                    self.find = gr.Textbox(
-                        label="Search by name or number", placeholder=str(source.components[0]), max_lines=1,
-                        max_length=_LONGEST_SEARCH, elem_id="find", min_width=120,
-                    )  # fmt: skip
-                    self.sets("layer", self.layer)
-                    self.sets("find", self.find)
                 self.list = page.html("component-list")
                 self.draws_later(
                     self.list, lambda view: (view.layer, view.find, view.component), partial(component_list, source)
