@@ -1,9 +1,11 @@
 """The explorer without a browser: links, views, live ablations, edits, own input, export; never the whole matrix."""
 
+import ast
 import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -24,18 +26,21 @@ from hf_coar import demo, editing, explore, models
 from hf_coar.attributions import rows
 from hf_coar.data import Identity
 from hf_coar.errors import CoarError, DataError, ModelMismatchError
-from hf_coar.explore import columns, drawing, layout, links, measuring, own, panels, views
-from hf_coar.explore.columns import Summary
-from hf_coar.explore.links import View
+from hf_coar.explore import columns, drawing, links, measuring, page, pieces, tab
 from hf_coar.explore.source import Source, open_source
+from hf_coar.explore.tab import View
+from hf_coar.explore.tabs import components as components_tab
+from hf_coar.explore.tabs import edit, examples, own
 
 N = 40
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Attributions of the demo's first images, on disk."""
-    folder = tmp_path_factory.mktemp("explore") / "attributions"
+    """Attributions of the demo's first images, on disk; made once for all files of tests."""
+    folder = tmp_path_factory.getbasetemp() / "explore-attributions"
+    if folder.exists():
+        return folder
     model, data = coar.load(demo.MODEL, demo.IMAGES, split=f"train[:{N}]")
     method = coar.PathGradient(rounds=2)
     coar.attribute(model, data, method=method, progress=False).save_pretrained(folder)
@@ -55,7 +60,10 @@ def texts(tmp_path_factory):
     from tokenizers import models as token_models
     from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-    base = tmp_path_factory.mktemp("texts")
+    base = tmp_path_factory.getbasetemp() / "explore-texts"
+    if base.exists():
+        return base
+    base.mkdir()
     words = ["<pad>", "<eos>", "good", "bad", "film", "very", "a"]
     tokenizer = Tokenizer(token_models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -122,10 +130,11 @@ class Checker(HTMLParser):
 
     def __init__(self):
         super().__init__()
-        self.open, self.buttons, self.acts = [], 0, []
+        self.open, self.buttons, self.acts, self.attributes = [], 0, [], []
 
     def handle_starttag(self, tag, attributes):
         self.buttons += tag == "button"
+        self.attributes += [name for name, _ in attributes]
         self.acts += [value for name, value in attributes if name == "data-act"]
         if tag not in ("img", "input", "br"):
             self.open.append(tag)
@@ -145,22 +154,22 @@ def checked(html):
 
 
 def test_examples_are_buttons_with_their_predictions(source):
-    html = panels.gallery(source, View(example=3))
-    assert checked(html).acts.count("example") == panels.PAGE
+    html = pieces.gallery(source, View(example=3))
+    assert checked(html).acts.count("example") == pieces.PAGE
     assert html.count('aria-current="true"') == 1 and "page 1 of 2" in html
     outcome = source.predictions([3])[0]
     assert source.class_name(int(outcome.classes[0])) in html
 
 
 def test_wrong_predictions_are_found(source):
-    found, more = panels.filtered(source, View(wrong=True))
+    found, more = pieces.filtered(source, View(wrong=True))
     logits = torch.cat([models.logits(source.model, source.batch([i])).detach() for i in range(N)])
     expected = (logits.argmax(1) != source.attributions.labels).nonzero().flatten().tolist()
     assert found == expected and expected and not more
 
 
 def test_an_example_shows_its_strongest_components_with_errors(source):
-    html = panels.example(source, View(example=5, k=3))
+    html = examples.example(source, View(example=5, k=3))
     checked(html)
     weights, errors = source.attributions.row(5), source.attributions.row(5, "standard_errors")
     best = weights.topk(3).indices.tolist()
@@ -173,7 +182,7 @@ def test_an_example_shows_its_strongest_components_with_errors(source):
 
 def test_the_heat_map_holds_every_component(source):
     weights = source.attributions.row(0)
-    strips = panels.strips(source.components, weights)
+    strips = pieces.strips(source.components, weights)
     assert torch.equal(torch.cat([strip.values for strip in strips]), weights)
     assert [strip.first for strip in strips] == [start for _, start, _ in source.components.spans()]
 
@@ -186,7 +195,7 @@ def test_many_matrices_are_drawn_layer_by_layer():
 
     components = coar.find_components(nn.ModuleDict({"layers": nn.ModuleList(Block() for _ in range(40))}))
     weights = torch.randn(len(components))
-    strips = panels.strips(components, weights)
+    strips = pieces.strips(components, weights)
     assert len(components.groups) == 80 and [strip.name for strip in strips[:2]] == ["layers.0", "layers.1"]
     assert len(strips) == 40 and torch.equal(torch.cat([strip.values for strip in strips]), weights)
 
@@ -208,7 +217,7 @@ def test_small_numbers_are_written_with_a_power_of_ten(largest, factor, said):
 
 
 def test_a_component_shows_whom_it_helps_and_hurts(source):
-    html = views.component(source, View(component=100, ticked=(5, 100)))
+    html = components_tab.component(source, View(component=100, ticked=(5, 100)))
     checked(html)
     weights = source.attributions.weights[:, 100]
     cards = re.findall(r'coar-card" data-act="example" data-value="(\d+)"', html)
@@ -219,19 +228,233 @@ def test_a_component_shows_whom_it_helps_and_hurts(source):
 
 
 def test_the_list_of_components_is_by_size_within_a_layer(source):
-    html = views.component_list(source, View(view="components", layer="layer2.0"))
+    html = components_tab.component_list(source, View(view="components", layer="layer2.0"))
     names, index = source.components.regroup("layer")
     sizes = source.attributions.weights.abs().mean(0).masked_fill(index != names.index("layer2.0"), -1)
     shown = re.findall(r'data-act="component" data-value="(\d+)"', html)
     assert [int(i) for i in shown] == sizes.argsort(descending=True)[: len(shown)].tolist()
 
 
-def test_texts_of_others_are_no_html(texts):
+def listed(html):
+    return [int(i) for i in re.findall(r'data-act="component" data-value="(\d+)"', html)]
+
+
+@pytest.mark.parametrize(
+    ("words", "pattern"),
+    [
+        ("LAYER3.1 conv2", r"layer3\.1\.conv2 "),
+        ("conv1 filter 7", r"conv1.* filter 7$"),
+        ("831", None),
+        ("nothing", "^$"),
+    ],
+)
+def test_components_are_searched_by_name_and_by_number(source, words, pattern):
+    found = components_tab.found(source, View(find=words)).tolist()
+    names = list(map(str, source.components))
+    assert found == ([831] if pattern is None else [i for i, name in enumerate(names) if re.search(pattern, name)])
+    inside = components_tab.found(source, View(find=words, layer="layer1.0")).tolist()
+    assert inside == [i for i in found if str(source.components[i]).startswith("layer1.0.")]
+    html = components_tab.component_list(source, View(find=words))
+    checked(html)
+    assert set(listed(html)) <= set(found) and bool(listed(html)) == bool(found)
+
+
+def test_the_strongest_component_is_looked_at_first(source):
+    strongest = int(source.attributions.weights.abs().mean(0).argmax())
+    assert strongest != 0 and f"<h2>{source.components[strongest]}</h2>" in components_tab.component(source, View())
+    assert listed(components_tab.component_list(source, View()))[0] == strongest
+
+
+def test_a_link_to_a_component_is_of_the_components_there_are(source):
+    with pytest.raises(CoarError, match="from 0 to 831"):
+        links.from_query("component=-2", N, 832)
+
+
+def test_classes_are_named_as_the_attributions_name_them(source, monkeypatch):
+    known = source.attributions.provenance
+    data = {**known.data, "label_names": [f"thing {i}" for i in range(10)]}
+    monkeypatch.setattr(source.attributions, "provenance", dataclasses.replace(known, data=data))
+    monkeypatch.setattr(source, "class_names", source._named_classes())
+    assert "thing 3" in pieces.gallery(source, View(label=3))
+
+
+def tokenizers():
+    """One of each family: spaces before words, pieces of words, bytes."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers import models as kinds
+
+    spaced = Tokenizer(kinds.Unigram([("<unk>", 0.0), ("▁the", -1.0), ("▁cat", -1.0), ("s", -1.5), ("▁sat", -1.0)], 0))
+    spaced.pre_tokenizer, spaced.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    pieces_of = Tokenizer(kinds.WordPiece({"[UNK]": 0, "the": 1, "cat": 2, "##s": 3, "sat": 4}, unk_token="[UNK]"))
+    pieces_of.pre_tokenizer, pieces_of.decoder = pre_tokenizers.Whitespace(), decoders.WordPiece()
+    in_bytes = Tokenizer(kinds.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
+    in_bytes.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    in_bytes.decoder = decoders.ByteLevel()
+    return {"sentencepiece": spaced, "wordpiece": pieces_of, "bytes": in_bytes}
+
+
+@pytest.mark.parametrize("name", ["sentencepiece", "wordpiece", "bytes"])
+def test_tokens_are_written_with_their_spaces(source, monkeypatch, name):
+    from transformers import PreTrainedTokenizerFast
+
+    text = "the cats sat" if name != "bytes" else "the cats, größer → sat"
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizers()[name])
+    monkeypatch.setattr(source, "_tokenizer", tokenizer, raising=False)
+    tokens = tokenizer(text)["input_ids"]
+    words = source.words(tokens)
+    assert "".join(words).replace("\ufffd", "") == text and len(words) == len(tokens)
+    if name != "bytes":
+        assert words == ["the", " cat", "s", " sat"]
+        monkeypatch.delitem(source.__dict__, "_some_word", raising=False)
+        assert source.token(tokens[3]) == " sat" and source.token(tokens[2]) == "s"
+        monkeypatch.delitem(source.__dict__, "_some_word", raising=False)
+
+
+def raws():
+    from PIL import Image
+
+    image = Image.linear_gradient("L")
+    yield from ({"image": image.convert(mode)} for mode in ("1", "P", "RGBA", "CMYK", "YCbCr", "HSV", "LAB", "I", "F"))
+    yield {"image": Image.fromarray(torch.arange(1024).reshape(32, 32).numpy().astype("uint16"))}
+    yield {"image": Image.new("RGB", (0, 5))}
+    yield from ({"pixel_values": torch.randn(shape)} for shape in [(3, 8, 8), (2, 8, 8), (0, 8, 8), (4, 3, 8, 8), (5,)])
+    yield {"pixel_values": torch.full((3, 8, 8), torch.nan)}
+    yield {"audio": {"array": [0.1] * 99, "sampling_rate": 16000}, "label": 1}
+    yield {"input_values": torch.randn(1600), "label": None}
+    yield {"tokens": ["a", "b"], "tags": [1, 2], "boxes": [[0.5, 1.0]], "nothing": None, "more": object()}
+    yield {}
+
+
+def test_data_of_any_kind_are_shown():
+    for raw in raws():
+        html = pieces.content(raw, 88)
+        checked(html)
+        assert "<img" in html or "coar-snippet" in html
+    assert "input_values: [" in pieces.content({"input_values": torch.randn(16)}, 88)
+
+
+class Unusual(nn.Module):
+    """Gives one number, a picture, a mapping, or logits, after one layer of components."""
+
+    def __init__(self, gives):
+        super().__init__()
+        self.inner, self.head, self.gives = nn.Linear(4, 6), nn.Linear(6, 3), gives
+
+    def forward(self, x):
+        logits = self.head(self.inner(x).relu())
+        return {"number": logits[:, :1], "picture": logits[:, :, None, None], "mapping": {"a": logits},
+                "tokens": logits[:, None].expand(-1, 5, -1), "logits": logits}[self.gives]  # fmt: skip
+
+
+@pytest.mark.parametrize("gives", ["number", "picture", "mapping", "tokens", "logits"])
+def test_outputs_of_any_kind_are_shown(tmp_path, gives):
+    """What was attributed with an output that is not here, of a model that gives what the explorer cannot draw."""
+    torch.manual_seed(0)
+    model = Unusual(gives).eval()
+    data = [{"inputs": torch.randn(5, 4), "labels": torch.randint(3, (5,))} for _ in range(2)]
+    known = Identity.joined([Identity.of_batch(batch) for batch in data])
+    config = {
+        "model": {**models.record(model), "fingerprint": models.fingerprint(model)}, "output": "of_somebody_else",
+        "unit": "apples", "granularity": "unit", "method": {"name": "none"}, "seed": 0,
+    }  # fmt: skip
+    found = coar.find_components(model, include=["inner"])
+    attributions = coar.Attributions(torch.randn(10, 6), torch.zeros(10), None, found, known, config)
+    source = open_source(attributions, model, data)
+    assert source.output.name == "of_somebody_else"
+    for html in (
+        pieces.gallery(source, View()), examples.example(source, View(example=3, k=2)),
+        components_tab.component(source, View()), components_tab.component_list(source, View()),
+    ):  # fmt: skip
+        checked(html)
+    assert "apples" in examples.example(source, View(example=3))
+    html = examples.change(source, View(example=3), [0, 2], measuring.what_if(source, [0, 2], range(10)))
+    checked(html)
+    assert "–" in html and "nothing was measured" in html
+    assert ("Accuracy by class" in html) == (gives == "logits")
+    checked(edit.edit(source, View(lower=(1,)), *edit.preview(source, View(lower=(1,), n_components=2))))
+
+
+HOSTILE = '"><img src=x onerror="alert(1)">'
+
+
+def test_texts_of_others_are_no_html(texts, monkeypatch):
     source = open_source(texts / "classifier")
-    hostile = {"text": '<img src=x onerror="alert(1)">', "label": 0}
-    assert "<img" not in panels.content_of(hostile, 50)
-    assert '"><' not in drawing.button("a", '"><script>', "x")
-    assert checked(panels.gallery(source, View())).buttons >= 4
+    hostile = {"text": HOSTILE, "label": 0}
+    assert "<img" not in pieces.content(hostile, 50)
+    monkeypatch.setattr(source, "class_names", [HOSTILE, HOSTILE + "2"])
+    monkeypatch.setattr(source, "raw", lambda row: hostile)
+    monkeypatch.setattr(type(source), "unit", HOSTILE)
+    group = dataclasses.replace(source.components.groups[0], module=HOSTILE, parameter=HOSTILE, kind=HOSTILE)
+    source.components = dataclasses.replace(source.components, groups=(group, *source.components.groups[1:]))
+    change = measuring.what_if(open_source(texts / "classifier"), [0, 50, 100], range(4))
+    view = View(lower=(1,), higher=(2,), ticked=(0,))
+    for html in (
+        pieces.gallery(source, view), examples.example(source, view), components_tab.component(source, view),
+        components_tab.component_list(source, view), examples.change(source, view, [0, 50], change),
+        edit.edit(source, view, edit.sides(source, view), [0, 50], change),
+    ):  # fmt: skip
+        assert "alert(1)" in html and HOSTILE not in html and "<img src=x" not in html
+        assert not [name for name in checked(html).attributes if name.startswith("on")]
+
+
+def test_html_is_made_in_one_place_only():
+    """No string is HTML but what `drawing.html` makes of a template in the source: all else is escaped by it."""
+    folder = Path(explore.__file__).parent
+    for path in folder.rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        fixed_names = {
+            name for node in ast.walk(tree) if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
+            for name in map(ast.unparse, node.targets)
+        }  # fmt: skip
+        for node in ast.walk(tree):
+            if isinstance(node, ast.JoinedStr):
+                fixed = "".join(part.value for part in node.values if isinstance(part, ast.Constant))
+                assert not re.search(r"</?[a-zA-Z]", fixed), (path.name, node.lineno, fixed)
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "Html" and path.name != "drawing.py":
+                raise AssertionError(f"{path.name}:{node.lineno} makes HTML by itself")
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("html", "drawing.html"):
+                template = node.args[0]
+                named = isinstance(template, ast.Name) and template.id in fixed_names
+                assert named or isinstance(template, ast.Constant), (path.name, node.lineno)
+    assert pieces.wrapped("<b>") == '<div class="coar">&lt;b&gt;</div>'
+
+
+def test_a_tab_is_one_class_that_registers_itself(source, monkeypatch):
+    pytest.importorskip("gradio", reason='needs pip install "hf_coar[explore]"')
+    monkeypatch.setattr(tab.TABS, "_values", dict(tab.TABS._values))
+    monkeypatch.setattr(tab.TABS, "_defined", dict(tab.TABS._defined))
+
+    @tab.TABS.register("weights")
+    class Weights(tab.Tab):
+        title, place, kept = "Weights", 9, ("k",)
+
+        def build(self):
+            self.shown = self.page.html("weights")
+            self.sets("k", self.gr.Slider(0, 9))
+
+        def draw(self, view, before):
+            return {self.shown: f"<b>{view.k}</b> of {self.source.unit}"}
+
+    made = page.Page(source)
+    assert list(made.tabs) == ["examples", "components", "edit", "own", "weights"]
+    drawn = made.shown(View(view="weights", k=3), View())
+    assert drawn[made.query] == "view=weights&k=3" and drawn[made.tabs["weights"].shown] == "<b>3</b> of logits"
+    assert made.tabs["weights"].shown.postprocess("<b>") == "&lt;b&gt;"
+    assert links.from_query("view=weights&k=3", N, 832) == View(view="weights", k=3)
+    Weights.acts = {"tick": lambda source, view, value, beside: view}
+    with pytest.raises(CoarError, match="act 'tick' is taken"):
+        page.Page(source)
+
+
+def test_clicks_that_make_no_sense_are_one_clear_error(source):
+    gradio = pytest.importorskip("gradio", reason='needs pip install "hf_coar[explore]"')
+    made = page.Page(source)
+    act = made._safely(made._act())
+    for value, words in (("99999", "from 0 to 39"), ("-1", "from 0 to 39"), ("1e9", "1e9"), ("9" * 99, "99999")):
+        said = act(View(), "", gradio.EventData(None, {"act": "example", "value": value}))
+        assert words in said[made.message] and made.view not in said
+    assert act(View(), "", gradio.EventData(None, {"act": "example", "value": "7"}))[made.view].example == 7
+    assert act(View(), "", gradio.EventData(None, {"act": "nothing"})) == {made.message: ""}
 
 
 # ------------------------------------------------------------------------------------------------------ live ablations
@@ -264,7 +487,7 @@ def test_accuracies_and_flips_are_counted(source):
     right = int((change.after.classes == source.attributions.labels).sum())
     assert sum(one.after for one in found) == right
     assert len(change.flips()) == int((change.before.classes != change.after.classes).sum()) > 0
-    html = views.change(source, View(example=5), components, change)
+    html = examples.change(source, View(example=5), components, change)
     checked(html)
     assert f"Predictions that flip: {len(change.flips())} of {N}" in html
 
@@ -300,20 +523,20 @@ def marked(source, label=1):
 
 def test_the_preview_ranks_as_editing_does(source):
     view = View(view="edit", lower=marked(source), n_components=7)
-    chosen, components, change = measuring.preview(source, view)
+    chosen, components, change = edit.preview(source, view)
     expected = editing.rank_components(source.attributions, decrease=view.lower, reference=chosen.spared)
     assert list(components) == expected[:7].tolist()
     held_out = {row for row in range(N) if row % 4 == 3} - set(view.lower)
     assert not held_out & {*chosen.spared, *change.rows}
-    checked(views.edit(source, view, chosen, components, change))
+    checked(edit.edit(source, view, chosen, components, change))
 
 
 def test_clicks_mark_move_and_unmark():
-    view = measuring.toggled(View(), 3, "lower")
+    view = edit.toggled(View(), 3, "lower")
     assert view.lower == (3,)
-    moved = measuring.toggled(view, 3, "spared")
+    moved = edit.toggled(view, 3, "spared")
     assert (moved.lower, moved.spared) == ((), (3,))
-    assert measuring.toggled(moved, 3, "spared") == View()
+    assert edit.toggled(moved, 3, "spared") == View()
 
 
 def test_a_saved_edit_loads_with_timm_alone_and_has_its_card(source, tmp_path):
@@ -321,7 +544,7 @@ def test_a_saved_edit_loads_with_timm_alone_and_has_its_card(source, tmp_path):
 
     view = View(view="edit", lower=marked(source), n_components=6)
     before = state_of(source.model)
-    archive = measuring.save_edit(source, view, tmp_path)
+    archive = edit.save_edit(source, view, tmp_path)
     assert same_state(source.model, before)
     zipfile.ZipFile(archive).extractall(tmp_path / "out")
     edited = timm.create_model(f"local-dir:{tmp_path / 'out' / 'edited-model'}", pretrained=True)
@@ -331,7 +554,7 @@ def test_a_saved_edit_loads_with_timm_alone_and_has_its_card(source, tmp_path):
     assert zeroed == 6
     entries = models.record(models.load_model(tmp_path / "out" / "edited-model"))["edit"]
     assert entries["decrease"] == list(view.lower)  # rows of the attributions, not of the part that was ranked
-    _, components, _ = measuring.preview(source, view)
+    _, components, _ = edit.preview(source, view)
     assert sorted(entries["indices"]) == sorted(components)
     card = (tmp_path / "out" / "edited-model" / "README.md").read_text()
     assert "held out" in card and all(str(source.components[i]) in card for i in components)
@@ -339,9 +562,9 @@ def test_a_saved_edit_loads_with_timm_alone_and_has_its_card(source, tmp_path):
 
 def test_an_edit_without_targets_or_references_says_so(source):
     with pytest.raises(CoarError, match="no targets yet"):
-        measuring.sides(source, View())
+        edit.sides(source, View())
     with pytest.raises(CoarError, match="none is left to spare"):
-        measuring.sides(source, View(lower=tuple(range(N))))
+        edit.sides(source, View(lower=tuple(range(N))))
 
 
 # ---------------------------------------------------------------------------------------------------------- own input
@@ -369,10 +592,10 @@ def test_own_texts_of_classifiers_and_language_models(texts):
         arrived = list(own.arriving(source, "a bad good film", max_rounds=2))
         assert len(arrived) == 3
         checked(own.panel(source, "a bad good film", arrived[-1], running=False))
-        for html in (panels.gallery(source, View()), panels.example(source, View(example=1, k=2))):
+        for html in (pieces.gallery(source, View()), examples.example(source, View(example=1, k=2))):
             checked(html)
         change = measuring.what_if(source, [0, 50, 100], range(4))
-        checked(views.change(source, View(), [0, 50, 100], change))
+        checked(examples.change(source, View(), [0, 50, 100], change))
         assert len(measuring.accuracies(source, change)) == (2 if name == "classifier" else 1)
 
 
@@ -384,7 +607,7 @@ def test_one_token_of_a_text_can_be_explained(texts):
     assert every.value == pytest.approx(sum(one.value for one in single) / 3, abs=1e-5)
     torch.testing.assert_close(every.last.weights, sum(one.last.weights for one in single) / 3, atol=1e-4, rtol=1e-3)
     html = own.panel(source, "a bad good film", single[1], running=False)
-    assert checked(html).acts.count("token") == 4 and "of token 2, &#x27;good&#x27;" in html
+    assert checked(html).acts.count("token") == 4 and "of token 2, &#39; good&#39;" in html
     for outside in (0, 4):
         with pytest.raises(CoarError, match="tokens 1 to 3"):
             next(own.arriving(source, "a bad good film", explained=outside))
@@ -445,14 +668,14 @@ def test_no_view_reads_the_whole_matrix(tmp_path, monkeypatch):
 
     monkeypatch.setattr(rows.Rows, "tensor", forbidden)
     source = open_source(tmp_path, model, data)
-    checked(panels.gallery(source, View()) + panels.example(source, View(example=33, k=5)))
-    checked(views.component(source, View(component=4321)) + views.component_list(source, View()))
+    checked(pieces.gallery(source, View()) + examples.example(source, View(example=33, k=5)))
+    checked(components_tab.component(source, View(component=4321)) + components_tab.component_list(source, View()))
     components = measuring.ablated(source, View(example=33, k=500))
     change = measuring.what_if(source, components, measuring.measured_rows(source, [33]))
-    checked(views.change(source, View(example=33), components, change))
+    checked(examples.change(source, View(example=33), components, change))
     view = View(lower=(0, 1), n_components=9)
-    checked(views.edit(source, view, *measuring.preview(source, view)))
-    measuring.save_edit(source, view, tmp_path / "edit")
+    checked(edit.edit(source, view, *edit.preview(source, view)))
+    edit.save_edit(source, view, tmp_path / "edit")
     with pytest.raises(AssertionError, match="whole matrix"):
         _ = source.attributions.weights
 
@@ -465,15 +688,13 @@ def test_columns_entries_and_the_pass_are_those_of_the_matrix(tmp_path):
     some, index = [0, 33, 59], torch.tensor([7, 4999, 0])
     assert torch.equal(columns.entries(attributions, some, index), weights[some][:, index])
     torch.testing.assert_close(columns.sums(attributions, some, index), weights[some][:, index].sum(1))
-    found = Summary.of(attributions)
-    torch.testing.assert_close(found.mean, weights.mean(0))
-    torch.testing.assert_close(found.size, weights.abs().mean(0))
+    torch.testing.assert_close(columns.sizes(attributions), weights.abs().mean(0))
 
 
 def test_references_of_large_attributions_are_drawn(tmp_path, monkeypatch):
     model, data, _ = wide(tmp_path)
-    monkeypatch.setattr(measuring, "_MOST_ENTRIES", 20 * 5000)
-    chosen = measuring.sides(open_source(tmp_path, model, data), View(lower=(0, 1)))
+    monkeypatch.setattr(edit, "_MOST_ENTRIES", 20 * 5000)
+    chosen = edit.sides(open_source(tmp_path, model, data), View(lower=(0, 1)))
     assert len(chosen.spared) == 18 and chosen.n_others == 43
 
 
@@ -487,10 +708,11 @@ def test_large_attributions_open_in_a_second(tmp_path):
         return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
 
     source, before = open_source(tmp_path, model, data), held()
-    source.summary()
+    source.sizes()
     for draw in (
-        lambda: panels.gallery(source, View(page=30)), lambda: panels.example(source, View(example=4000)),
-        lambda: views.component(source, View(component=99_000)), lambda: views.component_list(source, View()),
+        lambda: pieces.gallery(source, View(page=30)), lambda: examples.example(source, View(example=4000)),
+        lambda: components_tab.component(source, View(component=99_000)),
+        lambda: components_tab.component_list(source, View()),
     ):  # fmt: skip
         started = time.monotonic()
         draw()
@@ -531,7 +753,7 @@ def test_attributions_that_name_no_source_say_what_to_give(tmp_path):
 def test_a_missing_gradio_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(CoarError, match=re.escape('pip install "hf_coar[explore]"')):
-        layout.gradio()
+        page.gradio()
 
 
 def test_the_import_does_not_import_gradio():
@@ -597,7 +819,7 @@ def test_ctrl_c_leaves_nothing_but_json_on_standard_output(folder):
 
 def test_an_export_stands_alone_and_runs_as_it_is(folder, tmp_path):
     pytest.importorskip("gradio", reason='needs pip install "hf_coar[explore]"')
-    space = explore.export(folder, tmp_path / "space")
+    space = explore.export(folder, tmp_path / "space", demo.MODEL, demo.IMAGES)
     from huggingface_hub import SpaceCard
 
     card = SpaceCard.load(space / "README.md").data
@@ -631,13 +853,95 @@ def test_an_export_names_what_is_on_the_hub(folder, tmp_path):
 
 
 def test_an_export_replaces_an_earlier_one_and_nothing_else(folder, tmp_path):
-    explore.export(folder, tmp_path / "space")
-    explore.export(folder, tmp_path / "space")
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    space = tmp_path / "space"
+    explore.export(folder, space, demo.MODEL, demo.IMAGES)
+    (space / "hf_coar.whl").write_text("mine")
+    (space / "README.md").write_text("# Mine")
+    (space / "data" / "notes.txt").write_text("mine, too")
+    (tmp_path / "others.parquet").write_bytes(demo.IMAGES.read_bytes())
+    explore.export(folder, space, "timm/resnet18.a1_in1k", tmp_path / "others.parquet")
+    held = sorted(path.relative_to(space).as_posix() for path in space.rglob("*") if path.is_file())
+    assert {"hf_coar.whl", "data/notes.txt", "data/others.parquet"} <= set(held)
+    assert "data/images.parquet" not in held and not [name for name in held if name.startswith("model/")]
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    assert (space / "README.md").read_text() == "# Mine"
+    (space / "app.py").write_text("print('mine')")
+    with pytest.raises(CoarError, match=r"was changed since it was exported: app.py"):
+        explore.export(folder, space, demo.MODEL, demo.IMAGES)
+    assert (space / "app.py").read_text() == "print('mine')"
+
+
+@pytest.mark.parametrize("app", ['print("my own")', '"""An hf_coar explorer."""'])
+def test_an_export_leaves_what_is_not_its_own(folder, tmp_path, app):
+    mine = {"app.py": app, "data/thesis.csv": "precious", "model/model.safetensors": "weeks", "README.md": "# Mine"}
+    for name, text in mine.items():
+        (tmp_path / "mine" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "mine" / name).write_text(text)
     with pytest.raises(CoarError, match="holds other things"):
-        explore.export(folder, tmp_path / "mine")
-    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+        explore.export(folder, tmp_path / "mine", demo.MODEL, demo.IMAGES)
+    assert {name: (tmp_path / "mine" / name).read_text() for name in mine} == mine
+    assert len([path for path in (tmp_path / "mine").rglob("*") if path.is_file()]) == len(mine)
+
+
+def test_an_export_that_fails_leaves_the_earlier_one(folder, tmp_path, monkeypatch):
+    space = explore.export(folder, tmp_path / "space", demo.MODEL, demo.IMAGES)
+    before = {path: path.read_bytes() for path in space.rglob("*") if path.is_file()}
+
+    def full(*args):
+        raise OSError(28, "no space")
+
+    monkeypatch.setattr(sys.modules["hf_coar.explore.export"], "_readme", full)
+    with pytest.raises(CoarError, match="no space"):
+        explore.export(folder, space, demo.MODEL, demo.IMAGES)
+    assert {path: path.read_bytes() for path in space.rglob("*") if path.is_file()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["space"]
+
+
+def downloaded(folder, tmp_path, **entries):
+    """Attributions as somebody else may have written them, whose configuration names paths of this machine."""
+    shutil.copytree(folder, tmp_path / "theirs")
+    path = tmp_path / "theirs" / "config.json"
+    config = json.loads(path.read_text())
+    for what, name in entries.items():
+        config[what]["id"] = name
+    path.write_text(json.dumps(config))
+    return tmp_path / "theirs"
+
+
+@pytest.mark.parametrize("what", ["model", "data"])
+@pytest.mark.parametrize("named", ["..", "/etc", ".", "secrets", "~", "a/b/c", "C:/Users", "../../x", "secrets/", ""])
+def test_paths_in_a_configuration_are_not_exported(folder, tmp_path, monkeypatch, what, named):
+    (tmp_path / "secrets").mkdir()
+    (tmp_path / "secrets" / "key.txt").write_text("secret")
+    (tmp_path / "secrets" / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    theirs = downloaded(folder, tmp_path, **{"model": "user/model", "data": "user/data", what: named})
+    with pytest.raises(CoarError, match=f"give --data|give --model|--{what} "):
+        explore.export(theirs, tmp_path / "space")
+    assert not (tmp_path / "space").exists()
+    space = explore.export(theirs, tmp_path / "space", **{what: tmp_path / "secrets"})  # who calls may
+    assert list(space.rglob("*.json"))
+
+
+def test_links_that_lead_out_of_a_folder_are_not_exported(folder, tmp_path):
+    theirs = downloaded(folder, tmp_path, model="user/model", data="user/data")
+    (tmp_path / "secret.md").write_text("secret")
+    (theirs / "README.md").unlink()
+    (theirs / "README.md").symlink_to(tmp_path / "secret.md")
+    with pytest.raises(CoarError, match="out of the folder"):
+        explore.export(theirs, tmp_path / "space")
+    assert not (tmp_path / "space").exists()
+
+
+def test_paths_that_attributions_of_the_hub_name_are_not_opened(folder):
+    attributions = coar.Attributions.from_pretrained(folder)
+    assert len(open_source(attributions)) == N
+    attributions.origin = "user/repo"
+    with pytest.raises(CoarError, match=r"from the Hub .* which is a path on this machine"):
+        open_source(attributions)
+    with pytest.raises(CoarError, match="which is a path on this machine"):
+        open_source(attributions, demo.MODEL)
+    assert len(open_source(attributions, demo.MODEL, demo.IMAGES)) == N
 
 
 def test_views_are_plain_values():

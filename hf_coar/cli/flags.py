@@ -149,6 +149,9 @@ def _explore(each: Any) -> None:
     verb.add_argument("--port", type=int, help="by default the first free one from 7860 on")
     _switch(verb, "--open-browser", "open the page")
     _switch(verb, "--share", "also through a public address of Gradio's for some days")
+    verb.add_argument(
+        "--allow-host", nargs="+", default=(), metavar="NAME", help="further names that it answers to, as of a proxy"
+    )
     verb.add_argument("--export", metavar="FOLDER", help="serve nothing; write a folder that a Space of the Hub runs")
 
 

@@ -152,7 +152,7 @@ def explore(args: argparse.Namespace) -> str:
         return f"saved in {folder}; python {shlex.quote(str(folder / 'app.py'))} serves it, as does a Space of the Hub"
     address = explorer.launch(
         args.attributions, **sources, trust_remote_code=args.trust_remote_code, host=args.host, port=args.port,
-        open_browser=args.open_browser, share=args.share,
+        open_browser=args.open_browser, share=args.share, hosts=args.allow_host,
     )  # fmt: skip
     return json.dumps({"address": str(address)}, indent=2) if args.json else f"served {address}"
 

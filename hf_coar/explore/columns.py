@@ -1,7 +1,6 @@
 """Reading attributions by component: a column, some entries, and one pass over the rows. Never the whole matrix."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -46,29 +45,14 @@ def sums(
     return found
 
 
-@dataclass(frozen=True)
-class Summary:
-    """One pass over all rows.
-
-    Attributes:
-        mean: of the weights over the examples, float32 [components].
-        size: mean of their absolute values, float32 [components].
-    """
-
-    mean: Tensor
-    size: Tensor
-
-    @classmethod
-    def of(cls, attributions: Attributions, progress: Progress = no_progress) -> "Summary":
-        """Read the rows, one block after the other; every file is read once."""
-        n_components, done = len(attributions.components), 0
-        total, absolute = torch.zeros(n_components), torch.zeros(n_components)
-        n_rows = max(1, 2**22 // n_components)  # 16 MB a block
-        for part in attributions.matrix().parts:
-            for block in part.split(n_rows):
-                block = block.float()
-                total += block.sum(0)
-                absolute += block.abs().sum(0)
-                done += len(block)
-                progress(done / len(attributions), f"reading example {done:,} of {len(attributions):,}")
-        return cls(total / done, absolute / done)
+def sizes(attributions: Attributions, progress: Progress = no_progress) -> Tensor:
+    """Every component's mean absolute weight over the examples, float32 [components]; one pass over the files."""
+    n_components, done = len(attributions.components), 0
+    total = torch.zeros(n_components)
+    n_rows = max(1, 2**22 // n_components)  # 16 MB a block
+    for part in attributions.matrix().parts:
+        for block in part.split(n_rows):
+            total += block.float().abs().sum(0)
+            done += len(block)
+            progress(done / len(attributions), f"reading example {done:,} of {len(attributions):,}")
+    return total / done

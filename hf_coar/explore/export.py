@@ -2,15 +2,17 @@
 
 import json
 import logging
+import os
+import re
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from string import Template
-from typing import Any
 
 from hf_coar.attributions import Attributions, artefact
 from hf_coar.errors import CoarError
-from hf_coar.explore.layout import gradio
+from hf_coar.explore.page import gradio
 from hf_coar.storage import files, hub
 
 logger = logging.getLogger(__name__)
@@ -18,6 +20,10 @@ logger = logging.getLogger(__name__)
 # What a model's own library reads, and what a data set consists of; no pickles, no code.
 _OF_MODELS = ("*.safetensors", "*.json", "*.txt", "*.jinja", "*.model")
 _OF_DATA = ("*.parquet", "*.csv", "*.json", "*.jsonl", "*.txt", "*.arrow", "*.png", "*.jpg", "*.jpeg", "*.webp")
+
+_HUB_ID = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
+_MARKER = ".hf_coar.json"  # says that a folder is ours
+Found = tuple[str, bool, tuple[str, ...]]  # Hub id or path, whether it may be a path, what is copied of it
 
 _PYTHON = "3.12"  # Spaces take an older one by default than hf_coar needs
 
@@ -71,9 +77,9 @@ def export(
 
     Args:
         attributions: folder or Hub id.
-        folder: to write to; it must be new or empty, or an earlier export.
-        model: Hub id or folder; by default as the attributions name it.
-        data: Hub id, folder or file; by default as the attributions name it.
+        folder: to write to; it must be new or empty, or an earlier export. Files that are not of that stay.
+        model: Hub id or folder; by default the Hub id that the attributions name. Paths of theirs are not followed.
+        data: Hub id, folder or file; by default the Hub id that the attributions name.
         revision: of the model: branch, tag or commit.
 
     Returns:
@@ -84,63 +90,142 @@ def export(
             things, or it cannot be written.
     """
     loaded, folder = Attributions.from_pretrained(attributions), Path(folder)
-    _check_target(folder)
-    config = loaded.config
-    sources = {
-        "attributions": (attributions, artefact.UPLOADED),
-        "model": (model or _known(config, "model"), _OF_MODELS),
-        "data": (data or _known(config, "data"), _OF_DATA),
+    earlier = _check_target(folder)
+    # Who calls may name any path; a configuration, from whomever it comes, none.
+    found = {
+        "attributions": (str(attributions), True, artefact.UPLOADED),
+        "model": (str(model), True, _OF_MODELS) if model else (_hub_id(loaded, "model"), False, ()),
+        "data": (str(data), True, _OF_DATA) if data else (_hub_id(loaded, "data"), False, ()),
     }
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        named = {what: _placed(Path(source), folder, what, kinds) for what, (source, kinds) in sources.items()}
-        _without_local_paths(folder / "attributions" / artefact.CONFIG)
+        folder.resolve().parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.resolve().parent))
+        try:
+            _write(staging, loaded, found, revision)
+            _publish(staging, folder.resolve(), earlier)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
     except OSError as error:
         raise CoarError(f"cannot write {folder}: {error.strerror or error}; choose another folder") from error
-    revision = None if named["model"].startswith("HERE") else revision or (config.get("model") or {}).get("revision")
-    files.write_bytes(
-        folder / "app.py", _APP.substitute(named, revision=json.dumps(revision).replace("null", "None")).encode()
-    )
-    files.write_bytes(folder / "requirements.txt", b"hf_coar[explore]\n")
-    files.write_bytes(folder / hub.CARD, _readme(loaded, sources).encode())
     return folder
 
 
-def _check_target(folder: Path) -> None:
-    if folder.is_file():
-        raise CoarError(f"{folder} is a file; give a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "app.py").is_file():
-        raise CoarError(f"{folder} holds other things already; give a new or empty folder, or an earlier export")
+def _hub_id(attributions: Attributions, what: str) -> str:
+    """Where attributions say that their "model" or "data" came from, if that is no path of this machine.
 
-
-def _known(config: Mapping[str, Any], what: str) -> str:
-    found = (config.get(what) or {}).get("id")
-    if not found:
+    Raises:
+        CoarError: they do not say, or name what may be a path.
+    """
+    name = (attributions.config.get(what) or {}).get("id")
+    if not name:
         raise CoarError(f"the attributions do not say where their {what} came from; give --{what}")
-    return found
+    if not _HUB_ID.fullmatch(name) or Path(name).exists():
+        raise CoarError(
+            f"the attributions name {name!r} as their {what}, which is no Hub id but may be a path of this machine; "
+            f"such paths are not followed by an export. If it is what you mean: --{what} {name}"
+        )
+    return name
 
 
-def _placed(source: Path, folder: Path, what: str, kinds: tuple[str, ...]) -> str:
+def _write(folder: Path, loaded: Attributions, found: Mapping[str, Found], revision: str | None) -> None:
+    named = {what: _placed(name, folder / what, kinds, local) for what, (name, local, kinds) in found.items()}
+    _without_local_paths(folder / "attributions" / artefact.CONFIG)
+    revision = None if named["model"].startswith("HERE") else revision or loaded.config.get("model", {}).get("revision")
+    app = _APP.substitute(named, revision=json.dumps(revision).replace("null", "None"))
+    ids = {what: name for what, (name, _, _) in found.items() if not named[what].startswith("HERE")}
+    files.write_bytes(folder / "app.py", app.encode())
+    files.write_bytes(folder / "requirements.txt", b"hf_coar[explore]\n")
+    files.write_bytes(folder / hub.CARD, _readme(loaded, found["model"][0], ids).encode())
+    made = {path.relative_to(folder).as_posix(): artefact.checksum(path) for path in _files_of(folder)}
+    files.write_json(folder / _MARKER, {"hf_coar": 1, "kind": "explorer", "made": sorted(made), "checksums": made})
+
+
+def _check_target(folder: Path) -> dict[str, str]:
+    """The files of an earlier export that a new one replaces, with their checksums.
+
+    Raises:
+        CoarError: the folder holds other things, or a file of the earlier export was changed since.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise CoarError(f"{folder} is a file; give a folder")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return {}
+    marker = files.read_json(folder / _MARKER) if (folder / _MARKER).is_file() else {}
+    made = marker.get("checksums") if isinstance(marker, dict) and marker.get("kind") == "explorer" else None
+    if not isinstance(made, dict):
+        raise CoarError(
+            f"{folder} holds other things already, and no {_MARKER} that says that they are an earlier export; give a "
+            "new or empty folder"
+        )
+    changed = [name for name in made if (folder / name).is_file() and artefact.checksum(folder / name) != made[name]]
+    if hub.CARD in changed:
+        changed.remove(hub.CARD)
+        del made[hub.CARD]  # a person wrote it, and it stays
+    if changed:
+        raise CoarError(f"{folder} was changed since it was exported: {', '.join(changed[:6])}; give a new folder")
+    return made
+
+
+def _publish(staging: Path, folder: Path, earlier: Mapping[str, str]) -> None:
+    """Put the new export in the place of the earlier one; what else lies there comes along."""
+    os.chmod(staging, folder.stat().st_mode if folder.exists() else 0o777 & ~_umask())
+    if not folder.exists():
+        os.rename(staging, folder)
+        return
+    for path in _files_of(folder):
+        name = path.relative_to(folder)
+        if name.as_posix() not in (*earlier, _MARKER):
+            if (staging / name).exists() and str(name) != hub.CARD:
+                raise CoarError(f"{path} is not of the earlier export, and the new one would replace it; move it away")
+            (staging / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path, staging / name, follow_symlinks=False)
+    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
+    try:
+        os.rename(folder, beside / "old")
+        try:
+            os.rename(staging, folder)
+        except OSError:
+            os.rename(beside / "old", folder)
+            raise
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def _files_of(folder: Path) -> list[Path]:
+    return sorted(Path(root) / name for root, _, names in os.walk(folder) for name in names)
+
+
+def _placed(name: str, target: Path, kinds: tuple[str, ...], local: bool) -> str:
     """The expression in `app.py` for a Hub id, or for a copy of local files inside the folder."""
-    if not source.exists():
-        return json.dumps(str(source))
-    target = folder / what
-    if source.resolve() == target.resolve():
-        return f'HERE / "{what}"'
-    if target.exists():
-        shutil.rmtree(target)
+    place, source = f'HERE / "{target.name}"', Path(name)
+    if not local or not source.exists():
+        return json.dumps(name)
     target.mkdir()
     logger.info("export: copying %s", source)
     if source.is_file():
         shutil.copyfile(source, target / source.name)
-        return f'HERE / "{what}" / {json.dumps(source.name)}'
+        return f"{place} / {json.dumps(source.name)}"
     for path in sorted({path for kind in kinds for path in source.rglob(kind) if path.is_file()}):
-        if what == "attributions" and not _is_of_attributions(path.relative_to(source)):
+        if target.name == "attributions" and not _is_of_attributions(path.relative_to(source)):
             continue  # the shards of the run
+        if not any(path.resolve().is_relative_to(root) for root in _roots(source)):
+            raise CoarError(f"{path} is a link to {path.resolve()}, out of the folder; put the file itself there")
         copy = target / path.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, copy)
-    return f'HERE / "{what}"'
+    return place
+
+
+def _roots(folder: Path) -> list[Path]:
+    """Where the files of a folder may lie: in it, or, of a snapshot in the Hub's cache, in that repository's cache."""
+    folder = folder.resolve()
+    return [folder, folder.parent.parent] if folder.parent.name == "snapshots" else [folder]
 
 
 def _without_local_paths(config: Path) -> None:
@@ -153,11 +238,10 @@ def _is_of_attributions(path: Path) -> bool:
     return any(path.match(kind) and len(path.parts) == len(Path(kind).parts) for kind in artefact.UPLOADED)
 
 
-def _readme(loaded: Attributions, sources: Mapping[str, tuple[Any, Any]]) -> str:
+def _readme(loaded: Attributions, model: str, ids: Mapping[str, str]) -> str:
     from huggingface_hub import SpaceCardData
 
-    ids = {what: str(source) for what, (source, _) in sources.items() if not Path(source).exists()}
-    name = str(sources["model"][0]).rstrip("/").split("/")[-1]
+    name = model.rstrip("/").split("/")[-1]
     head = SpaceCardData(
         title=f"Components of {name}"[:60],
         sdk="gradio",

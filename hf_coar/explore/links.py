@@ -1,73 +1,23 @@
-"""What is looked at, and the link that reopens it: a `View` and its query string, nothing else."""
+"""The link that reopens what is looked at: a `View` as a query string."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from urllib.parse import parse_qsl, quote, urlencode
 
 from hf_coar.errors import CoarError
+from hf_coar.explore.tab import TABS, View
 
-TABS = ("examples", "components", "edit", "own")
 SIDES = ("help", "hurt")
 LONGEST_TEXT = 2000  # characters of a text in a link; browsers and proxies cut much longer addresses
 _MOST_INDICES = 5000
 
-
-@dataclass(frozen=True)
-class View:
-    """Everything that a link reopens; the defaults are left out of the link.
-
-    Attributes:
-        view: which tab.
-        example: the example that is looked at, a row of the attributions.
-        component: the component that is looked at.
-        label: show only examples with this label; -1 for all.
-        wrong: show only examples that the model gets wrong.
-        page: of the list of examples.
-        k: ablate so many of the example's strongest components; 0 where `ticked` says which.
-        side: which of them: those that "help" it most, or those that "hurt" it most.
-        ticked: components to ablate.
-        layer: the layer whose components are listed; "" for all.
-        lower: examples whose outputs an edit is to lower.
-        higher: examples whose outputs an edit is to raise.
-        spared: examples whose outputs an edit is to leave as they are; all others where there are none.
-        n_components: how many components an edit ablates.
-        text: a text of the visitor's own.
-        image: the name under which the explorer keeps an image of the visitor's own, while it runs.
-        explained: the class whose output is attributed for that; -1 for the predicted one.
-    """
-
-    view: str = "examples"
-    example: int = 0
-    component: int = 0
-    label: int = -1
-    wrong: bool = False
-    page: int = 0
-    k: int = 0
-    side: str = "help"
-    ticked: tuple[int, ...] = ()
-    layer: str = ""
-    lower: tuple[int, ...] = ()
-    higher: tuple[int, ...] = ()
-    spared: tuple[int, ...] = ()
-    n_components: int = 10
-    text: str = ""
-    image: str = ""
-    explained: int = -1
-
-
-_KEPT_EVERYWHERE = ("view", "example", "component")
-_OF_TAB = {
-    "examples": ("label", "wrong", "page", "k", "side", "ticked"),
-    "components": ("layer", "ticked", "k", "side"),
-    "edit": ("label", "page", "lower", "higher", "spared", "n_components"),
-    "own": ("text", "image", "explained"),
-}
+_KEPT_EVERYWHERE = ("example", "component")
 
 
 def to_query(view: View) -> str:
     """The query string of a view, such as `view=examples&example=17&k=20`; only what the tab shows."""
     default, entries = View(), {"view": view.view}
-    for name in dict.fromkeys((*_KEPT_EVERYWHERE[1:], *_OF_TAB[view.view])):
+    for name in dict.fromkeys((*_KEPT_EVERYWHERE, *TABS[view.view].kept)):
         value = getattr(view, name)
         if value != getattr(default, name):
             entries[name] = _written(value)
@@ -92,7 +42,15 @@ def from_query(query: str, n_examples: int, n_components: int, n_classes: int = 
         for name, value in parse_qsl(query.lstrip("?"), keep_blank_values=True)
         if name in kinds
     }
-    view = View(**found)
+    return checked(View(**found), n_examples, n_components, n_classes)
+
+
+def checked(view: View, n_examples: int, n_components: int, n_classes: int = 0) -> View:
+    """The view, if it makes sense here; what a browser sends need not.
+
+    Raises:
+        CoarError: a value that makes no sense; the message names it.
+    """
     _check_one_of("view", view.view, TABS)
     _check_one_of("side", view.side, SIDES)
     if len(view.text) > LONGEST_TEXT:
@@ -104,6 +62,8 @@ def from_query(query: str, n_examples: int, n_components: int, n_classes: int = 
     }  # fmt: skip
     for name, stop in last.items():
         value = getattr(view, name)
+        if value == getattr(View(), name):
+            continue  # such as -1 for all
         _check_range(name, value if isinstance(value, tuple) else (value,), stop)
     return view
 

@@ -13,21 +13,13 @@ _MOST_LIKELY = 5  # classes or tokens that are kept with their probabilities
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the model says of some examples.
+    """What the model says of some examples."""
 
-    Attributes:
-        outputs: float32 [examples], the output that was attributed.
-        classes: int64 [examples], the classes predicted; None for a language model.
-        top: for every example its five most likely classes (or next tokens) with their probabilities.
-        tokens: of a language model the token predicted at every real position, an int64 [positions] an example.
-        targets: of a language model the tokens that were to be predicted, like `tokens`.
-    """
-
-    outputs: Tensor
-    classes: Tensor | None
-    top: list[list[tuple[int, float]]] = field(default_factory=list)
-    tokens: list[Tensor] = field(default_factory=list)
-    targets: list[Tensor] = field(default_factory=list)
+    outputs: Tensor  # float32 [examples], the output that was attributed
+    classes: Tensor | None  # int64 [examples], the classes predicted; None for a language model
+    top: list[list[tuple[int, float]]] = field(default_factory=list)  # the most likely classes (or next tokens)
+    tokens: list[Tensor] = field(default_factory=list)  # that a language model predicts, int64 [positions] an example
+    targets: list[Tensor] = field(default_factory=list)  # the tokens that were to be predicted, like `tokens`
 
     @classmethod
     def joined(cls, parts: Sequence["Outcome"]) -> "Outcome":
@@ -39,10 +31,15 @@ class Outcome:
         )  # fmt: skip
 
     @classmethod
-    def of(cls, logits: Tensor, values: Tensor, batch: Mapping[str, Tensor]) -> "Outcome":
-        """From logits [examples, classes] or [examples, positions, vocabulary] and the outputs [examples] of them."""
-        if logits.dim() == 2:
+    def of(cls, logits: Tensor | None, values: Tensor, batch: Mapping[str, Tensor], of_tokens: bool) -> "Outcome":
+        """From logits [examples, classes], or of tokens [examples, positions, vocabulary], and the outputs [examples].
+
+        Whatever else a model gives (a number, a picture, boxes) leaves the outputs alone.
+        """
+        if logits is not None and logits.dim() == 2 and logits.shape[1] > 1 and not of_tokens:
             return cls(values, logits.argmax(-1).cpu(), _top(logits.softmax(-1).cpu()))
+        if logits is None or logits.dim() != 3 or not of_tokens:
+            return cls(values, None, [[] for _ in values])
         targets, real = outputs.next_tokens(logits, batch)
         best, last = logits[:, :-1].argmax(-1), real.long().cumsum(1).argmax(1)
         ends = logits[torch.arange(len(logits)), last.to(logits.device) + 1]

@@ -3,16 +3,17 @@
 import contextlib
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from hf_coar.attributions import Attributions
 from hf_coar.errors import CoarError
-from hf_coar.explore import style
-from hf_coar.explore.app import Page
-from hf_coar.explore.layout import gradio
+from hf_coar.explore import guard, style
+from hf_coar.explore.page import Page, gradio
 from hf_coar.explore.source import open_source
+
+_MOST_WAITING = 64  # events in the queue; more are told to come back
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ def launch(
     open_browser: bool = False,
     share: bool = False,
     *,
+    hosts: Sequence[str] = (),
     block: bool = True,
 ) -> str:
     """Serve the explorer of some attributions.
@@ -48,6 +50,7 @@ def launch(
         port: by default the first free one from 7860 on.
         open_browser: open the page.
         share: also through a public address of Gradio's for some days.
+        hosts: further names under which it may be asked for, such as that of a proxy in front of it.
         block: return only after Ctrl-C; without it the address has a `close()`.
 
     Returns:
@@ -62,15 +65,20 @@ def launch(
     page = Page(open_source(attributions, model, data, revision, trust_remote_code))
     fonts = ["system-ui", "sans-serif"]
     theme = gr.themes.Default(primary_hue="blue", neutral_hue="slate", font=fonts, font_mono=["monospace"])
+    door = guard.Door.of(host, hosts, share, notebook=gr.utils.ipython_check())
+    page.blocks.queue(max_size=_MOST_WAITING)
     try:
         _, local, public = page.blocks.launch(
             server_name=host, server_port=port, inbrowser=open_browser, share=share, quiet=True,
             prevent_thread_lock=True, theme=theme, css=style.CSS, footer_links=[], show_error=True, ssr_mode=False,
+            num_workers=0, max_file_size=guard.MOST_UPLOADED, app_kwargs=guard.Guard.settings(door),
         )  # fmt: skip
     except OSError as error:
         raise CoarError(f"cannot serve at {host}:{port or '7860 …'}: {error}; give another port") from error
     address = Address(public or local)
     address.close = page.blocks.close
+    if share:
+        logger.warning("explorer: whoever knows %s can use this machine to run the model, until Ctrl-C", address)
     # What Gradio says on Ctrl-C is not the caller's output.
     with contextlib.suppress(KeyboardInterrupt), contextlib.redirect_stdout(sys.stderr):
         logger.info("explorer: %s (Ctrl-C ends it)", address)

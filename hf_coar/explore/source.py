@@ -1,8 +1,11 @@
 """What the explorer shows: attributions with the model and the data that they are of, read example by example."""
 
+import functools
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +15,18 @@ from torch import Tensor, nn
 from hf_coar import api, models
 from hf_coar import data as data_module
 from hf_coar.attributions import Attributions
-from hf_coar.errors import DataError
-from hf_coar.explore.columns import Progress, Summary, no_progress
+from hf_coar.errors import CoarError, DataError
+from hf_coar.explore import columns
+from hf_coar.explore.columns import Progress, no_progress
 from hf_coar.explore.outcome import Outcome
 from hf_coar.models import outputs
 from hf_coar.runs import workers
 
+logger = logging.getLogger(__name__)
+
 BATCH_SIZE = 32
 _CACHED_BYTES = 256 * 2**20  # of prepared batches, so that the next ablation does not decode them again
+_CONTEXT = 3  # tokens before one that decide how it is written
 _TEXT_COLUMNS = ("text", "sentence", "content")
 _LABEL_COLUMNS = ("label", "labels", "target", "fine_label")
 
@@ -46,7 +53,7 @@ class Source:
         """
         attributions.check_model(models.fingerprint(model), models.record(model))
         self.attributions, self.model, self.components = attributions, model.eval(), attributions.components
-        self.output = outputs.get(attributions.config.get("output") or "margin")
+        self.output = _output(attributions)
         self.device = models.device_of(model)
         self.lock = threading.RLock()
         batches = data_module.batches(data)
@@ -55,7 +62,7 @@ class Source:
         self._places = self._places_of_rows()
         self._batches: OrderedDict[tuple[int, ...], dict[str, Tensor]] = OrderedDict()
         self._predicted: dict[int, Outcome] = {}
-        self._summary: Summary | None = None
+        self._sizes: Tensor | None = None
         self.class_names = self._named_classes()
         self._check_examples()
 
@@ -98,12 +105,17 @@ class Source:
         """Whether the output is of tokens, not of classes."""
         return self.output.name.startswith("token_")
 
-    def summary(self, progress: Progress = no_progress) -> Summary:
-        """Of all components; one pass over the files at the first call."""
+    def sizes(self, progress: Progress = no_progress) -> Tensor:
+        """Every component's mean absolute weight; one pass over the files at the first call."""
         with self.lock:
-            if self._summary is None:
-                self._summary = Summary.of(self.attributions, progress)
-            return self._summary
+            if self._sizes is None:
+                self._sizes = columns.sizes(self.attributions, progress)
+            return self._sizes
+
+    @functools.cached_property
+    def names(self) -> list[str]:
+        """The components' names, ready for searching."""
+        return [str(one).casefold() for one in self.components]
 
     # ------------------------------------------------------------------------------------------------------ examples
 
@@ -178,9 +190,22 @@ class Source:
         """The model as it is now on one batch."""
         on_device = data_module.to_device(batch, self.device)
         with self.lock, torch.no_grad():
-            logits = models.logits(self.model, on_device).float()
-            values = self.output(logits, on_device).cpu()
-        return Outcome.of(logits, values, on_device)
+            logits, values = self._measured(on_device)
+        return Outcome.of(logits, values, on_device, self.is_language_model)
+
+    def _measured(self, batch: Mapping[str, Tensor]) -> tuple[Tensor | None, Tensor]:
+        """Logits and outputs, as far as this model and this output have any: None, and NaN, where they cannot be."""
+        unknown = torch.full((data_module.size(batch),), torch.nan)
+        try:
+            logits = models.logits(self.model, batch).float()
+        except CoarError as error:
+            _warn(f"the model's outputs cannot be shown: {error}")
+            return None, unknown
+        try:
+            return logits, unknown if self.output.function is _unknown else self.output(logits, batch).cpu()
+        except CoarError as error:
+            _warn(f"the output {self.output.name} cannot be shown: {error}")
+            return logits, unknown
 
     def measure(self, rows: Sequence[int], progress: Progress = no_progress) -> Outcome:
         """The model as it is now (within `ablate`, ablated) on many examples, a batch at a time."""
@@ -208,7 +233,7 @@ class Source:
         found = self.predictions([row])[0]
         if found.classes is not None:
             return int(found.classes[0]) == self.label(row)
-        return bool((found.tokens[0] == found.targets[0]).float().mean() > 0.5)
+        return not found.tokens or bool((found.tokens[0] == found.targets[0]).float().mean() > 0.5)
 
     def label(self, row: int) -> int:
         """An example's label; -1 where it has none."""
@@ -220,10 +245,28 @@ class Source:
             return self.class_names[index]
         return f"class {index}" if index >= 0 else "no label"
 
+    def words(self, tokens: Sequence[int]) -> list[str]:
+        """Tokens as the text that each adds to the ones before it, so with its spaces, whatever the tokenizer.
+
+        Alone, a token of SentencePiece loses the space before it, and one of WordPiece keeps its `##`.
+        """
+        if self.tokenizer is None:
+            return [f"token {index} " for index in tokens]
+        decode, found = partial(self.tokenizer.decode, clean_up_tokenization_spaces=False), []
+        for place in range(len(tokens)):
+            start = max(0, place - _CONTEXT)
+            before = decode(tokens[start:place]).rstrip("\ufffd") if place else ""  # the first half of a character
+            whole = decode(tokens[start : place + 1])
+            found.append(whole[len(before) :] if whole.startswith(before) else decode([tokens[place]]))
+        return found
+
     def token(self, index: int) -> str:
-        """A token as text."""
-        tokenizer = self.tokenizer
-        return f"token {index}" if tokenizer is None else tokenizer.decode([index])
+        """A token by itself, as text with the space before it."""
+        return self.words([*self._some_word, index])[-1]
+
+    @functools.cached_property
+    def _some_word(self) -> list[int]:
+        return [] if self.tokenizer is None else self.tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
 
     @property
     def tokenizer(self) -> Any:
@@ -241,6 +284,9 @@ class Source:
     def _named_classes(self) -> list[str]:
         if self.is_language_model:
             return []
+        recorded = (self.attributions.config.get("data") or {}).get("label_names")
+        if isinstance(recorded, list | tuple) and all(isinstance(name, str) for name in recorded):
+            return list(recorded)
         features = dict(getattr(getattr(self._examples, "dataset", None), "features", None) or {})
         for feature in features.values():
             if type(feature).__name__ == "ClassLabel":
@@ -249,6 +295,26 @@ class Source:
         if isinstance(named, Mapping):
             return [str(named[key]) for key in sorted(named)]
         return [str(name) for name in getattr(self.model, "pretrained_cfg", {}).get("label_names") or ()]
+
+
+@functools.cache
+def _warn(message: str) -> None:
+    """Once."""
+    logger.warning("explorer: %s", message)
+
+
+def _unknown(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    """In the place of an output that somebody wrote elsewhere, and that is not here."""
+    return torch.full(logits.shape[:1], torch.nan)
+
+
+def _output(attributions: Attributions) -> outputs.Output:
+    name = attributions.config.get("output") or "margin"
+    try:
+        return outputs.get(name)
+    except CoarError as error:
+        _warn(f"{error}; its attributions are shown, and nothing is measured")
+        return outputs.Output(name, attributions.config.get("unit") or "of your own", _unknown)
 
 
 def chunks(rows: Sequence[int]) -> Iterator[list[int]]:

@@ -20,7 +20,7 @@ CSS = """
 .coar .coar-small { border: 1px solid var(--coar-line); border-radius: 6px; background: var(--coar-soft);
   padding: .2rem .65rem; }
 .coar .coar-small:hover { border-color: var(--coar-ink); }
-.coar .coar-cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(92px, 1fr)); gap: 8px; }
+.coar .coar-cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(84px, 1fr)); gap: 8px; }
 .coar .coar-cards.coar-texts { grid-template-columns: 1fr; }
 .coar .coar-card { border: 1px solid var(--coar-line); border-radius: 8px; background: var(--coar-soft); padding: 6px;
   display: flex; flex-direction: column; gap: 2px; text-align: left; font-size: .78rem; line-height: 1.25;
@@ -61,6 +61,7 @@ CSS = """
 .coar .coar-table input { margin: 0; width: 1rem; height: 1rem; accent-color: var(--coar-pos); appearance: auto;
   -webkit-appearance: auto; }
 .coar .coar-narrow { max-width: 26rem; }
+.coar .coar-numbers td, .coar .coar-numbers thead th + th { text-align: right; }
 .coar .coar-pick { display: flex; gap: .45rem; align-items: center; }
 .coar .coar-name { display: flex; gap: .3em; min-width: 0; max-width: 100%; white-space: nowrap; }
 .coar .coar-place { overflow: hidden; text-overflow: ellipsis; direction: rtl; }
@@ -118,8 +119,9 @@ CSS = """
 .coar .coar-figure b { display: block; font-size: 1.15rem; font-variant-numeric: tabular-nums; font-weight: 600; }
 .coar .coar-figure span { color: var(--coar-faint); font-size: .8rem; }
 .dark .coar .coar-strip img { filter: brightness(1.5); }
-#mark-all { align-self: end; height: 2.75rem; }
+#mark-all { align-self: end; min-height: 2.75rem; }
 @media (max-width: 760px) {
+  .coar-first { order: -1; }
   .coar .coar-top .coar-track { width: 50px; }
   .coar .coar-columns, .coar .coar-columns.coar-aside { grid-template-columns: 1fr; }
   .coar .coar-top { grid-template-columns: 96px 1fr; } .coar .coar-top .coar-big .coar-image { width: 96px; }
