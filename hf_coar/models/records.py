@@ -14,13 +14,30 @@ RECORD = "hf_coar_record"  # attribute of a loaded or edited model: a plain dict
 
 
 def library(model: nn.Module) -> str:
-    """`"transformers"`, `"timm"` or `"torch"`."""
-    module_names = {cls.__module__.split(".")[0] for cls in type(model).__mro__}
-    if "transformers" in module_names and hasattr(model, "config"):
-        return "transformers"
+    """`"transformers"`, `"timm"`, `"diffusers"`, `"peft"` or `"torch"`: the one whose own files the model is saved in."""
+    roots = {(cls.__module__.split(".")[0], cls.__name__) for cls in type(model).__mro__}
+    # By the one ancestor that saves and loads: models of PEFT inherit from others of transformers too.
+    for name, ancestors in _ANCESTORS.items():
+        if any((name, ancestor) in roots for ancestor in ancestors):
+            return name
     if hasattr(model, "pretrained_cfg") and hasattr(model, "get_classifier"):
         return "timm"
     return "torch"
+
+
+_ANCESTORS = {
+    "peft": ("PeftModel", "PeftMixedModel"),
+    "transformers": ("PreTrainedModel",),
+    "diffusers": ("ModelMixin",),
+}
+
+
+def wrapped(model: nn.Module) -> nn.Module:
+    """The model inside of what only wraps it (PEFT, `torch.compile`), or the model itself."""
+    inner = getattr(model, "_orig_mod", None)
+    if isinstance(inner, nn.Module):
+        return wrapped(inner)
+    return wrapped(model.get_base_model()) if library(model) == "peft" else model
 
 
 def record(model: nn.Module) -> dict[str, Any]:
@@ -32,6 +49,10 @@ def record(model: nn.Module) -> dict[str, Any]:
     known = dict(getattr(model, RECORD, {}))
     if not known and library(model) == "transformers":
         known = {"id": model.config.name_or_path or None, "revision": getattr(model.config, "_commit_hash", None)}
+    if not known and library(model) == "diffusers":
+        known = {"id": model.config.get("_name_or_path") or None}
+    if not known and library(model) == "peft":
+        known = {"id": record(wrapped(model))["id"]}
     if not known and library(model) == "timm":
         known = {"id": model.pretrained_cfg.get("hf_hub_id") or model.pretrained_cfg.get("architecture")}
     parameters = list(model.parameters())
