@@ -4,13 +4,15 @@ Nothing here, or above, asks for a model's name: only for the library it comes f
 interfaces (`get_classifier`, `get_output_embeddings`, `get_input_embeddings`) say.
 """
 
-from hf_coar.models.calling import device_of, embedding_modules, frozen, logits, output_modules
+from hf_coar.models import outputs, tasks
+from hf_coar.models.calling import call, device_of, embedding_modules, frozen, logits, output_modules
 from hf_coar.models.loading import load_architecture, load_model, load_snippet, save_model
-from hf_coar.models.records import check_edit, copy_with_record, fingerprint, library, record
+from hf_coar.models.records import check_edit, copy_with_record, fingerprint, library, record, wrapped
 
 __all__ = [
     "check_edit",
     "copy_with_record",
+    "call",
     "device_of",
     "embedding_modules",
     "fingerprint",
@@ -21,6 +23,9 @@ __all__ = [
     "load_snippet",
     "logits",
     "output_modules",
+    "outputs",
     "record",
     "save_model",
+    "tasks",
+    "wrapped",
 ]

@@ -4,6 +4,7 @@ import functools
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -11,7 +12,6 @@ from torch import Tensor, nn
 
 from hf_coar.errors import CoarError, ModelError
 from hf_coar.models.records import library, wrapped
-
 
 Call = Callable[[nn.Module, Mapping[str, Any]], Any]
 
@@ -65,12 +65,52 @@ def call(model: nn.Module, batch: Mapping[str, Any], without: Collection[str] = 
     if not place or library(wrapped(model)) in ("transformers", "diffusers"):
         raise ModelError(
             f"{type(model).__name__}.forward takes {', '.join(sorted(names))}, and the batch holds "
-            f"{', '.join(sorted(inputs))}; name the inputs as the forward does, or give call=, a function (model, batch)"
+            f"{', '.join(sorted(inputs))}; name the inputs as the forward does, or give call=, a function of "
+            "(model, batch)"
         )
     return model(inputs[place])
 
 
 _BY_POSITION = ("inputs", "pixel_values")
+
+
+def n_examples(batch: Mapping[str, Any]) -> int:
+    """How many examples a batch holds: entries of its first axis."""
+    return len(next(iter(batch.values())))
+
+
+def row(batch: Mapping[str, Any], index: int) -> dict[str, Any]:
+    """A batch of one example, of its tensors and lists alike."""
+    return {name: value[index : index + 1] for name, value in batch.items()}
+
+
+def to(value: Any, device: torch.device) -> Any:
+    """An entry of a batch, or a whole batch, with all tensors in it on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, Mapping):
+        return {name: to(one, device) for name, one in value.items()}
+    return [to(one, device) for one in value] if isinstance(value, list | tuple) else value
+
+
+_ALONE: ContextVar[int | None] = ContextVar("alone", default=None)
+
+
+def alone(model: nn.Module, batch: Mapping[str, Any], run: Call) -> list[Any]:
+    """What `run` (model, batch) makes of every example of a batch by itself; masks know which example it is."""
+    found = []
+    for index in range(n_examples(batch)):
+        token = _ALONE.set(index)
+        try:
+            found.append(run(model, row(batch, index)))
+        finally:
+            _ALONE.reset(token)
+    return found
+
+
+def example_alone() -> int | None:
+    """The number of the example that the model is running on, inside `alone`."""
+    return _ALONE.get()
 
 
 def logits(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:

@@ -14,7 +14,7 @@ RECORD = "hf_coar_record"  # attribute of a loaded or edited model: a plain dict
 
 
 def library(model: nn.Module) -> str:
-    """`"transformers"`, `"timm"`, `"diffusers"`, `"peft"` or `"torch"`: the one whose own files the model is saved in."""
+    """The library that saves and loads a model: `"transformers"`, `"timm"`, `"diffusers"`, `"peft"` or `"torch"`."""
     roots = {(cls.__module__.split(".")[0], cls.__name__) for cls in type(model).__mro__}
     # By the one ancestor that saves and loads: models of PEFT inherit from others of transformers too.
     for name, ancestors in _ANCESTORS.items():
