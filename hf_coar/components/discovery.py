@@ -11,10 +11,11 @@ from hf_coar.components import experts, heads
 from hf_coar.components.groups import GRANULARITIES, Components, Group, Skipped
 from hf_coar.components.rules import Matrix, is_table, registered, rule_of, searched_inside
 from hf_coar.errors import CoarError, NoComponentsError
-from hf_coar.models import embedding_modules, output_modules
+from hf_coar.models import adapters, embedding_modules, output_modules
 
 _HEAD = "classifier or language-model head (left out unless included)"
-_EMBEDDING = "embedding"
+_EMBEDDING = "embedding (left out unless included)"
+_BASE = "base model of the adapters (left out unless included)"
 _TABLE = "embedding or other table: looked up, added or applied entry by entry, not multiplied"
 _VECTOR = "no matrix: normalisation, bias or scale"
 NO_RULE = "no rule for"  # how the reason begins for weights that hold components and that no rule reaches
@@ -51,8 +52,8 @@ def find_components(
 
     Returns:
         The components, in the order of the modules. The classifier or language-model head and the embeddings are left
-        out by default; `components.skipped` lists every weight that was left out, with the reason. Of a plain module
-        whose classifier cannot be told, nothing is left out.
+        out by default, and of a model with adapters (PEFT) all but their ranks; `components.skipped` lists every weight
+        that was left out, with the reason. Of a plain module whose classifier cannot be told, nothing is left out.
 
     Raises:
         NoComponentsError: nothing is left, the model has none of this granularity, or a glob matches no module.
@@ -150,8 +151,10 @@ def _abbreviate(names: Sequence[str], most: int = 24) -> str:
 
 
 def _left_out(model: nn.Module, included: set[str]) -> dict[str, str]:
-    """Reason by module name for heads and embeddings; a module that `include` names stays."""
-    reasons = dict.fromkeys(embedding_modules(model), _EMBEDDING)
+    """Reason by module name for heads, embeddings and what adapters stand on; a module that `include` names stays."""
+    inside = {module for part in adapters(model) for module in part.modules()}
+    reasons = {module: _BASE for module in model.modules() if inside and module not in inside}
+    reasons |= dict.fromkeys(embedding_modules(model), _EMBEDDING)
     for head in output_modules(model):
         reasons.update(dict.fromkeys(head.modules(), _HEAD))
     return {
@@ -284,8 +287,7 @@ def _without_rule(model: nn.Module, found: Sequence[_Found]) -> list[Skipped]:
         if module in spoken_for:
             continue
         for parameter_name, parameter in module.named_parameters(recurse=False):
-            embedding = isinstance(module, nn.Embedding | nn.EmbeddingBag)
-            if id(parameter) not in claimed or embedding:
+            if id(parameter) not in claimed:
                 key = (name, type(module).__name__, _reason(module, parameter_name, parameter))
                 counts[key] = counts.get(key, 0) + parameter.numel()
     return [Skipped(name, class_name, count, reason) for (name, class_name, reason), count in counts.items() if count]

@@ -5,11 +5,14 @@ interfaces (`get_classifier`, `get_output_embeddings`, `get_input_embeddings`) s
 """
 
 from hf_coar.models import outputs, tasks
+from hf_coar.models.adapters import adapters, check_saved
 from hf_coar.models.calling import call, device_of, embedding_modules, frozen, logits, output_modules
 from hf_coar.models.loading import load_architecture, load_model, load_snippet, save_model
 from hf_coar.models.records import check_edit, copy_with_record, fingerprint, library, record, wrapped
 
 __all__ = [
+    "adapters",
+    "check_saved",
     "check_edit",
     "copy_with_record",
     "call",

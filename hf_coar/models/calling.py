@@ -173,6 +173,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 def output_modules(model: nn.Module) -> list[nn.Module]:
     """The classifier or language-model head, as the model's own library tells; empty for a plain module."""
+    model = wrapped(model)
     if library(model) == "timm":
         found = _flatten(model.get_classifier())
         return [module for module in found if any(True for _ in module.parameters())]

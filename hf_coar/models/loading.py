@@ -170,9 +170,9 @@ def _remote_class(transformers: Any, config: Mapping[str, Any]) -> Any:
 def save_model(model: nn.Module, folder: str | Path) -> None:
     """Save with the library that the model came from, so that this library alone loads it again.
 
-    transformers: `AutoModelFor….from_pretrained(folder)`; timm: `timm.create_model("local-dir:" + folder,
-    pretrained=True)`; a plain module: its state dict as `model.safetensors`. An edited model's record goes into
-    `coar_edit.json`.
+    transformers and diffusers: `….from_pretrained(folder)`; timm: `timm.create_model("local-dir:" + folder,
+    pretrained=True)`; PEFT: its adapters, to be put onto the same base model; a plain module: its state dict as
+    `model.safetensors`. An edited model's record goes into `coar_edit.json`.
 
     Raises:
         CoarError: the folder cannot be written.
@@ -189,7 +189,7 @@ def save_model(model: nn.Module, folder: str | Path) -> None:
 
 
 def _save_with_its_library(model: nn.Module, folder: Path) -> None:
-    if library(model) == "transformers":
+    if library(model) in ("transformers", "diffusers", "peft"):
         model.save_pretrained(folder)
     elif library(model) == "timm":
         from timm.models import save_for_hf
@@ -205,8 +205,10 @@ def _save_with_its_library(model: nn.Module, folder: Path) -> None:
 
 def load_snippet(model: nn.Module, folder: str) -> str:
     """The line of Python that loads what `save_model` wrote, with the base library alone."""
-    if library(model) == "transformers":
-        return f"transformers.{type(model).__name__}.from_pretrained({json.dumps(folder)})"
+    if library(model) in ("transformers", "diffusers"):
+        return f"{library(model)}.{type(model).__name__}.from_pretrained({json.dumps(folder)})"
+    if library(model) == "peft":
+        return f"peft.{type(model).__name__}.from_pretrained(base_model, {json.dumps(folder)})"
     if library(model) == "timm":
         return f"timm.create_model({json.dumps('local-dir:' + folder)}, pretrained=True)"
     return f"model.load_state_dict(safetensors.torch.load_file({json.dumps(folder + '/model.safetensors')}))"
