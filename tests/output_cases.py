@@ -96,12 +96,13 @@ def spans() -> Given:
 
 
 def transcripts() -> Given:
-    def join(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    def join(tensors: dict[str, Tensor]) -> list[dict[str, Any]]:
         count = len(tensors["logits"])
-        return {
+        arguments = {
             "log_probs": tensors["logits"].log_softmax(-1).transpose(0, 1), "targets": tensors["targets"],
             "input_lengths": torch.full((count,), 8), "target_lengths": torch.full((count,), 3), "blank": 0,
         }  # fmt: skip
+        return [arguments]
 
     targets = 1 + _ints(4, 3)
     return Given({"logits": _randn(8, 5), "targets": targets}, {"labels": targets}, join)

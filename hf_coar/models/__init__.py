@@ -6,7 +6,15 @@ interfaces (`get_classifier`, `get_output_embeddings`, `get_input_embeddings`) s
 
 from hf_coar.models import outputs, tasks
 from hf_coar.models.adapters import adapters, check_saved
-from hf_coar.models.calling import call, device_of, embedding_modules, frozen, logits, output_modules
+from hf_coar.models.calling import (
+    call,
+    device_of,
+    embedding_modules,
+    example_alone,
+    frozen,
+    logits,
+    output_modules,
+)
 from hf_coar.models.loading import load_architecture, load_model, load_snippet, save_model
 from hf_coar.models.records import check_edit, copy_with_record, fingerprint, library, record, wrapped
 
@@ -18,6 +26,7 @@ __all__ = [
     "call",
     "device_of",
     "embedding_modules",
+    "example_alone",
     "fingerprint",
     "frozen",
     "library",

@@ -46,6 +46,6 @@ def check_saved(model: nn.Module, parameters: Iterable[str]) -> None:
     if lost:
         raise CoarError(
             f"{len(lost)} of the weights to edit belong to the base model ({lost[0]}), and the files of a PEFT model "
-            "hold its adapters only, so that the edit would be lost: attribute and edit model.merge_and_unload(), or only "
-            "the adapters' ranks, which find_components(model) gives by default"
+            "hold its adapters only, so that the edit would be lost: attribute and edit model.merge_and_unload(), or "
+            "only the adapters' ranks, which find_components(model) gives by default"
         )

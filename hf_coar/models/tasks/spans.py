@@ -1,7 +1,7 @@
 """Answers inside a text, and transcripts of a sound."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -62,26 +62,36 @@ class _Heard(TorchFunctionMode):
 _CTC = inspect.signature(F.ctc_loss)
 
 
-def _transcribe(model: nn.Module, batch: Batch) -> Mapping[str, Any]:
-    """The arguments of the head's own CTC loss."""
+def _transcribe(model: nn.Module, batch: Batch) -> list[Mapping[str, Any]]:
+    """The arguments of the head's own CTC loss: once for all examples, or once for every one of them."""
     labels_of(batch)
     with _Heard() as heard:
         calling.call(model, batch, without=())
-    if len(heard.calls) != 1:
+    # The last ones: the model may have run on a few examples before, to see where they are.
+    calls, left = [], calling.n_examples(batch)
+    while heard.calls and left > 0:
+        calls.insert(0, heard.calls.pop().arguments)
+        left -= calls[0]["log_probs"].shape[1]
+    if left:
         raise CoarError(f"{type(wrapped(model)).__name__} computes no CTC loss of labels; use another output")
-    return heard.calls[0].arguments
+    return calls
 
 
 @outputs.register("ctc_log_prob", unit="nats", takes="output", call=_transcribe)
-def ctc_log_prob(found: Mapping[str, Any], batch: Batch) -> Tensor:
+def ctc_log_prob(found: Sequence[Mapping[str, Any]], batch: Batch) -> Tensor:
     """Log-probability of the transcript by connectionist temporal classification: minus the summed loss (at most 0)."""
-    counts, frames = torch.as_tensor(found["target_lengths"]), torch.as_tensor(found["input_lengths"])
+    counts, frames = (
+        torch.cat([torch.as_tensor(one[n]) for one in found]) for n in ("target_lengths", "input_lengths")
+    )
     short = ((counts == 0) | (counts > frames)).nonzero().flatten().tolist()
     if short:
         raise DataError(f"examples {short} of the batch have no transcript, or more tokens in it than frames of sound")
+    return torch.cat([-_ctc_losses(**one) for one in found])
+
+
+def _ctc_losses(log_probs: Tensor, **options: Any) -> Tensor:
     with torch.backends.cudnn.flags(enabled=False):  # its kernel takes no gradient of single losses
-        given = {**found, "log_probs": found["log_probs"].float(), "reduction": "none", "zero_infinity": False}
-        return -F.ctc_loss(**given)
+        return F.ctc_loss(log_probs.float(), **{**options, "reduction": "none", "zero_infinity": False})
 
 
 register(
