@@ -1,11 +1,17 @@
 """Tasks: for every kind of head the right output without a word, compared with the head's own loss or by hand."""
 
+import copy
+import random
+import subprocess
+import sys
+
 import pytest
 import torch
 from exactness import zeroed_by_hand
 from task_cases import CASES, made, rows
 
 import hf_coar as coar
+from hf_coar import models
 from hf_coar.models import tasks
 
 
@@ -72,3 +78,56 @@ def test_every_example_may_have_components_of_its_own(case):
     found = masked(model, components, output, batch, kept)
     alone = [masked(model, components, output, batch, row)[i] for i, row in enumerate(kept)]
     assert found.tolist() == pytest.approx(torch.stack(alone).tolist(), rel=1e-3, abs=1e-3)
+
+
+# --------------------------------------------------------------------------------------------------- from end to end
+
+RELOAD = """
+import importlib, json, sys, torch
+library, name, folder, values = sys.argv[1:]
+loader = getattr(importlib.import_module(library), name)
+model = loader.from_pretrained(folder)
+assert not any(module.split(".")[0] == "hf_coar" for module in sys.modules)
+torch.save(model.state_dict(), values)
+"""
+
+
+def reloaded(model, folder):
+    """The weights of a saved model as its own library alone loads them, in a process without hf_coar."""
+    names = [models.library(model), type(model).__name__, str(folder), str(folder / "state.pt")]
+    subprocess.run([sys.executable, "-W", "ignore", "-c", RELOAD, *names], check=True)
+    return torch.load(folder / "state.pt")
+
+
+METHOD = {"method": coar.PathGradient(rounds=6), "progress": False}
+
+
+def end_to_end(case, tmp_path):
+    """Attribute, evaluate, edit, save, load again; returns the correlation at a twentieth ablated."""
+    model, batch = made(case)
+    attributions = coar.attribute(model, [batch], **METHOD)
+    assert attributions.provenance.output == CASES[case].output
+    report = coar.evaluate(attributions, model, [batch], fractions=(0.05,), n_masks=20, progress=False)
+    before = tasks.bind(model, batch=batch).of(model, batch)
+    edited = coar.edit(model, attributions, decrease=[0], n_components=max(3, len(attributions.components) // 50))
+    after = tasks.bind(edited, batch=batch).of(edited, batch)
+    assert after[0] < before[0]
+    models.save_model(edited, tmp_path)
+    again = copy.deepcopy(model)
+    again.load_state_dict(reloaded(edited, tmp_path))
+    assert torch.equal(tasks.bind(again, batch=batch).of(again, batch), after)
+    return report.correlation[0.05]
+
+
+SAMPLE = random.Random(0).sample([name for name in CASES if name != "timm"], 5)
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_from_attribution_to_a_plain_reload(name, tmp_path):
+    assert end_to_end(name, tmp_path) > 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in CASES if name not in (*SAMPLE, "timm")])
+def test_every_task_from_attribution_to_a_plain_reload(name, tmp_path):
+    assert end_to_end(name, tmp_path) > 0.5

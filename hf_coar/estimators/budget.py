@@ -8,12 +8,12 @@ import time
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from hf_coar import data as data_module
-from hf_coar.errors import CoarError, DataError
+from hf_coar.errors import CoarError
 from hf_coar.estimators.registry import Estimator
 from hf_coar.runs import engine, workers
+from hf_coar.runs.preflight import first_batch
 from hf_coar.runs.problem import Problem, Size
 from hf_coar.runs.store import Store
 from hf_coar.storage import files
@@ -116,15 +116,3 @@ def _small(method: Estimator, size: Size) -> Estimator:
         except CoarError:
             continue
     return method
-
-
-def first_batch(chunks: Any) -> data_module.Batch:
-    """The first batch of `data.Chunks` that can be read.
-
-    Raises:
-        DataError: there is none.
-    """
-    for chunk in chunks:
-        for _, batch in chunk.read().pieces:
-            return batch
-    raise DataError("the data set is empty; nothing to run on")

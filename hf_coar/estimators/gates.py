@@ -79,7 +79,7 @@ class GatePasses:
             outputs float32 [examples] and energies, float32 [examples, components]: the sum of the squares of what the
             component adds to its module's output; 0 where gates enter elsewhere.
         """
-        count, device = data_module.size(batch), next(iter(batch.values())).device
+        count, device = data_module.size(batch), data_module.device_of(batch)
         leaves = [torch.ones(count, size, device=device, requires_grad=True) for size in self._sizes]
         energies = DeltaReads()
 
@@ -123,7 +123,7 @@ def check_differentiable(values: Tensor, model: nn.Module) -> None:
 
 def reached(masked: MaskedModel, output: Output, batch: data_module.Batch) -> bool:
     """Whether a gradient of the output reaches any gate; one forward pass."""
-    device = next(iter(batch.values())).device
+    device = data_module.device_of(batch)
     gates = [torch.ones(size, device=device, requires_grad=True) for size in masked.components.sizes()]
     with torch.enable_grad(), masked.gated(gates):
         return output.of(masked.model, batch).requires_grad
@@ -236,7 +236,7 @@ class GateRounds:
 
 
 def _device(batch: data_module.Batch) -> torch.device:
-    return next(iter(batch.values())).device
+    return data_module.device_of(batch)
 
 
 class Sums:

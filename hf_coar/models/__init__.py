@@ -13,7 +13,9 @@ from hf_coar.models.calling import (
     example_alone,
     frozen,
     logits,
+    n_examples,
     output_modules,
+    to,
 )
 from hf_coar.models.loading import load_architecture, load_model, load_snippet, save_model
 from hf_coar.models.records import check_edit, copy_with_record, fingerprint, library, record, wrapped
@@ -34,10 +36,12 @@ __all__ = [
     "load_model",
     "load_snippet",
     "logits",
+    "n_examples",
     "output_modules",
     "outputs",
     "record",
     "save_model",
     "tasks",
+    "to",
     "wrapped",
 ]
