@@ -12,6 +12,7 @@ from task_cases import CASES, made, rows
 
 import hf_coar as coar
 from hf_coar import models
+from hf_coar.errors import CoarError, DataError
 from hf_coar.models import tasks
 
 
@@ -131,3 +132,94 @@ def test_from_attribution_to_a_plain_reload(name, tmp_path):
 @pytest.mark.parametrize("name", [name for name in CASES if name not in (*SAMPLE, "timm")])
 def test_every_task_from_attribution_to_a_plain_reload(name, tmp_path):
     assert end_to_end(name, tmp_path) > 0.5
+
+
+# ------------------------------------------------------------------------------------------------ calls of one's own
+
+
+def brightness(found, batch):
+    """How bright the sample is."""
+    return found.flatten(1).mean(1)
+
+
+BRIGHTNESS = coar.outputs.Output("brightness", "grey levels", brightness, takes="output")
+
+
+def test_a_sampler_runs_the_model_many_times():
+    from diffusers import DDIMScheduler
+
+    model, batch = made("denoising")
+    call = tasks.sampling(DDIMScheduler(clip_sample=False), steps=3)
+    batch = {"noise": batch["noise"], "class_labels": batch["class_labels"]}
+    output = tasks.bind(model, BRIGHTNESS, call)
+    components = coar.find_components(model)
+    kept = some_masks(len(components))[[0, 1, 2, 0]]
+    found = masked(model, components, output, batch, kept)
+    alone = [masked(model, components, output, batch, row)[i] for i, row in enumerate(kept)]
+    assert found.tolist() == pytest.approx(torch.stack(alone).tolist(), rel=1e-3, abs=1e-4)
+    attributions = coar.attribute(model, [batch], output=BRIGHTNESS, call=call, method=coar.PathGradient(rounds=0),
+                                  progress=False)  # fmt: skip
+    assert "sampling" in attributions.provenance.call
+    with pytest.raises(CoarError, match="sampling"):
+        coar.evaluate(attributions, model, [batch], output=BRIGHTNESS)
+
+
+# ------------------------------------------------------------------------------- said before the first pass is paid for
+
+
+def test_an_entry_that_nobody_takes_is_named(caplog):
+    model, batch = made("text")
+    batch["token_type_id"] = batch.pop("token_type_ids")
+    coar.attribute(model, [batch], method=coar.PathGradient(rounds=0), progress=False)
+    assert "token_type_id " in caplog.text
+
+
+def test_an_output_that_mixes_the_examples_is_refused():
+    model, batch = made("image_and_text")
+
+    def against_the_others(found, batch):
+        return found.logits_per_image.log_softmax(1).diagonal()
+
+    output = coar.outputs.Output("contrast", "nats", against_the_others, takes="output")
+    with pytest.raises(DataError, match="alone"):
+        coar.attribute(model, [batch], output=output, call=lambda model, batch: model(**batch), progress=False)
+
+
+REFUSED = {
+    "a text decoder without a text": ("seq2seq", ("labels",), {}, "decodes a second text"),
+    "a sound decoder without a text": ("speech", ("labels",), {}, "decodes a second text"),
+    "masked tokens without labels": ("masked_lm", ("labels",), {}, "labels"),
+    "a classifier's output": ("causal_lm", (), {"output": "margin"}, "token_margin"),
+    "a language model's output": ("text", (), {"output": "token_margin"}, "margin"),
+    "objects without boxes": ("detection", ("labels",), {}, "labels"),
+    "spans without their ends": ("question_answering", ("end_positions",), {}, "end_positions"),
+    "one number and whole numbers": ("score", (), {"labels": torch.tensor([0, 1, 1, 0])}, "score"),
+    "nothing to explain": ("embedding", ("pair_input_ids", "pair_attention_mask"), {}, "pair_input_ids"),
+    "an input too few": ("denoising", ("timestep",), {}, "timestep"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_cannot_be_had_is_said_before_the_first_pass(what):
+    name, missing, given, message = REFUSED[what]
+    model, batch = made(name)
+    batch = {key: value for key, value in batch.items() if key not in missing}
+    options = {key: given[key] for key in given if key == "output"}
+    batch |= {key: value for key, value in given.items() if key != "output"}
+    with pytest.raises(CoarError, match=message) as caught:
+        coar.attribute(model, [batch], method=coar.PathGradient(rounds=0), progress=False, **options)
+    assert len(str(caught.value).splitlines()) <= 3 and "use one mask" not in str(caught.value)
+
+
+def test_a_task_is_known_by_being_registered(registering):
+    from transformers import BertForMaskedLM
+
+    class Restorer(BertForMaskedLM):
+        pass
+
+    model = Restorer(made("masked_lm")[0].config)
+    assert tasks.of(model).name == "masked_lm"
+    tasks.register("restoring", outputs=("token_log_prob",), heads=("Restorer",), alignment="same")
+    assert tasks.bind(model, batch=made("masked_lm")[1]).name == "token_log_prob"
+    with pytest.raises(CoarError, match="taken"):
+        tasks.register("restoring", outputs=("token_log_prob",))

@@ -162,7 +162,9 @@ def _labels(logits: Tensor, batch: Batch) -> Tensor:
 def margins(logits: Tensor, targets: Tensor) -> Tensor:
     """Logit of the target minus the largest other logit, over the last axis."""
     if logits.shape[-1] < 2:
-        raise CoarError(f"a margin needs at least 2 classes, and the model has {logits.shape[-1]}; use 'logit'")
+        raise CoarError(
+            f"a margin needs at least 2 classes, and the model has {logits.shape[-1]}; use 'score' or 'regression'"
+        )
     # The best of the others is the second of the two largest where the target itself is the largest.
     top, where = logits.topk(2, dim=-1)
     correct = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
