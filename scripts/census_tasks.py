@@ -29,7 +29,7 @@ from task_cases import CASES, made
 import hf_coar as coar
 from hf_coar import models
 from hf_coar.models import tasks
-from hf_coar.models.tasks.base import heads
+from hf_coar.models.tasks.base import head_classes
 
 RESULT = Path(__file__).resolve().parent / "results" / "tasks.md"
 METHOD = coar.PathGradient(rounds=6)
@@ -137,19 +137,19 @@ def report(folder: Path) -> str:
         "",
         f"<!-- totals {json.dumps(totals)} -->",
         "",
-        "| task | model | default output | components | off by hand | off zeroing | correlation, 5 % ablated | example 0, "
-        "2 % ablated to lower it |",
+        "| task | model | default output | components | off by hand | off zeroing | correlation, 5 % ablated | "
+        "example 0, 2 % ablated to lower it |",
         "|---|---|---|---|---|---|---|---|",
         *map(cell, entries),
         "",
-        "Off by hand: largest difference from the output written anew in `tests/task_cases.py`, from the head's own loss "
-        "or from the formula. Off zeroing: largest difference between every example with a mask of its own, by hooks, and "
-        "zeroing weights by hand.",
+        "Off by hand: largest difference from the output written anew in `tests/task_cases.py`, from the head's own "
+        "loss or from the formula. Off zeroing: largest difference between every example with a mask of its own, by "
+        "hooks, and zeroing weights by hand.",
         "",
         "| task | head classes | outputs | target of a position | columns |",
         "|---|---|---|---|---|",
     ]
-    classes = heads()
+    classes = head_classes()
     for name, task in tasks.TASKS.items():
         count = sum(name in found for found in classes.values())
         named = f"{count}" if count else "all others" if name == "own_loss" else "plain modules"

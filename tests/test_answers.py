@@ -88,7 +88,7 @@ def test_a_model_with_a_decoder_is_asked_the_same(tokenizer):
 @pytest.mark.parametrize(
     ("prompts", "answers", "foils", "message"),
     [
-        (["Tom saw"], ["s"], [" Mary"], "splits"),
+        (["When Mar"], ["y"], [" John"], "splits"),
         (["Tom saw"], [""], [" Mary"], "not empty"),
         (["Tom saw"], [" Mary"], [" Mary"], "another foil"),
         (["Tom saw", "Tom"], [" Mary"], [" John"], "2 prompts"),

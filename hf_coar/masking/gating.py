@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from hf_coar import models
 from hf_coar.components import Components, Group
 from hf_coar.errors import CoarError
 from hf_coar.masking import layout, weights

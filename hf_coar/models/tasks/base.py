@@ -120,7 +120,7 @@ def register(
         name, tuple(outputs), tuple(heads), call, alignment, tuple(targets), tuple(needs), tuple(columns), choose, only
     )
     TASKS.add(name, task, replace=replace)
-    heads.cache_clear()
+    head_classes.cache_clear()
     return task
 
 
@@ -139,7 +139,7 @@ def get(name: str) -> Task:
 
 
 @functools.cache
-def heads() -> dict[str, list[str]]:
+def head_classes() -> dict[str, list[str]]:
     """Names of tasks by the classes of their heads; a class that is named itself comes before those of a mapping."""
     known: dict[str, list[str]] = {}
     every = [(head.endswith("_MAPPING_NAMES"), name, head) for name, task in TASKS.items() for head in task.heads]
@@ -166,7 +166,7 @@ def of(model: nn.Module) -> Task:
     source = library(inner)
     if source == "torch":
         return TASKS["classification"]
-    known = heads()
+    known = head_classes()
     for key in (*(cls.__name__ for cls in type(inner).__mro__), source):
         for name in known.get(key, ()):
             task = TASKS[name]
