@@ -29,7 +29,7 @@ def bound(
     """The output with the call and the alignment of the model's task, tried on the first examples; see `tasks.bind`.
 
     Args:
-        model: any module; runs on two examples, four times at most.
+        model: any module; runs a few times on its first two examples.
         data: what `data.batches` gives.
         output: as for `attribute`.
         call: as for `attribute`.
@@ -84,11 +84,11 @@ def _tried(model: nn.Module, output: Output, batch: data_module.Batch) -> Tensor
 
 def _check_alone(model: nn.Module, output: Output, batch: data_module.Batch, together: Tensor) -> None:
     """Every example's output must be its own, or batches of another size would change the numbers."""
-    alone = _tried(model, output, data_module.rows(batch, 0, 1))
-    far = float((alone[0] - together[0]).abs())
-    scale = max(1.0, float(together.abs().max()))
-    if far <= _SAME * scale:
+    alone = torch.cat([_tried(model, output, data_module.rows(batch, place, place + 1)) for place in range(2)])
+    far = (alone - together).abs()
+    if float(far.max()) <= _SAME * max(1.0, float(together.abs().max())):
         return
+    place = int(far.argmax())
     again = _tried(model, output, batch)
     if not torch.allclose(again, together, rtol=_SAME, atol=_SAME):
         raise ModelError(
@@ -96,8 +96,8 @@ def _check_alone(model: nn.Module, output: Output, batch: data_module.Batch, tog
             "draws random numbers; give them as an entry of the batch, or a call= that fixes the seed"
         )
     raise DataError(
-        f"output {output.name!r} of the first example is {float(together[0]):.4g} beside another one and "
-        f"{float(alone[0]):.4g} alone, so that it is not its own; give batches of one example, or an output that looks "
+        f"output {output.name!r} of example {place} is {float(together[place]):.4g} beside another one and "
+        f"{float(alone[place]):.4g} alone, so that it is not its own; give batches of one example, or an output that looks "
         "at every example by itself"
     )
 

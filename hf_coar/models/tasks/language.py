@@ -25,8 +25,9 @@ def _choose(model: nn.Module, batch: Batch) -> str:
     """What a prompt is answered with, where there is an answer and a foil; else all tokens."""
     if "foil_labels" in batch:
         return "answer_difference"
-    needs_labels = of(model).alignment != NEXT or "input_ids" not in batch
-    if needs_labels:
+    if of(model).alignment == DECODED:
+        _check_decoded(model, batch)
+    if of(model).alignment != NEXT or "input_ids" not in batch:
         labels_of(batch)
     return "token_margin"
 
@@ -39,12 +40,16 @@ def decode(model: nn.Module, batch: Batch) -> Any:
     """
     if "decoder_input_ids" in batch:
         return calling.call(model, batch)
-    if not isinstance(batch.get("labels"), Tensor):
+    _check_decoded(model, batch)
+    return calling.call(model, batch, without=())
+
+
+def _check_decoded(model: nn.Module, batch: Batch) -> None:
+    if "decoder_input_ids" not in batch and not isinstance(batch.get("labels"), Tensor):
         raise DataError(
             f"{type(wrapped(model)).__name__} decodes a second text: give it as 'labels' (or 'decoder_input_ids' and "
             f"'labels'); the batch has {', '.join(batch)}"
         )
-    return calling.call(model, batch, without=())
 
 
 # -------------------------------------------------------------------------------------------------------------- answers
