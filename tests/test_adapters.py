@@ -132,3 +132,10 @@ def test_rows_of_tokens_of_a_tied_embedding():
 def test_embeddings_stay_out_unless_they_are_included():
     model, _ = made("text")
     assert not any("embedding" in group.module for group in coar.find_components(model).groups)
+
+
+def test_globs_that_take_a_whole_block_do_not_mean_its_embeddings():
+    model, _ = made("causal_lm")
+    for include in ("transformer.*", "*"):
+        assert not any("wte" in group.module for group in coar.find_components(model, include=include).groups)
+    assert any("wpe" in group.module for group in coar.find_components(model, include="*.wp*").groups)

@@ -66,7 +66,7 @@ def find_components(
     aliases = _aliases(model)
     names = [name for one in found for name in aliases[one.module]]
     _check_globs(include + exclude, names, model)
-    included = [aliases[one.module] for one in found if _any(aliases[one.module], include)]
+    included = [aliases[one.module] for one in found if _any(aliases[one.module], _naming(include, one))]
     left_out = _left_out(model, {name for every in included for name in every})
     users = _users(model)
     groups: dict[tuple[int, int, int | None], Group] = {}
@@ -89,6 +89,13 @@ def find_components(
 
 def _globs(value: Sequence[str] | str | None) -> list[str]:
     return [value] if isinstance(value, str) else list(value or ())
+
+
+def _naming(globs: Sequence[str], one: _Found) -> Sequence[str]:
+    """The globs that may name a matrix; a table is not meant by one that takes whatever lies in a block (`block.*`)."""
+    if one.matrix.unit != "row":
+        return globs
+    return [glob for glob in globs if glob.rpartition(".")[2].strip("*")]
 
 
 def _any(names: Sequence[str], globs: Sequence[str]) -> bool:

@@ -97,8 +97,8 @@ def _check_alone(model: nn.Module, output: Output, batch: data_module.Batch, tog
         )
     raise DataError(
         f"output {output.name!r} of example {place} is {float(together[place]):.4g} beside another one and "
-        f"{float(alone[place]):.4g} alone, so that it is not its own; give batches of one example, or an output that looks "
-        "at every example by itself"
+        f"{float(alone[place]):.4g} alone, so that it is not its own; give batches of one example, or an output that "
+        "looks at every example by itself"
     )
 
 
