@@ -20,7 +20,7 @@ from hf_coar.estimators.solvers import ARD, Lasso, Ridge
 from hf_coar.judging import stability
 from hf_coar.judging.evaluation import Report
 from hf_coar.masking import ablate
-from hf_coar.models import outputs
+from hf_coar.models import outputs, tasks
 from hf_coar.runs.engine import running
 
 __all__ = [
@@ -46,5 +46,6 @@ __all__ = [
     "reopen",
     "running",
     "stability",
+    "tasks",
     "undo",
 ]

@@ -20,12 +20,14 @@ from hf_coar.judging import evaluation
 from hf_coar.judging.evaluation import Report
 from hf_coar.masking import MaskedModel, fingerprint_of
 from hf_coar.models import outputs
+from hf_coar.models.calling import Call
 from hf_coar.models.outputs import Output
 from hf_coar.plots import page
-from hf_coar.runs import checks, engine, sampling, tracking, workers
+from hf_coar.runs import checks, engine, preflight, sampling, tracking, workers
 from hf_coar.runs.problem import Problem
 from hf_coar.runs.store import Store
 from hf_coar.storage import folders
+from hf_coar.storage.registry import dotted
 
 logger = logging.getLogger(__name__)
 
@@ -141,9 +143,10 @@ def attribute(
     data: Any,
     components: Components | None = None,
     *,
-    output: "str | Output | outputs.OutputFunction" = "margin",
+    output: "str | Output | outputs.OutputFunction" = "auto",
     method: str | Estimator = "auto",
     ablated_fraction: float = 0.05,
+    call: Call | None = None,
     seed: int = 0,
     out: str | Path | None = None,
     budget: float | str | None = None,
@@ -159,10 +162,14 @@ def attribute(
         data: anything that can be iterated again and yields batches, mappings of tensors whose first axis is the
             example, or a `datasets` data set; `labels` holds the targets.
         components: from `find_components(model)`, which is the default.
-        output: a name (`hf_coar.outputs.names()`), or a function (logits, batch) -> [examples].
+        output: a name (`hf_coar.outputs.names()`), "auto" for the default of the model's task
+            (`hf_coar.tasks.of(model)`), a function (logits, batch) -> [examples], or an `Output`, which may take all
+            that the model returns.
         method: an estimator such as `PathGradient(…)` or `Regression(…)`, or the name of one. "auto" takes
             `PathGradient()`, or `Regression(solver=ARD())` for models that let no gradient through.
         ablated_fraction: the fraction of components that masks ablate. Predictions are best for ablations of that size.
+        call: runs the model, a function (model, batch) -> what the output takes, in the place of the task's own call:
+            for models that want more than the entries of the batch that their forward names. Give it to `evaluate` too.
         seed: of all draws.
         out: folder of the run: new, empty, or one in which a run stopped, which then resumes; settings that change the
             numbers must be the same. A temporary folder by default.
@@ -186,18 +193,18 @@ def attribute(
     sampling.check_seed(seed)
     if out is not None:
         folders.check(out, folders.ATTRIBUTIONS, overwrite)
-    output = outputs.get(output)
     chosen = None if method in ("auto", None) else estimators.get(method)
     with _running(batch_size=batch_size, progress=progress, log_with=log_with) as options:
         # Components of other attributions serve as well: which weights they were found with is of no matter here.
         masked = MaskedModel(model, replace(components or find_components(model), fingerprint=None))
-        problem = Problem(masked, data_module.batches(data, options.batch_size), output, ablated_fraction, seed)
+        batches = data_module.batches(data, options.batch_size)
+        problem = Problem(masked, batches, preflight.bound(model, batches, output, call), ablated_fraction, seed)
         chosen = _checked(problem, chosen)
         if out is not None:
             folders.claim(out, folders.ATTRIBUTIONS, overwrite)
         with workers.folder(out) as folder:
             chosen = chosen if budget is None else budgets.choose(chosen, budget, problem, folder)
-            provenance = _provenance(problem, data, chosen)
+            provenance = replace(_provenance(problem, data, chosen), call=call and dotted(call))
             _tell_cost(problem, chosen)
             attributions = _attributed(problem, chosen, provenance, folder, out)
             if out is not None and workers.processes().is_main_process:
@@ -233,6 +240,7 @@ def evaluate(
     n_masks: int = 100,
     seed: int = 1,
     output: "str | Output | outputs.OutputFunction | None" = None,
+    call: Call | None = None,
     out: str | Path | None = None,
     batch_size: int | None = None,
     progress: bool | None = None,
@@ -249,6 +257,7 @@ def evaluate(
         n_masks: masks a fraction; the cost is one forward pass a mask and example.
         seed: of the masks, which are others than those of any fit, whatever its seed.
         output: the attributed output; needed only if it was a function of your own.
+        call: how the model was run; needed only if it was a function of your own.
         out: folder of the run, which resumes; a temporary one by default.
         batch_size: as `running` has it, for this call.
         progress: the same.
@@ -270,7 +279,7 @@ def evaluate(
         _running(batch_size=batch_size, progress=progress, log_with=log_with) as options,
         tracking.tracked(options.log_with, out, settings) as run,
     ):
-        report = evaluation.evaluate(attributions, model, data, fractions, n_masks, seed, output, out)
+        report = evaluation.evaluate(attributions, model, data, fractions, n_masks, seed, output, call, out)
         run.figures({f"correlation at {fraction:g}": value for fraction, value in report.correlation.items()})
         run.figures({f"slope at {fraction:g}": value for fraction, value in report.slope.items()})
         run.figures({"reliability": report.mean_reliability})
@@ -294,7 +303,7 @@ def _checked(problem: Problem, method: Estimator | None) -> Estimator:
         try:
             with models.frozen(problem.model), engine.placed(problem.model, workers.processes().device) as device:
                 examples = data_module.to_device(data_module.few(problem.data, count), device)
-                checks.check_repeats(problem.model, examples)
+                checks.check_repeats(problem.model, problem.output, examples)
                 if method is None:
                     return _default_method(problem, checks.blocked(problem.masked, problem.output, examples))
                 if method.differentiates:
@@ -329,6 +338,7 @@ def _provenance(problem: Problem, data: Any, method: Estimator) -> Provenance:
         unit=problem.output.unit,
         boundary=problem.output.boundary,
         boundary_known=True,
+        alignment=problem.output.alignment,
         method=method.settings(),
         ablated_fraction=problem.ablated_fraction,
         seed=problem.seed,

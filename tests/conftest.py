@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import hf_coar as coar
 from hf_coar import editing, models
 from hf_coar.components import rules
-from hf_coar.models import outputs
+from hf_coar.models import outputs, tasks
 
 torch.set_num_threads(1)
 
@@ -246,7 +246,7 @@ def transformer(request) -> Net:
 @pytest.fixture
 def registering() -> Iterator[None]:
     """What a test registers is forgotten after it."""
-    tables = (outputs.OUTPUTS, rules.RULES, editing.RULES)
+    tables = (outputs.OUTPUTS, tasks.TASKS, rules.RULES, editing.RULES)
     before = [set(table) for table in tables]
     yield
     for table, names in zip(tables, before, strict=True):

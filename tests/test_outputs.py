@@ -3,15 +3,21 @@
 import inspect
 import math
 import textwrap
+from dataclasses import replace
 
 import pytest
 import torch
+from output_cases import GIVEN
 
 from hf_coar.errors import CoarError, DataError
 from hf_coar.models import outputs
 
 # Which way the outputs of the package that are about a right answer move with its logit.
-WITH_THE_RIGHT_LOGIT = {"margin": 1, "logit": 1, "log_prob": 1, "loss": -1, "token_margin": 1, "token_log_prob": 1}
+WITH_THE_RIGHT_LOGIT = {
+    "margin": 1, "logit": 1, "log_prob": 1, "loss": -1, "token_margin": 1, "token_log_prob": 1, "answer_log_prob": 1,
+    "answer_difference": 1, "span_margin": 1, "span_log_prob": 1, "pixel_margin": 1, "pixel_log_prob": 1,
+    "preference": 1,
+}  # fmt: skip
 TOKEN_OUTPUTS = ("token_margin", "token_log_prob")
 
 
@@ -31,19 +37,14 @@ def language_case(dtype=torch.float32):
     return logits, {"input_ids": tokens, "attention_mask": attended}
 
 
-CASES = (classifier_case, language_case)
+def given(name, dtype=torch.float32):
+    """Six examples of what the output takes."""
+    case = GIVEN[name]()
+    return replace(case, tensors={n: v.to(dtype) if v.is_floating_point() else v for n, v in case.tensors.items()})
 
 
-def case_for(name, dtype=torch.float32):
-    """Logits and a batch that the output takes: a classifier's or a language model's."""
-    for case in CASES:
-        logits, batch = case(dtype)
-        try:
-            outputs.get(name)(logits, batch)
-        except CoarError:
-            continue
-        return logits, batch
-    raise LookupError(f"neither a classifier nor a language model suits {name}")
+def value(name, case):
+    return outputs.get(name)(case.found, case.batch)
 
 
 @pytest.fixture(params=[*outputs.names(), "entropy"])
@@ -61,54 +62,44 @@ def test_the_outputs_of_the_paper_are_there():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_shape_and_dtype(name, dtype):
-    logits, batch = case_for(name, dtype)
-    values = outputs.get(name)(logits, batch)
+    values = value(name, given(name, dtype))
     assert values.shape == (6,) and values.dtype == torch.float32
     assert values.isfinite().all()
     assert values.unique().numel() > 3, "an output that does not depend on the example"
 
 
 def test_a_batch_can_be_split(name):
-    logits, batch = case_for(name)
-    output = outputs.get(name)
-    parts = [output(logits[i : i + 2], {key: value[i : i + 2] for key, value in batch.items()}) for i in (0, 2, 4)]
-    assert torch.allclose(torch.cat(parts), output(logits, batch), atol=1e-6)
+    case = given(name)
+    parts = [value(name, case.take(torch.tensor([i, i + 1]))) for i in (0, 2, 4)]
+    assert torch.allclose(torch.cat(parts), value(name, case), atol=1e-6)
 
 
 def test_order_of_examples_does_not_matter(name):
-    logits, batch = case_for(name)
-    order = torch.tensor([3, 0, 5, 1, 4, 2])
-    shuffled = outputs.get(name)(logits[order], {key: value[order] for key, value in batch.items()})
-    assert torch.allclose(shuffled, outputs.get(name)(logits, batch)[order], atol=1e-6)
+    case, order = given(name), torch.tensor([3, 0, 5, 1, 4, 2])
+    assert torch.allclose(value(name, case.take(order)), value(name, case)[order], atol=1e-6)
 
 
 @pytest.mark.parametrize(("name", "sign"), WITH_THE_RIGHT_LOGIT.items())
 def test_outputs_about_the_right_answer_move_with_its_logit(name, sign):
-    logits, batch = case_for(name)
-    raised = logits.clone()
-    if logits.dim() == 2:
-        raised[torch.arange(6), batch["labels"]] += 0.5
-    else:
-        raised[:, :-1].scatter_add_(2, batch["input_ids"][:, 1:, None], torch.full((6, 4, 1), 0.5))
-    gain = outputs.get(name)(raised, batch) - outputs.get(name)(logits, batch)
+    case = given(name)
+    gain = value(name, case.moved(0.5)) - value(name, case)
     assert (sign * gain > 1e-3).all()
 
 
 def test_a_boundary_is_where_right_turns_into_wrong(name):
     if outputs.get(name).boundary is None:
         return
-    logits, batch = case_for(name)
-    answers = batch["labels"] if logits.dim() == 2 else batch["input_ids"].roll(-1, 1)
-    right = torch.nn.functional.one_hot(answers, logits.shape[-1])
-    above, below = (outputs.get(name)(logits + sign * 20 * right, batch) for sign in (1, -1))
+    above, below = (value(name, given(name).moved(step)) for step in (20, -20))
     assert (above > outputs.get(name).boundary).all() and (below < outputs.get(name).boundary).all()
 
 
 def test_the_gradient_reaches_the_logits_of_every_example(name):
-    logits, batch = case_for(name)
-    logits.requires_grad_()
-    outputs.get(name)(logits, batch).sum().backward()
-    assert (logits.grad.flatten(1).abs().sum(1) > 0).all()
+    case = given(name)
+    for tensor in case.tensors.values():
+        tensor.requires_grad_(tensor.is_floating_point())
+    value(name, case).sum().backward()
+    gradients = [tensor.grad for tensor in case.tensors.values() if tensor.is_floating_point()]
+    assert (sum(gradient.reshape(6, -1).abs().sum(1) for gradient in gradients) > 0).all()
 
 
 def test_units_and_docstrings(name):

@@ -29,6 +29,9 @@ class Provenance:
         unit: of its values.
         boundary: the value at which right turns into wrong; None where no value does.
         boundary_known: False for attributions of before it was recorded.
+        call: where the function is defined that ran the model, `module.name`; None for that of the model's task.
+        alignment: which target the logits at a position were compared with, see `outputs.Output`; None where there are
+            no positions.
         method: the estimator's settings, with its name.
         ablated_fraction: that the attributions were made for.
         seed: of all draws.
@@ -47,6 +50,8 @@ class Provenance:
     unit: str | None = None
     boundary: float | None = None
     boundary_known: bool = False
+    call: str | None = None
+    alignment: str | None = None
     method: Mapping[str, Any] = field(default_factory=dict)
     ablated_fraction: float | None = None
     seed: int | None = None
@@ -167,6 +172,8 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "output": _is_text,
     "unit": _is_text,
     "boundary": lambda value: value is None or _is_number(value),
+    "call": _is_text,
+    "alignment": lambda value: value in (None, "next", "same", "decoded"),
     "method": _is_mapping,
     "ablated_fraction": _is_number,
     "seed": lambda value: type(value) is int,

@@ -274,7 +274,9 @@ def _component_flags(verb: argparse.ArgumentParser) -> None:
 
 def _method_flags(verb: argparse.ArgumentParser) -> None:
     verb = verb.add_argument_group("method")
-    verb.add_argument("--output", default="margin", help=f"one of {', '.join(outputs.names())} (default %(default)s)")
+    verb.add_argument(
+        "--output", default="auto", help=f"one of {', '.join(outputs.names())}; by default what the model's task has"
+    )
     verb.add_argument("--budget", help="forward passes an example, or a time ('20 min'): decides rounds or masks")
     methods.add_flags(verb)
     verb.add_argument("--ablated-fraction", type=float, default=0.05, help="(default %(default)s)")

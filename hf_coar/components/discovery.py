@@ -13,12 +13,13 @@ from hf_coar.components.groups import GRANULARITIES, Components, Group, Skipped
 from hf_coar.components.rules import Matrix, registered, rule_of, searched_inside
 from hf_coar.components.unknown import is_table
 from hf_coar.errors import CoarError, NoComponentsError
-from hf_coar.models import check_usable, embedding_modules, output_modules
+from hf_coar.models import adapters, check_usable, embedding_modules, output_modules
 
 logger = logging.getLogger(__name__)
 
 _HEAD = "classifier or language-model head (left out unless included)"
-_EMBEDDING = "embedding"
+_EMBEDDING = "embedding (left out unless included)"
+_BASE = "base model of the adapters (left out unless included)"
 _TABLE = "embedding or other table: looked up, added or applied entry by entry, not multiplied"
 _VECTOR = "no matrix: normalisation, bias or scale"
 NO_RULE = "no rule for"  # how the reason begins for weights that hold components and that no rule reaches
@@ -55,9 +56,10 @@ def find_components(
 
     Returns:
         The components, in the order of the modules. The classifier or language-model head and the embeddings are left
-        out by default; `components.skipped` lists every weight that was left out, with the reason. Of a plain module
-        whose classifier cannot be told, nothing is left out. Where nothing tells the rows of a matrix of an unknown
-        class from its columns, a warning names it, and its group says `guessed`.
+        out by default, and of a model with adapters (PEFT) all but their ranks; `components.skipped` lists every weight
+        that was left out, with the reason. Of a plain module whose classifier cannot be told, nothing is left out.
+        Where nothing tells the rows of a matrix of an unknown class from its columns, a warning names it, and its group
+        says `guessed`.
 
     Raises:
         ModelError: a lazy module without a shape, TorchScript, or weights of inference mode.
@@ -72,7 +74,7 @@ def find_components(
     aliases = _aliases(model)
     names = [name for one in found for name in aliases[one.module]]
     _check_globs(include + exclude, names, model)
-    included = [aliases[one.module] for one in found if _any(aliases[one.module], include)]
+    included = [aliases[one.module] for one in found if _any(aliases[one.module], _naming(include, one))]
     left_out = _left_out(model, {name for every in included for name in every})
     users = _users(model)
     groups: dict[tuple[int, int, int | None], Group] = {}
@@ -96,6 +98,13 @@ def find_components(
 
 def _globs(value: Sequence[str] | str | None) -> list[str]:
     return [value] if isinstance(value, str) else list(value or ())
+
+
+def _naming(globs: Sequence[str], one: _Found) -> Sequence[str]:
+    """The globs that may name a matrix; a table is not meant by one that takes whatever lies in a block (`block.*`)."""
+    if one.matrix.unit != "row":
+        return globs
+    return [glob for glob in globs if glob.rpartition(".")[2].strip("*")]
 
 
 def _any(names: Sequence[str], globs: Sequence[str]) -> bool:
@@ -177,8 +186,10 @@ def _abbreviate(names: Sequence[str], most: int = 24) -> str:
 
 
 def _left_out(model: nn.Module, included: set[str]) -> dict[str, str]:
-    """Reason by module name for heads and embeddings; a module that `include` names stays."""
-    reasons = dict.fromkeys(embedding_modules(model), _EMBEDDING)
+    """Reason by module name for heads, embeddings and what adapters stand on; a module that `include` names stays."""
+    inside = {module for part in adapters(model) for module in part.modules()}
+    reasons = {module: _BASE for module in model.modules() if inside and module not in inside}
+    reasons |= dict.fromkeys(embedding_modules(model), _EMBEDDING)
     for head in output_modules(model):
         reasons.update(dict.fromkeys(head.modules(), _HEAD))
     return {
@@ -327,8 +338,7 @@ def _without_rule(model: nn.Module, found: Sequence[_Found]) -> list[Skipped]:
         if module in spoken_for:
             continue
         for parameter_name, parameter in module.named_parameters(recurse=False):
-            embedding = isinstance(module, nn.Embedding | nn.EmbeddingBag)
-            if id(parameter) not in claimed or embedding:
+            if id(parameter) not in claimed:
                 key = (name, type(module).__name__, _reason(module, parameter_name, parameter))
                 counts[key] = counts.get(key, 0) + parameter.numel()
     return [Skipped(name, class_name, count, reason) for (name, class_name, reason), count in counts.items() if count]

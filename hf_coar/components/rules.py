@@ -127,6 +127,12 @@ def linear(module: nn.Module) -> list[Matrix]:
     return [Matrix("weight", output_axis=0, input_axis=1, site=None if known else _site_of(module, nn.Linear))]
 
 
+@rule(nn.Embedding)
+def table(module: nn.Module) -> list[Matrix]:
+    """Weight [entries, width], of which a row is looked up: a token, a class, a position. Left out unless included."""
+    return [Matrix("weight", 0, None, "row", site="weight")]
+
+
 @rule("transformers.models.deepseek_v4.modeling_deepseek_v4.DeepseekV4GroupedLinear")
 def grouped_linear(module: nn.Module) -> list[Matrix]:
     """Weight [groups × out, in]: every group of outputs reads inputs of its own."""

@@ -1,6 +1,6 @@
 """Data: anything that can be iterated again, as batches of tensors whose first axis is the example."""
 
-from hf_coar.data.batches import Batch, as_batch, rows, size, to_device
+from hf_coar.data.batches import Batch, as_batch, device_of, rows, size, take, to_device
 from hf_coar.data.described import settings
 from hf_coar.data.examples import Chunk, Chunks, Examples, Read, batches, describe, few
 from hf_coar.data.identity import Identity
@@ -19,10 +19,12 @@ __all__ = [
     "as_batch",
     "batches",
     "describe",
+    "device_of",
     "few",
     "load_data",
     "rows",
     "settings",
     "size",
+    "take",
     "to_device",
 ]

@@ -1,14 +1,15 @@
 """Batches: mappings of tensors whose first axis is the example."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hf_coar import models
 from hf_coar.errors import DataError
 
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]  # tensors, or lists of tensors or of mappings of them, one an example
 
 
 def as_batch(item: Any) -> Batch:
@@ -24,19 +25,37 @@ def as_batch(item: Any) -> Batch:
             f"the data yielded a {type(item).__name__}; expected batches: mappings of tensors such as "
             "{'pixel_values': …, 'labels': …}, or pairs (inputs, labels)"
         )
-    batch = {"labels" if name == "label" else name: value for name, value in item.items() if isinstance(value, Tensor)}
-    sizes = {name: value.shape[0] if value.dim() else None for name, value in batch.items()}
-    if not batch or len(set(sizes.values())) != 1 or None in sizes.values() or 0 in sizes.values():
+    batch = {"labels" if name == "label" else name: value for name, value in item.items() if _is_entry(value)}
+    sizes = {name: _size_of(value) for name, value in batch.items()}
+    if not sizes or len(set(sizes.values())) != 1 or None in sizes.values() or 0 in sizes.values():
         raise DataError(
-            f"a batch must hold tensors with the same first axis, at least one example; got {sizes or sorted(item)}"
+            "a batch must hold tensors (or lists of them, or of mappings of them) with the same first axis, at least "
+            f"one example; got {sizes or sorted(item)}"
         )
     _check_not_empty(batch)
     return batch
 
 
+def _is_entry(value: Any) -> bool:
+    """Whether a batch keeps this: a tensor, or a list with one tensor or mapping of tensors an example (objects)."""
+    if isinstance(value, Tensor):
+        return True
+    return isinstance(value, list | tuple) and len(value) > 0 and all(_is_tensors(one) for one in value)
+
+
+def _is_tensors(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(isinstance(one, Tensor) for one in value.values())
+    return isinstance(value, Tensor)
+
+
+def _size_of(value: Any) -> int | None:
+    return (value.shape[0] if value.dim() else None) if isinstance(value, Tensor) else len(value)
+
+
 def _check_not_empty(batch: Batch) -> None:
     for name, value in batch.items():
-        if not value.numel():
+        if isinstance(value, Tensor) and not value.numel():
             raise DataError(
                 f"{name!r} has the shape {list(value.shape)}: there is nothing in it; leave such examples out"
             )
@@ -49,16 +68,35 @@ def _check_not_empty(batch: Batch) -> None:
             )
 
 
-def size(batch: Mapping[str, Tensor]) -> int:
+def size(batch: Mapping[str, Any]) -> int:
     """How many examples a batch holds."""
-    return next(iter(batch.values())).shape[0]
+    return models.n_examples(batch)
 
 
-def rows(batch: Mapping[str, Tensor], start: int, stop: int) -> Batch:
+def rows(batch: Mapping[str, Any], start: int, stop: int) -> Batch:
     """Examples start … stop - 1 of a batch."""
     return {name: value[start:stop] for name, value in batch.items()}
 
 
-def to_device(batch: Mapping[str, Tensor], device: torch.device) -> Batch:
+def take(batch: Mapping[str, Any], indices: Sequence[int] | Tensor) -> Batch:
+    """Some examples of a batch, in the order given, one as often as it is named."""
+    places = torch.as_tensor(indices, dtype=torch.long)
+    listed: list[int] | None = None
+    found = {}
+    for name, value in batch.items():
+        if isinstance(value, Tensor):
+            found[name] = value[places.to(value.device)]
+        else:
+            listed = places.tolist() if listed is None else listed
+            found[name] = [value[index] for index in listed]
+    return found
+
+
+def to_device(batch: Mapping[str, Any], device: torch.device) -> Batch:
     """The batch on a device."""
-    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+    return models.to(batch, device)
+
+
+def device_of(batch: Mapping[str, Any]) -> torch.device:
+    """Where the tensors of a batch are."""
+    return next(value.device for value in batch.values() if isinstance(value, Tensor))

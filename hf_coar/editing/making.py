@@ -202,6 +202,7 @@ def edit(
         for name, by in rules.items()
         for place, source in enumerate(sources)
     }
+    models.check_saved(model, {group.parameter for group in sources[0].of_whole.components.groups})
     if any(in_steps):
         made = _in_steps(model, components, rankers, n_components, step, validation, constraint)
     else:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from hf_coar import data as data_module
 from hf_coar import models
 from hf_coar.errors import CoarError
-from hf_coar.models import outputs
+from hf_coar.models import outputs, tasks
 
 Measure = Callable[[nn.Module], float]
 
@@ -42,33 +42,48 @@ def _read(data: Any, indices: Sequence[int] | Tensor | None) -> list[data_module
         stop = start + data_module.size(batch)
         rows = torch.tensor([index - start for index in chosen if start <= index < stop], dtype=torch.long)
         if len(rows):
-            found.append({name: value[rows] for name, value in batch.items()})
+            found.append(data_module.take(batch, rows))
         start = stop
     return found
 
 
-def _outputs(model: nn.Module, batches: Sequence[data_module.Batch], output: outputs.Output) -> Tensor:
-    """Float32 [examples]."""
+def _outputs(
+    model: nn.Module, batches: Sequence[data_module.Batch], output: "str | outputs.Output | outputs.OutputFunction"
+) -> tuple[Tensor, outputs.Output]:
+    """Float32 [examples], and the output as the model's task has it."""
     device, found = models.device_of(model), []
+    bound = tasks.bind(model, output, batch=batches[0])
     with models.frozen(model), torch.no_grad():
         for batch in batches:
-            batch = data_module.to_device(batch, device)
-            found.append(output(models.logits(model, batch), batch).cpu())
-    return torch.cat(found)
+            found.append(bound.of(model, data_module.to_device(batch, device)).cpu())
+    return torch.cat(found), bound
+
+
+def _right(model: nn.Module, batches: Sequence[data_module.Batch]) -> Tensor:
+    """Which examples the model gets right, by the default output of its task: 0 or 1, float32 [examples]."""
+    values, output = _outputs(model, batches, tasks.AUTO)
+    if output.boundary is None:
+        raise CoarError(
+            f"no value of {output.name!r} says that {type(models.wrapped(model)).__name__} is right; use "
+            "editing.mean_output(data, output)"
+        )
+    return (values > output.boundary).float()
 
 
 def accuracy(data: Any, indices: Sequence[int] | Tensor | None = None) -> Measure:
-    """Measures the share of examples that a classifier gets right, from 0 to 1.
+    """Measures the share of examples that a model gets right, from 0 to 1.
+
+    Right is what lies above the boundary of the default output of the model's task, such as a margin above 0.
 
     Args:
         data: as for `attribute`, with labels.
         indices: of the examples that count; all of them by default.
 
     Raises:
-        CoarError: no examples.
+        CoarError: no examples, or a task without right and wrong.
     """
-    batches, margin = _read(data, indices), outputs.get("margin")
-    return lambda model: float((_outputs(model, batches, margin) > 0).float().mean())
+    batches = _read(data, indices)
+    return lambda model: float(_right(model, batches).mean())
 
 
 def worst_accuracy(data: Any, groups: Sequence[int] | Tensor) -> Measure:
@@ -81,13 +96,13 @@ def worst_accuracy(data: Any, groups: Sequence[int] | Tensor) -> Measure:
     Raises:
         CoarError: not one number an example.
     """
-    batches, margin, groups = _read(data, None), outputs.get("margin"), torch.as_tensor(groups)
+    batches, groups = _read(data, None), torch.as_tensor(groups)
     n_examples = sum(data_module.size(batch) for batch in batches)
     if groups.shape != (n_examples,):
         raise CoarError(f"groups have shape {tuple(groups.shape)} for {n_examples} examples; give each its group")
 
     def measure(model: nn.Module) -> float:
-        right = (_outputs(model, batches, margin) > 0).float()
+        right = _right(model, batches)
         return min(float(right[groups == group].mean()) for group in groups.unique())
 
     return measure
@@ -106,8 +121,9 @@ def mean_output(
     Raises:
         CoarError: an unknown output, or no examples.
     """
-    batches, function = _read(data, indices), outputs.get(output)
-    return lambda model: float(_outputs(model, batches, function).mean())
+    function = tasks.AUTO if output == tasks.AUTO else outputs.get(output)
+    batches = _read(data, indices)
+    return lambda model: float(_outputs(model, batches, function)[0].mean())
 
 
 @dataclass(frozen=True)

@@ -161,7 +161,7 @@ class GradientTimesParameter(Estimator):
         passes = GatePasses(problem.masked, problem.output)
 
         def compute(batch: data_module.Batch, first: int, part: Part) -> dict[str, Tensor]:
-            device = next(iter(batch.values())).device
+            device = data_module.device_of(batch)
             passes.begin_batch()
             values, weights = passes(batch, torch.ones(data_module.size(batch), len(problem.components), device=device))
             check_finite(values, first, "no mask", problem.output)

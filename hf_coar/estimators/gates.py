@@ -79,7 +79,7 @@ class GatePasses:
             outputs float32 [examples] and energies, float32 [examples, components]: the sum of the squares of what the
             component adds to its module's output; 0 where gates enter elsewhere.
         """
-        count, device = data_module.size(batch), next(iter(batch.values())).device
+        count, device = data_module.size(batch), data_module.device_of(batch)
         leaves = [torch.ones(count, size, device=device, requires_grad=True) for size in self._sizes]
         energies = DeltaReads()
 
@@ -228,7 +228,7 @@ class GateRounds:
 
 
 def _device(batch: data_module.Batch) -> torch.device:
-    return next(iter(batch.values())).device
+    return data_module.device_of(batch)
 
 
 class Sums:

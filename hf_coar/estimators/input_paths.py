@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_coar import data as data_module
+from hf_coar import models
 from hf_coar.components import Components, Group
 from hf_coar.errors import CoarError
 from hf_coar.estimators.gates import check_differentiable
@@ -96,9 +97,9 @@ class InputPath:
 
     def _run(self, offset: float) -> Tensor:
         """Outputs [points]."""
-        some = next(iter(self.example.values()))
-        points = (torch.arange(self.n_steps, device=some.device) + offset) / self.n_steps
-        batch = {name: value.repeat_interleave(self.n_steps, dim=0) for name, value in self.example.items()}
+        device = data_module.device_of(self.example)
+        points = (torch.arange(self.n_steps, device=device) + offset) / self.n_steps
+        batch = data_module.take(self.example, [0] * self.n_steps)
         with _scaled(self.model, batch, points) as inputs:
             return self.output.of(self.model, inputs)
 
@@ -106,7 +107,9 @@ class InputPath:
 @contextmanager
 def _scaled(model: nn.Module, batch: data_module.Batch, points: Tensor) -> Iterator[data_module.Batch]:
     """The batch with its floating-point inputs scaled by the points, or else the token embeddings inside the block."""
-    inputs = [name for name, value in batch.items() if name != "labels" and value.is_floating_point()]
+    held_back = ("labels", *models.tasks.of(model).targets)
+    tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor) and name not in held_back}
+    inputs = [name for name, value in tensors.items() if value.is_floating_point()]
     if inputs:
         scaled = {name: batch[name] * _along(points, batch[name]) for name in inputs}
         yield {**batch, **scaled}

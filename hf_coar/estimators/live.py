@@ -13,7 +13,7 @@ from hf_coar.errors import CoarError
 from hf_coar.estimators.path_gradient import BatchReader, PathGradient
 from hf_coar.estimators.registry import FORWARD_AND_BACKWARD, is_whole
 from hf_coar.masking import MaskedModel
-from hf_coar.models import outputs
+from hf_coar.models import outputs, tasks
 from hf_coar.models.outputs import Output
 from hf_coar.runs import sampling
 from hf_coar.runs.engine import placed
@@ -47,7 +47,7 @@ def rounds(
     model: nn.Module,
     batch: Batch,
     components: Components,
-    output: "str | Output | outputs.OutputFunction" = "margin",
+    output: "str | Output | outputs.OutputFunction" = "auto",
     ablated_fraction: float = 0.05,
     seed: int = 0,
     max_rounds: int = 16,
@@ -78,8 +78,10 @@ def rounds(
     if not is_whole(max_rounds, 0):
         raise CoarError(f"max_rounds={max_rounds!r}; must be a whole number, 0 or more")
     method, device = PathGradient(), processes().device
-    problem = Problem(MaskedModel(model, components), None, outputs.get(output), ablated_fraction, seed)
     batch = data_module.as_batch(batch)
+    problem = Problem(
+        MaskedModel(model, components), None, tasks.bind(model, output, batch=batch), ablated_fraction, seed
+    )
     reader: BatchReader | None = None
     for _ in range(1 + max_rounds):
         with models.frozen(model), placed(model, device) as place:

@@ -67,7 +67,7 @@ def _effects(passes: GatePasses, batch: data_module.Batch, outputs: Tensor, indi
         rows = (indices[:, place] >= 0).nonzero().flatten()
         if not len(rows):
             break
-        some = {name: value[rows] for name, value in batch.items()}
+        some = data_module.take(batch, rows)
         kept = torch.ones(len(rows), len(passes.masked), dtype=torch.bool, device=indices.device)
         kept[torch.arange(len(rows)), indices[rows, place]] = False
         with passes.masked.ablated(kept, how="hooks"):

@@ -238,7 +238,7 @@ class BatchReader:
                 self.outliers = find(self.gates.passes, self.batch, self.method.max_outliers)
         rows, apart = self._rows, None if self.outliers is None else self.outliers.mask(n_components)[self._rows]
         whole = len(rows) == count
-        some = self.batch if whole else {name: value[rows] for name, value in self.batch.items()}
+        some = self.batch if whole else data_module.take(self.batch, rows)
         self.sums.add(rows, self.gates.round(some, [self.first + row for row in rows], self.rounds, apart))
         self.rounds += 1
 

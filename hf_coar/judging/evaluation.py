@@ -15,13 +15,15 @@ from hf_coar.attributions import Attributions
 from hf_coar.errors import CoarError
 from hf_coar.judging import stability
 from hf_coar.masking import MaskedModel
-from hf_coar.models import outputs
+from hf_coar.models import outputs, tasks
+from hf_coar.models.calling import Call
 from hf_coar.models.outputs import Output
-from hf_coar.runs import engine, sampling, workers
+from hf_coar.runs import engine, preflight, sampling, workers
 from hf_coar.runs.fidelity import correlation, slope
 from hf_coar.runs.problem import Problem
 from hf_coar.runs.store import Store
 from hf_coar.storage import files, folders
+from hf_coar.storage.registry import dotted
 
 _RESAMPLES = 1000
 
@@ -106,6 +108,7 @@ def evaluate(
     n_masks: int,
     seed: int,
     output: "str | Output | outputs.OutputFunction | None" = None,
+    call: Call | None = None,
     out: str | Path | None = None,
 ) -> Report:
     """The figures of `hf_coar.evaluate`, whose arguments these are, saved as `evaluation.json` in `out`.
@@ -119,7 +122,12 @@ def evaluate(
     fingerprint = models.fingerprint(model)
     attributions.check_model(fingerprint, models.record(model))
     masked = MaskedModel(model, attributions.components)
-    output, options = outputs.get(output or attributions.provenance.output), engine.current()
+    options, of = engine.current(), attributions.provenance
+    _check_call(of.call, call)
+    batches = data_module.batches(data, options.batch_size)
+    output = preflight.bound(model, batches, output or of.output or tasks.AUTO, call)
+    if of.alignment is not None:
+        output = replace(output, alignment=of.alignment)
     settings = {"task": "evaluate", "seed": seed, "n_masks": n_masks, "model": {"fingerprint": fingerprint}}
     settings |= {"output": output.name, "components": attributions.components.to_json()}
     settings |= {"dtype": options.dtype} if options.dtype else {}
@@ -142,6 +150,16 @@ def evaluate(
     if out is not None and workers.processes().is_main_process:
         files.write_json(Path(out) / "evaluation.json", report.to_json())
     return report
+
+
+def _check_call(recorded: str | None, given: Call | None) -> None:
+    """Raises `CoarError` unless the model is run as it was when it was attributed."""
+    found = given and dotted(given)
+    if found != recorded:
+        raise CoarError(
+            f"the model was attributed with {f'call={recorded}' if recorded else 'the call of its task'}, and is to be "
+            f"run with {f'call={found}' if found else 'no call of your own'}; give the same"
+        )
 
 
 def _check(fractions: Sequence[float], n_masks: int, seed: int) -> None:

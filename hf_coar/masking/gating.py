@@ -125,30 +125,38 @@ def _divided(
     """The model's forward where every example has gates of its own: finds out where the examples are, and runs."""
     watched = _watched(model, components)
 
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def probe(args: tuple, kwargs: dict, n_examples: int | None) -> layout.Probe:
         state.idle = True
         try:
-            seen = layout.probe(
+            return layout.probe(
                 model,
                 forward,
                 args,
                 kwargs,
-                state.n_examples,
+                n_examples,
                 watched,
                 components.groups,
                 partial(_inert, model, components, tensors),
             )
         finally:
             state.idle = False
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        alone = models.example_alone()
+        count = state.n_examples if alone is None else 1
+        seen = probe(args, kwargs, count)
         state.fired.seen.update(seen.inert)
         state.begin(seen.layouts)
-        loops, bypassed = _plan(pairs, seen, state)
+        loops, bypassed = _plan(pairs, seen, count)
         try:
+            state.example = alone
             return run_with(loops, bypassed, args, kwargs)
         except Undivided:
             # A module that ran in none of the probe's examples: one at a time, every example is told apart.
             if "" in loops or not state.layouts.get(""):
                 raise
+        finally:
+            state.example = None
         state.begin(seen.layouts)
         return run_with({""}, bypassed, args, kwargs)
 
@@ -175,7 +183,9 @@ def _watched(model: nn.Module, components: Components) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if name and name in names}
 
 
-def _plan(pairs: Pairs, seen: layout.Probe, state: Pass) -> tuple[set[str], dict[str, list[tuple[Group, Tensor]]]]:
+def _plan(
+    pairs: Pairs, seen: layout.Probe, n_examples: int | None
+) -> tuple[set[str], dict[str, list[tuple[Group, Tensor]]]]:
     """What the sites themselves cannot do.
 
     Returns:
@@ -192,7 +202,7 @@ def _plan(pairs: Pairs, seen: layout.Probe, state: Pass) -> tuple[set[str], dict
             continue
         silent = not seen.layouts.get(group.place) and not _hidden(group)
         around: str | None = ""
-        if state.n_examples != 1 and not _has_layout(group, seen.layouts):
+        if n_examples != 1 and not _has_layout(group, seen.layouts):
             around = _nearest_divisible(group, seen.layouts)
             if around is None:
                 raise cannot_tell(group)

@@ -4,28 +4,38 @@ Nothing here, or above, asks for a model's name: only for the library it comes f
 interfaces (`get_classifier`, `get_output_embeddings`, `get_input_embeddings`) say.
 """
 
+from hf_coar.models import outputs, tasks
+from hf_coar.models.adapters import adapters, check_saved
 from hf_coar.models.calling import (
+    call,
     device_of,
     embedding_modules,
+    example_alone,
     frozen,
     is_out_of_memory,
     logits,
+    n_examples,
     output_modules,
+    to,
 )
 from hf_coar.models.classes import Head, class_names, head
 from hf_coar.models.holding import check_usable, held, state_kept
-from hf_coar.models.libraries import library
+from hf_coar.models.libraries import library, wrapped
 from hf_coar.models.loading import load_architecture, load_model, load_snippet, save_model, saved
 from hf_coar.models.records import check_edit, copy_with_record, fingerprint, record
 
 __all__ = [
     "Head",
+    "adapters",
+    "check_saved",
     "check_edit",
     "check_usable",
     "class_names",
     "copy_with_record",
+    "call",
     "device_of",
     "embedding_modules",
+    "example_alone",
     "fingerprint",
     "frozen",
     "head",
@@ -36,9 +46,14 @@ __all__ = [
     "load_model",
     "load_snippet",
     "logits",
+    "n_examples",
     "output_modules",
+    "outputs",
     "record",
     "save_model",
     "saved",
     "state_kept",
+    "tasks",
+    "to",
+    "wrapped",
 ]

@@ -2,8 +2,9 @@
 
 import functools
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -11,55 +12,133 @@ from torch import Tensor, nn
 
 from hf_coar.errors import CoarError, ModelError
 from hf_coar.models.holding import check_usable, held, state_kept
-from hf_coar.models.libraries import library
+from hf_coar.models.libraries import library, wrapped
+
+Call = Callable[[nn.Module, Mapping[str, Any]], Any]
+
+TARGETS = ("labels",)  # what a batch holds for the output alone, whatever the task
 
 
 @functools.lru_cache(maxsize=32)
 def _forward_parameters(model_class: type[nn.Module]) -> tuple[frozenset[str], bool]:
     parameters = inspect.signature(model_class.forward).parameters.values()
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-    return frozenset(parameter.name for parameter in parameters), takes_any
+    named = (parameter.name for parameter in parameters if parameter.kind not in _STARRED)
+    return frozenset(named) - {"self"}, takes_any
 
 
-def logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """One forward pass: the model's logits, first axis = example.
+_STARRED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
-    `labels` stay out of it. A transformers model gets the rest by name, any other model its one input positionally
-    (or all by name, where there are several and its forward takes those names).
+
+def forward_names(model: nn.Module) -> tuple[frozenset[str], bool]:
+    """The names of a forward's arguments, and whether it also takes any other by name."""
+    return _forward_parameters(type(wrapped(model)))
+
+
+def call(model: nn.Module, batch: Mapping[str, Any], without: Collection[str] = TARGETS) -> Any:
+    """Run the model on a batch, first axis = example: all that its forward returns.
+
+    What the forward names goes to it by name; targets and whatever else the batch holds are the output's. A plain
+    module whose forward names none of the entries gets its one input by position, or all of them where its forward
+    takes any name.
+
+    Args:
+        model: any module.
+        batch: entries by name.
+        without: entries that the forward must not see although it names them, such as `labels`.
 
     Raises:
         ModelError: the batch does not fit the model's forward.
     """
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    inputs = {name: value for name, value in batch.items() if name not in without}
     if not inputs:
-        raise ModelError("the batch holds nothing but labels; the model needs an input")
-    names, takes_any = _forward_parameters(type(model))
-    if library(model) == "transformers":
-        if "use_cache" in names and "use_cache" not in inputs:
-            inputs["use_cache"] = False  # a cache of keys and values is memory spent for nothing here
-        output = model(**inputs)
-    elif len(inputs) == 1:
-        output = model(next(iter(inputs.values())))
-    elif takes_any or set(inputs) <= names:
-        output = model(**inputs)
-    else:
+        raise ModelError(f"the batch holds nothing but {', '.join(batch) or 'nothing'}; the model needs an input")
+    names, takes_any = forward_names(model)
+    named = {name: value for name, value in inputs.items() if name in names}
+    if takes_any and library(wrapped(model)) == "torch":
+        return model(**inputs)
+    if named:
+        if "use_cache" in names:
+            named.setdefault("use_cache", False)  # a cache of keys and values is memory spent for nothing here
+        return model(**named)
+    # Nothing is named as the forward has it: the one input, or that of a pair (inputs, labels), or an image.
+    place = next((name for name in _BY_POSITION if name in inputs), None) or (len(inputs) == 1 and next(iter(inputs)))
+    if not place or library(wrapped(model)) in ("transformers", "diffusers"):
         raise ModelError(
-            f"{type(model).__name__}.forward takes {sorted(names - {'self'})}, and the batch holds {sorted(inputs)}; "
-            "give one input, or inputs named as the forward names them"
+            f"{type(model).__name__}.forward takes {', '.join(sorted(names))}, and the batch holds "
+            f"{', '.join(sorted(inputs))}; name the inputs as the forward does, or give call=, a function of "
+            "(model, batch)"
         )
-    return _logits_of(output, model)
+    return model(inputs[place])
 
 
-def _logits_of(output: Any, model: nn.Module) -> Tensor:
+_BY_POSITION = ("inputs", "pixel_values")
+
+
+def n_examples(batch: Mapping[str, Any]) -> int:
+    """How many examples a batch holds: entries of its first axis."""
+    return len(next(iter(batch.values())))
+
+
+def row(batch: Mapping[str, Any], index: int) -> dict[str, Any]:
+    """A batch of one example, of its tensors and lists alike."""
+    return {name: value[index : index + 1] for name, value in batch.items()}
+
+
+def to(value: Any, device: torch.device) -> Any:
+    """An entry of a batch, or a whole batch, with all tensors in it on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, Mapping):
+        return {name: to(one, device) for name, one in value.items()}
+    return [to(one, device) for one in value] if isinstance(value, list | tuple) else value
+
+
+_ALONE: ContextVar[int | None] = ContextVar("alone", default=None)
+
+
+def alone(model: nn.Module, batch: Mapping[str, Any], run: Call) -> list[Any]:
+    """What `run` (model, batch) makes of every example of a batch by itself; masks know which example it is."""
+    found = []
+    for index in range(n_examples(batch)):
+        token = _ALONE.set(index)
+        try:
+            found.append(run(model, row(batch, index)))
+        finally:
+            _ALONE.reset(token)
+    return found
+
+
+def example_alone() -> int | None:
+    """The number of the example that the model is running on, inside `alone`."""
+    return _ALONE.get()
+
+
+def logits(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """One forward pass: the model's logits, first axis = example; see `call`.
+
+    Raises:
+        ModelError: the batch does not fit the model's forward, or it returns no logits.
+    """
+    return logits_of(call(model, batch), type(model).__name__)
+
+
+def logits_of(output: Any, model: str = "the model") -> Tensor:
+    """The logits in what a forward returned: its `.logits`, the first of a tuple, or a tensor itself.
+
+    Raises:
+        ModelError: there are none.
+    """
     found = getattr(output, "logits", None)
-    if found is None and isinstance(output, tuple | list) and output:
+    if found is None and type(output) in (tuple, list) and output:
         found = output[0]
     if found is None and isinstance(output, Tensor):
         found = output
     if not isinstance(found, Tensor):
+        fields = f" with {', '.join(output)}" if isinstance(output, Mapping) else ""
         raise ModelError(
-            f"{type(model).__name__} returned a {type(output).__name__} without logits; "
-            "attribute a model with a task head, or wrap it in a module that returns one tensor"
+            f"{model} returned a {type(output).__name__}{fields}, which has no logits; leave output='auto', or give "
+            "a function of (what the model returns, batch): outputs.Output(name, unit, function, takes='output')"
         )
     return found
 
@@ -107,6 +186,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 def output_modules(model: nn.Module) -> list[nn.Module]:
     """The classifier or language-model head, as the model's own library tells; empty for a plain module."""
+    model = wrapped(model)
     if library(model) == "timm":
         found = _flatten(model.get_classifier())
         return [module for module in found if any(True for _ in module.parameters())]

@@ -229,9 +229,9 @@ def _remote_class(transformers: Any, config: Mapping[str, Any]) -> Any:
 def save_model(model: nn.Module, folder: str | Path, overwrite: bool = False) -> None:
     """Save with the library that the model came from, so that this library alone loads it again; all or nothing.
 
-    transformers: `AutoModelFor….from_pretrained(folder)`; timm: `timm.create_model("local-dir:" + folder,
-    pretrained=True)`; a plain module: its state dict as `model.safetensors`. An edited model's record goes into
-    `coar_edit.json`.
+    transformers and diffusers: `….from_pretrained(folder)`; timm: `timm.create_model("local-dir:" + folder,
+    pretrained=True)`; PEFT: its adapters, to be put onto the same base model; a plain module: its state dict as
+    `model.safetensors`. An edited model's record goes into `coar_edit.json`.
 
     Args:
         model: of any library.
@@ -270,7 +270,7 @@ def _save_with_its_library(model: nn.Module, folder: Path) -> None:
 
     mode = files.mode_in(folder)
     try:
-        if library(model) == "transformers":
+        if library(model) in ("transformers", "diffusers", "peft"):
             model.save_pretrained(folder)
         elif library(model) == "timm":
             from timm.models import save_for_hf
@@ -286,9 +286,12 @@ def _save_with_its_library(model: nn.Module, folder: Path) -> None:
 
 def load_snippet(model: nn.Module, folder: str) -> str:
     """The line of Python that loads what `save_model` wrote, with the base library alone."""
-    if library(model) == "transformers":
+    if library(model) in ("transformers", "diffusers"):
         name = python_name(type(model).__name__, "AutoModel")
-        return f"transformers.{name}.from_pretrained({json.dumps(folder)})"
+        return f"{library(model)}.{name}.from_pretrained({json.dumps(folder)})"
+    if library(model) == "peft":
+        name = python_name(type(model).__name__, "PeftModel")
+        return f"peft.{name}.from_pretrained(base_model, {json.dumps(folder)})"
     if library(model) == "timm":
         return f"timm.create_model({json.dumps('local-dir:' + folder)}, pretrained=True)"
     return f"model.load_state_dict(safetensors.torch.load_file({json.dumps(folder + '/model.safetensors')}))"

@@ -1,6 +1,6 @@
 """Outputs: what a component contributes *to*. One number an example, float32, larger = more of the behaviour.
 
-A new output takes five lines::
+Its function is given the logits, or with `takes="output"` all that the model returned. A new output takes five lines::
 
     from hf_coar.models import outputs
 
@@ -12,18 +12,26 @@ A new output takes five lines::
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_coar.errors import CoarError, DataError
-from hf_coar.models.calling import logits
+from hf_coar.models import calling
+from hf_coar.models.calling import Call
 from hf_coar.storage.registry import Registry
 
 IGNORED_LABEL = -100  # the target value that PyTorch's losses and transformers' collators skip
 
-OutputFunction = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
+# Which target the logits at position t are for, and which mask says that a position counts.
+NEXT = "next"  # token t + 1 of `labels` or else `input_ids`; `attention_mask`: causal language models
+SAME = "same"  # label t; `attention_mask`: masked language models, classifiers of tokens and frames
+DECODED = "decoded"  # label t; `decoder_attention_mask`: models with a decoder, whose inputs are the labels moved on
+
+OutputFunction = Callable[..., Tensor]  # (logits, batch) or (what the model returned, batch) -> [examples]
+Batch = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -36,33 +44,51 @@ class Output:
         function: (logits, batch) -> [examples]. Classifiers give logits [examples, classes], language models
             [examples, positions, vocabulary]; `batch` is the batch on the model's device.
         boundary: the value at which right turns into wrong; None where no value does.
+        takes: "logits", float32, or "output": all that the call returned, as it is.
+        alignment: of functions that compare positions with targets, which are then called with `alignment=` as well:
+            `NEXT`, `SAME` or `DECODED`; the model's task says which.
+        call: how the model is run, a function (model, batch); None for `models.call`.
     """
 
     name: str
     unit: str
     function: OutputFunction
     boundary: float | None = None
+    takes: str = "logits"
+    alignment: str | None = None
+    call: Call | None = None
 
-    def of(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    def __post_init__(self) -> None:
+        """Check what it takes."""
+        if self.takes not in ("logits", "output"):
+            raise CoarError(f"takes={self.takes!r}; an output takes 'logits' or 'output', all that the model returns")
+
+    def of(self, model: nn.Module, batch: Batch) -> Tensor:
         """Run the model on a batch: its outputs, float32 [examples].
 
         Raises:
             ModelError: the batch does not fit the model's forward.
             CoarError: the function returned another shape.
         """
-        return self(logits(model, batch), batch)
+        found = (self.call or calling.call)(model, batch)
+        if self.takes == "logits":
+            found = calling.logits_of(found, type(model).__name__)
+        return self(found, batch)
 
-    def __call__(self, logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-        """The outputs, float32 [examples].
+    def __call__(self, found: Any, batch: Batch) -> Tensor:
+        """The outputs, float32 [examples], of logits or of what else the function takes.
 
         Raises:
             CoarError: the function returned another shape.
         """
-        values = self.function(logits.float(), batch)
-        n_examples = logits.shape[0]
-        if values.shape != (n_examples,):
+        logits = calling.logits_of(found).float() if self.takes == "logits" else None
+        options = {} if self.alignment is None else {"alignment": self.alignment}
+        values = self.function(found if logits is None else logits, batch, **options)
+        n_examples = calling.n_examples(batch) if batch else len(logits)
+        if not isinstance(values, Tensor) or values.shape != (n_examples,):
+            shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
             raise CoarError(
-                f"output {self.name!r} returned shape {tuple(values.shape)} for {n_examples} examples; "
+                f"output {self.name!r} returned shape {shape} for {n_examples} examples; "
                 f"it must return one number an example, shape ({n_examples},)"
             )
         return values.float()
@@ -72,7 +98,13 @@ OUTPUTS: Registry[Output] = Registry("output")
 
 
 def register(
-    name: str, unit: str, boundary: float | None = None, replace: bool = False
+    name: str,
+    unit: str,
+    boundary: float | None = None,
+    replace: bool = False,
+    takes: str = "logits",
+    alignment: str | None = None,
+    call: Call | None = None,
 ) -> Callable[[OutputFunction], OutputFunction]:
     """Decorator: makes a function (logits, batch) -> [examples] known as `output=name`; see `Output`.
 
@@ -81,7 +113,7 @@ def register(
     """
 
     def add(function: OutputFunction) -> OutputFunction:
-        OUTPUTS.add(name, Output(name, unit, function, boundary), function, replace)
+        OUTPUTS.add(name, Output(name, unit, function, boundary, takes, alignment, call), function, replace)
         return function
 
     return add
@@ -105,7 +137,7 @@ def get(output: "str | Output | OutputFunction") -> Output:
     return OUTPUTS[output]
 
 
-def _labels(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+def _labels(logits: Tensor, batch: Batch) -> Tensor:
     labels = batch.get("labels")
     if labels is None:
         raise DataError(
@@ -127,10 +159,12 @@ def _labels(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
     return labels.long()
 
 
-def _margins(logits: Tensor, targets: Tensor) -> Tensor:
+def margins(logits: Tensor, targets: Tensor) -> Tensor:
     """Logit of the target minus the largest other logit, over the last axis."""
     if logits.shape[-1] < 2:
-        raise CoarError(f"a margin needs at least 2 classes, and the model has {logits.shape[-1]}; use 'logit'")
+        raise CoarError(
+            f"a margin needs at least 2 classes, and the model has {logits.shape[-1]}; use 'score' or 'regression'"
+        )
     # The best of the others is the second of the two largest where the target itself is the largest.
     top, where = logits.topk(2, dim=-1)
     correct = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
@@ -139,31 +173,31 @@ def _margins(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 @register("margin", unit="logits", boundary=0.0)
-def margin(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+def margin(logits: Tensor, batch: Batch) -> Tensor:
     """Correct logit minus the largest other logit (the paper's output for classifiers); above 0 = classified right."""
-    return _margins(logits, _labels(logits, batch))
+    return margins(logits, _labels(logits, batch))
 
 
 @register("logit", unit="logits")
-def logit(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+def logit(logits: Tensor, batch: Batch) -> Tensor:
     """Logit of the correct class."""
     return logits.gather(1, _labels(logits, batch)[:, None])[:, 0]
 
 
 @register("log_prob", unit="nats")
-def log_prob(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+def log_prob(logits: Tensor, batch: Batch) -> Tensor:
     """Log-probability of the correct class (at most 0)."""
     return -F.cross_entropy(logits, _labels(logits, batch), reduction="none")
 
 
 @register("loss", unit="nats")
-def loss(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+def loss(logits: Tensor, batch: Batch) -> Tensor:
     """Cross-entropy of the correct class: the one output of which more is worse."""
     return F.cross_entropy(logits, _labels(logits, batch), reduction="none")
 
 
-def next_tokens(logits: Tensor, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """The tokens to be predicted and which of them are real.
+def next_tokens(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The tokens to be predicted and which of them are real, of a causal language model.
 
     Targets are `labels` where the batch has them (the ignored label -100 marks what does not count), else `input_ids`.
     A position counts if it and the one before it are inside the `attention_mask`.
@@ -175,30 +209,56 @@ def next_tokens(logits: Tensor, batch: Mapping[str, Tensor]) -> tuple[Tensor, Te
         CoarError: logits that are not a language model's.
         DataError: no tokens, or an example without a single real next token.
     """
+    _, targets, real = aligned(logits, batch, NEXT)
+    return targets, real
+
+
+def aligned(logits: Tensor, batch: Batch, alignment: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Predictions, their targets, and which of them count.
+
+    Args:
+        logits: [examples, positions, classes].
+        batch: with `labels`, int64 [examples, positions] or one-hot [examples, positions, classes]; for `NEXT`,
+            `input_ids` will do.
+        alignment: `NEXT`, `SAME` or `DECODED`.
+
+    Returns:
+        logits [examples, targets, classes], targets int64 [examples, targets], real bool [examples, targets].
+
+    Raises:
+        CoarError: logits of another shape.
+        DataError: no targets, targets of another shape, or an example without a single real one.
+    """
     if logits.dim() != 3:
         raise CoarError(
             f"this output is for language models with logits [examples, positions, vocabulary], and the model's are "
             f"{list(logits.shape)}; for classifiers use 'margin', 'logit', 'log_prob' or 'loss'"
         )
-    tokens = batch.get("labels", batch.get("input_ids"))
-    if tokens is None or tokens.shape != logits.shape[:2]:
+    names = ("labels", "input_ids") if alignment == NEXT else ("labels",)
+    tokens = next((batch[name] for name in names if name in batch), None)
+    if isinstance(tokens, Tensor) and tokens.dim() == 3 and tokens.shape == logits.shape:
+        tokens = tokens.argmax(-1)
+    if not isinstance(tokens, Tensor) or tokens.shape != logits.shape[:2]:
+        wanted = "'input_ids' (or 'labels')" if alignment == NEXT else "'labels'"
         raise DataError(
-            f"this output needs 'input_ids' (or 'labels') of shape {tuple(logits.shape[:2])}, and the batch has "
+            f"this output needs {wanted} of shape {tuple(logits.shape[:2])}, and the batch has "
             f"{ {name: tuple(value.shape) for name, value in batch.items() if hasattr(value, 'shape')} }"
         )
-    targets = tokens[:, 1:]
+    moved = 1 if alignment == NEXT else 0
+    targets = tokens[:, moved:]
     real = targets != IGNORED_LABEL
     _check_tokens(targets[real], logits.shape[-1])
-    attended = batch.get("attention_mask")
-    if attended is not None:
-        real = real & attended[:, 1:].bool() & attended[:, :-1].bool()
+    attended = batch.get("decoder_attention_mask" if alignment == DECODED else "attention_mask")
+    if attended is not None and (moved or attended.shape == real.shape):
+        real = real & attended[:, moved:].bool() & attended[:, : attended.shape[1] - moved].bool()
     empty = (~real.any(1)).nonzero().flatten().tolist()
     if empty:
+        what = "next token (fewer than two tokens, or" if moved else "target ("
         raise DataError(
-            f"examples {empty} of the batch have no real next token (fewer than two tokens, or all of them padding or "
+            f"examples {empty} of the batch have no real {what} all of them padding or "
             f"labelled {IGNORED_LABEL}); leave such examples out"
         )
-    return targets.clamp_min(0).long(), real
+    return logits[:, : logits.shape[1] - moved], targets.clamp_min(0).long(), real
 
 
 def _check_tokens(targets: Tensor, vocabulary: int) -> None:
@@ -214,16 +274,26 @@ def _mean_over_real(values: Tensor, real: Tensor) -> Tensor:
     return torch.where(real, values, 0.0).sum(1) / real.sum(1)
 
 
-@register("token_margin", unit="logits", boundary=0.0)
-def token_margin(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-    """Margin of the next token, mean over the real ones (the paper's output for language models)."""
-    targets, real = next_tokens(logits, batch)
-    return _mean_over_real(_margins(logits[:, :-1], targets), real)
+@register("token_margin", unit="logits", boundary=0.0, alignment=NEXT)
+def token_margin(logits: Tensor, batch: Batch, alignment: str = NEXT) -> Tensor:
+    """Margin of the target tokens, mean over the real ones (the paper's output for language models)."""
+    predictions, targets, real = aligned(logits, batch, alignment)
+    return _mean_over_real(margins(predictions, targets), real)
 
 
-@register("token_log_prob", unit="nats a token")
-def token_log_prob(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-    """Log-probability of the next token, mean over the real ones (at most 0)."""
-    targets, real = next_tokens(logits, batch)
-    losses = F.cross_entropy(logits[:, :-1].transpose(1, 2), targets, reduction="none")
-    return _mean_over_real(-losses, real)
+@register("token_log_prob", unit="nats a token", alignment=NEXT)
+def token_log_prob(logits: Tensor, batch: Batch, alignment: str = NEXT) -> Tensor:
+    """Log-probability of the target tokens, mean over the real ones (at most 0)."""
+    return _mean_over_real(*_log_probs(logits, batch, alignment))
+
+
+@register("answer_log_prob", unit="nats", alignment=NEXT)
+def answer_log_prob(logits: Tensor, batch: Batch, alignment: str = NEXT) -> Tensor:
+    """Log-probability of the target tokens all together, a sum: of an answer, where only its tokens are labelled."""
+    log_probs, real = _log_probs(logits, batch, alignment)
+    return torch.where(real, log_probs, 0.0).sum(1)
+
+
+def _log_probs(logits: Tensor, batch: Batch, alignment: str) -> tuple[Tensor, Tensor]:
+    predictions, targets, real = aligned(logits, batch, alignment)
+    return -F.cross_entropy(predictions.transpose(1, 2), targets, reduction="none"), real

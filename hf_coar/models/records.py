@@ -9,7 +9,7 @@ from torch import nn
 from hf_coar.errors import CorruptFileError
 from hf_coar.models import offloading
 from hf_coar.models.classes import class_names
-from hf_coar.models.libraries import library
+from hf_coar.models.libraries import library, wrapped
 from hf_coar.storage import files
 
 EDIT = "coar_edit.json"  # the file in which an edited model keeps the record of its edit
@@ -27,6 +27,10 @@ def record(model: nn.Module) -> dict[str, Any]:
     known = dict(getattr(model, RECORD, {}))
     if not known and library(model) == "transformers":
         known = {"id": model.config.name_or_path or None, "revision": getattr(model.config, "_commit_hash", None)}
+    if not known and library(model) == "diffusers":
+        known = {"id": model.config.get("_name_or_path") or None}
+    if not known and library(model) == "peft":
+        known = {"id": record(wrapped(model))["id"]}
     if not known and library(model) == "timm":
         known = {"id": model.pretrained_cfg.get("hf_hub_id") or model.pretrained_cfg.get("architecture")}
     parameters = list(model.parameters())

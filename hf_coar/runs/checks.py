@@ -6,14 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from hf_coar import data as data_module
-from hf_coar import models
 from hf_coar.components import Group
 from hf_coar.errors import ModelError
 from hf_coar.masking import MaskedModel
 from hf_coar.models.outputs import Output
 
 N_EXAMPLES = 4  # enough that a layer of a few ReLUs, all of them off for one example, is on for another
-# Of the largest logit; scripts/measure_identity.py shows how far two forwards are apart. Kernels of a GPU that add up
+# Of the largest output; scripts/measure_identity.py shows how far two forwards are apart. Kernels of a GPU that add up
 # in any order move the last bits, dropout or a random mask the first ones.
 _ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-8}
 _ROUNDING_OF_HALF = 3e-2
@@ -21,28 +20,29 @@ _LEVELS = (0.8, 0.4)  # of all gates: a group is blocked only if it has no gradi
 _NAMED = 8
 
 
-def check_repeats(model: nn.Module, batch: data_module.Batch) -> None:
+def check_repeats(model: nn.Module, output: Output, batch: data_module.Batch) -> None:
     """Two equal forwards.
 
     Args:
         model: frozen.
-        batch: a few examples, on its device.
+        output: that is attributed.
+        batch: a few examples, on the model's device.
 
     Raises:
         ModelError: they differ.
     """
     with torch.no_grad():
-        first, second = (models.logits(model, batch) for _ in range(2))
-    tolerance = _ROUNDING.get(first.dtype, _ROUNDING_OF_HALF)
+        first, second = (output.of(model, batch) for _ in range(2))
+    tolerance = _tolerance(model)
     if first.shape == second.shape:
         first, second = first.double(), second.double()
-        scale = float(first.abs().nan_to_num(0, 0, 0).max())
+        scale = max(float(first.abs().nan_to_num(0, 0, 0).max()), 1.0)
         difference = float((first - second).abs().nan_to_num(0).max())
         if difference <= tolerance * scale:
             return
-        found = f"its logits differ by {difference:.3g}, where the largest is {scale:.3g}"
+        found = f"output {output.name!r} differs by {difference:.3g}, where the largest is {scale:.3g}"
     else:
-        found = f"its logits have the shapes {list(first.shape)} and {list(second.shape)}"
+        found = f"output {output.name!r} has the shapes {list(first.shape)} and {list(second.shape)}"
     raise ModelError(
         f"stochastic forward: {type(model).__name__} gives two results for the same examples in evaluation mode "
         f"({found}); it draws random numbers (F.dropout without training=self.training, a random mask) or keeps a "
@@ -58,18 +58,18 @@ def blocked(masked: MaskedModel, output: Output, batch: data_module.Batch) -> li
         output: what is differentiated.
         batch: some examples, on the model's device.
     """
-    suspects = list(masked.components.groups)
+    suspects, tolerance = list(masked.components.groups), _tolerance(masked.model)
     for level in _LEVELS:
         reached = _reached(masked, output, batch, level)
         suspects = [group for group in suspects if group.parameter not in reached]
         if not suspects:
             return []
     with torch.no_grad():
-        plain = models.logits(masked.model, batch)
+        plain = output.of(masked.model, batch)
         # As a rule none of them matters (modules that do not run for these examples), and one pass says so.
-        if _same(plain, _ablated(masked, suspects, batch)):
+        if _same(plain, _ablated(masked, output, suspects, batch), tolerance):
             return []
-        return [group for group in suspects if not _same(plain, _ablated(masked, [group], batch))]
+        return [group for group in suspects if not _same(plain, _ablated(masked, output, [group], batch), tolerance)]
 
 
 def check_reached(masked: MaskedModel, output: Output, batch: data_module.Batch) -> None:
@@ -87,7 +87,7 @@ def check_reached(masked: MaskedModel, output: Output, batch: data_module.Batch)
 
 def _reached(masked: MaskedModel, output: Output, batch: data_module.Batch, level: float) -> set[str]:
     """Parameters of the groups at whose gates a gradient arrives."""
-    device = next(iter(batch.values())).device
+    device = data_module.device_of(batch)
     gates = [torch.full((size,), level, device=device, requires_grad=True) for size in masked.components.sizes()]
     with torch.enable_grad():
         with masked.gated(gates):
@@ -101,17 +101,20 @@ def _reached(masked: MaskedModel, output: Output, batch: data_module.Batch, leve
     return {group.parameter for group, gradient in found if gradient is not None and bool((gradient != 0).any())}
 
 
-def _ablated(masked: MaskedModel, groups: Sequence[Group], batch: data_module.Batch) -> Tensor:
+def _ablated(masked: MaskedModel, output: Output, groups: Sequence[Group], batch: data_module.Batch) -> Tensor:
     names = {group.parameter for group in groups}
     kept = torch.cat([torch.full((group.size,), group.parameter not in names) for group in masked.components.groups])
     with masked.ablated(kept):
-        return models.logits(masked.model, batch)
+        return output.of(masked.model, batch)
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
+def _same(one: Tensor, other: Tensor, tolerance: float) -> bool:
     """Equal but for rounding: a weight of zeros may be multiplied by another kernel."""
-    if one.shape != other.shape:
-        return False
-    tolerance = _ROUNDING.get(one.dtype, _ROUNDING_OF_HALF)
-    scale = float(one.double().abs().nan_to_num(0, 0, 0).max())
+    scale = max(float(one.double().abs().nan_to_num(0, 0, 0).max()), 1.0)
     return float((one.double() - other.double()).abs().nan_to_num(torch.inf).max()) <= tolerance * scale
+
+
+def _tolerance(model: nn.Module) -> float:
+    """What rounding may move, by the least precise of the weights."""
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    return max((_ROUNDING.get(dtype, _ROUNDING_OF_HALF) for dtype in dtypes), default=_ROUNDING_OF_HALF)

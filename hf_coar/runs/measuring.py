@@ -54,7 +54,7 @@ class MaskedPasses:
     def _several(self, batch: data_module.Batch, kept: Tensor) -> Tensor:
         """Outputs [masks, examples] of one forward pass over a copy of the batch for every mask."""
         count = data_module.size(batch)
-        copies = {name: value.repeat(len(kept), *[1] * (value.dim() - 1)) for name, value in batch.items()}
+        copies = data_module.take(batch, torch.arange(count).repeat(len(kept)))
         try:
             with self.masked.ablated(kept.repeat_interleave(count, dim=0), how="hooks"):
                 values = self.output.of(self.masked.model, copies)

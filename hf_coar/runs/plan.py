@@ -141,7 +141,7 @@ def _one_pass(model: nn.Module, example: Mapping[str, Tensor]) -> tuple[float, i
     hooks = [module.register_forward_hook(add) for module in leaves]
     try:
         with models.frozen(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
-            models.logits(model, example)
+            models.tasks.of(model).run(model, example)
     finally:
         for hook in hooks:
             hook.remove()

@@ -1,0 +1,140 @@
+"""Preflight: an output is tried on a few examples, and what is wrong with it is said, before anything is paid for."""
+
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_coar import data as data_module
+from hf_coar import models
+from hf_coar.errors import CoarError, DataError, ModelError
+from hf_coar.models import calling, tasks
+from hf_coar.models.calling import Call
+from hf_coar.models.outputs import Output, OutputFunction
+from hf_coar.runs.engine import placed
+from hf_coar.runs.workers import processes
+
+logger = logging.getLogger(__name__)
+
+# What an example gives alone and in a batch differs by rounding, which half precision makes a few per cent.
+_SAME = 0.05
+_SIDES = ("foil_", "pair_", "rejected_")  # what a second run of the model gets
+
+
+def bound(
+    model: nn.Module, data: Iterable, output: "str | Output | OutputFunction" = tasks.AUTO, call: Call | None = None
+) -> Output:
+    """The output with the call and the alignment of the model's task, tried on the first examples; see `tasks.bind`.
+
+    Args:
+        model: any module; runs a few times on its first two examples.
+        data: what `data.batches` gives.
+        output: as for `attribute`.
+        call: as for `attribute`.
+
+    Raises:
+        DataError: no examples, a batch without what the output needs, or examples that depend on each other.
+        ModelError: the model does not run on them.
+        CoarError: the output cannot be had of this model; says which can.
+    """
+    batch = first_batch(data_module.Chunks(data))
+    batch = data_module.rows(batch, 0, min(2, data_module.size(batch)))
+    with models.frozen(model), placed(model, processes().device) as device, torch.no_grad():
+        batch = data_module.to_device(batch, device)
+        found = tasks.bind(model, output, call, batch)
+        values = _tried(model, found, batch)
+        if len(values) == 2:
+            _check_alone(model, found, batch, values)
+    if call is None:
+        _tell_unread(model, found, batch)
+    return found
+
+
+def first_batch(chunks: Any) -> data_module.Batch:
+    """The first batch of `data.Chunks` that can be read.
+
+    Raises:
+        DataError: there is none.
+    """
+    for chunk in chunks:
+        for _, batch in chunk.read().pieces:
+            return batch
+    raise DataError("the data set is empty; nothing to run on")
+
+
+def _tried(model: nn.Module, output: Output, batch: data_module.Batch) -> Tensor:
+    """Outputs of the batch; what goes wrong becomes an error that says what to do."""
+    try:
+        return output.of(model, batch)
+    except CoarError as error:
+        error.args = (f"{error}. {tasks.explain(model, output)}",)
+        raise
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError) as error:
+        first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        shapes = {name: list(value.shape) if isinstance(value, Tensor) else "list" for name, value in batch.items()}
+        raise ModelError(
+            f"{type(models.wrapped(model)).__name__} with output {output.name!r} does not run on the first examples "
+            f"({type(error).__name__}: {first[:200]}); they hold {shapes}. {tasks.explain(model, output)}"
+        ) from error
+
+
+def _check_alone(model: nn.Module, output: Output, batch: data_module.Batch, together: Tensor) -> None:
+    """Every example's output must be its own, or batches of another size would change the numbers."""
+    alone = torch.cat([_tried(model, output, data_module.rows(batch, place, place + 1)) for place in range(2)])
+    far = (alone - together).abs()
+    if float(far.max()) <= _SAME * max(1.0, float(together.abs().max())):
+        return
+    place = int(far.argmax())
+    again = _tried(model, output, batch)
+    if not torch.allclose(again, together, rtol=_SAME, atol=_SAME):
+        raise ModelError(
+            f"output {output.name!r} of the same examples is {together.tolist()} and then {again.tolist()}: the model "
+            "draws random numbers; give them as an entry of the batch, or a call= that fixes the seed"
+        )
+    raise DataError(
+        f"output {output.name!r} of example {place} is {float(together[place]):.4g} beside another one and "
+        f"{float(alone[place]):.4g} alone, so that it is not its own; give batches of one example, or an output that "
+        "looks at every example by itself"
+    )
+
+
+class _Noting(dict):
+    """A batch that notes which entries were asked for."""
+
+    def __init__(self, entries: data_module.Batch) -> None:
+        super().__init__(entries)
+        self.read: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        self.read.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.read.add(name)
+        return super().get(name, default)
+
+    def __contains__(self, name: object) -> bool:
+        self.read.add(str(name))
+        return super().__contains__(name)
+
+
+def _tell_unread(model: nn.Module, output: Output, batch: data_module.Batch) -> None:
+    """Warns of entries that neither the forward nor the output takes, such as a misspelled one."""
+    names, takes_any = calling.forward_names(model)
+    known = names | {"inputs", "pixel_values"} | set(tasks.of(model).targets)
+    rest = [name for name in batch if name not in known and not name.startswith(_SIDES)]
+    if not rest or (takes_any and models.library(models.wrapped(model)) == "torch") or len(batch) == 1:
+        return
+    noting = _Noting(batch)
+    with models.frozen(model), placed(model, processes().device), torch.no_grad():
+        output.of(model, noting)
+    if unread := [name for name in rest if name not in noting.read]:
+        logger.warning(
+            "%s takes no entry %s of the batch, and neither does output %r; if it is no misspelled one, leave it out. "
+            "The forward takes %s",
+            type(models.wrapped(model)).__name__, ", ".join(unread), output.name, ", ".join(sorted(names)),
+        )  # fmt: skip

@@ -1,0 +1,225 @@
+"""Tasks: for every kind of head the right output without a word, compared with the head's own loss or by hand."""
+
+import copy
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+from exactness import zeroed_by_hand
+from task_cases import CASES, made, rows
+
+import hf_coar as coar
+from hf_coar import models
+from hf_coar.errors import CoarError, DataError
+from hf_coar.models import tasks
+
+
+@pytest.fixture(params=CASES)
+def case(request):
+    return request.param
+
+
+def test_the_head_tells_the_task_and_its_output(case):
+    model, batch = made(case)
+    assert tasks.of(model).name == CASES[case].task
+    assert tasks.bind(model, batch=batch).name == CASES[case].output
+
+
+def test_the_output_is_what_one_works_out_by_hand(case):
+    model, batch = made(case)
+    with torch.no_grad():
+        found = tasks.bind(model, batch=batch).of(model, batch)
+        expected = CASES[case].by_hand(model, batch)
+    assert found.shape == (4,) and found.dtype == torch.float32
+    assert found.tolist() == pytest.approx(expected.tolist(), rel=1e-4, abs=1e-5)
+    assert expected.unique().numel() > 1
+
+
+def test_an_example_alone_gives_what_it_gives_in_a_batch(case):
+    model, batch = made(case)
+    output = tasks.bind(model, batch=batch)
+    with torch.no_grad():
+        alone = torch.cat([output.of(model, row) for row in rows(batch)])
+        assert alone.tolist() == pytest.approx(output.of(model, batch).tolist(), rel=1e-3, abs=1e-4)
+
+
+# -------------------------------------------------------------------------------------------- components and the output
+
+
+def some_masks(n_components, n_masks=3):
+    """The last one keeps all, the others lack a tenth of the components."""
+    kept = torch.rand(n_masks, n_components, generator=torch.Generator().manual_seed(0)) > 0.1
+    kept[-1] = True
+    return kept
+
+
+def test_components_reach_the_output_as_zeroing_by_hand_does(case):
+    model, batch = made(case)
+    components, output = coar.find_components(model), tasks.bind(model, batch=batch)
+    masks = some_masks(len(components))
+    with torch.no_grad():
+        for kept in masks:
+            by_hand = output.of(zeroed_by_hand(model, components, kept), batch)
+            with coar.ablate(model, components, kept, how="weights"):
+                assert torch.allclose(output.of(model, batch), by_hand, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(by_hand, masked(model, components, output, batch, masks[:1].expand(4, -1)), atol=1e-4)
+
+
+def masked(model, components, output, batch, kept):
+    with torch.no_grad(), coar.ablate(model, components, kept):
+        return output.of(model, batch)
+
+
+def test_every_example_may_have_components_of_its_own(case):
+    model, batch = made(case)
+    components, output = coar.find_components(model), tasks.bind(model, batch=batch)
+    kept = some_masks(len(components))[[0, 1, 2, 0]]
+    found = masked(model, components, output, batch, kept)
+    alone = [masked(model, components, output, batch, row)[i] for i, row in enumerate(kept)]
+    assert found.tolist() == pytest.approx(torch.stack(alone).tolist(), rel=1e-3, abs=1e-3)
+
+
+# --------------------------------------------------------------------------------------------------- from end to end
+
+RELOAD = """
+import importlib, json, sys, torch
+library, name, folder, values = sys.argv[1:]
+loader = getattr(importlib.import_module(library), name)
+model = loader.from_pretrained(folder)
+assert not any(module.split(".")[0] == "hf_coar" for module in sys.modules)
+torch.save(model.state_dict(), values)
+"""
+
+
+def reloaded(model, folder):
+    """The weights of a saved model as its own library alone loads them, in a process without hf_coar."""
+    names = [models.library(model), type(model).__name__, str(folder), str(folder / "state.pt")]
+    subprocess.run([sys.executable, "-W", "ignore", "-c", RELOAD, *names], check=True)
+    return torch.load(folder / "state.pt")
+
+
+METHOD = {"method": coar.PathGradient(rounds=6), "progress": False}
+
+
+def end_to_end(case, tmp_path):
+    """Attribute, evaluate, edit, save, load again; returns the correlation at a twentieth ablated."""
+    model, batch = made(case)
+    attributions = coar.attribute(model, [batch], **METHOD)
+    assert attributions.provenance.output == CASES[case].output
+    report = coar.evaluate(attributions, model, [batch], fractions=(0.05,), n_masks=20, progress=False)
+    before = tasks.bind(model, batch=batch).of(model, batch)
+    edited = coar.edit(model, attributions, decrease=[0], n_components=max(3, len(attributions.components) // 50))
+    after = tasks.bind(edited, batch=batch).of(edited, batch)
+    assert after[0] < before[0]
+    models.save_model(edited, tmp_path)
+    again = copy.deepcopy(model)
+    again.load_state_dict(reloaded(edited, tmp_path))
+    assert torch.equal(tasks.bind(again, batch=batch).of(again, batch), after)
+    return report.correlation[0.05]
+
+
+SAMPLE = random.Random(0).sample([name for name in CASES if name != "timm"], 5)
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_from_attribution_to_a_plain_reload(name, tmp_path):
+    assert end_to_end(name, tmp_path) > 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in CASES if name not in (*SAMPLE, "timm")])
+def test_every_task_from_attribution_to_a_plain_reload(name, tmp_path):
+    assert end_to_end(name, tmp_path) > 0.5
+
+
+# ------------------------------------------------------------------------------------------------ calls of one's own
+
+
+def brightness(found, batch):
+    """How bright the sample is."""
+    return found.flatten(1).mean(1)
+
+
+BRIGHTNESS = coar.outputs.Output("brightness", "grey levels", brightness, takes="output")
+
+
+def test_a_sampler_runs_the_model_many_times():
+    from diffusers import DDIMScheduler
+
+    model, batch = made("denoising")
+    call = tasks.sampling(DDIMScheduler(clip_sample=False), steps=3)
+    batch = {"noise": batch["noise"], "class_labels": batch["class_labels"]}
+    output = tasks.bind(model, BRIGHTNESS, call)
+    components = coar.find_components(model)
+    kept = some_masks(len(components))[[0, 1, 2, 0]]
+    found = masked(model, components, output, batch, kept)
+    alone = [masked(model, components, output, batch, row)[i] for i, row in enumerate(kept)]
+    assert found.tolist() == pytest.approx(torch.stack(alone).tolist(), rel=1e-3, abs=1e-4)
+    attributions = coar.attribute(model, [batch], output=BRIGHTNESS, call=call, method=coar.PathGradient(rounds=0),
+                                  progress=False)  # fmt: skip
+    assert "sampling" in attributions.provenance.call
+    with pytest.raises(CoarError, match="sampling"):
+        coar.evaluate(attributions, model, [batch], output=BRIGHTNESS)
+
+
+# ------------------------------------------------------------------------------- said before the first pass is paid for
+
+
+def test_an_entry_that_nobody_takes_is_named(caplog):
+    model, batch = made("text")
+    batch["token_type_id"] = batch.pop("token_type_ids")
+    coar.attribute(model, [batch], method=coar.PathGradient(rounds=0), progress=False)
+    assert "token_type_id " in caplog.text
+
+
+def test_an_output_that_mixes_the_examples_is_refused():
+    model, batch = made("image_and_text")
+
+    def against_the_others(found, batch):
+        return found.logits_per_image.log_softmax(1).diagonal()
+
+    output = coar.outputs.Output("contrast", "nats", against_the_others, takes="output")
+    with pytest.raises(DataError, match="alone"):
+        coar.attribute(model, [batch], output=output, call=lambda model, batch: model(**batch), progress=False)
+
+
+REFUSED = {
+    "a text decoder without a text": ("seq2seq", ("labels",), {}, "decodes a second text"),
+    "a sound decoder without a text": ("speech", ("labels",), {}, "decodes a second text"),
+    "masked tokens without labels": ("masked_lm", ("labels",), {}, "labels"),
+    "a classifier's output": ("causal_lm", (), {"output": "margin"}, "token_margin"),
+    "a language model's output": ("text", (), {"output": "token_margin"}, "margin"),
+    "objects without boxes": ("detection", ("labels",), {}, "labels"),
+    "spans without their ends": ("question_answering", ("end_positions",), {}, "end_positions"),
+    "one number and whole numbers": ("score", (), {"labels": torch.tensor([0, 1, 1, 0])}, "score"),
+    "nothing to explain": ("embedding", ("pair_input_ids", "pair_attention_mask"), {}, "pair_input_ids"),
+    "an input too few": ("denoising", ("timestep",), {}, "timestep"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_cannot_be_had_is_said_before_the_first_pass(what):
+    name, missing, given, message = REFUSED[what]
+    model, batch = made(name)
+    batch = {key: value for key, value in batch.items() if key not in missing}
+    options = {key: given[key] for key in given if key == "output"}
+    batch |= {key: value for key, value in given.items() if key != "output"}
+    with pytest.raises(CoarError, match=message) as caught:
+        coar.attribute(model, [batch], method=coar.PathGradient(rounds=0), progress=False, **options)
+    assert len(str(caught.value).splitlines()) <= 3 and "use one mask" not in str(caught.value)
+
+
+def test_a_task_is_known_by_being_registered(registering):
+    from transformers import BertForMaskedLM
+
+    class Restorer(BertForMaskedLM):
+        pass
+
+    model = Restorer(made("masked_lm")[0].config)
+    assert tasks.of(model).name == "masked_lm"
+    tasks.register("restoring", outputs=("token_log_prob",), heads=("Restorer",), alignment="same")
+    assert tasks.bind(model, batch=made("masked_lm")[1]).name == "token_log_prob"
+    with pytest.raises(CoarError, match="taken"):
+        tasks.register("restoring", outputs=("token_log_prob",))
