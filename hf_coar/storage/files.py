@@ -14,7 +14,7 @@ import torch
 
 from hf_coar.errors import CoarError, CorruptFileError
 
-_CHECKSUM = "sha256"
+_CHECKSUM, _ABOUT = "sha256", "hf_coar"  # entries in the headers of files of tensors
 
 
 def write_bytes(path: Path, content: bytes | Callable[[str], None], replace: bool = True) -> None:
@@ -173,7 +173,9 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], about: Mappin
 
     about = dict(about or {})
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
-    write_bytes(path, save(tensors, metadata={**about, _CHECKSUM: checksum(tensors, about)}))
+    # One entry: safetensors writes several in any order, and the same results are to be the same bytes.
+    words = json.dumps({**about, _CHECKSUM: checksum(tensors, about)}, sort_keys=True)
+    write_bytes(path, save(tensors, metadata={_ABOUT: words}))
 
 
 def read_tensors(path: Path, verify: bool = True) -> dict[str, torch.Tensor]:
@@ -195,7 +197,7 @@ def read_tensors_about(path: Path, verify: bool = True) -> tuple[dict[str, torch
 
     try:
         with safe_open(str(path), framework="pt") as file:
-            about = dict(file.metadata() or {})
+            about = _words(file.metadata() or {})
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (OSError, SafetensorError, ValueError) as error:
         raise CorruptFileError(f"cannot read {path}: {error}") from error
@@ -203,6 +205,14 @@ def read_tensors_about(path: Path, verify: bool = True) -> tuple[dict[str, torch
     if verify and checksum(tensors, about) != expected:
         raise CorruptFileError(f"{path} is damaged: its checksum does not match its content")
     return tensors, about
+
+
+def _words(metadata: Mapping[str, str]) -> dict[str, str]:
+    """What `write_tensors` wrote beside the tensors; older versions wrote the checksum alone, under its own name."""
+    found = json.loads(metadata[_ABOUT]) if _ABOUT in metadata else dict(metadata)
+    if not isinstance(found, dict) or not all(isinstance(text, str) for text in found.values()):
+        raise ValueError("its header holds other things")
+    return found
 
 
 def checksum(tensors: Mapping[str, torch.Tensor], about: Mapping[str, str] | None = None) -> str:
