@@ -68,6 +68,14 @@ def settled(page, pattern):
     return page.input_value(LINK)
 
 
+def at_rest(page):
+    """The text of the tab, as soon as nothing in it is on its way any more."""
+    before = None
+    while before != (before := page.locator("#tabs").inner_text()):
+        page.wait_for_timeout(1000)
+    return before
+
+
 def test_examples_are_chosen_filtered_and_turned(page):
     page.opened()
     page.click("#gallery .coar-card >> nth=7")
@@ -183,12 +191,11 @@ def test_a_link_reopens_its_view(page, name):
     page.opened(query)
     page.wait_for_selector(shown)
     link = settled(page, "view=")
-    before = page.locator("#tabs").inner_text()
+    before = at_rest(page)
     page.goto("about:blank")
     page.goto(link)
     page.wait_for_selector(shown)
-    page.wait_for_timeout(500)
-    assert page.locator("#tabs").inner_text() == before
+    assert at_rest(page) == before
     assert settled(page, "view=") == link == page.url
 
 
