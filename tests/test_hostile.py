@@ -240,13 +240,13 @@ def test_hostile_configurations_of_models(tmp_path, net):
     for entries in HOSTILE[net]:
         models.save_model(build_net(net).model, folder, overwrite=True)
         changed(folder, **entries)
-        started = time.monotonic()
+        started = time.process_time()
         for load in (models.load_model, models.load_architecture):
             try:
                 load(folder)
             except CoarError as error:
                 assert str(error) and "\n" not in str(error)
-        assert time.monotonic() - started < 10, entries
+        assert time.process_time() - started < 10, entries
 
 
 @pytest.mark.parametrize(
@@ -300,9 +300,9 @@ NO_FLAGS = {
 def test_files_that_are_no_flags_are_refused_at_once(tmp_path, what, capsys):
     path = tmp_path / "flags.yaml"
     path.write_text(NO_FLAGS[what])
-    started = time.monotonic()
+    started = time.process_time()
     assert cli.main(["attribute", "x", "y", "--out", str(tmp_path / "out"), "--config", str(path)]) == 2
-    assert time.monotonic() - started < 3
+    assert time.process_time() - started < 3
     said = capsys.readouterr().err
     assert "--config" in said and len(said) < 1500 and "\x1b" not in said and "\a" not in said
     assert not (tmp_path / "out").exists()

@@ -229,7 +229,7 @@ class Attributions:
         """Where a model or data set that the provenance names is: a Hub id, or a local path seen from here.
 
         Raises:
-            CoarError: these attributions come from elsewhere and name a local path.
+            CoarError: these attributions come from the Hub and name a local path.
         """
         if name is None or self.origin is None:
             return name
@@ -242,6 +242,7 @@ class Attributions:
             return name
         # Relative paths are of the folder where the run was made, which is around it as a rule.
         around = [Path(name), *(folder / name for folder in self.origin.parents)]
+<<<<<<< HEAD
         there = next((str(path) for path in around if path.exists()), None)
         if there is not None and not self.made_here:
             raise CoarError(
@@ -249,6 +250,9 @@ class Attributions:
                 "is meant, give it yourself with model=… or data=…"
             )
         return there or name
+=======
+        return next((str(path) for path in around if path.exists()), name)
+>>>>>>> 3272dcd (Cards: a library is a name)
 
     def check_model(self, fingerprint: str, given: Mapping[str, Any] | None = None) -> None:
         """Raises `ModelMismatchError` unless a model with this fingerprint was attributed.

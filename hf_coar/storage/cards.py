@@ -226,6 +226,7 @@ def edited_model_card(entries: Mapping[str, Any], source: str = ".", pictures: S
     """
     base, data = _mapping(entries, "base"), _mapping(entries, "data")
     components, library = list(entries.get("components") or ()), base.get("library") or "torch"
+    library = library if re.fullmatch(r"[\w.-]+", str(library)) else "torch"
     metadata = {"library_name": {"torch": "pytorch"}.get(library, library)}
     metadata |= {"tags": ["coar", "model-editing", "component-attribution"]}
     metadata |= {"base_model": model_id(base), "base_model_relation": "finetune"} if model_id(base) else {}
@@ -243,7 +244,7 @@ def edited_model_card(entries: Mapping[str, Any], source: str = ".", pictures: S
         model=_model_name(base),
         model_line=_model_line(base),
         data_line=_data_line(data),
-        library={"torch": "PyTorch"}.get(library, for_markdown(library)),
+        library={"torch": "PyTorch"}.get(library, library),
         aim=_aim(entries),
         increase=_examples(entries.get("increase"), of_classes(entries, "increase")),
         decrease=_examples(entries.get("decrease"), of_classes(entries, "decrease")),
