@@ -2,9 +2,11 @@
 
 import copy
 import hashlib
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from hf_coar.errors import CorruptFileError
 from hf_coar.storage import files
@@ -77,16 +79,26 @@ def copy_with_record(model: nn.Module, **entries: Any) -> nn.Module:
 def fingerprint(model: nn.Module) -> str:
     """BLAKE2b-128 over names, shapes and values of all parameters and persistent buffers, as 32 hexadecimal digits.
 
-    Weights that are offloaded (on the meta device) enter with name, shape and dtype only.
+    Weights that are offloaded (on the meta device) enter with name, shape and dtype only; those of a tensor class that
+    holds others (quantised ones) enter as these.
     """
     digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in model.state_dict().items():
-        if not isinstance(tensor, Tensor):
-            continue
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        if tensor.device.type != "meta":
-            digest.update(files.tensor_bytes(tensor))
+    for whole, value in model.state_dict().items():
+        for name, tensor in _plain_tensors(whole, value):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            if tensor.device.type != "meta":
+                digest.update(files.tensor_bytes(tensor))
     return digest.hexdigest()
+
+
+def _plain_tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    if not isinstance(value, Tensor):
+        return
+    if not is_traceable_wrapper_subclass(value):
+        yield name, value
+        return
+    for part in value.__tensor_flatten__()[0]:
+        yield from _plain_tensors(f"{name}.{part}", getattr(value, part))
 
 
 _EDIT_LISTS = ("components", "parameters", "indices", "increase", "decrease", "figures")
