@@ -139,3 +139,19 @@ def test_globs_that_take_a_whole_block_do_not_mean_its_embeddings():
     for include in ("transformer.*", "*"):
         assert not any("wte" in group.module for group in coar.find_components(model, include=include).groups)
     assert any("wpe" in group.module for group in coar.find_components(model, include="*.wp*").groups)
+
+
+# ------------------------------------------------------------------------------------------------- quantised weights
+
+
+def test_weights_of_a_tensor_class_that_holds_others_have_a_fingerprint():
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    model = torch.nn.Linear(3, 2)
+    plain = models.fingerprint(model)
+    with torch.no_grad():
+        parts = [model.weight.detach().clone() for _ in range(2)]
+        model.weight = torch.nn.Parameter(TwoTensor(*parts), requires_grad=False)
+        held = models.fingerprint(model)
+        parts[1][0, 0] += 1
+        assert len({plain, held, models.fingerprint(model)}) == 3

@@ -292,7 +292,11 @@ def test_attributions_of_the_first_version_are_read():
 def test_attributions_of_the_first_version_still_fit_the_demo(monkeypatch):
     monkeypatch.chdir(Path(coar.__file__).parent.parent)  # their paths are relative
     found = coar.Attributions.from_pretrained(BEFORE / "attributions-0.1")
-    model, data = coar.reopen(found)
+    with pytest.raises(coar.CoarError, match="not made here by you, and names 'hf_coar/demo/model'"):
+        coar.reopen(found)
+    recorded = found.provenance
+    named = {"data": recorded.data["id"], "split": recorded.data["split"]}
+    model, data = coar.reopen(found, model=recorded.model["id"], **named)
     assert len(data.dataset) == 3
     report = coar.evaluate(found, model, data, fractions=(0.1,), n_masks=5, progress=False)
     assert report.to_json()["fractions"][0]["correlation"] == pytest.approx(

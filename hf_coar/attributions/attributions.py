@@ -242,7 +242,6 @@ class Attributions:
             return name
         # Relative paths are of the folder where the run was made, which is around it as a rule.
         around = [Path(name), *(folder / name for folder in self.origin.parents)]
-<<<<<<< HEAD
         there = next((str(path) for path in around if path.exists()), None)
         if there is not None and not self.made_here:
             raise CoarError(
@@ -250,9 +249,6 @@ class Attributions:
                 "is meant, give it yourself with model=… or data=…"
             )
         return there or name
-=======
-        return next((str(path) for path in around if path.exists()), name)
->>>>>>> 3272dcd (Cards: a library is a name)
 
     def check_model(self, fingerprint: str, given: Mapping[str, Any] | None = None) -> None:
         """Raises `ModelMismatchError` unless a model with this fingerprint was attributed.

@@ -51,7 +51,8 @@ def find_components(
         granularity: "unit" (convolution filters and output neurons of every weight matrix), "input" (input features of
             every weight matrix), "head" (attention heads), "expert" (experts of a mixture) or "module" (whole
             matrices).
-        include: globs over module names, such as `["layer4.*"]`: only these. A head that is named here counts too.
+        include: globs over module names, such as `["layer4.*"]`: only these. A head that is named here counts too,
+            and an embedding whose own name is (not only that of the block around it).
         exclude: globs over module names: not these.
 
     Returns:

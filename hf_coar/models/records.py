@@ -2,9 +2,11 @@
 
 import copy
 import hashlib
+from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from hf_coar.errors import CorruptFileError
 from hf_coar.models import offloading
@@ -57,15 +59,27 @@ def copy_with_record(model: nn.Module, **entries: Any) -> nn.Module:
 def fingerprint(model: nn.Module) -> str:
     """BLAKE2b-128 over names, shapes and values of all parameters and persistent buffers, as 32 hexadecimal digits.
 
-    Weights that accelerate keeps elsewhere enter as they are there, so that where a model lies makes no difference. Of
-    a model without weights (on the meta device) names, shapes and dtypes enter alone.
+    Weights that accelerate keeps elsewhere enter as they are there, so that where a model lies makes no difference; those
+    of a tensor class that holds others (quantised ones) enter as these. Of a model without weights (on the meta device)
+    names, shapes and dtypes enter alone.
     """
     digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in offloading.state(model):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        if tensor.device.type != "meta":
-            digest.update(files.tensor_bytes(tensor))
+    for whole, value in offloading.state(model):
+        for name, tensor in _plain_tensors(whole, value):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            if tensor.device.type != "meta":
+                digest.update(files.tensor_bytes(tensor))
     return digest.hexdigest()
+
+
+def _plain_tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    if not isinstance(value, Tensor):
+        return
+    if not is_traceable_wrapper_subclass(value):
+        yield name, value
+        return
+    for part in value.__tensor_flatten__()[0]:
+        yield from _plain_tensors(f"{name}.{part}", getattr(value, part))
 
 
 _EDIT_LISTS = ("components", "parameters", "indices", "increase", "decrease", "figures")
