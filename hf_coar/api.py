@@ -200,9 +200,8 @@ def attribute(
         batches = data_module.batches(data, options.batch_size)
         problem = Problem(masked, batches, preflight.bound(model, batches, output, call), ablated_fraction, seed)
         chosen = _checked(problem, chosen)
-        if out is not None:
-            folders.claim(out, folders.ATTRIBUTIONS, overwrite)
         with workers.folder(out) as folder:
+            folders.claim(folder, folders.ATTRIBUTIONS, overwrite)
             chosen = chosen if budget is None else budgets.choose(chosen, budget, problem, folder)
             provenance = replace(_provenance(problem, data, chosen), call=call and dotted(call))
             _tell_cost(problem, chosen)

@@ -23,6 +23,7 @@ METHODS = {
     "hybrid": coar.Regression(prior=coar.PathGradient(rounds=2)),
     "neuron_conductance": NeuronConductance(),
 }
+LOOK = 12  # forward passes of one example before the first pass: of two examples, together and alone, and twice of four
 NUMBERS = {"path_gradient": ("rounds", 2), "regression": ("n_masks", 1), "hybrid": ("n_masks", 1)}
 NUMBERS |= {"neuron_conductance": ("n_steps", 1)}  # what a budget decides, and its steps
 
@@ -104,7 +105,7 @@ def test_a_budget_in_passes_is_kept(mlp, tmp_path):
     mlp.model.register_forward_hook(lambda module, inputs, output: passes.append(len(output)))
     found = attribute(mlp.model, [mlp.batch], budget=35, method=coar.Regression(), out=tmp_path)
     assert found.config["method"]["n_masks"] == 35 and found.config["cost"] == 35
-    assert sum(passes) == 4 * 35 + 2 * 4, "the masks, and a look at the model"
+    assert sum(passes) == 4 * 35 + LOOK, "the masks, and a look at the model"
     assert json.loads((tmp_path / "run.json").read_text())["method"]["n_masks"] == 35
 
 
@@ -144,7 +145,7 @@ def test_a_budget_in_minutes_is_timed_and_kept(mlp, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "run.json").read_text())["method"]["n_masks"] == 48
     clock.rate, before = 50.0, clock.now
     again = attribute(mlp.model, data, method=coar.Regression(), budget="10 min", out=tmp_path)
-    assert clock.now == before + 2 * 4 * clock.rate, "a look at the model; nothing is timed or run again"
+    assert clock.now == before + LOOK * clock.rate, "a look at the model; nothing is timed or run again"
     assert torch.equal(found.weights, again.weights)
 
 

@@ -100,7 +100,7 @@ def test_edit_in_steps(run, tmp_path):
     record = json.loads((tmp_path / "m" / edited.RECORD).read_text())
     assert record["step"] == 2 and record["rule"] == "covariance"
     code, _, err = hf_coar(*words, "--step", 2, "--split", "train[1:25]", "--out", tmp_path / "n")
-    assert code == 2 and "not those that were attributed" in err
+    assert code == 2 and "not those of before" in err
 
 
 def test_indices_ranges_and_labels_name_examples(run):

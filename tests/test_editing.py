@@ -66,7 +66,7 @@ def small(judged):
     _, _, found = judged
     components = coar.find_components(nn.Linear(2, 3))
     weights = torch.tensor([[-5.0, 0.0, 5.0], [-5.1, 0.1, 5.1], [0.1, 0.0, 0.1], [0.0, 0.1, 0.0]])
-    identity = type(found.identity)(torch.zeros(4), torch.zeros(4, dtype=torch.long))
+    identity = found.identity.rows([0, 1, 2, 3])
     return coar.Attributions(weights, torch.zeros(4), None, components, identity, found.config)
 
 

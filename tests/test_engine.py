@@ -116,7 +116,8 @@ def test_a_batch_that_does_not_fit_is_divided(method, fits, caplog):
     expected, errors = attribute(net, method), starve(net, fits)
     found = attribute(net, method)
     torch.testing.assert_close(found.weights, expected.weights, rtol=1e-4, atol=1e-5)
-    assert errors == [4, *([4] if fits > 1 else [4, 2])], "a look at the model, and then what fits is remembered"
+    look = [4] if fits > 1 else [2, 4]
+    assert errors == [*look, *([4] if fits > 1 else [4, 2])], "a look at the model, and then what fits is remembered"
     assert "out of memory with 4 examples at a time; going on with 2" in caplog.text
 
 

@@ -731,7 +731,7 @@ def test_another_model_or_other_data_are_refused(folder):
         next(other.parameters()).add_(1)
     with pytest.raises(ModelMismatchError):
         open_source(attributions, other, data)
-    with pytest.raises(DataError, match="not those that were attributed"):
+    with pytest.raises(DataError, match="not those of before"):
         open_source(attributions, model, data.select([*range(1, N), 0]))
     with pytest.raises(DataError, match="hold 10 examples"):
         open_source(attributions, model, data.select(range(10)))

@@ -59,9 +59,9 @@ def copy_with_record(model: nn.Module, **entries: Any) -> nn.Module:
 def fingerprint(model: nn.Module) -> str:
     """BLAKE2b-128 over names, shapes and values of all parameters and persistent buffers, as 32 hexadecimal digits.
 
-    Weights that accelerate keeps elsewhere enter as they are there, so that where a model lies makes no difference; those
-    of a tensor class that holds others (quantised ones) enter as these. Of a model without weights (on the meta device)
-    names, shapes and dtypes enter alone.
+    Weights that accelerate keeps elsewhere enter as they are there, so that where a model lies makes no difference;
+    those of a tensor class that holds others (quantised ones) enter as these. Of a model without weights (on the meta
+    device) names, shapes and dtypes enter alone.
     """
     digest = hashlib.blake2b(digest_size=16)
     for whole, value in offloading.state(model):

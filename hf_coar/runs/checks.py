@@ -88,7 +88,8 @@ def check_reached(masked: MaskedModel, output: Output, batch: data_module.Batch)
 def _reached(masked: MaskedModel, output: Output, batch: data_module.Batch, level: float) -> set[str]:
     """Parameters of the groups at whose gates a gradient arrives."""
     device = data_module.device_of(batch)
-    gates = [torch.full((size,), level, device=device, requires_grad=True) for size in masked.components.sizes()]
+    sizes = [(data_module.size(batch), size) for size in masked.components.sizes()]  # as in the passes of a run
+    gates = [torch.full(size, level, device=device, requires_grad=True) for size in sizes]
     with torch.enable_grad():
         with masked.gated(gates):
             values = output.of(masked.model, batch)

@@ -39,8 +39,20 @@ def bound(
         ModelError: the model does not run on them.
         CoarError: the output cannot be had of this model; says which can.
     """
-    batch = first_batch(data_module.Chunks(data))
-    batch = data_module.rows(batch, 0, min(2, data_module.size(batch)))
+    first = first_batch(data_module.Chunks(data))
+    for count in (2, 1):
+        examples = data_module.rows(first, 0, min(count, data_module.size(first)))
+        try:
+            return _bound(model, examples, output, call)
+        except (RuntimeError, MemoryError) as error:
+            if not models.is_out_of_memory(error):
+                raise
+    return tasks.bind(model, output, call, examples)  # the run itself says what does not fit
+
+
+def _bound(
+    model: nn.Module, batch: data_module.Batch, output: "str | Output | OutputFunction", call: Call | None
+) -> Output:
     with models.frozen(model), placed(model, processes().device) as device, torch.no_grad():
         batch = data_module.to_device(batch, device)
         found = tasks.bind(model, output, call, batch)
@@ -71,9 +83,9 @@ def _tried(model: nn.Module, output: Output, batch: data_module.Batch) -> Tensor
     except CoarError as error:
         error.args = (f"{error}. {tasks.explain(model, output)}",)
         raise
-    except torch.OutOfMemoryError:
-        raise
     except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError) as error:
+        if models.is_out_of_memory(error):
+            raise
         first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
         shapes = {name: list(value.shape) if isinstance(value, Tensor) else "list" for name, value in batch.items()}
         raise ModelError(
