@@ -92,8 +92,8 @@ def reopen(attributions: Attributions, **changes: Any) -> tuple[nn.Module, data_
     """The model and the data of attributions, loaded with all the settings that they were loaded with.
 
     Local paths that were given relative to some folder are looked for from here, and from the folders around the one
-    that the attributions were loaded from. Attributions that come from the Hub name no local paths: such ones are not
-    followed.
+    that the attributions were loaded from. They are followed only of attributions that this user made on this machine:
+    what comes from elsewhere may name anything.
 
     Args:
         attributions: made from what `load` gave, or with models and data sets that know where they come from.
@@ -125,17 +125,26 @@ def _loaded_with(
     attributions: Attributions, changes: Mapping[str, Any], needed: Sequence[str] = ("model", "data")
 ) -> dict[str, Any]:
     """The arguments of `load`: those that are recorded, but for what is given; of another model or data set, none."""
-    of = attributions.provenance
-    model = {"model": attributions.found(of.model.get("id")), "revision": of.model.get("revision")}
-    model["architecture"] = attributions.found(of.model.get("architecture"))
-    data = {"data": attributions.found(of.data.get("id")), **data_module.settings(of.data)}
-    data["preprocessor"] = attributions.found(data.get("preprocessor"))
-    given = {name: value for name, value in changes.items() if value is not None}
-    known = ({} if "model" in given else model) | ({} if "data" in given else data) | given
-    for what in needed:
-        if known.get(what) is None:
+    known = {name: value for name, value in changes.items() if value is not None}
+    for what, recorded in (("model", _model_loaded_with), ("data", _data_loaded_with)):
+        if what in needed and what not in known:  # what is recorded of one is not true of another
+            known = recorded(attributions) | known
+        if what in needed and known.get(what) is None:
             raise CoarError(f"the attributions do not say where their {what} came from; give {what}=… (--{what})")
     return {name: value for name, value in known.items() if value is not None}
+
+
+def _model_loaded_with(attributions: Attributions) -> dict[str, Any]:
+    of = attributions.provenance.model
+    paths = {"model": of.get("id"), "architecture": of.get("architecture")}
+    return {"revision": of.get("revision"), **{name: attributions.found(path) for name, path in paths.items()}}
+
+
+def _data_loaded_with(attributions: Attributions) -> dict[str, Any]:
+    of = attributions.provenance.data
+    settings = data_module.settings(of)
+    paths = {"data": of.get("id"), "preprocessor": settings.get("preprocessor")}
+    return settings | {name: attributions.found(path) for name, path in paths.items()}
 
 
 def attribute(
