@@ -313,7 +313,7 @@ def test_a_rule_of_ones_own(judged, registering):
 def test_every_set_of_targets_counts_alike(small):
     # Nine copies of one example in a set weigh no more than another set's one.
     weights = torch.cat([small.weights[:1].expand(9, -1), torch.tensor([[5.0, 0.0, -6.0]]), small.weights[2:]])
-    identity = type(small.identity)(torch.zeros(12), torch.zeros(12, dtype=torch.long))
+    identity = small.identity.rows(torch.zeros(12, dtype=torch.long))
     found = coar.Attributions(weights, torch.zeros(12), None, small.components, identity, small.config)
     together = editing.rank_components(found, increase=range(10), rule="mean_difference")
     apart = editing.rank_components(found, increase=[list(range(9)), [9]], rule="mean_difference")

@@ -13,7 +13,7 @@ from conftest import DEMO, build_net
 import hf_coar as coar
 from hf_coar import cli
 from hf_coar import data as data_module
-from hf_coar.errors import CoarError
+from hf_coar.errors import CoarError, ModelError
 from hf_coar.estimators import Size
 from hf_coar.runs import engine, measuring
 from hf_coar.runs.plan import plan
@@ -159,7 +159,7 @@ def test_other_errors_are_not_swallowed():
 
     net = build_net("convnet")
     net.model.register_forward_hook(broken)
-    with pytest.raises(RuntimeError, match="shapes"):
+    with pytest.raises(ModelError, match=r"does not run .*RuntimeError: shapes cannot be multiplied"):
         attribute(net, "regression")
 
 

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import hf_coar as coar
 from hf_coar import models
 from hf_coar.attributions import rows
-from hf_coar.errors import CoarError, ModelError, NonFiniteOutputError
+from hf_coar.errors import CoarError, DataError, ModelError, NonFiniteOutputError
 from hf_coar.estimators import Regression
 
 OPTIONS = {"ablated_fraction": 0.1, "progress": False}
@@ -165,6 +165,28 @@ def test_buffers_and_caches_are_put_back(how):
     model(batch(4)["inputs"])  # what it keeps fits together
 
 
+def test_hooks_that_a_model_gives_itself_go_with_its_note_of_them():
+    class Recording(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.recorded = nn.Linear(6, 3), []
+
+        def forward(self, x):
+            if not getattr(self, "hooked", False):
+                self.fc.register_forward_hook(lambda module, args, output: self.recorded.append(output))
+                self.hooked = True
+            self.recorded.clear()
+            return self.fc(x) + len(self.recorded)
+
+    model = Recording()
+    for _ in range(2):
+        with models.frozen(model):
+            model(torch.zeros(2, 6))
+        assert not model.fc._forward_hooks and not hasattr(model, "hooked")
+    model(torch.zeros(2, 6))
+    assert len(model.recorded) == 1
+
+
 def test_batch_normalisation_in_training_mode_inside_a_forward():
     class Training(nn.Module):
         def __init__(self):
@@ -177,7 +199,8 @@ def test_batch_normalisation_in_training_mode_inside_a_forward():
 
     model = Training().eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    coar.attribute(model, [batch()], method=Regression(9), **OPTIONS)
+    with pytest.raises(DataError, match="not its own"):  # statistics of a batch mix its examples
+        coar.attribute(model, [batch()], method=Regression(9), **OPTIONS)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not model.norm.training
 

@@ -223,9 +223,14 @@ def few(data: Any, count: int) -> Batch:
     """
     if isinstance(data, Examples):
         data = data.with_batch_size(min(count, data.batch_size))
+    n_examples, why = 0, {}
     for chunk in Chunks(data):
-        for _, batch in chunk.read().pieces:
+        read = chunk.read()
+        for _, batch in read.pieces:
             return {name: value[:count] for name, value in batch.items()}
+        n_examples, why = chunk.stop, why or read.failed
+    if why:
+        raise DataError(f"none of the {n_examples} examples can be read; the first: {next(iter(why.values()))}")
     raise DataError("the data set is empty; nothing to run on")
 
 

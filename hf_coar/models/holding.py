@@ -77,22 +77,28 @@ def _overlap(one: nn.Module, other: nn.Module) -> bool:
 # ------------------------------------------------------------------------------------------------------------ as it was
 
 _OWN = frozenset(vars(nn.Module())) - {"training"}  # parameters, buffers, modules, hooks
+_HOOKS = tuple(name for name, value in vars(nn.Module()).items() if "hooks" in name and isinstance(value, dict))
 
 
 @contextmanager
 def state_kept(model: nn.Module) -> Iterator[None]:
-    """Buffers and plain attributes of all modules are afterwards what they were.
+    """Buffers, plain attributes and hooks of all modules are afterwards what they were.
 
-    Statistics of batch normalisation, counters, caches that a forward makes. Both kinds together, as a cache lies in a
-    buffer, and how far it reaches in an attribute.
+    Statistics of batch normalisation, counters, caches that a forward makes. All kinds together, as a cache lies in a
+    buffer and how far it reaches in an attribute, and as transformers hooks a model at its first forward and notes in
+    an attribute that it did: one without the other, and hidden states are recorded twice.
     """
     attributes = [(module, {name: value for name, value in vars(module).items() if name not in _OWN})
                   for module in model.modules()]  # fmt: skip
     buffers = [(module, {name: _Kept.of(value) for name, value in module._buffers.items()})
                for module in model.modules()]  # fmt: skip
+    hooks = [(table, set(table)) for module in model.modules() for table in map(vars(module).get, _HOOKS)]
     try:
         yield
     finally:
+        for table, kept in hooks:
+            for key in table.keys() - kept:
+                del table[key]
         for module, kept in attributes:
             for name in [name for name in vars(module) if name not in _OWN and name not in kept]:
                 del module.__dict__[name]
