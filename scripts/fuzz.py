@@ -99,6 +99,8 @@ def changed_json(value: Any, source: random.Random) -> Any:
     """Replace, remove, add or rename some entry, keys included."""
     value = json.loads(json.dumps(value))
     for _ in range(source.choice([1, 1, 2])):
+        if not isinstance(value, dict | list):
+            return source.choice(STRANGE)
         *parents, last = source.choice([path for path in places(value) if path] or [("new",)])
         holder = value
         for key in parents:

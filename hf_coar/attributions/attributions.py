@@ -97,7 +97,7 @@ class Attributions:
         self._check_finite()
 
     def _check_finite(self) -> None:
-        """Of all that lies in memory; what lies in files is checked as it is read."""
+        """Check all that lies in memory; what lies in files is checked as it is read."""
         for matrix in self._matrices.values():
             if matrix.in_memory:
                 matrix.verify(self.components)

@@ -128,7 +128,7 @@ def thumbnail(image: Any, size: int) -> Html | None:
 
 
 def _stretched(image: Any) -> Any:
-    """Of an image of more than 8 bits, its levels from the lowest to the highest."""
+    """An image of more than 8 bits, its levels from the lowest to the highest."""
     if image.mode not in ("I", "F", "I;16", "I;16B", "I;16L"):
         return image
     image = image.convert("F")

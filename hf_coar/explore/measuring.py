@@ -35,7 +35,7 @@ class Change:
 
     @property
     def correlation(self) -> float | None:
-        """Of predicted and measured changes over the examples; None where one of them is constant."""
+        """The correlation of predicted and measured changes over the examples; None where one of them is constant."""
         if len(self.rows) < 3 or not float(self.predicted.std()) > 0 or not float(self.measured.std()) > 0:
             return None  # also where nothing could be measured
         return float(torch.corrcoef(torch.stack([self.predicted, self.measured]))[0, 1])
@@ -50,7 +50,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Of one class, or of all tokens."""
+    """How many a model gets right, of one class or of all tokens."""
 
     name: str  # of the class
     count: int  # examples of it (or tokens)
@@ -59,7 +59,7 @@ class Accuracy:
 
 
 def accuracies(source: Source, change: Change) -> list[Accuracy]:
-    """Of every class that occurs among the examples; of a language model, of the next tokens in one row."""
+    """The accuracies of every class that occurs among the examples; of a language model, of the next tokens in one row."""
     if change.before.classes is None and not change.before.tokens:
         return []
     if change.before.classes is None or change.after.classes is None:

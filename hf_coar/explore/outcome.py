@@ -48,7 +48,7 @@ class Outcome:
         return cls(values, None, _top(ends.softmax(-1).cpu()), tokens, wanted)
 
     def at(self, place: int) -> "Outcome":
-        """Of one of the examples alone."""
+        """The outcome of one of the examples alone."""
         stretch = slice(place, place + 1)
         classes = None if self.classes is None else self.classes[stretch]
         return Outcome(self.outputs[stretch], classes, self.top[stretch], self.tokens[stretch], self.targets[stretch])

@@ -79,7 +79,7 @@ class Page:
         return shown
 
     def class_choices(self) -> list[tuple[str, int]]:
-        """Of a list to choose a class from."""
+        """Names and indices for a list to choose a class from."""
         return [(self.source.class_name(index), index) for index in range(self.source.n_classes)]
 
     # -------------------------------------------------------------------------------------------------------- events
@@ -183,7 +183,7 @@ class Page:
         return {control: value for tab in self.tabs.values() for control, value in tab.controls(view).items()}
 
     def _opener(self, name: str) -> Callable[[View, str], Updates]:
-        """Of a tab. Gradio also tells of the tab that it selects itself while the page is being restored."""
+        """What fills a tab when it is opened. Gradio also tells of the tab that it selects itself while the page is being restored."""
 
         def open_tab(view: View, ready: str) -> Updates:
             if not ready or view.view == name:

@@ -97,7 +97,7 @@ class Source:
 
     @property
     def unit(self) -> str:
-        """Of the output."""
+        """The unit of the output."""
         return self.attributions.config.get("unit") or self.output.unit
 
     @property
@@ -270,7 +270,7 @@ class Source:
 
     @property
     def tokenizer(self) -> Any:
-        """Of a transformers model whose files are at hand, or None."""
+        """The tokenizer of a transformers model whose files are at hand, or None."""
         if not hasattr(self, "_tokenizer"):
             self._tokenizer = _tokenizer(self.model) if self.kind == "text" else None
         return self._tokenizer

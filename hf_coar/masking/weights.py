@@ -123,7 +123,7 @@ Change = Callable[[Tensor, Tensor | None], Edit | NormalisedEdit]  # of a weight
 
 @dataclass
 class OffloadedEdit:
-    """The same for a weight that accelerate keeps elsewhere: a changed copy is laid over what is kept there.
+    """Changes a weight that accelerate keeps elsewhere: a changed copy is laid over what is kept there.
 
     Attributes:
         model: whose hooks put the weight in place.

@@ -174,7 +174,10 @@ class Store:
     def length(self, kind: str) -> int | None:
         """How many examples the data held when all parts of this kind were done; None if they never were."""
         path = self.folder / f"length-{kind}.json"
-        return files.read_json(path) if path.exists() else None
+        length = files.read_json(path) if path.exists() else None
+        if length is not None and (type(length) is not int or length < 0):
+            raise CorruptFileError(f"{path} is damaged: it holds no number of examples; delete it to count them again")
+        return length
 
     def check_length(self, kind: str, n_examples: int) -> None:
         """Note how many examples the data hold, when all is done.

@@ -154,7 +154,9 @@ def read_json(path: Path) -> Any:
         status = Path(path).stat()
         if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST_JSON:  # a pipe would never end
             raise CorruptFileError(f"{path} is no file of JSON: it is no plain file, or takes {status.st_size:,} bytes")
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        json.dumps(found, ensure_ascii=False).encode("utf-8")  # half a character could not be written again
+        return found
     except CorruptFileError:
         raise
     except (OSError, ValueError, RecursionError) as error:  # not UTF-8, not JSON, 5,000 digits, nested deeply

@@ -69,7 +69,7 @@ class Source:
             ) from error
 
     def file_if_there(self, filename: str) -> Path | None:
-        """The same, or None where the repository lacks the file."""
+        """What `read` gives, or None where the repository lacks the file."""
         return self._path(filename, required=False)
 
     def _path(self, filename: str, required: bool) -> Path | None:

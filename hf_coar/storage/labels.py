@@ -74,7 +74,7 @@ def listed(names: Sequence[str], most: int = 8) -> str:
 
 
 def of_classes(edit: Mapping[str, Any], side: str) -> str:
-    """Of which classes the examples of one side of an edit are, such as " of `three`"; from the record of the edit."""
+    """Which classes the examples of one side of an edit are, such as " of `three`"; from the record of the edit."""
     sides = edit.get("classes")
     names = sides.get(side) if isinstance(sides, Mapping) else None
     return f" of {listed(names)}" if isinstance(names, list | tuple) and names else ""

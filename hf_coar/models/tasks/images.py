@@ -80,7 +80,14 @@ def _objects(one: Mapping[str, Tensor], index: int, n_classes: int) -> tuple[Ten
 
 
 def _found(log_probs: Tensor, boxes: Tensor, classes: Tensor, true: Tensor) -> Tensor:
-    """Of one example: log_probs [queries, classes], boxes [queries, 4], classes [objects], true boxes [objects, 4]."""
+    """How well the objects of one example are found.
+
+    Args:
+        log_probs: [queries, classes].
+        boxes: [queries, 4].
+        classes: [objects].
+        true: their boxes, [objects, 4].
+    """
     overlap = _overlap(_corners(boxes)[:, None], _corners(true)[None])
     return (log_probs[:, classes] + overlap.clamp_min(_SMALL).log()).max(0).values.mean()
 

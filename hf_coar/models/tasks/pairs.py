@@ -36,7 +36,7 @@ _TEXT = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 
 
 def _own(model: nn.Module, batch: Batch) -> Tensor:
-    """Of all images with all texts of the batch, the images with their own."""
+    """Scores of the images with their own texts; all of the batch are run against each other."""
     found = getattr(calling.call(model, batch), "logits_per_image", None)
     if not isinstance(found, Tensor) or found.dim() != 2 or found.shape[0] != found.shape[1]:
         raise CoarError(
