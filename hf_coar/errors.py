@@ -28,6 +28,11 @@ class RunMismatchError(CoarError):
 class CorruptFileError(CoarError):
     """A file that is truncated, altered or not ours."""
 
+    _LONGEST = 1000  # characters: a library's own error may quote all of the file
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message if len(message) <= self._LONGEST else message[: self._LONGEST] + " …")
+
 
 class UnsatisfiedError(CoarError):
     """No candidate of an edit satisfies the constraints."""

@@ -758,7 +758,7 @@ def test_evaluation_refuses(judged):
     refused(CoarError, "ablated_fraction=1", fractions=(0.1, 1.0))
     refused(CoarError, "empty", fractions=())
     refused(DataError, "8 of 8.*example 0", data=batches(inputs.flip(0), labels.flip(0)))
-    refused(DataError, r"1 of 24.*example 23", data=batches(torch.cat([inputs[:23], inputs[:1]]), labels))
+    refused(DataError, r"1 of 8.*example 23", data=batches(torch.cat([inputs[:23], inputs[:1]]), labels))
     refused(DataError, "hold 23 examples.* 24", data=batches(inputs[:23], labels[:23]))
     other = copy.deepcopy(model)
     with torch.no_grad():

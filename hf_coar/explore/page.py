@@ -183,7 +183,10 @@ class Page:
         return {control: value for tab in self.tabs.values() for control, value in tab.controls(view).items()}
 
     def _opener(self, name: str) -> Callable[[View, str], Updates]:
-        """What fills a tab when it is opened. Gradio also tells of the tab that it selects itself while the page is being restored."""
+        """What fills a tab when it is opened.
+
+        Gradio also tells of the tab that it selects itself while the page is being restored.
+        """
 
         def open_tab(view: View, ready: str) -> Updates:
             if not ready or view.view == name:
