@@ -31,6 +31,7 @@ class CorruptFileError(CoarError):
     _LONGEST = 1000  # characters: a library's own error may quote all of the file
 
     def __init__(self, message: str) -> None:
+        """The message, cut where it is long."""
         super().__init__(message if len(message) <= self._LONGEST else message[: self._LONGEST] + " …")
 
 

@@ -59,7 +59,7 @@ class Accuracy:
 
 
 def accuracies(source: Source, change: Change) -> list[Accuracy]:
-    """Accuracies by class, of those that occur among the examples; for a language model one row, of the next tokens."""
+    """Accuracies of the classes that occur among the examples; of a language model one row, of the next tokens."""
     if change.before.classes is None and not change.before.tokens:
         return []
     if change.before.classes is None or change.after.classes is None:
