@@ -54,6 +54,21 @@ def flipped(value):
     return changed
 
 
+@pytest.mark.parametrize("entry", ["class_labels", "boxes"])
+def test_objects_in_images_are_hashed_too(entry):
+    def objects():
+        return [{"class_labels": torch.tensor([i]), "boxes": torch.full((1, 4), 0.5 + i)} for i in range(3)]
+
+    pixels = torch.zeros(3, 1, 2, 2)
+    before, changed = objects(), objects()
+    changed[1][entry] = flipped(changed[1][entry])
+    one, again, other = (
+        Identity.of_batch({"pixel_values": pixels, "labels": labels}) for labels in (before, objects(), changed)
+    )
+    assert same(one, again) and one.labels.tolist() == [-1] * 3
+    assert (one.hashes["labels"] != other.hashes["labels"]).any(1).tolist() == [False, True, False]
+
+
 @pytest.mark.parametrize("row", range(3))
 @pytest.mark.parametrize("name", ["pixel_values", "labels"])
 def test_every_bit_of_every_entry_counts(name, row):

@@ -141,7 +141,7 @@ def _check_none(differing: Mapping[str, Tensor], first: int) -> None:
 
 def _labels(batch: Batch) -> Tensor:
     labels = batch.get("labels")
-    if labels is None or labels.dim() != 1 or labels.is_floating_point():
+    if not isinstance(labels, Tensor) or labels.dim() != 1 or labels.is_floating_point():
         labels = torch.full((size(batch),), -1)
     return labels.detach().cpu().long()
 
@@ -155,7 +155,12 @@ def hashes(batch: Batch) -> dict[str, Tensor]:
     Padding beyond an example's own text depends on who else is in the batch, and has no part in it: where an
     `attention_mask` says so, a run of equal values at either end of a sequence is left out.
     """
-    return {name: _hashes_of(name, value, _texts(batch, name, value)) for name, value in batch.items()}
+    return {
+        name: _hashes_of(name, value, _texts(batch, name, value))
+        if isinstance(value, Tensor)
+        else _hashes_of_list(name, value)
+        for name, value in batch.items()
+    }
 
 
 def _hashes_of(name: str, value: Tensor, stretches: Sequence[tuple[int, int, int]] | None) -> Tensor:
@@ -169,6 +174,18 @@ def _hashes_of(name: str, value: Tensor, stretches: Sequence[tuple[int, int, int
         head = f"{name}\0{value.dtype}\0{tuple(row.shape)}\0{offset}\0".encode()
         found += _digest(head, row)
     return torch.frombuffer(found, dtype=torch.uint8).view(len(value), HASH_SIZE)
+
+
+def _hashes_of_list(name: str, values: Sequence[Tensor | Mapping[str, Tensor]]) -> Tensor:
+    found = bytearray()
+    for value in values:
+        parts = value if isinstance(value, Mapping) else {"": value}
+        digest = hashlib.blake2b(digest_size=HASH_SIZE)
+        for key in sorted(parts):
+            row = _plain(torch.as_tensor(parts[key]))
+            digest.update(_digest(f"{name}\0{key}\0{row.dtype}\0{tuple(row.shape)}\0".encode(), row))
+        found += digest.digest()
+    return torch.frombuffer(found, dtype=torch.uint8).view(len(values), HASH_SIZE)
 
 
 def _plain(value: Tensor) -> Tensor:
@@ -259,7 +276,7 @@ def signatures(batch: Batch) -> Tensor:
     real = batch.get("attention_mask")
     total = torch.zeros(size(batch), dtype=torch.float64)
     for name, value in batch.items():
-        if name in ("attention_mask", "labels"):
+        if name in ("attention_mask", "labels") or not isinstance(value, Tensor):
             continue
         flat = value.detach().cpu().double().flatten(1)
         if real is not None and real.shape == value.shape:
