@@ -1,6 +1,5 @@
 """The pieces in order: `load` a model and data, `attribute` them, `evaluate` the attributions, `reopen` them."""
 
-import inspect
 import logging
 import operator
 from collections.abc import Mapping, Sequence
@@ -40,12 +39,21 @@ def load(
     streaming: bool = False,
     max_length: int = 512,
     trust_remote_code: bool = False,
+    text: str | None = None,
+    pair: str | None = None,
+    image: str | None = None,
+    label: str | None = None,
+    n_examples: int | None = None,
+    data_seed: int = 0,
+    preprocessor: Any = None,
+    architecture: str | Path | nn.Module | None = None,
 ) -> tuple[nn.Module, data_module.Examples]:
     """A model and a data set with the preprocessing that belongs to the model.
 
     Args:
-        model: Hub id or local folder of a timm or transformers model, or a model that is there already.
-        data: Hub id, local folder or file of a data set.
+        model: Hub id or local folder of a timm or transformers model; a file of weights (`.safetensors`, `.pth`), with
+            `architecture`; or the model itself, which is returned as it is.
+        data: Hub id, local folder or file (Parquet, CSV, TSV, JSON lines) of a data set.
         split: such as `"validation[:2000]"`.
         revision: of the model: branch, tag or commit.
         data_revision: of the data set.
@@ -53,13 +61,28 @@ def load(
         streaming: read the data while running instead of downloading them first.
         max_length: tokens at which texts are cut.
         trust_remote_code: run code that comes with the model.
+        text: column of the texts. Without a name, columns are found by their types and usual names and by what the
+            model reads; where two could be it, the error lists them. What was read is logged.
+        pair: column of the second text of each example, which the tokenizer gets as its pair.
+        image: column of the images.
+        label: column of the labels: class indices or class names, as the model's configuration tells.
+        n_examples: draw so many, as many of each class; all of the split by default.
+        data_seed: of that draw.
+        preprocessor: Hub id, folder or object of the tokenizer or image processor; the model's own by default.
+        architecture: of a file of weights: a timm name, a folder or Hub id whose `config.json` is of the same model, or
+            a module, which is copied.
 
     Raises:
-        ModelError: no such model.
-        DataError: no such data set, or none that the model can read.
+        ModelError: no such model, or weights that do not fit the architecture.
+        DataError: no such data set, or none that the model can read; columns or labels that could be read in two ways.
     """
-    loaded = model if isinstance(model, nn.Module) else models.load_model(model, revision, trust_remote_code)
-    return loaded, data_module.load_data(data, loaded, split, data_revision, batch_size, streaming, max_length)
+    columns = {"text": text, "pair": pair, "image": image, "label": label}
+    if not isinstance(model, nn.Module):
+        model = models.load_model(model, revision, trust_remote_code, architecture=architecture)
+    return model, data_module.load_data(
+        data, model, split, data_revision, batch_size, streaming, max_length, columns, n_examples, data_seed,
+        preprocessor,
+    )  # fmt: skip
 
 
 def reopen(attributions: Attributions, **changes: Any) -> tuple[nn.Module, data_module.Examples]:
@@ -91,17 +114,19 @@ def reopen(attributions: Attributions, **changes: Any) -> tuple[nn.Module, data_
 def reopen_model(attributions: Attributions, **changes: Any) -> nn.Module:
     """The model of attributions alone; see `reopen`, of whose arguments those of `models.load_model` count."""
     arguments = _loaded_with(attributions, changes, ("model",))
-    return models.load_model(*(arguments.get(name) for name in ("model", "revision", "trust_remote_code")))
+    given = (arguments.get(name) for name in ("model", "revision", "trust_remote_code"))
+    return models.load_model(*given, architecture=arguments.get("architecture"))
 
 
 def _loaded_with(
     attributions: Attributions, changes: Mapping[str, Any], needed: Sequence[str] = ("model", "data")
 ) -> dict[str, Any]:
     """The arguments of `load`: those that are recorded, but for what is given; of another model or data set, none."""
-    of, keywords = attributions.provenance, inspect.signature(load).parameters
+    of = attributions.provenance
     model = {"model": attributions.found(of.model.get("id")), "revision": of.model.get("revision")}
-    data = {name: value for name, value in of.data.items() if name in keywords and name != "revision"}
-    data |= {"data": attributions.found(of.data.get("id")), "data_revision": of.data.get("revision")}
+    model["architecture"] = attributions.found(of.model.get("architecture"))
+    data = {"data": attributions.found(of.data.get("id")), **data_module.settings(of.data)}
+    data["preprocessor"] = attributions.found(data.get("preprocessor"))
     given = {name: value for name, value in changes.items() if value is not None}
     known = ({} if "model" in given else model) | ({} if "data" in given else data) | given
     for what in needed:

@@ -185,3 +185,46 @@ def test_what_is_pushed_is_listed_and_needs_a_folder(tmp_path):
         folders.push_folder(tmp_path / "nowhere", "me/attr")
     with pytest.raises(coar.CoarError, match="holds no attributions"):
         folders.push_folder(tmp_path, "me/attr")
+
+
+# ------------------------------------------------------------------------------------------------------ base models
+
+
+def known(model) -> dict:
+    """The record of a model as attributions keep it."""
+    from hf_coar import models
+
+    return {**models.record(model), "fingerprint": models.fingerprint(model)}
+
+
+def test_a_base_model_is_named_only_where_its_weights_were_read():
+    import timm
+    from transformers import BertConfig, BertForSequenceClassification
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = BertConfig(**sizes, vocab_size=11)
+    config.name_or_path, config._commit_hash = "google-bert/bert-base-uncased", COMMIT
+    fresh = timm.create_model("resnet18.a1_in1k", pretrained=False)
+    for model in (fresh, BertForSequenceClassification(config)):
+        entry = known(model)
+        for card in (
+            cards.attributions_card({**CONFIG, "model": entry}, 3),
+            cards.edited_model_card({**ENTRIES, "base": entry}, "me/edited"),
+        ):
+            assert "base_model" not in metadata(card)
+            assert f"a {type(model).__name__} (its configuration names {entry['id']}" in card
+
+
+def test_a_model_that_was_trained_on_is_not_its_base(tmp_path):
+    import torch
+
+    from hf_coar import demo, models
+
+    model = models.load_model(demo.MODEL)
+    of_hub = {"id": "me/base", "revision": COMMIT}
+    assert cards.model_id({**known(model), **of_hub}) == "me/base"
+    model(torch.randn(2, 1, 28, 28)).square().mean().backward()
+    torch.optim.SGD(model.parameters(), 0.1).step()
+    trained = {**known(model), **of_hub}
+    assert cards.model_id(trained) is None
+    assert "base_model" not in metadata(cards.attributions_card({**CONFIG, "model": trained}, 3))

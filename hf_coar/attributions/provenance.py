@@ -6,12 +6,14 @@ the same few lines. Everything here comes from files that anybody may have writt
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 from hf_coar.errors import CorruptFileError
 from hf_coar.storage import cards
 
 _RECORDED_TEXTS = ("id", "revision", "library", "class", "dtype", "fingerprint", "split")
+_RECORDED_TEXTS += ("loaded", "architecture", "preprocessor")
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,7 @@ class Provenance:
 
     def public(self) -> "Provenance":
         """A provenance without the local paths that it may name."""
-        shown = {name: {**entry, "id": cards.public_name(entry)} for name, entry in self._sources().items()}
-        return replace(self, **shown)
+        return replace(self, **{name: _public(entry) for name, entry in self._sources().items()})
 
     def _sources(self) -> dict[str, Mapping[str, Any]]:
         return {name: entry for name, entry in (("model", self.model), ("data", self.data)) if entry}
@@ -120,6 +121,17 @@ class Provenance:
         if "skipped" in given:
             given["skipped"] = tuple(given["skipped"])
         return cls(**given, boundary_known="boundary" in value)
+
+
+def _public(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """A record of a model or data set in which local paths are shortened to their last part."""
+    paths = {key: entry.get(key) for key in ("architecture", "preprocessor")}
+    local = {key: Path(path).name for key, path in paths.items() if path and _is_local(path)}
+    return {**entry, "id": cards.public_name(entry), **local}
+
+
+def _is_local(name: str) -> bool:
+    return Path(name).is_absolute() or Path(name).exists()
 
 
 _FOUND = ("cost", "checked", "skipped")

@@ -14,7 +14,7 @@ from hf_coar.components import GRANULARITIES
 from hf_coar.models import outputs
 from hf_coar.runs.tracking import TRACKERS
 
-_TARGETS = "examples as indices (17), ranges (20-39) or labels (label=3)"
+_TARGETS = "examples as indices (17), ranges (20-39) or labels (label=3, label=three)"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -203,7 +203,7 @@ def _switch(verb: argparse._ActionsContainer, flag: str, what: str) -> None:
 
 
 def _model_flags(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("model", help="Hub id or folder of a timm or transformers model")
+    verb.add_argument("model", help="Hub id or folder of a timm or transformers model, or a file of weights")
     _source_flags(verb)
 
 
@@ -215,6 +215,9 @@ def _attributions_flags(verb: argparse.ArgumentParser) -> None:
 
 def _source_flags(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--revision", help="branch, tag or commit of the model")
+    verb.add_argument(
+        "--architecture", help="of a file of weights: a timm name, or a folder or Hub id with config.json"
+    )
     _switch(verb, "--trust-remote-code", "run code that comes with the model")
 
 
@@ -224,7 +227,14 @@ def _data_flags(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--data-revision", help="branch, tag or commit of the data set")
     verb.add_argument("--batch-size", type=int, help="examples a batch (default 32)")
     _switch(verb, "--streaming", "read the data while running")
-    verb.add_argument("--max-length", type=int, help="tokens at which texts are cut (default 512, or as attributed)")
+    verb.add_argument("--max-length", type=int, help="tokens at which texts are cut (default 512)")
+    for role, what in (("text", "texts"), ("pair", "second texts"), ("image", "images"), ("label", "labels")):
+        verb.add_argument(
+            f"--{role}", metavar="COLUMN", help=f"column of the {what}; by default by type and usual name"
+        )
+    verb.add_argument("--n-examples", type=int, metavar="N", help="draw so many, as many of each class; all by default")
+    verb.add_argument("--data-seed", type=int, help="of that draw (default 0)")
+    verb.add_argument("--preprocessor", metavar="ID", help="Hub id or folder of the tokenizer or image processor")
 
 
 def _running_flags(verb: argparse.ArgumentParser) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from hf_coar import api as pipeline
 from hf_coar import demo, editing, models
 from hf_coar import explore as explorer
-from hf_coar.attributions import Attributions, folders
+from hf_coar.attributions import Attributions, folders, labelled
 from hf_coar.cli import completion, methods, terminal
 from hf_coar.components import Components, find_components
 from hf_coar.data import Chunks, rows
@@ -179,7 +179,7 @@ def _sources(args: argparse.Namespace) -> dict[str, Any]:
     """What the flags say of model and data, by the keywords of `load`; what they leave out is left to it."""
     keywords = inspect.signature(pipeline.load).parameters
     given = {name: value for name, value in vars(args).items() if name in keywords}
-    return {name: value for name, value in given.items() if value not in (None, False)}
+    return {name: value for name, value in given.items() if value is not None and value is not False}
 
 
 def _running(args: argparse.Namespace) -> dict[str, Any]:
@@ -191,21 +191,19 @@ def _found(model: Any, args: argparse.Namespace) -> Components:
 
 
 def examples(words: Sequence[str] | None, side: str, attributions: Attributions) -> list[int] | None:
-    """Indices of examples from words such as `17`, `20-39`, `label=3`."""
+    """Indices of examples from words such as `17`, `20-39`, `label=3`, `label=three`."""
     if words is None:
         return None
     found: list[int] = []
     for word in words:
         first, _, last = word.partition("-")
         if word.startswith("label="):
-            wanted = word.removeprefix("label=")
-            indices = (attributions.labels == int(wanted)).nonzero().flatten().tolist() if wanted.isdigit() else []
-            if not indices:
-                present = sorted(set(attributions.labels.tolist()))
-                raise CoarError(f"--{side} {word}: no such label; the examples have {present[:30]}")
-            found += indices
+            try:
+                found += labelled.with_label(attributions, word.removeprefix("label="))
+            except CoarError as error:
+                raise CoarError(f"--{side} {word}: {error}") from error
         elif first.isdigit() and (last.isdigit() or not last):
             found += range(int(first), int(last or first) + 1)
         else:
-            raise CoarError(f"--{side} {word}: write an index (17), a range (20-39) or a label (label=3)")
+            raise CoarError(f"--{side} {word}: write an index (17), a range (20-39) or a label (label=3, label=name)")
     return found

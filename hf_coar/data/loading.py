@@ -1,19 +1,23 @@
-"""Loading: a data set of `datasets` with the preprocessing that belongs to a model."""
+"""Loading: a data set of `datasets` with the preprocessing that belongs to a model; a line says what was read."""
 
-import copy
-import re
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from hf_coar.data.batches import Batch
+from hf_coar.data import images, kinds, labels, sources, texts  # noqa: F401 (images and texts register themselves)
+from hf_coar.data.columns import Columns, Table, asked, is_image
 from hf_coar.data.examples import Examples
+from hf_coar.data.kinds import Kind, Preparation, Reading
+from hf_coar.data.labels import LABEL, Labels
 from hf_coar.errors import CoarError, DataError
-from hf_coar.models import library, record
+from hf_coar.models.classes import Head, head
 from hf_coar.storage import hub
+from hf_coar.storage.texts import shortened
+
+logger = logging.getLogger(__name__)
 
 
 def load_data(
@@ -24,6 +28,10 @@ def load_data(
     batch_size: int = 32,
     streaming: bool = False,
     max_length: int = 512,
+    columns: Columns | None = None,
+    n_examples: int | None = None,
+    data_seed: int = 0,
+    preprocessor: Any = None,
 ) -> Examples:
     """A data set of `datasets` with the preprocessing that belongs to the model.
 
@@ -35,165 +43,108 @@ def load_data(
         batch_size: examples a batch.
         streaming: read while running instead of downloading first.
         max_length: tokens at which texts are cut.
+        columns: names of columns by role: "text", "pair", "image", "label"; found by evidence where none is given.
+        n_examples: draw so many, as many of each class; all by default.
+        data_seed: of that draw.
+        preprocessor: Hub id, folder or object of the tokenizer or image processor; the model's own by default.
 
     Raises:
-        DataError: no such data set or split, no column that the model could read, or no labels for a classifier.
+        DataError: no such data set, split or column, several columns that could be it, labels that the model's head
+            does not know, or a tokenizer that does not know the texts.
     """
     commit = None if Path(name).exists() else hub.resolve_commit(str(name), revision, "dataset")
-    dataset = _load_dataset(str(name), split, commit or revision, streaming)
-    columns = _columns(dataset)
-    if columns["image"]:
-        prepare = _image_preparation(model, columns)
-    elif columns["text"]:
-        prepare = _text_preparation(model, columns, max_length)
-    else:
-        raise DataError(
-            f"{name!r} has the columns {sorted(dataset.features or {})}, none of them images or texts; build batches "
-            "of tensors yourself and pass a list or a DataLoader"
-        )
-    description = {"id": str(name), "split": split, "revision": commit or _cached_commit(dataset) or revision}
+    dataset = sources.read(str(name), split, commit or revision, streaming)
+    table, first = sources.table(dataset, str(name), is_image)
+    given = {role: column for role, column in (columns or {}).items() if column is not None}
+    kind = kinds.of(model, table, given)
+    chosen = _columns(kind, model, table, given, first)
+    known = _labels(chosen, dataset, table, first, head(model))
+    description = _description(name, split, commit or sources.cached_commit(dataset) or revision, chosen)
+    if n_examples is not None:
+        by = None if known is None or known.kind != "classes" else sources.values(dataset, known.column)
+        dataset = sources.drawn(dataset, n_examples, data_seed, by)
+        table, first = sources.table(dataset, str(name), is_image)
+        description |= {"n_examples": n_examples, "data_seed": data_seed}
     description["fingerprint"] = getattr(dataset, "_fingerprint", None)
-    if not columns["image"]:
-        description["max_length"] = max_length
-    if streaming and columns["image"]:
-        # A stream that fails while it decodes is over; left to `prepare`, a bad image costs one example.
-        dataset = dataset.cast_column(columns["image"], _undecoded(dataset.features[columns["image"]]))
-    return Examples(dataset, prepare, batch_size, description)
+    inputs = {role: column for role, column in chosen.items() if role != "label"}
+    preparation = kind.build(Reading(model, inputs, known, table, first, preprocessor, max_length))
+    description |= preparation.description | ({"label_names": list(known.names)} if known and known.names else {})
+    if isinstance(preprocessor, str | Path):
+        description["preprocessor"] = str(preprocessor)
+    if streaming:
+        dataset = _undecoded(dataset, kind, chosen)
+    _tell(dataset, chosen, known, first, preparation, description)
+    return Examples(dataset, preparation.prepare, batch_size, description)
 
 
-def _undecoded(feature: Any) -> Any:
-    feature = copy.copy(feature)
-    feature.decode = False
-    return feature
+def _columns(
+    kind: Kind, model: nn.Module, table: Table, given: Columns, first: Sequence[Mapping[str, Any]]
+) -> dict[str, str]:
+    """Every role that a column plays, the labels' too."""
+    of_head = head(model)
+    roles = kind.roles if of_head.kind is None else (*kind.roles, LABEL)
+    known = asked(given, table, roles)
+    asked_for = {role: column for role, column in known.items() if role != "label"}
+    label = known.get("label")
+    if label is None:
+        certain = [*asked_for.values(), *(name for name in table.features if is_image(table.features[name]))]
+        label = labels.column(table, of_head, certain, lambda name: [example[name] for example in first])
+    found = kind.choose(model, table, asked_for, [label])
+    return found if label is None else {**found, "label": label}
 
 
-def _decoded(image: Any) -> Any:
-    """An image that its data set left undecoded (a mapping of bytes and path), or any other one as it is."""
-    if not isinstance(image, Mapping):
-        return image
-    from datasets import Image
-
-    return Image().decode_example(image)
-
-
-def _cached_commit(dataset: Any) -> str | None:
-    """The commit of a data set of the Hub, without asking the Hub: the folder in the cache is named after it."""
-    found = [Path(file["filename"]).parent.name for file in getattr(dataset, "cache_files", None) or ()]
-    return found[0] if found and re.fullmatch(r"[0-9a-f]{40}", found[0]) else None
+def _labels(
+    chosen: Mapping[str, str], dataset: Any, table: Table, first: Sequence[Mapping[str, Any]], of_head: Head
+) -> Labels | None:
+    if "label" not in chosen:
+        return None
+    return labels.understood(chosen["label"], table, of_head, sources.values(dataset, chosen["label"], first))
 
 
-def _load_dataset(name: str, split: str | None, revision: str | None, streaming: bool) -> Any:
-    import datasets
+def _description(name: str | Path, split: str | None, revision: str | None, chosen: Columns) -> dict[str, Any]:
+    """What the record of the data begins with: where they are, and which columns were read, by keywords of `load`."""
+    return {"id": str(name), "split": split, "revision": revision, **chosen}
 
-    path = Path(name)
-    kinds = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json", ".txt": "text"}
-    try:
-        if path.is_dir() and any((path / f).exists() for f in ("dataset_info.json", "dataset_dict.json", "state.json")):
-            dataset = datasets.load_from_disk(name)
-            dataset = dataset[split] if split else dataset
-        elif path.is_file() and path.suffix in kinds:
-            files = {"data_files": name, "streaming": streaming}
-            dataset = _load_split(datasets, kinds[path.suffix], split or "train", files)
-        else:
-            options = {"revision": revision, "streaming": streaming}
-            dataset = _load_split(datasets, name, split, options)
-    except DataError:
-        raise
-    except Exception as error:  # datasets raises a family of its own over OSError, ValueError, KeyError …
-        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise DataError(f"no data set {name!r} (split {split!r}): {first}") from error
-    if isinstance(dataset, dict):
-        if len(dataset) != 1:
-            raise DataError(f"{name!r} has the splits {sorted(dataset)}; choose one, such as split={min(dataset)!r}")
-        dataset = next(iter(dataset.values()))
+
+def _undecoded(dataset: Any, kind: Kind, chosen: Columns) -> Any:
+    """A stream that fails while it decodes is over; left to `prepare`, a bad image costs one example."""
+    for role in kind.lazy:
+        column = chosen[role]
+        dataset = dataset.cast_column(column, images.undecoded(dataset.features[column]))
     return dataset
 
 
-def _load_split(datasets: Any, name: str, split: str | None, options: dict) -> Any:
-    """`datasets.load_dataset`, with slices such as `train[10:50]` for streams too, which it does not take itself."""
-    slice_of = re.fullmatch(r"(\w+)\[(\d*):(\d*)\]", split or "")
-    if not (options.get("streaming") and slice_of):
-        return datasets.load_dataset(name, split=split, **options)
-    split, start, stop = slice_of.groups()
-    dataset = datasets.load_dataset(name, split=split, **options).skip(int(start or 0))
-    return dataset.take(int(stop) - int(start or 0)) if stop else dataset
+def _tell(
+    dataset: Any,
+    chosen: Columns,
+    known: Labels | None,
+    first: Sequence[Mapping[str, Any]],
+    preparation: Preparation,
+    description: dict[str, Any],
+) -> None:
+    """One line about what was read; and a warning where all labels are the same one."""
+    read = ", ".join(f"{role} from {column!r}" for role, column in chosen.items())
+    counts = {} if known is None else known.counts(sources.values(dataset, known.column, first))
+    said = ", ".join(f"{name} ({count})" for name, count in counts.items())
+    beginning = "of the first " + str(len(first)) if sources.is_stream(dataset) else "labels"
+    logger.info(
+        "data: %s; first example: %s%s",
+        read, _first_example(dataset, preparation), f"; {beginning}: {shortened(said, 300)}" if said else "",
+    )  # fmt: skip
+    if len(counts) == 1 and sum(counts.values()) > 1:
+        logger.warning(
+            "all %d examples%s have the same label, %s: is the data set sorted? Draw from all classes with "
+            "n_examples=… (--n-examples) and the whole split",
+            sum(counts.values()), " at the beginning" if sources.is_stream(dataset) else "", next(iter(counts)),
+        )  # fmt: skip
 
 
-def _columns(dataset: Any) -> dict[str, str | None]:
-    """Which column holds images, texts and labels, by type first and by the usual name second."""
-    features = dict(dataset.features or {})
-    types = {name: type(feature).__name__ for name, feature in features.items()}
-    images = [name for name, kind in types.items() if kind == "Image"]
-    integers = [name for name, feature in features.items() if str(getattr(feature, "dtype", "")).startswith("int")]
-    labels = [name for name, kind in types.items() if kind == "ClassLabel"]
-    labels += [name for name in ("label", "labels", "target", "fine_label") if name in integers]
-    texts = [name for name, feature in features.items() if getattr(feature, "dtype", "") in ("string", "large_string")]
-    texts = [name for name in ("text", "sentence", "content") if name in texts] or texts
-    first = {"image": images, "text": texts, "label": labels}
-    return {kind: names[0] if names else None for kind, names in first.items()}
-
-
-def _image_preparation(model: nn.Module, columns: Mapping[str, str | None]) -> Callable[[list[dict]], Batch]:
-    if columns["label"] is None:
-        raise DataError("the data set has images and no labels (a ClassLabel or an integer column 'label'); add one")
-    if library(model) == "timm":
-        transform = _timm_transform(model)
-    else:
-        transform = _processor_transform(model)
-    image, label = columns["image"], columns["label"]
-
-    def prepare(examples: list[dict]) -> Batch:
-        pixels = torch.stack([transform(_decoded(example[image])) for example in examples])
-        return {"pixel_values": pixels, "labels": torch.tensor([example[label] for example in examples])}
-
-    return prepare
-
-
-def _timm_transform(model: nn.Module) -> Callable[[Any], Tensor]:
-    from timm.data import create_transform, resolve_model_data_config
-
-    config = resolve_model_data_config(model)
-    transform = create_transform(**config, is_training=False)
-    mode = {1: "L", 3: "RGB"}.get(config["input_size"][0])
-    return lambda image: transform(image.convert(mode) if mode else image)
-
-
-def _processor_transform(model: nn.Module) -> Callable[[Any], Tensor]:
-    from transformers import AutoImageProcessor
-
-    processor = _from_model(AutoImageProcessor, model, "image processor")
-    return lambda image: processor(image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
-
-
-def _text_preparation(
-    model: nn.Module, columns: Mapping[str, str | None], max_length: int
-) -> Callable[[list[dict]], Batch]:
-    from transformers import AutoTokenizer
-
-    tokenizer = _from_model(AutoTokenizer, model, "tokenizer")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token  # padding is masked everywhere, so any token serves
-    classifies = "SequenceClassification" in type(model).__name__
-    text, label = columns["text"], columns["label"]
-    if classifies and label is None:
-        raise DataError("the data set has texts and no labels, and the model is a classifier; add a 'label' column")
-
-    def prepare(examples: list[dict]) -> Batch:
-        texts = [example[text] for example in examples]
-        tokens = tokenizer(texts, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
-        batch = {name: tokens[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in tokens}
-        if classifies:
-            batch["labels"] = torch.tensor([example[label] for example in examples])
-        return batch
-
-    return prepare
-
-
-def _from_model(loader: Any, model: nn.Module, what: str) -> Any:
-    source = record(model)
-    if source["id"] is None:
-        raise CoarError(f"the model has no id or folder to load its {what} from; use coar.load, or batches of tensors")
+def _first_example(dataset: Any, preparation: Preparation) -> str:
     try:
-        return loader.from_pretrained(source["id"], revision=source["revision"])
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"no {what} is saved with {source['id']!r}; build batches of tensors yourself") from error
+        return preparation.show(next(iter(dataset)))
+    except CoarError:
+        raise
+    except StopIteration:
+        raise DataError("the data set holds no examples; choose another split") from None
+    except Exception as error:  # a decoder's: the run itself says what becomes of such an example
+        return f"cannot be read ({type(error).__name__})"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hf_coar import models
 from hf_coar.attributions import artefact
 from hf_coar.errors import CoarError, ModelMismatchError
+from hf_coar.models import offloading
 from hf_coar.models.records import EDIT as RECORD
 from hf_coar.storage import cards, files, hub
 
@@ -39,22 +40,41 @@ def undo(edited: nn.Module, base: nn.Module) -> nn.Module:
         )
     _check_base(entries["base"], base)
     restored = models.copy_with_record(edited, **models.record(base), edit=None)
-    originals, tensors = base.state_dict(), restored.state_dict()
-    differing = [
-        name for name in originals.keys() | tensors.keys() if not _same(originals.get(name), tensors.get(name))
-    ]
+    originals, tensors = _Tensors(base), _Tensors(restored)
+    names = originals.shown.keys() | tensors.shown.keys()
+    differing = {name for name in names if not _same(originals.value(name), tensors.value(name))}
     # What is not a parameter that the edit names may still share its memory (tied weights), so it is looked at last.
-    with torch.no_grad():
-        for name in set(entries.get("parameters") or ()) & set(differing):
-            if name in originals and name in tensors and originals[name].shape == tensors[name].shape:
-                tensors[name].copy_(originals[name])
-    left = sorted(name for name in differing if not _same(originals.get(name), tensors.get(name)))
+    for name in differing & set(entries.get("parameters") or ()):
+        original, present = originals.value(name), tensors.value(name)
+        if original is not None and present is not None and original.shape == present.shape:
+            tensors.set(name, original)
+    left = sorted(name for name in differing if not _same(originals.value(name), tensors.value(name)))
     if left or models.fingerprint(restored) != entries["base"].get("fingerprint"):
         raise CoarError(
             f"the model was changed after its edit, in {len(left)} tensors: {', '.join(left[:8])}; undo only puts back "
             "what the edit changed. The original is the base model itself"
         )
     return restored
+
+
+class _Tensors:
+    """The parameters and persistent buffers of a model, wherever they are kept."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.shown = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
+
+    def value(self, name: str) -> Tensor | None:
+        """A tensor; None where there is none of this name."""
+        return offloading.value(self.model, name, self.shown[name]) if name in self.shown else None
+
+    @torch.no_grad()
+    def set(self, name: str, value: Tensor) -> None:
+        """Put another value in its place."""
+        if self.shown[name].is_meta:
+            offloading.put(self.model, {name: value})
+        else:
+            self.shown[name].copy_(value)
 
 
 def _check_base(known: Mapping[str, Any], base: nn.Module) -> None:

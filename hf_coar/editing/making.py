@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_coar import models
-from hf_coar.attributions import Attributions
+from hf_coar.attributions import Attributions, labelled
 from hf_coar.components import Components
 from hf_coar.editing import stepwise
 from hf_coar.editing.choosing import Candidate, Constraint, Goal, choose
@@ -17,7 +17,8 @@ from hf_coar.errors import CoarError
 from hf_coar.masking import MaskedModel, fingerprint_of
 from hf_coar.models import outputs
 
-Examples = Sequence[int] | Sequence[Sequence[int]] | Tensor  # indices, or several sets of them
+# Indices, or several sets of them; a class name or {"label": name or number} is all examples of the class.
+Examples = Sequence[int] | Sequence[Sequence[int]] | Tensor | str | Sequence[str] | Mapping[str, Any]
 Attribute = Callable[[nn.Module], Attributions]  # attributes the model that it is given, always the same examples
 
 N_COMPONENTS = 10  # where neither a number nor a validation is given
@@ -28,22 +29,31 @@ def rank_components(
     attributions: Attributions,
     increase: Examples | None = None,
     decrease: Examples | None = None,
-    reference: Sequence[int] | None = None,
+    reference: Examples | None = None,
     rule: str | Rule = "welch",
 ) -> Tensor:
     """All components, the best to ablate first, int64 [components].
 
     Args:
         attributions: of the model.
-        increase: indices of examples whose outputs are to rise; or several lists of them, of which each counts alike.
-        decrease: indices of examples whose outputs are to fall; or several lists of them.
-        reference: indices of examples whose outputs are to stay; all others by default.
+        increase: indices of examples whose outputs are to rise; or several lists of them, of which each counts alike;
+            or a class name such as "three", `{"label": 3}`, or several names.
+        decrease: examples whose outputs are to fall, given likewise.
+        reference: examples whose outputs are to stay, given likewise; all others by default.
         rule: one of `RULES`, or a function of `Sides`.
 
     Raises:
         CoarError: no targets, no references, an index out of range, an example on both sides, or an unknown rule.
     """
-    return _rule(rule)(_sides(attributions, increase, decrease, reference))
+    return _rule(rule)(_sides(attributions, *_by_index(attributions, increase, decrease, reference)))
+
+
+def _by_index(
+    attributions: Attributions, increase: Any, decrease: Any, reference: Any
+) -> tuple[Examples | None, Examples | None, Sequence[int] | None]:
+    """The sides with indices in the place of class names."""
+    increase, decrease, spared = (labelled.chosen(attributions, one) for one in (increase, decrease, reference))
+    return increase, decrease, None if spared is None else _joined(_sets(spared))
 
 
 def _rule(rule: str | Rule) -> Rule:
@@ -117,7 +127,7 @@ def edit(
     attributions: Attributions | Attribute | Sequence[Attributions | Attribute],
     increase: Examples | None = None,
     decrease: Examples | None = None,
-    reference: Sequence[int] | None = None,
+    reference: Examples | None = None,
     n_components: int | Sequence[int] | None = None,
     rule: str | Rule | Sequence[str] = "welch",
     validation: Goal | None = None,
@@ -144,9 +154,10 @@ def edit(
         model: the model that was attributed.
         attributions: of it, or a function (model) -> attributions; or several, of the same components and examples and
             with other outputs, among which `validation` chooses.
-        increase: indices of examples whose outputs are to rise; or several lists of them, of which each counts alike.
-        decrease: indices of examples whose outputs are to fall; or several lists of them.
-        reference: indices of examples whose outputs are to stay; all others by default.
+        increase: indices of examples whose outputs are to rise; or several lists of them, of which each counts alike;
+            or a class name such as "three", `{"label": 3}`, or several names.
+        decrease: examples whose outputs are to fall, given likewise.
+        reference: examples whose outputs are to stay, given likewise; all others by default.
         n_components: how many components to ablate, 10 by default; with `validation`, the numbers to try, by default up
             to a fifth of all components; with `validation` and in steps, the largest number.
         rule: which components come first: one of `editing.RULES` (the paper's is "welch"), a function of
@@ -185,7 +196,7 @@ def edit(
     # Attributions that were given are of whatever was attributed then; a function has just attributed this model.
     fingerprint_of(model, anew=True)
     _check_attributions([one.of_whole for one in sources], model)
-    sides = (increase, decrease, reference)
+    sides = _by_index(sources[0].of_whole, increase, decrease, reference)
     rankers = {
         _label(name, place, sources): _Ranker(name, by, source, sides)
         for name, by in rules.items()
@@ -346,6 +357,11 @@ def _entries(
         "increase": _joined(_sets(increase)),
         "decrease": _joined(_sets(decrease)),
         "reference": "all others" if reference is None else _indices(reference),
+        "classes": {
+            side: names
+            for side, examples in (("increase", increase), ("decrease", decrease))
+            if (names := labelled.classes(attributions, _joined(_sets(examples))))
+        },
         "base": dict(attributions.provenance.model),
         "components": [str(component) for component in components],
         "indices": made.ablated.tolist(),

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from hf_coar.components import Group
 from hf_coar.errors import CoarError
 from hf_coar.masking.layout import Layout, Layouts
+from hf_coar.models import offloading
 
 Pairs = Sequence[tuple[Group, Tensor]]
 
@@ -135,17 +136,6 @@ def replace_forward(module: nn.Module, make: Callable[[Callable[..., Any]], Call
     return restore
 
 
-def _bias_of(module: nn.Module) -> Any:
-    """The module's bias; of an offloaded module, which holds it only while its forward runs, from where it is kept."""
-    bias = getattr(module, "bias", None)
-    if isinstance(bias, Tensor) and bias.is_meta:
-        hook = getattr(module, "_hf_hook", None)
-        for one in (hook, *getattr(hook, "hooks", ())):
-            if getattr(one, "weights_map", None) is not None:
-                return one.weights_map["bias"]
-    return bias
-
-
 def _bias_like(bias: Any, activation: Tensor, feature_axis: int) -> Tensor | None:
     if not isinstance(bias, Tensor):
         return None
@@ -167,7 +157,7 @@ def gate_outputs(name: str, module: nn.Module, pairs: Pairs, state: Pass) -> Cal
             return None
         run = state.run(f"{name}:output")
         for group, gate in pairs:
-            bias = _bias_like(_bias_of(module), output, group.feature_axis)
+            bias = _bias_like(offloading.of_module(module, "bias"), output, group.feature_axis)
             rows, plain = state.spread(gate, output, group, lambda: state.place(name, run, "outputs")), output
             output = _apply(rows, plain, bias)
             state.fired(group)

@@ -1,6 +1,6 @@
 """Changing the stored weights: the slices of ablated components set to zero or scaled, and put back."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -10,6 +10,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 from hf_coar.components import Components, Group
 from hf_coar.errors import CoarError, ModelMismatchError
+from hf_coar.models import offloading
 
 
 def tensor_of(model: nn.Module, name: str) -> Tensor | None:
@@ -82,36 +83,82 @@ class NormalisedEdit:
     """A change of a weight that is stored as length and direction (weight normalisation).
 
     Zeroing slices of the direction alone would lengthen the others: the product is cut, and split anew.
+
+    Attributes:
+        group: whose weight it is.
+        length: of the rows.
+        direction: of the same rows.
+        axis: along which they are counted.
+        index: which slices of the product.
+        factors: what they are multiplied with; None = zero.
     """
 
     group: Group
-    parametrization: parametrize.ParametrizationList
+    length: Tensor
+    direction: Tensor
+    axis: int
     index: tuple[Tensor, ...]
     factors: Tensor | None
     saved: tuple[Tensor, Tensor] | None = None
 
     def apply(self) -> None:
         """Change length and direction."""
-        length, direction = self.parametrization.original0.data, self.parametrization.original1.data
-        axis = self.parametrization[0].dim
-        self.saved = (length.clone(), direction.clone())
-        product = torch._weight_norm(direction, length, axis)
+        self.saved = (self.length.clone(), self.direction.clone())
+        product = torch._weight_norm(self.direction, self.length, self.axis)
         Edit(self.group.rows(product), self.index, self.factors).apply()
-        norm = torch.norm_except_dim(product, 2, axis)
-        length.copy_(norm)
+        norm = torch.norm_except_dim(product, 2, self.axis)
+        self.length.copy_(norm)
         # Where nothing is left the old direction stays: 0 / 0 would be no direction at all.
-        direction.copy_(torch.where(norm > 0, product, direction))
+        self.direction.copy_(torch.where(norm > 0, product, self.direction))
 
     def undo(self) -> None:
         """Put back what was there, bit for bit."""
         if self.saved is not None:
-            self.parametrization.original0.data.copy_(self.saved[0])
-            self.parametrization.original1.data.copy_(self.saved[1])
+            self.length.copy_(self.saved[0])
+            self.direction.copy_(self.saved[1])
 
 
-def edits(
-    model: nn.Module, components: Components, kept: Tensor, weights: Sequence[Tensor]
-) -> Iterator[Edit | NormalisedEdit]:
+Change = Callable[[Tensor, Tensor | None], Edit | NormalisedEdit]  # of a weight, and of its length if it has one
+
+
+@dataclass
+class OffloadedEdit:
+    """The same for a weight that accelerate keeps elsewhere: a changed copy is laid over what is kept there.
+
+    Attributes:
+        model: whose hooks put the weight in place.
+        parameter: the weight's name.
+        length: the name of its length, where it is normalised.
+        shared: other names of the same weight.
+        change: the edit, made on copies in memory.
+    """
+
+    model: nn.Module
+    parameter: str
+    length: str | None
+    shared: tuple[str, ...]
+    change: Change
+    take_off: Callable[[], None] | None = None
+
+    def apply(self) -> None:
+        """Change the weight."""
+        copies = {name: self._copy(name) for name in (self.parameter, self.length) if name is not None}
+        self.change(copies[self.parameter], copies.get(self.length)).apply()
+        self.take_off = offloading.put(self.model, copies | dict.fromkeys(self.shared, copies[self.parameter]))
+
+    def _copy(self, name: str) -> Tensor:
+        return offloading.value(self.model, name, tensor_of(self.model, name)).detach().clone()
+
+    def undo(self) -> None:
+        """Take the copy off again."""
+        if self.take_off is not None:
+            self.take_off()
+
+
+AnyEdit = Edit | NormalisedEdit | OffloadedEdit
+
+
+def edits(model: nn.Module, components: Components, kept: Tensor, weights: Sequence[Tensor]) -> Iterator[AnyEdit]:
     """One edit for every group with a gate below 1.
 
     Raises:
@@ -124,27 +171,34 @@ def edits(
             continue
         values = gates[ablated].to(weight.dtype if weight.is_floating_point() else torch.float32)
         check_editable(group, bool(((values != 0) & (values != 1)).any()))
+        factors = values.repeat_interleave(group.block) if bool(values.any()) else None
+        yield _edit(model, group, weight, ablated, factors)
+
+
+def _edit(model: nn.Module, group: Group, weight: Tensor, ablated: Tensor, factors: Tensor | None) -> AnyEdit:
+    """The edit of one group: components `ablated`, int64 [any], whose rows are multiplied by `factors`."""
+    parametrization = normalised(model, group)
+
+    def change(weight: Tensor, length: Tensor | None) -> Edit | NormalisedEdit:
         rows = (ablated[:, None] * group.block + torch.arange(group.block)).flatten().to(weight.device)
-        factors = None
-        if bool(values.any()):
-            factors = values.repeat_interleave(group.block).to(weight.device)
-            factors = factors.view([-1] + [1] * (weight.dim() - 1))
+        by = None if factors is None else factors.to(weight.device).view([-1] + [1] * (weight.dim() - 1))
         view = group.rows(weight.data)
-        if group.stack_axis is None:
-            index: tuple[Tensor, ...] = (rows,)
-        else:
-            index = (rows // view.shape[1], rows % view.shape[1])
-        parametrization = normalised(model, group)
-        if parametrization is None:
-            yield Edit(view, index, factors)
-        else:
-            yield NormalisedEdit(group, parametrization, index, factors)
+        index = (rows,) if group.stack_axis is None else (rows // view.shape[1], rows % view.shape[1])
+        if length is None:
+            return Edit(view, index, by)
+        return NormalisedEdit(group, length.data, weight.data, parametrization[0].dim, index, by)
+
+    if not weight.is_meta:
+        return change(weight, None if parametrization is None else parametrization.original0)
+    owner, _, leaf = group.parameter.rpartition(".")
+    length = None if parametrization is None else f"{owner}.original0"
+    return OffloadedEdit(model, group.parameter, length, tuple(f"{name}.{leaf}" for name in group.shared_by), change)
 
 
 @contextmanager
 def zeroed(model: nn.Module, components: Components, kept: Tensor, weights: Sequence[Tensor]) -> Iterator[None]:
     """The slices of ablated components are zero (or scaled by their gate) inside the block."""
-    undo: list[Edit | NormalisedEdit] = []
+    undo: list[AnyEdit] = []
     try:
         with torch.no_grad():
             for edit in edits(model, components, kept, weights):
@@ -153,7 +207,7 @@ def zeroed(model: nn.Module, components: Components, kept: Tensor, weights: Sequ
         yield
     finally:
         with torch.no_grad():
-            for edit in undo:
+            for edit in reversed(undo):
                 edit.undo()
 
 

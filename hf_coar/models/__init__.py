@@ -5,16 +5,21 @@ interfaces (`get_classifier`, `get_output_embeddings`, `get_input_embeddings`) s
 """
 
 from hf_coar.models.calling import device_of, embedding_modules, frozen, logits, output_modules
+from hf_coar.models.classes import Head, class_names, head
+from hf_coar.models.libraries import library
 from hf_coar.models.loading import load_architecture, load_model, load_snippet, save_model
-from hf_coar.models.records import check_edit, copy_with_record, fingerprint, library, record
+from hf_coar.models.records import check_edit, copy_with_record, fingerprint, record
 
 __all__ = [
+    "Head",
     "check_edit",
+    "class_names",
     "copy_with_record",
     "device_of",
     "embedding_modules",
     "fingerprint",
     "frozen",
+    "head",
     "library",
     "load_architecture",
     "load_model",

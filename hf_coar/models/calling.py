@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_coar.errors import CoarError, ModelError
-from hf_coar.models.records import library
+from hf_coar.models.libraries import library
 
 
 @functools.lru_cache(maxsize=32)

@@ -1,7 +1,7 @@
 """Loading and saving models with the library that they come from; nothing is unpickled."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from hf_coar.errors import CoarError, ModelError
-from hf_coar.models.records import EDIT, RECORD, check_edit, library, record
+from hf_coar.models import offloading, weight_files
+from hf_coar.models.libraries import library
+from hf_coar.models.records import EDIT, RECORD, check_edit, fingerprint, record
 from hf_coar.storage import files, hub
 
 
@@ -20,24 +22,32 @@ def load_model(
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
+    architecture: "str | Path | nn.Module | None" = None,
 ) -> nn.Module:
-    """A model of timm or transformers, from a local folder or the Hub, in evaluation mode.
+    """A model of timm or transformers, from a local folder, the Hub or a file of weights, in evaluation mode.
 
     Its `config.json` says which library wrote it: timm's names an `architecture`, transformers' its `architectures`.
-    All files are of one commit, which its record holds. Weights are read from safetensors only: nothing is unpickled.
+    All files are of one commit, which its record holds. Weights of folders and repositories are read from safetensors
+    only; of a file such as `weights.pth` nothing but tensors. Nothing is unpickled.
 
     Args:
-        name: local folder or Hub id.
+        name: local folder or Hub id; or a file of weights, `.safetensors`, `.pth`, `.pt`, `.bin` or `.ckpt`.
         revision: branch, tag or commit on the Hub.
         trust_remote_code: run code that comes with the model; never on by itself.
         token: for private repositories.
         cache_dir: of the Hub's files; the usual one by default.
         local_files_only: look only at what has been downloaded before.
+        architecture: of a file of weights: a timm name, a folder or Hub id whose `config.json` is of the same model,
+            or a module, which is copied; by default what the `config.json` beside the file says.
 
     Raises:
-        ModelError: no such model, or nothing that these libraries can load.
+        ModelError: no such model, nothing that these libraries can load, or weights that do not fit the architecture.
     """
     name = str(name)
+    if weight_files.is_weight_file(name):
+        return _load_weights(name, architecture, revision, trust_remote_code, token)
+    if architecture is not None:
+        raise ModelError(f"architecture={architecture!r} is for a file of weights, and {name!r} is none; leave it out")
     source = hub.Source(name, revision, token, cache_dir, local_files_only)
     config = _read_config(source)
     options = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
@@ -52,8 +62,37 @@ def load_model(
             f"it has {sorted(config)}"
         )
     edit = _read_edit(source)
-    setattr(model, RECORD, {"id": name, "revision": source.commit, **({"edit": edit} if edit else {})})
+    known = {"id": name, "revision": source.commit, "loaded": fingerprint(model)}
+    setattr(model, RECORD, known | ({"edit": edit} if edit else {}))
     return model.eval()
+
+
+def _load_weights(
+    path: str, architecture: Any, revision: str | None, trust_remote_code: bool, token: str | bool | None
+) -> nn.Module:
+    """A model from a file of weights and what its architecture is."""
+    tensors = weight_files.read(path)
+    if architecture is None and (Path(path).parent / "config.json").is_file():
+        architecture = Path(path).parent
+    if architecture is None:
+        raise weight_files.need_architecture(path, tensors)
+    if isinstance(architecture, nn.Module):
+        model, architecture = weight_files.into_module(architecture, tensors, path), None
+    elif _is_timm_name(str(architecture)):
+        model = weight_files.into_timm(str(architecture), tensors, path)
+    else:
+        source = hub.Source(architecture, revision, token)
+        empty = _guarded(source, lambda: _build(source, _read_config(source), trust_remote_code))
+        model = weight_files.into_module(empty, tensors, path)
+    known = {"id": path, "revision": None, "loaded": fingerprint(model)}
+    setattr(model, RECORD, known | ({} if architecture is None else {"architecture": str(architecture)}))
+    return model.eval()
+
+
+def _is_timm_name(name: str) -> bool:
+    import timm
+
+    return not Path(name).exists() and timm.is_model(name)
 
 
 def load_architecture(
@@ -72,20 +111,29 @@ def load_architecture(
     """
     source = hub.Source(str(name), revision, token)
     config = _read_config(source)
-    try:
-        with torch.device("meta"):
-            if "architecture" in config and "pretrained_cfg" in config:
-                import timm
+    with torch.device("meta"):
+        model = _guarded(source, lambda: _build(source, config, trust_remote_code))
+    setattr(model, RECORD, {"id": source.name, "revision": source.commit})
+    return model.eval()
 
-                model = timm.create_model(f"local-dir:{source.file('config.json').parent}", pretrained=False)
-            else:
-                model = _build_transformers(source, config, trust_remote_code)
+
+def _build(source: hub.Source, config: Mapping[str, Any], trust_remote_code: bool) -> nn.Module:
+    """The model that a `config.json` describes, with weights as they are drawn at first."""
+    if "architecture" in config and "pretrained_cfg" in config:
+        import timm
+
+        return timm.create_model(f"local-dir:{source.file('config.json').parent}", pretrained=False)
+    return _build_transformers(source, config, trust_remote_code)
+
+
+def _guarded(source: hub.Source, build: Callable[[], nn.Module]) -> nn.Module:
+    """What a library raises while it builds a model, as an error of ours."""
+    try:
+        return build()
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
         if isinstance(error, ModelError):
             raise
         raise ModelError(f"{source.name!r} cannot be built from its config.json: {_first_line(error)}") from error
-    setattr(model, RECORD, {"id": str(name), "revision": source.commit})
-    return model.eval()
 
 
 def _build_transformers(source: hub.Source, config: Mapping[str, Any], trust_remote_code: bool) -> nn.Module:
@@ -189,6 +237,8 @@ def save_model(model: nn.Module, folder: str | Path) -> None:
 
 
 def _save_with_its_library(model: nn.Module, folder: Path) -> None:
+    if offloading.is_offloaded(model) and not (library(model) == "transformers" and hasattr(model, "hf_device_map")):
+        model = offloading.in_memory(model)  # transformers alone saves from where the weights are, and by that map
     if library(model) == "transformers":
         model.save_pretrained(folder)
     elif library(model) == "timm":

@@ -4,30 +4,25 @@ import copy
 import hashlib
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from hf_coar.errors import CorruptFileError
+from hf_coar.models import offloading
+from hf_coar.models.classes import class_names
+from hf_coar.models.libraries import library
 from hf_coar.storage import files
 
 EDIT = "coar_edit.json"  # the file in which an edited model keeps the record of its edit
 RECORD = "hf_coar_record"  # attribute of a loaded or edited model: a plain dict that says where it comes from
 
 
-def library(model: nn.Module) -> str:
-    """`"transformers"`, `"timm"` or `"torch"`."""
-    module_names = {cls.__module__.split(".")[0] for cls in type(model).__mro__}
-    if "transformers" in module_names and hasattr(model, "config"):
-        return "transformers"
-    if hasattr(model, "pretrained_cfg") and hasattr(model, "get_classifier"):
-        return "timm"
-    return "torch"
-
-
 def record(model: nn.Module) -> dict[str, Any]:
     """Where a model comes from and what it is, as JSON values.
 
-    `id`, `revision` (the commit; None where unknown), `library`, `class`, `dtype`, `n_parameters`; and `edit` if it
-    was edited.
+    `id`, `revision` (the commit; None where unknown), `library`, `class`, `dtype`, `n_parameters`; `edit` if it was
+    edited; `architecture` if it came from a file of weights; and `loaded`, the fingerprint of what `load_model` read
+    (None for models made otherwise): only as long as the model's own is still the same, the weights are those of `id`.
+    A model that was made otherwise has the `id` that its configuration names, which says nothing about its weights.
     """
     known = dict(getattr(model, RECORD, {}))
     if not known and library(model) == "transformers":
@@ -42,7 +37,9 @@ def record(model: nn.Module) -> dict[str, Any]:
         "class": type(model).__name__,
         "dtype": ", ".join(sorted({str(parameter.dtype).removeprefix("torch.") for parameter in parameters})),
         "n_parameters": sum(parameter.numel() for parameter in parameters),
-        **({"edit": known["edit"]} if known.get("edit") else {}),
+        "loaded": known.get("loaded"),
+        **{key: known[key] for key in ("architecture", "edit") if known.get(key)},
+        **({"label_names": list(names)} if (names := class_names(model)) else {}),
     }
 
 
@@ -56,12 +53,11 @@ def copy_with_record(model: nn.Module, **entries: Any) -> nn.Module:
 def fingerprint(model: nn.Module) -> str:
     """BLAKE2b-128 over names, shapes and values of all parameters and persistent buffers, as 32 hexadecimal digits.
 
-    Weights that are offloaded (on the meta device) enter with name, shape and dtype only.
+    Weights that accelerate keeps elsewhere enter as they are there, so that where a model lies makes no difference. Of
+    a model without weights (on the meta device) names, shapes and dtypes enter alone.
     """
     digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in model.state_dict().items():
-        if not isinstance(tensor, Tensor):
-            continue
+    for name, tensor in offloading.state(model):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         if tensor.device.type != "meta":
             digest.update(files.tensor_bytes(tensor))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from hf_coar.attributions import Attributions
+from hf_coar.attributions import Attributions, labelled
 from hf_coar.errors import CoarError
 
 # matplotlib's classes, by name only: it is imported where a picture is drawn.
@@ -206,8 +206,8 @@ def top_components(attributions: Attributions, example: int, n: int = 15) -> Fig
     axes.grid(axis="x", color=canvas.FAINT, linewidth=0.5)
     bars = "" if errors is None else ", ± 1 standard error"
     axes.set_xlabel(f"attribution{canvas.unit(attributions)}{bars}")
-    label = int(attributions.labels[example])
-    label = f" (class {label})" if label >= 0 else ""
+    label = labelled.label_name(attributions, example)
+    label = f" ({label})" if label else ""
     output = attributions.provenance.output or "output"
     canvas.title(
         figure,

@@ -8,6 +8,7 @@ import base64
 import html
 import io
 import logging
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -18,11 +19,11 @@ from string import Template
 from typing import Any
 
 from hf_coar import plots
-from hf_coar.attributions import Attributions, artefact
+from hf_coar.attributions import Attributions, artefact, labelled
 from hf_coar.errors import CoarError
 from hf_coar.judging.evaluation import Report
 from hf_coar.plots.canvas import Figure
-from hf_coar.storage import cards, files
+from hf_coar.storage import cards, files, labels
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +90,7 @@ def write_first(folder: str | Path, attributions: Attributions) -> None:
 
 def _title(attributions: Attributions) -> str:
     model = attributions.provenance.model
-    known, name = cards.hub_id(model), cards.public_name(model)
+    known, name = cards.model_id(model), cards.public_name(model)
     local = f"{model.get('class') or 'a model'}" + (f" ({name})" if name else "")
     return f"Attributions of {known or local}"
 
@@ -174,7 +175,7 @@ def _worst(attributions: Attributions, evaluation: Report) -> list[_Table]:
     if len(values) < 3 * _WORST:
         return []
     order = [index for index in values.argsort().tolist() if not values[index].isnan()][:_WORST]
-    rows = [[str(index), _label(attributions, index), f"{values[index]:.3f}"] for index in order]
+    rows = [[str(index), labelled.label_name(attributions, index), f"{values[index]:.3f}"] for index in order]
     head = ["example", "label", "correlation"]
     caption = f"The examples that are predicted worst, {100 * fraction:.3g} % ablated"
     return [_Table(head, rows, frozenset({0, 1, 2}), caption)]
@@ -215,8 +216,8 @@ def _where(attributions: Attributions) -> _Section:
 
 
 def _one_example(attributions: Attributions) -> _Section:
-    label = _label(attributions, 0)
-    text = "The first example" + (f", of class {label}." if label else ".")
+    label = labelled.label_name(attributions, 0)
+    text = "The first example" + (f", {label}." if label else ".")
     picture = ("the largest attributions to example 0", lambda: plots.top_components(attributions, 0))
     return _Section("One example", text, pictures={"top_components_0": picture})
 
@@ -261,13 +262,11 @@ def _next(attributions: Attributions, evaluated: bool) -> _Section:
         "attributions.predict(kept)  # outputs with the components outside kept ablated",
     ]
     lines += [] if evaluated else ["", "# in a shell: hf-coar evaluate FOLDER"]
-    lines += ["# in a shell: hf-coar edit FOLDER --decrease label=3 --n-components 20 --out edited"]
+    label = labelled.label_name(attributions, 0)
+    known = label in labels.label_names(attributions.provenance)
+    target = shlex.quote(f"label={label}") if known else "label=3"
+    lines += [f"# in a shell: hf-coar edit FOLDER --decrease {target} --n-components 20 --out edited"]
     return _Section("What next", code="\n".join(lines))
-
-
-def _label(attributions: Attributions, index: int) -> str:
-    label = int(attributions.labels[index])
-    return str(label) if label >= 0 else ""
 
 
 def _joined(*parts: Any) -> str:

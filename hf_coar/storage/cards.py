@@ -13,6 +13,7 @@ from string import Template
 from typing import Any
 
 from hf_coar.errors import CorruptFileError
+from hf_coar.storage.labels import label_names, listed, of_classes
 
 RESULTS = ".eval_results/hf_coar.yaml"
 
@@ -60,6 +61,17 @@ def hub_id(entry: Mapping[str, Any]) -> str | None:
     return name if known and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) else None
 
 
+def model_id(model: Mapping[str, Any]) -> str | None:
+    """The Hub id in a record of a model, if its weights are what was read from there; None for any others.
+
+    A configuration names where a model began; whether its weights are those, only their fingerprint says. Records of
+    before it was kept are believed where they name a commit.
+    """
+    if "loaded" not in model:
+        return hub_id(model) if _COMMIT.fullmatch(str(model.get("revision"))) else None
+    return hub_id(model) if model["loaded"] and model["loaded"] == model.get("fingerprint") else None
+
+
 def public_name(entry: Mapping[str, Any]) -> str | None:
     """The Hub id, or the last part of a local path: the rest of the path is nobody's business."""
     name = str(entry.get("id") or "")
@@ -90,7 +102,7 @@ def attributions_card(
     model, data = _mapping(config, "model"), _mapping(config, "data")
     metadata = {"library_name": "hf_coar", "tags": ["coar", "component-attribution", "interpretability"]}
     # Of the relations that the Hub knows, an adapter's is the nearest: of no use without the base model.
-    metadata |= {"base_model": hub_id(model), "base_model_relation": "adapter"} if hub_id(model) else {}
+    metadata |= {"base_model": model_id(model), "base_model_relation": "adapter"} if model_id(model) else {}
     metadata |= {"datasets": [hub_id(data)]} if hub_id(data) else {}
     fraction = config.get("ablated_fraction")
     text = template("attributions").substitute(
@@ -123,7 +135,7 @@ def attributions_card(
 
 def _next_snippet(model: Mapping[str, Any], data: Mapping[str, Any]) -> str:
     """How to load the model and the data, where both are on the Hub."""
-    if not (hub_id(model) and hub_id(data)) or "selected" in data:
+    if not (model_id(model) and hub_id(data)) or "selected" in data:
         return ""
     arguments = {"data": data.get("id"), "split": data.get("split"), "revision": model.get("revision")}
     arguments["data_revision"] = data.get("revision")
@@ -204,9 +216,9 @@ def edited_model_card(entries: Mapping[str, Any], source: str = ".", pictures: S
     components, library = list(entries.get("components") or ()), base.get("library") or "torch"
     metadata = {"library_name": {"torch": "pytorch"}.get(library, library)}
     metadata |= {"tags": ["coar", "model-editing", "component-attribution"]}
-    metadata |= {"base_model": hub_id(base), "base_model_relation": "finetune"} if hub_id(base) else {}
+    metadata |= {"base_model": model_id(base), "base_model_relation": "finetune"} if model_id(base) else {}
     metadata |= {"datasets": [hub_id(data)]} if hub_id(data) else {}
-    revision = f", revision={json.dumps(base['revision'])}" if hub_id(base) and base.get("revision") else ""
+    revision = f", revision={json.dumps(base['revision'])}" if model_id(base) and base.get("revision") else ""
     text = template("edited_model").substitute(
         metadata=_yaml_head(metadata),
         title=f"{_model_name(base)}, {_count(len(components), 'component')} ablated".removeprefix("a "),
@@ -215,8 +227,8 @@ def edited_model_card(entries: Mapping[str, Any], source: str = ".", pictures: S
         data_line=_data_line(data),
         library={"torch": "PyTorch"}.get(library, library),
         aim=_aim(entries),
-        increase=_examples(entries.get("increase")),
-        decrease=_examples(entries.get("decrease")),
+        increase=_examples(entries.get("increase"), of_classes(entries, "increase")),
+        decrease=_examples(entries.get("decrease"), of_classes(entries, "decrease")),
         reference=_examples(entries.get("reference")),
         n_components=_count(len(components), "component"),
         were="was" if len(components) == 1 else "were",
@@ -229,7 +241,7 @@ def edited_model_card(entries: Mapping[str, Any], source: str = ".", pictures: S
         snippet=_load_script(base, source),
         undo_snippet=_snippet(
             "undo", source=json.dumps(source), revision=revision,
-            base=json.dumps(hub_id(base) or "PATH OF THE ORIGINAL MODEL"),
+            base=json.dumps(model_id(base) or "PATH OF THE ORIGINAL MODEL"),
         ),
         pictures=_gallery(pictures),
         citation=_CITATION,
@@ -291,19 +303,23 @@ def _ablated(edit: Mapping[str, Any]) -> str:
 
 
 def _aim(edit: Mapping[str, Any]) -> str:
-    sides = [("raise", edit.get("increase")), ("lower", edit.get("decrease"))]
-    said = [f"{verb} the output on {_count(len(examples), 'example')}" for verb, examples in sides if examples]
+    sides = [("raise", "increase"), ("lower", "decrease")]
+    said = [
+        f"{verb} the output on {_count(len(edit[side]), 'example')}{of_classes(edit, side)}"
+        for verb, side in sides
+        if edit.get(side)
+    ]
     return " and ".join(said) + " and spare the others" if said else "change its outputs"
 
 
-def _examples(indices: Any) -> str:
+def _examples(indices: Any, classes: str = "") -> str:
     if isinstance(indices, str):
         return indices
     indices = list(indices or ())
     if not indices:
         return "none"
     listed = ", ".join(map(str, indices[:12])) + (", …" if len(indices) > 12 else "")
-    return f"{_count(len(indices), 'example')}: number {listed}"
+    return f"{_count(len(indices), 'example')}{classes}: number {listed}"
 
 
 def _before_and_after(figures: Sequence[Sequence[str]]) -> str:
@@ -374,15 +390,19 @@ def _mapping(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 
 def _model_name(model: Mapping[str, Any]) -> str:
-    folder = f" ({public_name(model)}, a local folder)" if public_name(model) else ""
-    return hub_id(model) or f"a {model.get('class') or 'model'}{folder}"
+    if model_id(model):
+        return str(model_id(model))
+    place, kind = public_name(model), f"a {model.get('class') or 'model'}"
+    if hub_id(model):
+        return f"{kind} (its configuration names {place}; these are not known to be the weights of it)"
+    return f"{kind} ({place}, a local folder)" if place else kind
 
 
 def _model_line(model: Mapping[str, Any]) -> str:
     parts = [_model_name(model)]
     parts += [f"revision `{model['revision']}`"] if model.get("revision") else []
-    parts += [f"class {model['class']} of {model.get('library')}"] if model.get("class") and hub_id(model) else []
-    parts += [f"of {model['library']}"] if model.get("library") and not hub_id(model) else []
+    parts += [f"class {model['class']} of {model.get('library')}"] if model.get("class") and model_id(model) else []
+    parts += [f"of {model['library']}"] if model.get("library") and not model_id(model) else []
     return ", ".join(parts)
 
 
@@ -393,6 +413,8 @@ def _data_line(data: Mapping[str, Any]) -> str:
     parts += [f"revision `{data['revision']}`"] if data.get("revision") else []
     selected = data.get("selected")
     parts += [f"{_count(len(selected), 'example')} of it"] if isinstance(selected, Sequence) else []
+    names = label_names({"data": data})
+    parts += [f"classes {listed(names)}"] if names else []
     return ", ".join(parts)
 
 

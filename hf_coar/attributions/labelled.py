@@ -1,0 +1,62 @@
+"""Examples by their labels: `"three"` means all examples of that class."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hf_coar.attributions.attributions import Attributions
+from hf_coar.errors import CoarError
+from hf_coar.storage import labels
+
+
+def label_name(attributions: Attributions, example: int) -> str:
+    """What an example's label is called; "" where it has none."""
+    return labels.label_name(attributions.provenance, int(attributions.labels[example]))
+
+
+def with_label(attributions: Attributions, label: int | str) -> list[int]:
+    """The examples of a class, by its name or number.
+
+    Args:
+        attributions: of the examples.
+        label: name or number.
+
+    Raises:
+        CoarError: no such class, or no example of it; the message says which there are.
+    """
+    wanted = labels.label_of(attributions.provenance, label)
+    found = (attributions.labels == wanted).nonzero().flatten().tolist()
+    if not found:
+        present = sorted(set(attributions.labels.tolist()) - {-1})
+        named = [labels.label_name(attributions.provenance, one) for one in present[:30]]
+        raise CoarError(f"no example has the label {label!r}; the examples have {', '.join(named) or 'no labels'}")
+    return found
+
+
+def chosen(attributions: Attributions, examples: Any) -> Any:
+    """Examples as indices, where they were given by their classes.
+
+    Args:
+        attributions: of the examples.
+        examples: a class name, `{"label": name or number}` or a list of such names, each of which is a set of examples;
+            anything else is returned as it is.
+
+    Raises:
+        CoarError: as of `with_label`, or a mapping with other keys.
+    """
+    if isinstance(examples, Mapping):
+        if list(examples) != ["label"]:
+            raise CoarError(f"examples given by {sorted(map(str, examples))}; give {{'label': name or number}}")
+        wanted = examples["label"]
+        several = isinstance(wanted, Sequence) and not isinstance(wanted, str)
+        return [with_label(attributions, one) for one in (wanted if several else [wanted])]
+    if isinstance(examples, str):
+        return [with_label(attributions, examples)]
+    if isinstance(examples, list | tuple) and any(isinstance(one, str) for one in examples):
+        return [with_label(attributions, one) if isinstance(one, str) else one for one in examples]
+    return examples
+
+
+def classes(attributions: Attributions, examples: Sequence[int], most: int = 5) -> list[str]:
+    """The names of the classes of some examples; none where there are more than `most`, or no labels."""
+    found = sorted({int(attributions.labels[index]) for index in examples} - {-1})
+    return [labels.label_name(attributions.provenance, label) for label in found] if len(found) <= most else []

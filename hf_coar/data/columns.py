@@ -1,0 +1,126 @@
+"""Which column of a data set holds what: as asked for, else by evidence, and where two readings remain an error."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hf_coar.errors import DataError
+from hf_coar.storage.texts import shortened
+
+Columns = Mapping[str, str | None]  # from the role of a column ("text", "label", …) to its name
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a column can be to a kind of input.
+
+    Attributes:
+        name: the keyword of `load` that names the column, such as "text".
+        fits: whether a column of this type (a feature of `datasets`) could be it.
+        usual: names under which it is usually found.
+        what: one such entry in words, for messages.
+    """
+
+    name: str
+    fits: Callable[[Any], bool]
+    usual: tuple[str, ...] = ()
+    what: str = "a value"
+
+
+@dataclass(frozen=True)
+class Table:
+    """What a data set's columns look like.
+
+    Attributes:
+        name: of the data set.
+        features: types by column.
+        first: the first example, without what has to be decoded; empty where there is none.
+    """
+
+    name: str
+    features: Mapping[str, Any]
+    first: Mapping[str, Any]
+
+    def fitting(self, role: Role, taken: Iterable[str | None] = ()) -> list[str]:
+        """The columns that could play a role and have no other one."""
+        taken = set(taken)
+        return [name for name, feature in self.features.items() if role.fits(feature) and name not in taken]
+
+    def shown(self, columns: Iterable[str] | None = None) -> str:
+        """Columns with an example of each: `'id' ('doc0'), 'review' ('A dull film …')`."""
+        columns = list(self.features if columns is None else columns)
+        said = [f"{name!r} ({self.example(name)})" for name in columns[:12]]
+        return ", ".join(said) + (f" and {len(columns) - 12} more" if len(columns) > 12 else "")
+
+    def example(self, name: str) -> str:
+        """An entry of a column, shortened; its type where it is none that could be read at a glance."""
+        if name in self.first and isinstance(self.first[name], str | int | float | bool | list | None):
+            return shortened(repr(self.first[name]), 40)
+        return type(self.features[name]).__name__
+
+
+def asked(given: Columns, table: Table, roles: Sequence[Role]) -> dict[str, str]:
+    """The columns that were asked for by name, checked.
+
+    Raises:
+        DataError: there is no such column, it cannot be what it is to be, or it is asked for twice.
+    """
+    found: dict[str, str] = {}
+    known = {role.name: role for role in roles}
+    for role, column in given.items():
+        if column is None:
+            continue
+        if role not in known:
+            raise DataError(f"{role}={column!r}: the model reads {' and '.join(known)} of an example, and no {role}")
+        if column not in table.features:
+            raise DataError(f"{role}={column!r}: {table.name!r} has no such column; it has {table.shown()}")
+        if not known[role].fits(table.features[column]):
+            raise DataError(
+                f"{role}={column!r}: the column holds {table.example(column)}, and {role} must be {known[role].what}; "
+                f"{table.name!r} has {table.shown()}"
+            )
+        if column in found.values():
+            raise DataError(f"{role}={column!r}: the same column is asked for twice; give each role its own")
+        found[role] = column
+    return found
+
+
+def the_one(role: Role, table: Table, taken: Iterable[str | None] = ()) -> str | None:
+    """The column of a role: the only one that fits, or the only one of those under a usual name; None without any.
+
+    Raises:
+        DataError: several could be it.
+    """
+    candidates = table.fitting(role, taken)
+    usual = [name for name in candidates if name.lower() in role.usual]
+    if len(usual) == 1 or len(candidates) == 1:
+        return (usual if len(usual) == 1 else candidates)[0]
+    if candidates:
+        raise several(role.name, usual or candidates, table)
+    return None
+
+
+def several(role: str, candidates: Sequence[str], table: Table) -> DataError:
+    """The error where two readings remain."""
+    best = candidates[-1]
+    return DataError(
+        f"{table.name!r} has several columns that could be the {role}: {table.shown(candidates)}; choose one, such as "
+        f"{role}={best!r} (--{role} {best})"
+    )
+
+
+def is_text(feature: Any) -> bool:
+    """Whether a column holds strings."""
+    return getattr(feature, "dtype", "") in ("string", "large_string")
+
+
+def is_image(feature: Any) -> bool:
+    """Whether a column holds images."""
+    return type(feature).__name__ == "Image"
+
+
+def is_label(feature: Any) -> bool:
+    """Whether a column could hold labels: classes, strings, numbers, or lists of numbers."""
+    inner = getattr(feature, "feature", None)
+    kind = str(getattr(feature if inner is None else inner, "dtype", ""))
+    return is_text(feature) or kind.startswith(("int", "uint", "float", "bool", "decimal"))

@@ -1,0 +1,28 @@
+"""The description of loaded data: what its record says, and the settings with which `load` reads the same again."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from hf_coar.errors import CorruptFileError
+
+ROLES = ("text", "pair", "image", "label")
+_TEXTS, _NUMBERS = ("split", *ROLES, "preprocessor"), ("max_length", "n_examples", "data_seed")
+
+
+def settings(description: Mapping[str, Any]) -> dict[str, Any]:
+    """Keywords of `load` that read the described data again, in the place of its defaults; `data` itself is the id.
+
+    Args:
+        description: of `Examples`, or from a record, from whomever it comes.
+
+    Raises:
+        CorruptFileError: an entry is not what it should be.
+    """
+    found = {name: description[name] for name in (*_TEXTS, *_NUMBERS) if description.get(name) is not None}
+    for name, value in found.items():
+        sane = isinstance(value, str) if name in _TEXTS else type(value) is int and 0 <= value < 2**63
+        if not sane:
+            raise CorruptFileError(f"the record of the data is damaged: its {name!r} is {str(value)[:80]!r}")
+    if description.get("revision") is not None:
+        found["data_revision"] = str(description["revision"])
+    return found

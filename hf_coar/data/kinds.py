@@ -1,0 +1,103 @@
+"""Kinds of input: which columns of a data set a model reads, and how they become a batch. One table, open to more."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from hf_coar.data.batches import Batch
+from hf_coar.data.columns import Columns, Role, Table
+from hf_coar.data.labels import Labels
+from hf_coar.errors import DataError
+from hf_coar.storage.registry import Registry
+
+
+@dataclass(frozen=True)
+class Reading:
+    """All that a kind needs to know to prepare examples.
+
+    Attributes:
+        model: for whom.
+        columns: by role; a role that no column plays is absent.
+        labels: understood, or None.
+        table: the data set's columns.
+        first: some first examples, for checks; without what has to be decoded.
+        preprocessor: Hub id, folder or object of the tokenizer or image processor, where it is not the model's own.
+        max_length: tokens at which texts are cut.
+    """
+
+    model: nn.Module
+    columns: Mapping[str, str]
+    labels: Labels | None
+    table: Table
+    first: Sequence[Mapping[str, Any]] = ()
+    preprocessor: Any = None
+    max_length: int = 512
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How raw examples become a batch.
+
+    Attributes:
+        prepare: a list of raw examples -> a batch of tensors.
+        show: one raw example -> what the model sees of it, as text.
+        description: settings that change what the model sees, by the keywords of `load`.
+    """
+
+    prepare: Callable[[list[dict]], Batch]
+    show: Callable[[Mapping[str, Any]], str]
+    description: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of input, such as images or texts.
+
+    Attributes:
+        name: of the kind.
+        roles: of the columns that it reads, the labels' not counted; the first one is what the kind is found by.
+        reads: how surely a model reads this kind: 0 = not at all, 1 = perhaps, 2 = by the name of its main input, 3 =
+            by the class of its head.
+        choose: the columns, given those that were asked for by name and those that have another role.
+        build: from a `Reading`.
+        lazy: roles whose entries have to be decoded, which is left to `prepare`.
+    """
+
+    name: str
+    roles: tuple[Role, ...]
+    reads: Callable[[nn.Module], int]
+    choose: Callable[[nn.Module, Table, Columns, Sequence[str | None]], dict[str, str]]
+    build: Callable[[Reading], Preparation]
+    lazy: tuple[str, ...] = ()
+
+
+KINDS: Registry[Kind] = Registry("kind of input")
+
+
+def of(model: nn.Module, table: Table, given: Columns) -> Kind:
+    """The kind that a model reads in a data set: what is asked for by name, then what the model takes, then the types.
+
+    Raises:
+        DataError: the data set has no column of a kind that the model reads.
+    """
+    wanted = {role for role, column in given.items() if column is not None} - {"label"}
+    kinds = [kind for _, kind in KINDS.items()]
+    sure = {kind.name: kind.reads(model) for kind in kinds}
+    possible = [kind for kind in kinds if sure[kind.name] and wanted <= {role.name for role in kind.roles}]
+    if not possible:
+        read = [kind.name for kind in kinds if sure[kind.name]]
+        raise DataError(
+            f"{', '.join(f'{role}={given[role]!r}' for role in sorted(wanted))}: {type(model).__name__} reads "
+            f"{' or '.join(read) or 'neither images nor texts'}; build batches of tensors yourself"
+        )
+    surest = max(sure[kind.name] for kind in possible)
+    possible = [kind for kind in possible if sure[kind.name] == surest]
+    present = [kind for kind in possible if table.fitting(kind.roles[0])]
+    if not present:
+        raise DataError(
+            f"{table.name!r} has no column of {' or '.join(kind.name for kind in possible)}; it has "
+            f"{table.shown() or 'none at all'}. Build batches of tensors yourself and pass a list or a DataLoader"
+        )
+    return present[0]

@@ -1,0 +1,365 @@
+"""Labels: which column holds them, what its entries mean to the model's head, and what the classes are called."""
+
+import logging
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_coar.data.columns import Role, Table, is_label, several
+from hf_coar.errors import DataError
+from hf_coar.models.classes import CLASSES, NUMBER, SEVERAL, Head
+from hf_coar.storage.texts import shortened
+
+logger = logging.getLogger(__name__)
+
+_USUAL = ("label", "labels", "target", "targets")
+_TELLING = ("sentiment", "stars", "rating", "class", "category", "score", "polarity", "answer", "y", "fine_label",
+            "gold_label", "is_duplicate", "intent", "topic", "emotion", "similarity")  # fmt: skip
+
+LABEL = Role("label", is_label, _USUAL, "a class (its number or name), true or false, or a number")
+
+Convert = Callable[[Any], Any]  # an entry of the column -> class index, number, or list of numbers
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The labels of a data set, understood.
+
+    Attributes:
+        column: that holds them.
+        kind: `CLASSES`, `NUMBER` or `SEVERAL`.
+        convert: an entry of the column -> class index (int), number (float), or list of numbers.
+        names: of the classes by index; None where nobody has named them.
+    """
+
+    column: str
+    kind: str
+    convert: Convert
+    names: tuple[str, ...] | None = None
+
+    def tensor(self, rows: Sequence[Mapping[str, Any]]) -> Tensor:
+        """The labels of raw examples: int64 [examples]; float32 for numbers, [examples, labels] for several at once."""
+        values = [self.convert(row[self.column]) for row in rows]
+        return torch.tensor(values, dtype=torch.int64 if self.kind == CLASSES else torch.float32)
+
+    def counts(self, values: Iterable[Any]) -> dict[str, int]:
+        """How many examples each class has, by name; empty for labels that are no classes."""
+        if self.kind != CLASSES:
+            return {}
+        found = Counter(self.convert(value) for value in values)
+        return {self.named(label): found[label] for label in sorted(found)}
+
+    def named(self, label: int) -> str:
+        """A class by its name, or as `class 3`."""
+        return self.names[label] if self.names and 0 <= label < len(self.names) else f"class {label}"
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """What a column could mean: conversion, names, whether the names themselves say so, what a user should know."""
+
+    convert: Convert
+    names: tuple[str, ...] | None = None
+    by_name: bool = False
+    note: str = ""
+    doubt: str = ""
+
+
+class _NotUnderstood(Exception):
+    """Why the entries of a column are no labels of this head."""
+
+
+# ------------------------------------------------------------------------------------------------ which column
+
+
+def column(table: Table, head: Head, taken: Iterable[str | None], values_of: Callable[[str], Sequence]) -> str | None:
+    """The column of the labels, by evidence: type, name, and whether its entries mean anything to the head.
+
+    Args:
+        table: the data set's columns.
+        head: of the model.
+        taken: columns that were asked for as something else.
+        values_of: the first entries of a column.
+
+    Returns:
+        None where no column holds labels, and none has to.
+
+    Raises:
+        DataError: several could be it, or none is and the head needs one.
+    """
+    if head.kind is None:
+        return None
+    candidates = table.fitting(LABEL, taken)
+    meant = _meant(head, values_of)
+    for rank in (_usual_and(meant), _classes_of(head), _usual_and(_any_class), _telling(meant), _said):
+        found = [name for name in candidates if rank(name, table.features[name])]
+        if len(found) > 1:
+            raise several("label", found, table)
+        if found:
+            return found[0]
+    if not head.required:
+        return None
+    raise DataError(
+        f"{table.name!r} has no column that is known to hold labels, and the model needs {_wanted(head)}; name one of "
+        f"{table.shown(candidates) or 'its columns, after adding it'}, such as label={(candidates or ['label'])[-1]!r}"
+    )
+
+
+Rank = Callable[[str, Any], Any]  # name and type of a column -> whether it could hold the labels
+
+
+def _meant(head: Head, values_of: Callable[[str], Sequence]) -> Rank:
+    """What a column's first entries mean to the head; None if nothing."""
+
+    def rank(name: str, feature: Any) -> _Reading | None:
+        try:
+            return _read(values_of(name), feature, head)
+        except _NotUnderstood:
+            return None
+
+    return rank
+
+
+def _usual_and(rank: Rank) -> Rank:
+    return lambda name, feature: name.lower() in _USUAL and rank(name, feature)
+
+
+def _any_class(name: str, feature: Any) -> bool:
+    return True
+
+
+def _said(name: str, feature: Any) -> bool:
+    """By its name alone, so that the message can say why its entries are no labels."""
+    return name.lower() in _TELLING or type(feature).__name__ == "ClassLabel"
+
+
+def _classes_of(head: Head) -> Rank:
+    """Declared as classes, as many as the head's."""
+
+    def rank(name: str, feature: Any) -> bool:
+        return type(feature).__name__ == "ClassLabel" and (head.n is None or feature.num_classes == head.n)
+
+    return rank
+
+
+def _telling(meant: Rank) -> Rank:
+    """Entries that are the names of the head's classes, or mean something to it under a telling name."""
+
+    def rank(name: str, feature: Any) -> bool:
+        found = meant(name, feature)
+        declared = type(feature).__name__ == "ClassLabel"
+        return found is not None and (found.by_name or declared or name.lower() in _TELLING)
+
+    return rank
+
+
+# ------------------------------------------------------------------------------------------- what the entries mean
+
+
+def understood(name: str, table: Table, head: Head, values: Sequence[Any]) -> Labels:
+    """A column's entries as labels of the head.
+
+    Args:
+        name: of the column.
+        table: the data set's columns.
+        head: of the model.
+        values: entries, all of them or the first of a stream.
+
+    Raises:
+        DataError: they are no labels of this head; the message says what they look like and what the head has.
+    """
+    feature = table.features[name]
+    kind = head.kind or CLASSES
+    try:
+        reading = _read(values, feature, head)
+    except _NotUnderstood as error:
+        raise DataError(
+            f"the labels in {name!r} of {table.name!r} look like {_few(values)}, and the model needs {_wanted(head)}: "
+            f"{error}; {table.name!r} has {table.shown()}"
+        ) from error
+    if reading.note or reading.doubt:
+        logger.log(logging.WARNING if reading.doubt else logging.INFO, "labels: %s", reading.doubt or reading.note)
+
+    def convert(value: Any) -> Any:
+        try:
+            return reading.convert(value)
+        except (_NotUnderstood, TypeError, ValueError) as error:
+            raise DataError(
+                f"an entry {shortened(repr(value))} of the labels in {name!r}: the model needs {_wanted(head)}"
+            ) from error
+
+    return Labels(name, kind, convert, reading.names)
+
+
+def _read(values: Sequence[Any], feature: Any, head: Head) -> _Reading:
+    """The reading of a column, tried on entries.
+
+    Raises:
+        _NotUnderstood: none.
+    """
+    present = [value for value in values if value is not None]
+    if len(present) < len(values):
+        raise _NotUnderstood(f"{len(values) - len(present)} of {len(values)} entries are empty; leave them out")
+    if not present:
+        raise _NotUnderstood("there are no examples")
+    if head.kind in (NUMBER, SEVERAL):
+        reading = _Reading(_number) if head.kind == NUMBER else _Reading(_several(head.n), head.names)
+    elif type(feature).__name__ == "ClassLabel":
+        reading = _of_classes(feature, head)
+    elif all(isinstance(value, str) for value in present):
+        reading = _of_strings(present, head)
+    else:
+        reading = _of_numbers(present, head)
+    for value in present if isinstance(present[0], list) else dict.fromkeys(present):
+        reading.convert(value)
+    return reading
+
+
+def _number(value: Any) -> float:
+    try:
+        found = float(value)
+    except (TypeError, ValueError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise _NotUnderstood(f"{value!r} is no number")
+    return found
+
+
+def _several(n: int | None) -> Convert:
+    def convert(value: Any) -> list[float]:
+        if not isinstance(value, list | tuple) or (n is not None and len(value) != n):
+            raise _NotUnderstood(f"{shortened(repr(value))} is no list of {n} yes-or-no entries")
+        found = [_number(entry) for entry in value]
+        if not set(found) <= {0.0, 1.0}:
+            raise _NotUnderstood(f"{shortened(repr(value))} holds something else than 0 and 1")
+        return found
+
+    return convert
+
+
+def _index(n: int | None, place: Callable[[Any], int | None] = lambda value: int(value)) -> Convert:
+    """A conversion whose results are classes of the head."""
+
+    def convert(value: Any) -> int:
+        found = place(value)
+        if found is None:
+            raise _NotUnderstood(f"{value!r} is none of its classes")
+        if found < 0:
+            raise _NotUnderstood(f"{value!r} says that the example has no label; choose a split that has labels")
+        if n is not None and found >= n:
+            raise _NotUnderstood(f"{value!r} is none of its classes 0 to {n - 1}")
+        return found
+
+    return convert
+
+
+def _key(name: str) -> str:
+    """A class name without case, and with one sort of gap."""
+    return re.sub(r"[\s_-]+", " ", str(name)).strip().casefold()
+
+
+def _of_classes(feature: Any, head: Head) -> _Reading:
+    """A ClassLabel: by the names where the model's are the same ones, else by the number if there are as many."""
+    names = tuple(str(name) for name in feature.names or ())
+    ours, theirs = [_key(name) for name in names], [_key(name) for name in head.names or ()]
+    if names and set(ours) <= set(theirs) and len(set(theirs)) == len(theirs):
+        places = [theirs.index(key) for key in ours]
+        if places == list(range(len(places))):
+            return _Reading(_index(head.n), names if len(names) == len(theirs) else head.names, True)
+        note = f"the data set's classes {shortened(str(list(names)))} were matched to the model's by their names"
+        return _Reading(_index(head.n, _at(places)), head.names, True, note)
+    if head.n is not None and len(names) != head.n:
+        first = f", {names[0]!r} as {head.names[0]!r}" if head.names and names else ""
+        doubt = (
+            f"the data set has {len(names)} classes ({shortened(', '.join(names), 80)}) and the model {head.n}, and no "
+            f"names tell which they are: they are taken by their numbers{first}. If that is wrong, call the data set's "
+            "classes as the model calls its own"
+        )
+        return _Reading(_index(head.n), head.names or names, doubt=doubt)
+    return _Reading(_index(head.n), names or head.names)
+
+
+def _at(places: Sequence[int]) -> Callable[[Any], int | None]:
+    """A place in a list; a negative number (no label) stays what it is."""
+    return lambda value: int(value) if value < 0 else places[value] if value < len(places) else None
+
+
+def _of_strings(values: Sequence[str], head: Head) -> _Reading:
+    """Class names, or numbers that were written as texts."""
+    places = {_key(name): place for place, name in enumerate(head.names or ())}
+    if places and all(_key(value) in places for value in set(values)):
+        return _Reading(_index(head.n, lambda value: places.get(_key(value))), head.names, True)
+    if all(re.fullmatch(r"\s*[+-]?\d+(\.0*)?\s*", value) for value in set(values)):
+        reading = _of_numbers([float(value) for value in values], head)
+        return _Reading(lambda value: reading.convert(float(value)), reading.names, reading.by_name, reading.note)
+    if head.names:
+        strange = next(value for value in values if _key(value) not in places)
+        raise _NotUnderstood(f"{strange!r} is none of its classes")
+    raise _NotUnderstood(
+        "the model does not say what its classes are called (config.id2label, or label_names of a timm model), so "
+        "which one is which cannot be told; name them there, or give numbers"
+    )
+
+
+def _of_numbers(values: Sequence[Any], head: Head) -> _Reading:
+    """Class indices; or, where the names begin with numbers ("1 star"), those numbers."""
+    if any(isinstance(value, list | tuple | dict) for value in values):
+        raise _NotUnderstood("an example must have one class")
+    present = sorted({_number(value) for value in values})
+    if any(value != int(value) for value in present):
+        raise _NotUnderstood("fractions are no classes")
+    if all(isinstance(value, bool) for value in values) and head.n not in (None, 2):
+        raise _NotUnderstood("true and false are two classes")
+    spoken = _numbers_in(head.names)
+    if spoken and spoken != list(range(len(spoken))):
+        return _of_spoken(spoken, [int(value) for value in present], head)
+    if head.n is not None and head.n > 1 and present[0] == 1 and present[-1] == head.n:
+        raise _NotUnderstood(
+            f"they run from 1 to {head.n}, and the model's classes from 0 to {head.n - 1}; count from 0 in a column of "
+            "your own, or name the classes (config.id2label)"
+        )
+    return _Reading(_index(head.n), head.names)
+
+
+def _of_spoken(spoken: list[int], present: list[int], head: Head) -> _Reading:
+    """Numbers where the classes' names are numbers too: "1 star" is class 0."""
+    by_name, by_index = set(present) <= set(spoken), set(present) <= set(range(len(spoken)))
+    if by_name and not by_index:
+        places = {number: place for place, number in enumerate(spoken)}
+        note = f"{present[0]} to {present[-1]} are read as the names of the model's classes ({head.names[0]!r}, …)"
+        return _Reading(_index(head.n, lambda value: places.get(int(value))), head.names, True, note)
+    if by_name and by_index:
+        raise _NotUnderstood(
+            f"a {present[0]} could be the class {head.names[spoken.index(present[0])]!r} or the class number "
+            f"{present[0]}, {head.names[present[0]]!r}; give the names of the classes instead"
+        )
+    return _Reading(_index(head.n), head.names)
+
+
+def _numbers_in(names: tuple[str, ...] | None) -> list[int] | None:
+    """The numbers that the names of all classes begin with, where they differ."""
+    found = [re.match(r"\s*(\d{1,9})\b", name) for name in names or ()]
+    numbers = [int(match[1]) for match in found if match]
+    return numbers if numbers and len(set(numbers)) == len(found) else None
+
+
+def _wanted(head: Head) -> str:
+    """What a head needs, in words."""
+    if head.kind == NUMBER:
+        return "a number an example"
+    if head.kind == SEVERAL:
+        return f"a list of {head.n} yes-or-no entries an example"
+    named = f" ({shortened(', '.join(head.names), 60)})" if head.names else ""
+    return f"one of {head.n} classes{named}" if head.n is not None else "a class"
+
+
+def _few(values: Sequence[Any]) -> str:
+    """Some different entries."""
+    found = list(dict.fromkeys(shortened(repr(value), 24) for value in values[:1000]))
+    return ", ".join(found[:5]) + (", …" if len(found) > 5 else "")

@@ -1,0 +1,133 @@
+"""Data sets of `datasets`: read from the Hub, a folder or a file; what is in their columns; drawn from."""
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_coar.data.columns import Table
+from hf_coar.errors import DataError
+
+FILES = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".txt": "text"}
+_PEEKED = 64  # first examples that are looked at before a run
+_SAVED = ("dataset_info.json", "dataset_dict.json", "state.json")  # by which `save_to_disk` is known
+
+
+def read(name: str, split: str | None, revision: str | None, streaming: bool) -> Any:
+    """A data set by Hub id, folder or file.
+
+    Raises:
+        DataError: there is none, or it has several splits and none is chosen.
+    """
+    import datasets
+
+    path = Path(name)
+    try:
+        if path.is_dir() and any((path / file).exists() for file in _SAVED):
+            dataset = datasets.load_from_disk(name)
+            dataset = dataset[split] if split else dataset
+        elif path.is_file() and path.suffix.lower() in FILES:
+            options = {"data_files": name, "streaming": streaming}
+            options |= {"sep": "\t"} if path.suffix.lower() == ".tsv" else {}
+            dataset = _load_split(datasets, FILES[path.suffix.lower()], split or "train", options)
+        else:
+            dataset = _load_split(datasets, name, split, {"revision": revision, "streaming": streaming})
+    except DataError:
+        raise
+    except Exception as error:  # datasets raises a family of its own over OSError, ValueError, KeyError …
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise DataError(f"no data set {name!r} (split {split!r}): {first}") from error
+    if isinstance(dataset, dict):
+        if len(dataset) != 1:
+            raise DataError(f"{name!r} has the splits {sorted(dataset)}; choose one, such as split={min(dataset)!r}")
+        dataset = next(iter(dataset.values()))
+    return dataset
+
+
+def _load_split(datasets: Any, name: str, split: str | None, options: dict) -> Any:
+    """`datasets.load_dataset`, with slices such as `train[10:50]` for streams too, which it does not take itself."""
+    slice_of = re.fullmatch(r"(\w+)\[(\d*):(\d*)\]", split or "")
+    if not (options.get("streaming") and slice_of):
+        return datasets.load_dataset(name, split=split, **options)
+    split, start, stop = slice_of.groups()
+    dataset = datasets.load_dataset(name, split=split, **options).skip(int(start or 0))
+    return dataset.take(int(stop) - int(start or 0)) if stop else dataset
+
+
+def cached_commit(dataset: Any) -> str | None:
+    """The commit of a data set of the Hub, without asking the Hub: the folder in the cache is named after it."""
+    found = [Path(file["filename"]).parent.name for file in getattr(dataset, "cache_files", None) or ()]
+    return found[0] if found and re.fullmatch(r"[0-9a-f]{40}", found[0]) else None
+
+
+def is_stream(dataset: Any) -> bool:
+    """Whether a data set can only be read from its beginning."""
+    return not hasattr(dataset, "__len__")
+
+
+def table(dataset: Any, name: str, lazy: Callable[[Any], bool]) -> tuple[Table, list[dict]]:
+    """The columns of a data set, and its first examples without those columns that have to be decoded.
+
+    Args:
+        dataset: of `datasets`.
+        name: under which it is known.
+        lazy: tells by its type a column whose entries have to be decoded.
+    """
+    features = dict(dataset.features or {})
+    plain = [column for column, feature in features.items() if not lazy(feature)]
+    first = _first(dataset, plain) if plain else []
+    return Table(name, features, first[0] if first else {}), first
+
+
+def _first(dataset: Any, columns: Sequence[str]) -> list[dict]:
+    chosen = dataset.select_columns(list(columns))
+    if is_stream(chosen):
+        return list(chosen.take(_PEEKED))
+    return [chosen[index] for index in range(min(_PEEKED, len(chosen)))]
+
+
+def values(dataset: Any, column: str, first: Sequence[Mapping[str, Any]] = ()) -> list[Any]:
+    """All entries of a column; of a stream those of its first examples, which are at hand."""
+    if is_stream(dataset):
+        return [example[column] for example in first]
+    return dataset.select_columns([column]).with_format("arrow")[:].column(column).to_pylist()
+
+
+def drawn(dataset: Any, n_examples: int, seed: int, labels: Sequence[Any] | None) -> Any:
+    """Some examples, drawn at random, from every class as many as there are to be had; in the order of the data set.
+
+    Args:
+        dataset: of `datasets`, no stream.
+        n_examples: how many.
+        seed: of the draw.
+        labels: of all examples, by which the draw is balanced; None draws from all alike.
+
+    Raises:
+        DataError: a stream, or fewer examples than asked for.
+    """
+    if is_stream(dataset):
+        raise DataError(
+            f"n_examples={n_examples} draws from all examples, and a stream is read from its beginning; take the first "
+            f"ones with split='train[:{n_examples}]', or read it without streaming"
+        )
+    if not 1 <= n_examples <= len(dataset):
+        raise DataError(f"n_examples={n_examples}; must be from 1 to {len(dataset)}, the number of examples")
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(dataset), generator=generator).tolist()
+    return dataset.select(sorted(_balanced(order, labels)[:n_examples]))
+
+
+def _balanced(order: Sequence[int], labels: Sequence[Any] | None) -> list[int]:
+    """The order, so that each beginning of it holds of each class as many, or all there are."""
+    if labels is None:
+        return list(order)
+    seen: dict[Any, int] = defaultdict(int)
+    rounds = []
+    for place, index in enumerate(order):
+        label = repr(labels[index])
+        rounds.append((seen[label], place, index))
+        seen[label] += 1
+    return [index for _, _, index in sorted(rounds)]

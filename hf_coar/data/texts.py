@@ -1,0 +1,116 @@
+"""Texts as batches of tokens, one text an example or a pair; a tokenizer that does not know the language is refused."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from hf_coar.data import preprocessors
+from hf_coar.data.batches import Batch
+from hf_coar.data.columns import Columns, Role, Table, asked, is_text, several, the_one
+from hf_coar.data.kinds import KINDS, Kind, Preparation, Reading
+from hf_coar.errors import DataError
+from hf_coar.models import library
+from hf_coar.models.classes import head
+from hf_coar.storage.texts import shortened
+
+TEXT = Role("text", is_text, ("text", "sentence", "content"), "a text")
+PAIR = Role("pair", is_text, (), "a text")
+
+# The two texts of an example under the names that the data sets of the Hub give them; first the text, then its pair.
+PAIRS = (
+    ("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"), ("question", "sentence"),
+    ("text1", "text2"), ("text_a", "text_b"), ("sentence_a", "sentence_b"), ("sentence_1", "sentence_2"),
+    ("query", "passage"), ("query", "document"), ("query", "text"), ("question", "passage"), ("question", "answer"),
+)  # fmt: skip
+
+_UNKNOWN = 0.5  # of the tokens: what no tokenizer of the language comes near, and one without a vocabulary exceeds
+_ENTRIES = ("input_ids", "attention_mask", "token_type_ids")
+
+
+def reads_texts(model: nn.Module) -> int:
+    """How surely a model reads texts; see `Kind.reads`."""
+    if library(model) == "transformers":
+        return 2 if getattr(model, "main_input_name", None) == "input_ids" else 0
+    return 0 if library(model) == "timm" else 1
+
+
+def _choose(model: nn.Module, table: Table, given: Columns, taken: Sequence[str | None]) -> dict[str, str]:
+    found = asked(given, table, (TEXT, PAIR))
+    if "text" in found:
+        return found
+    if "pair" in found:
+        return {"text": the_one(TEXT, table, (*taken, found["pair"])) or _no_text(table), **found}
+    return _by_names(model, table, taken)
+
+
+def _by_names(model: nn.Module, table: Table, taken: Sequence[str | None]) -> dict[str, str]:
+    """A pair by its usual names where the head takes one, or the one text."""
+    candidates = {name.lower(): name for name in table.fitting(TEXT, taken)}
+    takes_pairs = head(model).kind is not None
+    pairs = [pair for pair in PAIRS if takes_pairs and set(pair) <= set(candidates)]
+    if not pairs:
+        return {"text": the_one(TEXT, table, taken) or _no_text(table)}
+    inside = {name for pair in pairs for name in pair}
+    others = [candidates[name] for name in TEXT.usual if name in candidates and name not in inside]
+    if len(pairs) > 1 or others:
+        raise several("text", [candidates[name] for name in candidates if name in inside] + others, table)
+    return dict(zip(("text", "pair"), (candidates[name] for name in pairs[0]), strict=True))
+
+
+def _no_text(table: Table) -> str:
+    raise DataError(f"{table.name!r} has no column of texts that is not its labels; it has {table.shown()}")
+
+
+def _build(reading: Reading) -> Preparation:
+    from transformers import AutoTokenizer
+
+    tokenizer = preprocessors.load(AutoTokenizer, reading.model, "tokenizer", reading.preprocessor)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # padding is masked everywhere, so any token serves
+    text, pair, labels = reading.columns["text"], reading.columns.get("pair"), reading.labels
+
+    def tokens(examples: Sequence[Mapping[str, Any]]) -> Any:
+        texts = ([example[column] for example in examples] for column in (text, pair) if column is not None)
+        return tokenizer(*texts, padding=True, truncation=True, max_length=reading.max_length, return_tensors="pt")
+
+    def prepare(examples: list[dict]) -> Batch:
+        found = tokens(examples)
+        batch = {name: found[name] for name in _ENTRIES if name in found}
+        return batch if labels is None else {**batch, "labels": labels.tensor(examples)}
+
+    def show(example: Mapping[str, Any]) -> str:
+        return repr(shortened(tokenizer.decode(tokens([example])["input_ids"][0]), 100))
+
+    check_tokenizer(tokenizer, reading)
+    return Preparation(prepare, show, {"max_length": reading.max_length})
+
+
+def check_tokenizer(tokenizer: Any, reading: Reading) -> None:
+    """Raises `DataError` where a tokenizer knows few of the first texts' tokens, or gives some that the model lacks.
+
+    transformers makes an empty tokenizer for a folder that holds none: every token is unknown then, or none is left.
+    """
+    texts = [example.get(reading.columns["text"]) for example in reading.first]
+    texts = [text for text in texts if isinstance(text, str) and text.strip()]
+    if not texts:
+        return
+    ids = [token for found in tokenizer(texts, truncation=True, max_length=512)["input_ids"] for token in found]
+    special = set(tokenizer.all_special_ids)
+    known, unknown = sum(token not in special for token in ids), ids.count(tokenizer.unk_token_id)
+    if unknown > _UNKNOWN * (known + unknown) or not known:
+        raise DataError(
+            f"the tokenizer ({type(tokenizer).__name__}, {len(tokenizer)} tokens) knows {known} of {known + unknown} "
+            f"tokens of the first texts, such as {shortened(repr(texts[0]), 50)}: was the model saved without its "
+            "tokenizer? Save it there, or give preprocessor=…, a Hub id or folder that holds it"
+        )
+    embeddings = reading.model.get_input_embeddings() if hasattr(reading.model, "get_input_embeddings") else None
+    n_tokens = getattr(embeddings, "num_embeddings", None)
+    if n_tokens is not None and max(ids) >= n_tokens:
+        raise DataError(
+            f"the tokenizer gives token {max(ids)}, and the model knows tokens 0 to {n_tokens - 1}: it belongs to "
+            "another model; give preprocessor=…, a Hub id or folder that holds the right one"
+        )
+
+
+KINDS.add("text", Kind("text", (TEXT, PAIR), reads_texts, _choose, _build))

@@ -1,0 +1,95 @@
+"""Class names: read from the data or the model, accepted wherever a label is, and shown."""
+
+import pytest
+import torch
+from conftest import build_net
+from tiny_texts import classifier, saved, written
+
+import hf_coar as coar
+from hf_coar import cli, models
+from hf_coar.attributions import labelled
+from hf_coar.editing import edited
+from hf_coar.plots import page
+from hf_coar.storage import labels
+
+RECORD = {"data": {"label_names": ["one", "two", "Three_B", "7"]}}
+
+
+def test_names_and_labels():
+    assert [labels.label_name(RECORD, label) for label in (0, 3, 9, -1)] == ["one", "7", "class 9", ""]
+    assert [labels.label_of(RECORD, name) for name in ("two", "THREE b", "7", "1", 2)] == [1, 2, 3, 1, 2]
+    assert labels.label_names({"model": {"label_names": ("a", "b")}, "data": {}}) == ("a", "b")
+    assert labels.label_names({"data": {"label_names": [3, None]}}) == labels.label_names({}) == ()
+    with pytest.raises(coar.CoarError, match="no class is called 'four'; there are one, two, Three_B, 7"):
+        labels.label_of(RECORD, "four")
+    with pytest.raises(coar.CoarError, match="give a number"):
+        labels.label_of({}, "four")
+    with pytest.raises(coar.CoarError, match=r"the classes \[0, 1\] are all called 'a'"):
+        labels.label_of({"data": {"label_names": ["a", "a"]}}, "a")
+
+
+@pytest.mark.parametrize("name", ["bert", "timm_vit"])
+def test_names_of_the_model_serve_batches_of_tensors(name):
+    net = build_net(name)
+    names = ["dull", "fine", "long", "short", "odd"][: 3 if name == "bert" else 5]
+    if name == "bert":
+        net.model.config.id2label = dict(enumerate(names))
+    else:
+        net.model.pretrained_cfg = {**net.model.pretrained_cfg, "label_names": names}
+    assert models.class_names(net.model) == tuple(names)
+    attributions = coar.attribute(net.model, [net.batch], method=coar.PathGradient(rounds=0), progress=False)
+    label = int(net.batch["labels"][0])
+    assert labelled.label_name(attributions, 0) == names[label]
+    wanted = (net.batch["labels"] == label).nonzero().flatten().tolist()
+    assert labelled.with_label(attributions, names[label].upper()) == wanted
+
+
+def test_an_edit_by_class_names(demo_pair, demo_attributions, tmp_path):
+    model, attributions = demo_pair[0], demo_attributions
+    present = attributions.labels.unique().tolist()
+    names = [labels.label_name(attributions.config, label) for label in present]
+    first, second = ((attributions.labels == label).nonzero().flatten().tolist() for label in present[:2])
+    expected = coar.edit(model, attributions, decrease=first, increase=[second], n_components=4)
+    for decrease, increase in (
+        (names[0], [names[1]]),
+        ({"label": names[0].lower()}, {"label": present[1]}),
+        ([names[0]], {"label": [names[1]]}),
+    ):
+        found = coar.edit(model, attributions, decrease=decrease, increase=increase, n_components=4)
+        assert models.fingerprint(found) == models.fingerprint(expected)
+        assert models.record(found)["edit"] == models.record(expected)["edit"]
+    assert torch.equal(
+        coar.editing.rank_components(attributions, decrease=names[0], reference=names[1]),
+        coar.editing.rank_components(attributions, decrease=first, reference=second),
+    )
+    edited.save(expected, tmp_path / "edited")
+    card = (tmp_path / "edited" / "README.md").read_text()
+    assert f"lower the output on {len(first)} example" in card and f"of `{names[0]}`" in card
+    with pytest.raises(coar.CoarError, match=r"no class is called 'shoe'; there are T-shirt/top, Trouser"):
+        coar.edit(model, attributions, decrease="shoe")
+    with pytest.raises(coar.CoarError, match=r"give {'label': name or number}"):
+        coar.edit(model, attributions, decrease={"class": "Bag"})
+    absent = next(label for label in range(10) if label not in present) if len(present) < 10 else None
+    if absent is not None:
+        with pytest.raises(coar.CoarError, match=f"no example has the label {absent}"):
+            coar.edit(model, attributions, decrease={"label": absent})
+
+
+def test_names_on_page_and_card(demo_attributions, tmp_path):
+    demo_attributions.save_pretrained(tmp_path)
+    html = page.write(tmp_path, demo_attributions).read_text()
+    name = labelled.label_name(demo_attributions, 0)
+    assert f"The first example, {name}." in html.replace("&#x27;", "'") and "--decrease" in html and name in html
+    assert "`T-shirt/top`, `Trouser`" in (tmp_path / "README.md").read_text()
+
+
+def test_the_command_line_takes_names(tmp_path, capsys):
+    folder = saved(tmp_path / "model", classifier(["dull", "fine"]))
+    path = written(tmp_path / "d.csv", "text,label\na dull film,dull\na fine film,fine\nit is dull,dull\n")
+    out = str(tmp_path / "run")
+    assert cli.main(["attribute", str(folder), str(path), "--out", out, "--rounds", "0"]) == 0
+    words = ["edit", out, "--n-components", "2", "--out", str(tmp_path / "edited"), "--decrease"]
+    assert cli.main([*words, "label=great"]) == 2
+    assert "no class is called 'great'; there are dull, fine" in capsys.readouterr().err
+    assert cli.main([*words, "label=fine"]) == 0
+    assert models.record(models.load_model(tmp_path / "edited"))["edit"]["decrease"] == [1]

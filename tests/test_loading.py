@@ -1,0 +1,328 @@
+"""What `load` reads: which columns, which labels, which tokenizer and which weights; or the error that says why not."""
+
+import logging
+
+import pytest
+import tiny_texts
+import torch
+from tiny_texts import classifier, saved, written
+
+import hf_coar as coar
+from hf_coar import cli, demo, models
+from hf_coar import data as data_module
+from hf_coar.errors import CorruptFileError, DataError, ModelError
+
+REVIEWS = "id,review,label\ndoc0,a dull film,0\ndoc1,a fine film,1\n"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Classifiers by name, each in its folder."""
+    base = tmp_path_factory.mktemp("models")
+    made = {
+        "named": classifier(["neg", "pos"]),
+        "plain": classifier(num_labels=2),
+        "stars": classifier([f"{n} stars" for n in range(1, 6)]),
+        "number": classifier(num_labels=1),
+        "several": classifier(["dull", "fine", "long"], problem_type="multi_label_classification"),
+        "judge": classifier(["CONTRADICTION", "NEUTRAL", "ENTAILMENT"]),
+    }
+    for name, model in made.items():
+        saved(base / name, model)
+    saved(base / "mute", made["plain"], with_tokenizer=False)
+    return base
+
+
+def batch_of(data):
+    return next(iter(data))
+
+
+# ------------------------------------------------------------------------------------------------ which column
+
+
+def test_of_several_texts_the_one_that_is_asked_for(folders, tmp_path):
+    path = written(tmp_path / "reviews.csv", REVIEWS)
+    with pytest.raises(coar.CoarError, match=r"several columns.*'id' \('doc0'\), 'review' \('a dull film'\).*text='re"):
+        coar.load(folders / "named", path)
+    _, data = coar.load(folders / "named", path, text="review")
+    assert data.description["text"] == "review" and data.description["label"] == "label"
+    assert tiny_texts.tokenizer().decode(batch_of(data)["input_ids"][0]) == "[CLS] a dull film [SEP]"
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"text": "rewiev"}, "no such column; it has 'id'"),
+        ({"text": "label"}, "must be a text"),
+        ({"image": "review"}, "reads text"),
+        ({"text": "review", "label": "review"}, "asked for twice"),
+    ],
+)
+def test_a_column_that_cannot_be_it_is_told(folders, tmp_path, given, words):
+    path = written(tmp_path / "reviews.csv", REVIEWS)
+    with pytest.raises(DataError, match=words):
+        coar.load(folders / "named", path, **given)
+
+
+def test_the_usual_name_decides(folders, tmp_path):
+    path = written(tmp_path / "a.csv", "id,text,title,label\n1,a dull film,x,1\n2,a fine film,y,0\n")
+    _, data = coar.load(folders / "named", path)
+    assert data.description["text"] == "text"
+    path = written(tmp_path / "b.csv", "text,sentence,label\na dull film,a film,1\na fine film,it is,0\n")
+    with pytest.raises(DataError, match="several columns that could be the text"):
+        coar.load(folders / "named", path)
+
+
+def test_the_second_text_goes_to_the_tokenizer_as_a_pair(folders, tmp_path):
+    path = written(tmp_path / "pairs.tsv", "premise\thypothesis\tlabel\na dull film\tit is dull\tneutral\n")
+    _, data = coar.load(folders / "judge", path)
+    assert (data.description["text"], data.description["pair"]) == ("premise", "hypothesis")
+    expected = tiny_texts.tokenizer()("a dull film", "it is dull", return_tensors="pt")
+    found = batch_of(data)
+    assert torch.equal(found["input_ids"], expected["input_ids"])
+    assert torch.equal(found["token_type_ids"], expected["token_type_ids"])
+    path = written(tmp_path / "own.csv", "a,b,label\na dull film,it is dull,0\n")
+    _, data = coar.load(folders / "judge", path, text="b", pair="a")
+    assert tiny_texts.tokenizer().decode(batch_of(data)["input_ids"][0]).startswith("[CLS] it is dull [SEP] a dull")
+
+
+def test_a_model_of_texts_does_not_read_images(folders, tmp_path):
+    with pytest.raises(DataError, match=r"no column of text.*'image'"):
+        coar.load(folders / "named", demo.IMAGES)
+
+
+def test_what_was_read_is_said_in_a_line(folders, tmp_path, caplog):
+    path = written(tmp_path / "reviews.csv", REVIEWS + "doc2,it is dull,0\n")
+    with caplog.at_level(logging.INFO, logger="hf_coar"):
+        coar.load(folders / "named", path, text="review")
+    (line,) = [record.getMessage() for record in caplog.records if record.getMessage().startswith("data:")]
+    assert "text from 'review', label from 'label'" in line and "[CLS] a dull film [SEP]" in line
+    assert "neg (2), pos (1)" in line
+
+
+# ------------------------------------------------------------------------------------------------------- labels
+
+
+@pytest.mark.parametrize(
+    ("model", "column", "entries", "expected"),
+    [
+        ("named", "sentiment", ["neg", "POS"], [0, 1]),
+        ("named", "label", ["pos", "neg"], [1, 0]),
+        ("plain", "label", ["0", "1"], [0, 1]),
+        ("plain", "label", [False, True], [0, 1]),
+        ("plain", "label", [1.0, 0.0], [1, 0]),
+        ("plain", "sentiment", [1, 0], [1, 0]),
+        ("stars", "stars", [1, 5], [0, 4]),
+        ("stars", "stars", [0, 4], [0, 4]),
+        ("stars", "label", ["2 stars", "5_stars"], [1, 4]),
+        ("number", "score", [0.5, 3.25], [0.5, 3.25]),
+        ("number", "label", [2, 3], [2.0, 3.0]),
+        ("several", "labels", [[0, 1, 1], [0, 0, 0]], [[0.0, 1.0, 1.0], [0.0, 0.0, 0.0]]),
+    ],
+)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_labels_are_understood(folders, tmp_path, model, column, entries, expected, streaming):
+    import datasets
+
+    rows = {"text": ["a dull film", "a fine film"], column: entries}
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "d.parquet")
+    _, data = coar.load(folders / model, tmp_path / "d.parquet", streaming=streaming)
+    assert data.description["label"] == column
+    labels = batch_of(data)["labels"]
+    assert labels.tolist() == expected and labels.dtype == (torch.int64 if type(expected[0]) is int else torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("model", "column", "entries", "words"),
+    [
+        ("plain", "label", ["neg", "pos"], "look like 'neg', 'pos'.*id2label"),
+        ("named", "label", ["good", "neg"], "'good' is none of its classes"),
+        ("plain", "label", [0, 2], "2 is none of its classes 0 to 1"),
+        ("plain", "label", [1, 2], "run from 1 to 2"),
+        ("plain", "label", [-1, -1], "choose a split that has labels"),
+        ("plain", "label", [0.5, 1.0], "fractions are no classes"),
+        ("plain", "label", [None, 1], "1 of 2 entries are empty"),
+        ("stars", "label", [True, False], "true and false are two classes"),
+        ("stars", "stars", [2, 3], "could be the class '2 stars' or"),
+        ("number", "label", ["good", "bad"], "'good' is no number"),
+        ("several", "label", [[0, 1], [1, 1]], "no list of 3"),
+        ("plain", "opinion", [0, 1], "no column that is known to hold labels.*'opinion'"),
+    ],
+)
+def test_labels_that_are_not_understood_are_told(folders, tmp_path, model, column, entries, words):
+    import datasets
+
+    rows = {"text": ["a dull film", "a fine film"], column: entries}
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "d.parquet")
+    with pytest.raises(DataError, match=f"(?s){words}") as raised:
+        coar.load(folders / model, tmp_path / "d.parquet")
+    assert column in str(raised.value)
+
+
+def test_of_two_columns_of_labels_one_must_be_named(folders, tmp_path):
+    path = written(tmp_path / "d.csv", "text,label,target\na dull film,0,1\na fine film,1,1\n")
+    with pytest.raises(DataError, match=r"several columns that could be the label.*'label'.*'target'"):
+        coar.load(folders / "plain", path)
+    _, data = coar.load(folders / "plain", path, label="target")
+    assert batch_of(data)["labels"].tolist() == [1, 1]
+
+
+def declared(path, entries, names, column="label"):
+    """A file whose labels are declared as classes of these names."""
+    import datasets
+
+    features = datasets.Features({"text": datasets.Value("string"), column: datasets.ClassLabel(names=names)})
+    rows = {"text": ["a dull film"] * len(entries), column: entries}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(path)
+    return path
+
+
+def test_classes_are_matched_by_name_where_data_and_model_count_them_otherwise(folders, tmp_path):
+    path = declared(tmp_path / "d.parquet", [0, 1, 2], ["entailment", "neutral", "contradiction"])
+    _, data = coar.load(folders / "judge", path)
+    assert batch_of(data)["labels"].tolist() == [2, 1, 0]
+    assert data.description["label_names"] == ["CONTRADICTION", "NEUTRAL", "ENTAILMENT"]
+
+
+def test_classes_of_another_number_are_doubted(folders, tmp_path, caplog):
+    path = declared(tmp_path / "d.parquet", [0, 1], ["dull", "fine"])
+    _, data = coar.load(folders / "judge", path)
+    assert "2 classes (dull, fine) and the model 3" in caplog.text and "'dull' as 'CONTRADICTION'" in caplog.text
+    assert data.description["label_names"][0] == "CONTRADICTION"
+    caplog.clear()
+    _, data = coar.load(folders / "plain", path)
+    assert data.description["label_names"] == ["dull", "fine"] and not caplog.records
+    more = declared(tmp_path / "more.parquet", [0, 3], ["a", "b", "c", "d"])
+    with pytest.raises(DataError, match="3 is none of its classes 0 to 2"):
+        coar.load(folders / "judge", more)
+
+
+# --------------------------------------------------------------------------------------------------- draws
+
+
+def test_a_draw_is_seeded_and_balanced(tmp_path):
+    _, data = coar.load(demo.MODEL, demo.IMAGES, n_examples=20)
+    _, again = coar.load(demo.MODEL, demo.IMAGES, n_examples=20, batch_size=20)
+    _, other = coar.load(demo.MODEL, demo.IMAGES, n_examples=20, data_seed=1)
+    labels = batch_of(data)["labels"]
+    assert labels.bincount().tolist() == [2] * 10
+    assert torch.equal(batch_of(data)["pixel_values"], batch_of(again)["pixel_values"])
+    assert not torch.equal(batch_of(data)["pixel_values"], batch_of(other)["pixel_values"])
+    assert data.description["n_examples"] == 20 and data.description["data_seed"] == 0
+    _, reread = coar.load(demo.MODEL, demo.IMAGES, **data_module.settings(data.description))
+    assert reread.description == data.description
+    assert torch.equal(batch_of(reread)["pixel_values"], batch_of(data)["pixel_values"])
+
+
+def test_a_draw_that_cannot_be_is_told():
+    for n_examples, streaming, words in ((0, False, "from 1 to 2000"), (2001, False, "2000"), (5, True, "stream")):
+        with pytest.raises(DataError, match=words):
+            coar.load(demo.MODEL, demo.IMAGES, n_examples=n_examples, streaming=streaming)
+
+
+def test_a_sorted_beginning_holds_one_class_and_a_draw_holds_all(tmp_path, folders, caplog):
+    rows = "".join(f"a dull film,{label}\n" for label in [0] * 40 + [1] * 40)
+    path = written(tmp_path / "sorted.csv", "text,label\n" + rows)
+    coar.load(folders / "named", path, split="train[:32]")
+    assert [r for r in caplog.records if r.levelno == logging.WARNING and "the same label, neg" in r.getMessage()]
+    caplog.clear()
+    _, data = coar.load(folders / "named", path, n_examples=32)
+    assert batch_of(data)["labels"].bincount().tolist() == [16, 16] and not caplog.records
+
+
+def test_settings_of_a_damaged_record_are_told():
+    for entry in ({"text": 3}, {"n_examples": "x"}, {"max_length": True}, {"split": ["a"]}):
+        with pytest.raises(CorruptFileError, match="damaged"):
+            data_module.settings(entry)
+
+
+# ----------------------------------------------------------------------------------------------- tokenizers
+
+
+def test_a_tokenizer_that_knows_no_word_is_refused(folders, tmp_path):
+    path = written(tmp_path / "reviews.csv", REVIEWS)
+    with pytest.raises(DataError, match=r"knows 0 of 6 tokens.*without its tokenizer"):
+        coar.load(folders / "mute", path, text="review")
+    _, data = coar.load(folders / "mute", path, text="review", preprocessor=folders / "plain")
+    assert data.description["preprocessor"] == str(folders / "plain")
+
+
+def test_an_empty_tokenizer_of_a_language_model_is_refused(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"n_layer": 1, "n_embd": 8, "n_head": 1, "vocab_size": 11, "bos_token_id": 0, "eos_token_id": 0}
+    folder = saved(tmp_path / "gpt2", GPT2LMHeadModel(GPT2Config(**sizes)), with_tokenizer=False)
+    with pytest.raises(DataError, match="knows 0 of 0 tokens"):
+        coar.load(folder, written(tmp_path / "a.txt", "a dull film\nit is fine\n"))
+
+
+def test_a_tokenizer_of_another_model_is_refused(folders, tmp_path):
+    small = classifier(num_labels=2, pad_token_id=0)
+    small.resize_token_embeddings(5)
+    with pytest.raises(DataError, match="belongs to another model"):
+        coar.load(small, written(tmp_path / "reviews.csv", REVIEWS), text="review", preprocessor=folders / "plain")
+
+
+# ---------------------------------------------------------------------------------- which model, which weights
+
+
+def test_a_model_may_be_an_object(folders, tmp_path):
+    model = classifier(["neg", "pos"])
+    path = written(tmp_path / "reviews.csv", REVIEWS)
+    same, data = coar.load(model, path, text="review", preprocessor=tiny_texts.tokenizer())
+    assert same is model and batch_of(data)["labels"].tolist() == [0, 1]
+    assert "preprocessor" not in data.description
+    with pytest.raises(coar.CoarError, match="does not say where its tokenizer is"):
+        coar.load(model, path, text="review")
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_weights_alone_need_an_architecture(folders, tmp_path, suffix):
+    from safetensors.torch import save_file
+
+    path, reviews = tmp_path / f"weights{suffix}", written(tmp_path / "reviews.csv", REVIEWS)
+    state = {name: value.clone() for name, value in classifier(["neg", "pos"]).state_dict().items()}
+    if suffix == ".pth":
+        torch.save({"state_dict": {f"module.{name}": value for name, value in state.items()}, "epoch": 3}, path)
+    else:
+        save_file(state, path)
+    with pytest.raises(ModelError, match=r"holds weights only .* architecture="):
+        coar.load(path, reviews, text="review")
+    with pytest.raises(ModelError, match=r"do not fit .*classifier.bias .2. for .5."):
+        coar.load(path, reviews, text="review", architecture=folders / "stars")
+    model, _ = coar.load(path, reviews, text="review", architecture=folders / "named")
+    known = models.record(model)
+    assert models.fingerprint(model) == models.fingerprint(models.load_model(folders / "named")) == known["loaded"]
+    assert known["id"] == str(path) and known["architecture"] == str(folders / "named")
+    given, _ = coar.load(path, reviews, text="review", architecture=classifier(["neg", "pos"]), preprocessor=tiny_texts.tokenizer())  # fmt: skip # noqa: E501
+    assert models.fingerprint(given) == models.fingerprint(model)
+
+
+def test_weights_of_a_timm_architecture(tmp_path):
+    import timm
+
+    torch.manual_seed(0)
+    model = timm.create_model("resnet10t", num_classes=10, in_chans=1)
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    loaded, data = coar.load(tmp_path / "w.pth", demo.IMAGES, split="train[:4]", architecture="resnet10t")
+    assert models.fingerprint(loaded) == models.fingerprint(model) and len(batch_of(data)["labels"]) == 4
+
+
+def test_nothing_in_a_file_of_weights_is_run(tmp_path):
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "w.pth")
+    with pytest.raises(ModelError, match="without running code"):
+        models.load_model(tmp_path / "w.pth", architecture="resnet18")
+
+
+# --------------------------------------------------------------------------------------------- command line
+
+
+def test_the_command_line_takes_the_columns_and_keeps_them(folders, tmp_path, capsys):
+    path, out = written(tmp_path / "reviews.csv", REVIEWS + "doc2,it is dull,0\n"), tmp_path / "run"
+    words = ["attribute", str(folders / "named"), str(path), "--out", str(out), "--rounds", "0", "--n-examples", "2"]
+    assert cli.main(words) == 2 and "--text review" in capsys.readouterr().err
+    assert cli.main([*words, "--text", "review", "--max-length", "8"]) == 0
+    data = coar.Attributions.from_pretrained(out).config["data"]
+    assert (data["text"], data["label"], data["n_examples"], data["max_length"]) == ("review", "label", 2, 8)
+    assert data["label_names"] == ["neg", "pos"]
+    assert cli.main(["evaluate", str(out), "--n-masks", "3"]) == 0, capsys.readouterr().err
