@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hf_coar.attributions.provenance import Provenance
+from hf_coar.attributions.provenance import Provenance, public_record
 from hf_coar.errors import CoarError, CorruptFileError
 from hf_coar.storage import cards, files
 
@@ -37,7 +37,7 @@ def remove_other_shards(folder: Path, names: Iterable[str]) -> None:
 def public(config: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration, or the record of an edit, without the local paths that it may name."""
     named = {key: config[key] for key in ("model", "data", "base") if isinstance(config.get(key), Mapping)}
-    return {**config, **{key: {**entry, "id": cards.public_name(entry)} for key, entry in named.items()}}
+    return {**config, **{key: public_record(entry) for key, entry in named.items()}}
 
 
 def write_json(path: Path, value: Any) -> None:

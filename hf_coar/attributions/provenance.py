@@ -81,7 +81,7 @@ class Provenance:
 
     def public(self) -> "Provenance":
         """A provenance without the local paths that it may name."""
-        return replace(self, **{name: _public(entry) for name, entry in self._sources().items()})
+        return replace(self, **{name: public_record(entry) for name, entry in self._sources().items()})
 
     def _sources(self) -> dict[str, Mapping[str, Any]]:
         return {name: entry for name, entry in (("model", self.model), ("data", self.data)) if entry}
@@ -123,7 +123,7 @@ class Provenance:
         return cls(**given, boundary_known="boundary" in value)
 
 
-def _public(entry: Mapping[str, Any]) -> dict[str, Any]:
+def public_record(entry: Mapping[str, Any]) -> dict[str, Any]:
     """A record of a model or data set in which local paths are shortened to their last part."""
     paths = {key: entry.get(key) for key in ("architecture", "preprocessor")}
     local = {key: Path(path).name for key, path in paths.items() if path and _is_local(path)}
