@@ -338,7 +338,7 @@ MODELS = {
 
 # Weights that the library reads without running their module, which only `how="weights"` reaches.
 BYPASSED = {"mixer of Zamba": "layer.conv1d"}
-MIXED = ("mixer of Zamba",)  # computes in float32 whatever its weights are
+MIXED = ("mixer of Zamba", "attention of Funnel")  # compute in float32 whatever their weights are
 
 
 def build(name: str) -> nn.Module:
