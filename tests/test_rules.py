@@ -83,7 +83,8 @@ GRANULARITIES = pytest.mark.parametrize("granularity", coar.components.GRANULARI
 
 
 def test_every_rule_has_a_case():
-    assert set(registered()) - set().union(*(rules_met(build(name)) for name in MODELS)) == set()
+    own = {key for key, found in registered().items() if found.__module__.startswith("hf_coar.")}
+    assert own - set().union(*(rules_met(build(name)) for name in MODELS)) == set()
 
 
 @pytest.mark.parametrize("granularity", ["unit", "input"])
