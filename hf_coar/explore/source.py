@@ -21,6 +21,7 @@ from hf_coar.explore.columns import Progress, no_progress
 from hf_coar.explore.outcome import Outcome
 from hf_coar.models import outputs
 from hf_coar.runs import workers
+from hf_coar.storage import labels
 
 logger = logging.getLogger(__name__)
 
@@ -284,17 +285,14 @@ class Source:
     def _named_classes(self) -> list[str]:
         if self.is_language_model:
             return []
-        recorded = (self.attributions.config.get("data") or {}).get("label_names")
-        if isinstance(recorded, list | tuple) and all(isinstance(name, str) for name in recorded):
+        recorded = labels.label_names(self.attributions.provenance)
+        if recorded:
             return list(recorded)
         features = dict(getattr(getattr(self._examples, "dataset", None), "features", None) or {})
         for feature in features.values():
             if type(feature).__name__ == "ClassLabel":
                 return [str(name) for name in feature.names]
-        named = getattr(getattr(self.model, "config", None), "id2label", None)
-        if isinstance(named, Mapping):
-            return [str(named[key]) for key in sorted(named)]
-        return [str(name) for name in getattr(self.model, "pretrained_cfg", {}).get("label_names") or ()]
+        return list(models.class_names(self.model) or ())
 
 
 @functools.cache
