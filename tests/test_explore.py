@@ -805,8 +805,10 @@ def test_ctrl_c_leaves_nothing_but_json_on_standard_output(folder):
     words = [sys.executable, "-m", "hf_coar", "explore", str(folder), "--port", str(port), "--json"]
     served = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        said = next(line for line in served.stderr if "Ctrl-C" in line)  # by then it is served
-        assert f"http://127.0.0.1:{port}/" in said
+        lines = []
+        while not lines or (lines[-1] and "Ctrl-C" not in lines[-1]):  # by then it is served
+            lines.append(served.stderr.readline())
+        assert f"http://127.0.0.1:{port}/" in lines[-1], "".join(lines)
         served.send_signal(signal.SIGINT)
         out, _ = served.communicate(timeout=60)
     finally:
