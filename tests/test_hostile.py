@@ -260,6 +260,14 @@ def test_a_configuration_that_is_none(tmp_path, content):
             load(tmp_path)
 
 
+def test_infinity_in_a_configuration_is_no_harm(tmp_path):
+    """Published state-space models have it, as the limit of their time steps."""
+    models.save_model(build_net("bert").model, tmp_path)
+    text = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(text.replace("{", '{"time_step_limit": [0.0, Infinity],', 1))
+    assert models.load_model(tmp_path).config.time_step_limit[1] == float("inf")
+
+
 # ------------------------------------------------------------------------------------------------------ files of flags
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
