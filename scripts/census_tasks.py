@@ -52,7 +52,7 @@ def reloaded(model: torch.nn.Module, folder: Path) -> torch.nn.Module:
     else:
         names = [models.library(model), type(model).__name__, str(folder), str(folder / "state.pt")]
         subprocess.run([sys.executable, "-W", "ignore", "-c", RELOAD, *names], check=True)
-        state = torch.load(folder / "state.pt")
+        state = torch.load(folder / "state.pt", weights_only=True)
     again = copy.deepcopy(model)
     again.load_state_dict(state)
     return again
