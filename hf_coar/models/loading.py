@@ -155,9 +155,7 @@ def _read_config(source: hub.Source) -> dict:
             f"no model {source.name!r}: {error}; give a Hub id, or a folder that timm or transformers saved"
         ) from error
     if not isinstance(config, dict):  # Infinity is no JSON, and stands in configurations of state-space models
-        raise ModelError(
-            f"config.json of {source.name!r} holds a {type(config).__name__}, not a mapping"
-        )
+        raise ModelError(f"config.json of {source.name!r} holds a {type(config).__name__}, not a mapping")
     return config
 
 
