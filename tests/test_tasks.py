@@ -223,3 +223,30 @@ def test_a_task_is_known_by_being_registered(registering):
     assert tasks.bind(model, batch=made("masked_lm")[1]).name == "token_log_prob"
     with pytest.raises(CoarError, match="taken"):
         tasks.register("restoring", outputs=("token_log_prob",))
+
+
+# --------------------------------------------------------------------------------------- entries that are no one tensor
+
+
+@pytest.mark.parametrize("name", ["detection", "universal"])
+def test_lists_of_objects_are_known_again(name, tmp_path):
+    model, batch = made(name)
+    attributions = coar.attribute(model, [batch], method=coar.PathGradient(rounds=0), out=tmp_path, progress=False)
+    again = coar.Attributions.from_pretrained(tmp_path)
+    assert coar.evaluate(again, model, [batch], fractions=(0.05,), n_masks=3, progress=False).n_masks == 3
+    other = copy.deepcopy(batch)
+    changed = other["labels"][2]["boxes"] if name == "detection" else other["mask_labels"][2]
+    changed[0] += 0.01
+    with pytest.raises(DataError, match="example 2"):
+        coar.evaluate(again, model, [other], fractions=(0.05,), n_masks=3, progress=False)
+    assert len(attributions) == 4
+
+
+def test_masks_together_copy_lists_too():
+    model, batch = made("detection")
+    masks = coar.Regression(n_masks=4)
+    one = coar.attribute(model, [batch], method=masks, progress=False)
+    with coar.running(masks_together=2):
+        assert torch.allclose(
+            coar.attribute(model, [batch], method=masks, progress=False).weights, one.weights, atol=1e-4
+        )
