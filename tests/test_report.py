@@ -148,8 +148,8 @@ def test_attribute_and_evaluate_write_pages(mlp, tmp_path):
 
 def test_a_repeated_run_keeps_the_page_with_the_evaluation(tmp_path):
     attributions = make_attributions()
-    (tmp_path / "evaluation.json").write_text("{}")
     report.write_first(tmp_path, attributions)
+    (tmp_path / "evaluation.json").write_text("{}")
     (tmp_path / "report.html").write_text("mine")
     report.write_first(tmp_path, attributions)
     assert (tmp_path / "report.html").read_text() == "mine"
