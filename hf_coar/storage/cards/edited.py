@@ -1,0 +1,154 @@
+"""The card of an edited model."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hf_coar.storage.cards.pieces import (
+    CITATION,
+    count,
+    data_line,
+    gallery,
+    hub_id,
+    mapping,
+    marked,
+    model_id,
+    model_line,
+    model_name,
+    snippet,
+    template,
+    yaml_head,
+)
+from hf_coar.storage.escaping import all_for_markdown, code_span, python_name
+from hf_coar.storage.labels import of_classes
+
+
+def edited_model_card(entries: Mapping[str, Any], source: str = ".", pictures: Sequence[str] = ()) -> str:
+    """The card of an edited model, as Markdown.
+
+    Args:
+        entries: the record of the edit.
+        source: from where the reader loads the model: Hub id, or "." for the folder in which the card is.
+        pictures: paths of pictures, relative to the card.
+    """
+    base, data = mapping(entries, "base"), mapping(entries, "data")
+    components, library = list(entries.get("components") or ()), base.get("library") or "torch"
+    library = library if re.fullmatch(r"[\w.-]+", str(library)) else "torch"
+    metadata = {"library_name": {"torch": "pytorch"}.get(library, library)}
+    metadata |= {"tags": ["coar", "model-editing", "component-attribution"]}
+    metadata |= {"base_model": model_id(base), "base_model_relation": "finetune"} if model_id(base) else {}
+    metadata |= {"datasets": [hub_id(data)]} if hub_id(data) else {}
+    revision = f", revision={json.dumps(base['revision'])}" if model_id(base) and base.get("revision") else ""
+    snippets = _load_script(base, source), snippet(
+        "undo", source=json.dumps(source), revision=revision,
+        base=json.dumps(model_id(base) or "PATH OF THE ORIGINAL MODEL"),
+    )  # fmt: skip
+    entries = all_for_markdown(entries)  # from here on it is shown, and may come from anybody
+    base, data = mapping(entries, "base"), mapping(entries, "data")
+    text = template("edited_model").substitute(
+        metadata=yaml_head(metadata),
+        title=f"{model_name(base)}, {count(len(components), 'component')} ablated".removeprefix("a "),
+        model=model_name(base),
+        model_line=model_line(base),
+        data_line=data_line(data),
+        library={"torch": "PyTorch"}.get(library, library),
+        aim=_aim(entries),
+        increase=_examples(entries.get("increase"), of_classes(entries, "increase")),
+        decrease=_examples(entries.get("decrease"), of_classes(entries, "decrease")),
+        reference=_examples(entries.get("reference")),
+        n_components=count(len(components), "component"),
+        were="was" if len(components) == 1 else "were",
+        granularity=entries.get("granularity"),
+        components="\n".join(f"- {code_span(component)}" for component in components),
+        rule=_rule(entries),
+        ablated=_ablated(entries),
+        output=entries.get("output"),
+        figures=_before_and_after(entries.get("figures") or ()),
+        snippet=snippets[0],
+        undo_snippet=snippets[1],
+        pictures=gallery(pictures),
+        citation=CITATION,
+    )  # fmt: skip
+    return marked(text)
+
+
+def _load_script(base: Mapping[str, Any], source: str) -> str:
+    """The Python that loads an edited model with the library of its base alone."""
+    on_hub, library = source != ".", base.get("library")
+    if library == "timm":
+        name = json.dumps(f"{'hf-hub' if on_hub else 'local-dir'}:{source}")
+        return f"import timm\n\nmodel = timm.create_model({name}, pretrained=True).eval()"
+    if library == "transformers":
+        name = python_name(base.get("class"), "AutoModel")
+        return f"from transformers import {name}\n\nmodel = {name}.from_pretrained({json.dumps(source)})"
+    if not on_hub:
+        script = 'from safetensors.torch import load_file\n\nmodel.load_state_dict(load_file("model.safetensors"))'
+    else:
+        script = (
+            "from huggingface_hub import hf_hub_download\nfrom safetensors.torch import load_file\n\n"
+            f'model.load_state_dict(load_file(hf_hub_download({json.dumps(source)}, "model.safetensors")))'
+        )
+    return script + "  # `model` as its own code builds it"
+
+
+_RULES = {
+    "welch": "Welch's t between the targets' and the other examples' weights, a component at a time (COAR-Edit)",
+    "mean_difference": "difference of the mean weights of the targets and the others",
+    "penalised": "gain on the targets, minus four times the mean size of the effect on the others",
+    "lightly_penalised": "gain on the targets, minus the mean size of the effect on the others",
+    "hinge": "gain on the targets, minus three times what the others lose on average",
+    "hinge_careful": "gain on the targets, minus six times what the others lose on average",
+    "harm_over_spread": "gain on the targets minus three times the harm to the others, over the spread of both",
+    "covariance": "forward selection: most gain on the targets for the least drift of the others",
+    "covariance_bold": "forward selection: most gain on the targets for the least drift of the others, boldly",
+    "covariance_careful": "forward selection: most gain on the targets for the least drift of the others, warily",
+    "covariance_hinge": "forward selection: most gain on the targets for the least fall of the others",
+}
+
+
+def _rule(edit: Mapping[str, Any]) -> str:
+    """In words; whether it was used in steps, and whether it was chosen."""
+    said = str(_RULES.get(edit.get("rule"), edit.get("rule")))
+    step, tried = edit.get("step"), edit.get("tried")
+    if isinstance(step, int) and step:
+        said += f", on attributions made anew after every {count(step, 'ablation')}"
+    if not isinstance(tried, Sequence) or isinstance(tried, str) or not tried:
+        return said
+    rules = {str(one[0]).split(" on ")[0] for one in tried if isinstance(one, Sequence) and one}
+    chosen = "it and the number of components are" if len(rules) > 1 else "the number of components is"
+    return f"{said}; {chosen} the best on validation of {len(tried)} candidates"
+
+
+def _ablated(edit: Mapping[str, Any]) -> str:
+    """What became of the weights."""
+    gate = edit.get("gate")
+    return f"scaled by {gate:g}" if isinstance(gate, int | float) and gate else "set to zero"
+
+
+def _aim(edit: Mapping[str, Any]) -> str:
+    sides = [("raise", "increase"), ("lower", "decrease")]
+    said = [
+        f"{verb} the output on {count(len(edit[side]), 'example')}{of_classes(edit, side)}"
+        for verb, side in sides
+        if edit.get(side)
+    ]
+    return " and ".join(said) + " and spare the others" if said else "change its outputs"
+
+
+def _examples(indices: Any, classes: str = "") -> str:
+    if isinstance(indices, str):
+        return indices
+    indices = list(indices or ())
+    if not indices:
+        return "none"
+    listed = ", ".join(map(str, indices[:12])) + (", …" if len(indices) > 12 else "")
+    return f"{count(len(indices), 'example')}{classes}: number {listed}"
+
+
+def _before_and_after(figures: Sequence[Sequence[str]]) -> str:
+    if not figures:
+        return "No figures were given when this card was written."
+    rows = [f"| {what} | {before} | {after} |" for what, before, after in figures]
+    head = ["| measured on examples that nothing was chosen on | before | after |", "|---|---|---|"]
+    return "\n".join(head + rows)
