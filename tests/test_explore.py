@@ -918,11 +918,17 @@ def test_paths_in_a_configuration_are_not_exported(folder, tmp_path, monkeypatch
     (tmp_path / "secrets" / "config.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
     theirs = downloaded(folder, tmp_path, **{"model": "user/model", "data": "user/data", what: named})
-    with pytest.raises(CoarError, match=f"give --data|give --model|--{what} "):
+    with pytest.raises(CoarError, match=rf"give --{what}|which is a path on this machine"):
         explore.export(theirs, tmp_path / "space")
     assert not (tmp_path / "space").exists()
     space = explore.export(theirs, tmp_path / "space", **{what: tmp_path / "secrets"})  # who calls may
     assert list(space.rglob("*.json"))
+
+
+def test_paths_that_this_user_wrote_here_are_exported(folder, tmp_path):
+    space = explore.export(folder, tmp_path / "space")
+    assert (space / "model" / "model.safetensors").is_file() and (space / "data" / "images.parquet").is_file()
+    assert str(demo.FOLDER) not in (space / "app.py").read_text()
 
 
 def test_links_that_lead_out_of_a_folder_are_not_exported(folder, tmp_path):

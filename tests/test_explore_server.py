@@ -222,3 +222,18 @@ def test_the_model_runs_one_job_at_a_time(address):
     slow = [one for one in config["dependencies"] if elements.get(one["outputs"][0] if one["outputs"] else 0) in heavy]
     assert len(slow) > 10 and all(one["queue"] is not False for one in slow)
     assert {one["show_progress"] for one in slow} <= {"full", "minimal"}
+
+
+def test_what_is_forgotten_is_the_last_attribution_and_not_the_one_that_begins(address):
+    """An own input's attribution begins after the last one of the same visitor was told to end, never beside that."""
+    config = json.loads(asked(address, "/config")[2])
+    elements = {one["id"]: one["props"].get("elem_id") for one in config["components"]}
+    found = {one["id"]: one for one in config["dependencies"]}
+    owns = [one for one in found.values() if "own" in map(elements.get, one["outputs"][:1])]
+    begins = [one for one in owns if len(one["outputs"]) == 3]
+        one for one in found.values() if "own" in map(elements.get, one["outputs"][:1]) and len(one["outputs"]) == 3
+    ]
+    assert len(begins) == 4
+    for one in begins:
+        before = found[one["trigger_after"]]
+        assert not before["outputs"] and before["queue"] is False

@@ -78,8 +78,9 @@ def export(
     Args:
         attributions: folder or Hub id.
         folder: to write to; it must be new or empty, or an earlier export. Files that are not of that stay.
-        model: Hub id or folder; by default the Hub id that the attributions name. Paths of theirs are not followed.
-        data: Hub id, folder or file; by default the Hub id that the attributions name.
+        model: Hub id or folder; by default as the attributions name it. Paths are followed of those only that were
+            made on this machine by this user.
+        data: Hub id, folder or file; by default likewise.
         revision: of the model: branch, tag or commit.
 
     Returns:
@@ -91,11 +92,11 @@ def export(
     """
     loaded, folder = Attributions.from_pretrained(attributions), Path(folder)
     earlier = _check_target(folder)
-    # Who calls may name any path; a configuration, from whomever it comes, none.
+    # Who calls may name any path; a configuration, from whomever it comes, only one that this user wrote here.
     found = {
         "attributions": (str(attributions), True, artefact.UPLOADED),
-        "model": (str(model), True, _OF_MODELS) if model else (_hub_id(loaded, "model"), False, ()),
-        "data": (str(data), True, _OF_DATA) if data else (_hub_id(loaded, "data"), False, ()),
+        "model": (str(model), True, _OF_MODELS) if model else _named(loaded, "model", _OF_MODELS),
+        "data": (str(data), True, _OF_DATA) if data else _named(loaded, "data", _OF_DATA),
     }
     try:
         folder.resolve().parent.mkdir(parents=True, exist_ok=True)
@@ -110,21 +111,20 @@ def export(
     return folder
 
 
-def _hub_id(attributions: Attributions, what: str) -> str:
-    """Where attributions say that their "model" or "data" came from, if that is no path of this machine.
+def _named(attributions: Attributions, what: str, kinds: tuple[str, ...]) -> Found:
+    """What attributions say that their "model" or "data" came from: a Hub id, or a path, if this user wrote it here.
 
     Raises:
-        CoarError: they do not say, or name what may be a path.
+        CoarError: they do not say, or name what may be a path of somebody else's.
     """
     name = (attributions.config.get(what) or {}).get("id")
     if not name:
         raise CoarError(f"the attributions do not say where their {what} came from; give --{what}")
-    if not _HUB_ID.fullmatch(name) or Path(name).exists():
-        raise CoarError(
-            f"the attributions name {name!r} as their {what}, which is no Hub id but may be a path of this machine; "
-            f"such paths are not followed by an export. If it is what you mean: --{what} {name}"
-        )
-    return name
+    place = str(attributions.found(name))
+    local = Path(place).exists()
+    if not local and not _HUB_ID.fullmatch(name):
+        raise CoarError(f"the attributions name {name!r} as their {what}, which is no Hub id; give --{what}")
+    return place, local, kinds
 
 
 def _write(folder: Path, loaded: Attributions, found: Mapping[str, Found], revision: str | None) -> None:

@@ -81,16 +81,18 @@ class Own(Tab):
         def forget(request: gr.Request) -> None:
             self.turns.pop(request.session_hash, None)  # so that the next need not wait until the last has ended
 
-        def forget_token(request: gr.Request, event: gr.EventData) -> None:
-            if (event._data or {}).get("act") == "token":
+        def forget_shown(view: View, request: gr.Request) -> None:
+            if view.view == self.name:
                 forget(request)
 
-        for listen, call in ((self.start.click, forget), (self.text.submit, forget), (self.own.click, forget_token)):
-            listen(call, queue=False)
+        # One after the other, so that what is forgotten is the last one, and never the one that begins.
         running = [
-            self.start.click(start, inputs, **shown), self.text.submit(start, inputs, **shown),
-            page.loaded.then(linked, page.view, **shown), page.clicked[self.own].then(linked, page.view, **shown),
-        ]  # fmt: skip
+            listen(forget, queue=False).then(start, inputs, **shown) for listen in (self.start.click, self.text.submit)
+        ]
+        running += [
+            step.then(forget_shown, page.view, queue=False).then(linked, page.view, **shown)
+            for step in (page.loaded, page.clicked[self.own])
+        ]
         self.stop.click(None, cancels=running)
 
     def _read(self, given: Any) -> Any:
