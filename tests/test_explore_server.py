@@ -231,8 +231,6 @@ def test_what_is_forgotten_is_the_last_attribution_and_not_the_one_that_begins(a
     found = {one["id"]: one for one in config["dependencies"]}
     owns = [one for one in found.values() if "own" in map(elements.get, one["outputs"][:1])]
     begins = [one for one in owns if len(one["outputs"]) == 3]
-        one for one in found.values() if "own" in map(elements.get, one["outputs"][:1]) and len(one["outputs"]) == 3
-    ]
     assert len(begins) == 4
     for one in begins:
         before = found[one["trigger_after"]]

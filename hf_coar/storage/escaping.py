@@ -4,7 +4,6 @@ Names of models, data, classes and components, settings and messages may hold an
 HTML, headings, code. HTML pages use `html.escape`, JSON and Python strings `json.dumps`.
 """
 
-import json
 import keyword
 import re
 from collections.abc import Mapping
@@ -60,11 +59,6 @@ def python_name(name: Any, otherwise: str) -> str:
     """A name that may stand in Python code; `otherwise` in the place of anything that is more than a name."""
     known = isinstance(name, str) and name.isascii() and name.isidentifier() and not keyword.iskeyword(name)
     return name if known else otherwise
-
-
-def python_text(text: Any) -> str:
-    """A text as a string of Python code, on one line."""
-    return json.dumps(str(text))
 
 
 def _spelled(match: re.Match[str]) -> str:
