@@ -46,6 +46,7 @@ def load(
     pair: str | None = None,
     image: str | None = None,
     label: str | None = None,
+    columns: Mapping[str, str] | None = None,
     n_examples: int | None = None,
     data_seed: int = 0,
     preprocessor: Any = None,
@@ -69,6 +70,8 @@ def load(
         pair: column of the second text of each example, which the tokenizer gets as its pair.
         image: column of the images.
         label: column of the labels: class indices or class names, as the model's configuration tells.
+        columns: by what they are to the model's task, where their names do not say it: {"prompt": …, "answer": …,
+            "foil": …}, {"question": …, "context": …, "answers": …} and so on, see docs/tasks.md.
         n_examples: draw so many, as many of each class; all of the split by default.
         data_seed: of that draw.
         preprocessor: Hub id, folder or object of the tokenizer or image processor; the model's own by default.
@@ -79,13 +82,17 @@ def load(
         ModelError: no such model, or weights that do not fit the architecture.
         DataError: no such data set, or none that the model can read; columns or labels that could be read in two ways.
     """
-    columns = {"text": text, "pair": pair, "image": image, "label": label}
+    columns = {**(columns or {}), **{r: c for r, c in _named(text, pair, image, label).items() if c is not None}}
     if not isinstance(model, nn.Module):
         model = models.load_model(model, revision, trust_remote_code, architecture=architecture)
     return model, data_module.load_data(
         data, model, split, data_revision, batch_size, streaming, max_length, columns, n_examples, data_seed,
         preprocessor,
     )  # fmt: skip
+
+
+def _named(text: str | None, pair: str | None, image: str | None, label: str | None) -> dict[str, str | None]:
+    return {"text": text, "pair": pair, "image": image, "label": label}
 
 
 def reopen(attributions: Attributions, **changes: Any) -> tuple[nn.Module, data_module.Examples]:
@@ -312,6 +319,8 @@ def _checked(problem: Problem, method: Estimator | None) -> Estimator:
             with models.frozen(problem.model), engine.placed(problem.model, workers.processes().device) as device:
                 examples = data_module.to_device(data_module.few(problem.data, count), device)
                 checks.check_repeats(problem.model, problem.output, examples)
+                if getattr(problem.output.call, "shares_pass", False):
+                    return _of_shared_passes(problem, method)
                 if method is None:
                     return _default_method(problem, checks.blocked(problem.masked, problem.output, examples))
                 if method.differentiates:
@@ -321,6 +330,24 @@ def _checked(problem: Problem, method: Estimator | None) -> Estimator:
             if not models.is_out_of_memory(error):
                 raise
     return method or estimators.PathGradient()  # the run itself says what does not fit
+
+
+def _of_shared_passes(problem: Problem, method: Estimator | None) -> Estimator:
+    """Where all examples of a batch come out of one pass, masks that they share may cost less than gates of their own.
+
+    Without a method takes the cheaper one; warns of one that costs more.
+    """
+    shared, own = estimators.Regression(solver=estimators.ARD()), method or estimators.PathGradient()
+    count = data_module.size(next(iter(problem.data)))
+    costs = {one.name: one.cost(problem.size) * (count if one.differentiates else 1) for one in (own, shared)}
+    cheaper = min((own, shared), key=lambda one: costs[one.name])
+    said = " and ".join(f"{name} {cost:g}" for name, cost in costs.items())
+    said = f"all {count} examples of a batch share a pass, unless each has gates of its own: passes a batch are {said}"
+    if method is not None and cheaper is not method:
+        logger.warning("%s; method=%r is the cheaper one", said, cheaper.name)
+    else:
+        logger.info("%s; taking %s", said, (method or cheaper).name)
+    return method or cheaper
 
 
 def _default_method(problem: Problem, blocked: Sequence[Group]) -> Estimator:

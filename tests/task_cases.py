@@ -185,6 +185,33 @@ def yolos() -> nn.Module:
     return tf.YolosForObjectDetection(tf.YolosConfig(**sizes, num_detection_tokens=6, num_labels=3))
 
 
+def detr() -> nn.Module:
+    backbone = tf.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", out_features=["stage2"]
+    )
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+    sizes |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "num_queries": 6, "num_labels": 3}
+    return tf.DetrForObjectDetection(tf.DetrConfig(**sizes, use_timm_backbone=False, backbone_config=backbone))
+
+
+def sam() -> nn.Module:
+    vision = {**VISION, "mlp_dim": 48, "output_channels": 16, "window_size": 2, "global_attn_indexes": [1]}
+    vision |= {"num_pos_feats": 8}
+    prompts = {"hidden_size": 16, "image_size": 32, "patch_size": 8, "mask_input_channels": 4}
+    decoder = {
+        "hidden_size": 16,
+        "mlp_dim": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "iou_head_hidden_dim": 16,
+    }
+    return tf.SamModel(
+        tf.SamConfig(
+            vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config={**decoder, "iou_head_depth": 2}
+        )
+    )
+
+
 def glpn() -> nn.Module:
     sizes = {"depths": [1, 1, 1, 1], "hidden_sizes": [8, 16, 16, 24], "num_attention_heads": [1, 1, 2, 2]}
     sizes |= {"sr_ratios": [2, 1, 1, 1], "mlp_ratios": [2, 2, 2, 2], "decoder_hidden_size": 16}
@@ -229,6 +256,17 @@ def llava() -> nn.Module:
     return tf.LlavaForConditionalGeneration(
         tf.LlavaConfig(vision_config=vision, text_config=words, image_token_id=39, vision_feature_layer=-1)
     )
+
+
+def qwen() -> nn.Module:
+    words = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}
+    words |= {"intermediate_size": 48, "vocab_size": 40, "rope_parameters": rope}
+    sees = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2, "patch_size": 4}
+    sees |= {"spatial_merge_size": 2, "temporal_patch_size": 1}
+    tokens = {"image_token_id": 38, "vision_start_token_id": 36, "vision_end_token_id": 37, "video_token_id": 39}
+    config = tf.Qwen2VLConfig(text_config=words, vision_config=sees, **tokens)
+    return tf.Qwen2VLForConditionalGeneration(config)
 
 
 def unet() -> nn.Module:
@@ -286,6 +324,30 @@ def answers() -> dict[str, Tensor]:
     masks = torch.ones(N, 7, dtype=torch.long)
     return {"input_ids": ids, "attention_mask": masks, "labels": labels, "foil_input_ids": foils,
             "foil_attention_mask": masks.clone(), "foil_labels": wrong}  # fmt: skip
+
+
+def pointed() -> dict[str, Tensor]:
+    """Images with two points each, and the masks that they stand for."""
+    return {
+        "pixel_values": pixels(),
+        "input_points": 32 * torch.rand(N, 2, 1, 2),
+        "labels": (torch.rand(N, 2, 16, 16) > 0.5).float(),
+    }
+
+
+GRIDS = ((1, 4, 4), (1, 4, 8), (1, 8, 4), (1, 8, 8))
+
+
+def patches() -> dict[str, Any]:
+    """A text after an image of each size, padded on the left; the patches are ragged."""
+    rows = [[36, *[38] * (h * w // 4), 37, *torch.randint(1, 30, (4,)).tolist()] for _, h, w in GRIDS]
+    longest = max(map(len, rows))
+    ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    labels = torch.where(ids < 30, ids, -100).masked_fill(mask == 0, -100)
+    texts = {"input_ids": ids, "attention_mask": mask, "labels": labels, "mm_token_type_ids": (ids == 38).long()}
+    images = [torch.randn(h * w, 3 * 4 * 4) for _, h, w in GRIDS]
+    return {**texts, "pixel_values": images, "image_grid_thw": list(torch.tensor(GRIDS).split(1))}
 
 
 def series() -> dict[str, Tensor]:
@@ -370,6 +432,24 @@ def detected(model: nn.Module, batch: dict[str, Any]) -> Tensor:
                 of_queries.append(logits.softmax(-1)[one].log() + iou.clamp_min(1e-6).log())
             best.append(torch.stack(of_queries).max())
         values.append(torch.stack(best).mean())
+    return torch.stack(values)
+
+
+def after_images(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    """All images in one tensor of patches, as the processor gives them."""
+    flat = {name: torch.cat(batch[name]) for name in ("pixel_values", "image_grid_thw")}
+    logits = model(**{**without(batch), **flat}).logits
+    return token_margins(logits[:, :-1], batch["labels"][:, 1:])
+
+
+def masked_by_points(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    found, values = model(**without(batch)).pred_masks, []
+    for masks, true in zip(found, batch["labels"], strict=True):
+        each = [
+            max((t * F.logsigmoid(m) + (1 - t) * F.logsigmoid(-m)).mean() for m in of_prompt)
+            for of_prompt, t in zip(masks, true, strict=True)
+        ]
+        values.append(sum(each) / len(each))
     return torch.stack(values)
 
 
@@ -472,6 +552,7 @@ CASES: dict[str, Case] = {
                                 "pixel_values": pixels(),
                                 "labels": torch.cat([torch.full((N, 16), -100), words(5, 38)], 1)},
                        lambda model, batch: token_margins(model(**batch).logits[:, :-1], batch["labels"][:, 1:])),
+    "patches": Case("image_text_lm", "token_margin", qwen, patches, after_images),
     "question_answering": Case("question_answering", "span_margin", bert("ForQuestionAnswering"), spans, spanned),
     "ctc": Case("ctc", "ctc_log_prob", wav2vec2("ForCTC"),
                 lambda: {"input_values": sound(),
@@ -489,6 +570,8 @@ CASES: dict[str, Case] = {
     "video": Case("video_classification", "margin", videomae,
                   lambda: {"pixel_values": torch.randn(N, 4, 3, 32, 32), "labels": classes()}, classifier),
     "detection": Case("object_detection", "detection", yolos, objects, detected),
+    "detr": Case("object_detection", "detection", detr, objects, detected),
+    "points": Case("mask_generation", "mask_log_prob", sam, pointed, masked_by_points),
     "semantic": Case("semantic_segmentation", "pixel_margin", segformer,
                      lambda: {"pixel_values": pixels(), "labels": torch.randint(0, 4, (N, 32, 32)) * 85 % 256 % 85
                               + 255 * (torch.rand(N, 32, 32) > 0.9)}, segmented),

@@ -93,3 +93,15 @@ def test_the_command_line_takes_names(tmp_path, capsys):
     assert "no class is called 'great'; there are dull, fine" in capsys.readouterr().err
     assert cli.main([*words, "label=fine"]) == 0
     assert models.record(models.load_model(tmp_path / "edited"))["edit"]["decrease"] == [1]
+
+
+def test_classes_of_imagenet_are_named_where_the_weights_are_its():
+    import timm
+
+    with torch.device("meta"):
+        model = timm.create_model("resnet18")
+        other = timm.create_model("resnet18", num_classes=7)
+    names = models.class_names(model)
+    assert len(names) == 1000 and names[0] == "tench, Tinca tinca" and models.class_names(other) is None
+    model.pretrained_cfg = {**model.pretrained_cfg, "tag": "of_mine"}
+    assert models.class_names(model) is None

@@ -315,3 +315,24 @@ def test_trackers_leave_standard_output_to_the_result(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["n_examples"] == 2
     assert list((tmp_path / "r" / "logs").rglob("events.*"))
+
+
+def test_a_call_of_ones_own_is_named_by_a_flag(tmp_path):
+    calls = tmp_path / "calls.py"
+    calls.write_text(
+        "def upside_down(model, batch):\n    return model(batch['pixel_values'].flip(2))\n\n\nNUMBER = 3\n"
+    )
+    words = ["attribute", MODEL, IMAGES, "--split", "train[:4]", "--rounds", 0, "--out", tmp_path / "run"]
+    code, _, err = hf_coar(*words, "--call", "upside_down")
+    assert code == 2 and "--call upside_down: name a function" in err and not (tmp_path / "run").exists()
+    code, _, err = hf_coar(*words, "--import", calls, "--call", "NUMBER")
+    assert code == 2 and "they define upside_down" in err
+    own = ["--import", calls, "--call", "upside_down"]
+    assert hf_coar(*words, *own)[0] == 0
+    attributions = coar.Attributions.from_pretrained(tmp_path / "run")
+    assert attributions.provenance.call == "calls.upside_down"
+    code, _, err = hf_coar("evaluate", tmp_path / "run", "--n-masks", 3)
+    assert code == 2 and "call=calls.upside_down" in err
+    assert hf_coar("evaluate", tmp_path / "run", "--n-masks", 3, *own)[0] == 0
+    edited = ["edit", tmp_path / "run", "--decrease", 0, "--n-components", 2, "--step", 1, "--out", tmp_path / "m"]
+    assert hf_coar(*edited, *own)[0] == 0

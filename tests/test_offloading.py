@@ -9,6 +9,7 @@ from conftest import build_net
 import hf_coar as coar
 from hf_coar import models
 from hf_coar.editing import edited
+from hf_coar.errors import CoarError
 from hf_coar.masking import MaskedModel
 from hf_coar.models import offloading
 
@@ -144,3 +145,22 @@ def test_weights_that_are_nowhere_are_told():
     kept = torch.zeros(len(components), dtype=torch.bool)
     with pytest.raises(coar.CoarError, match="meta device"):
         MaskedModel(model, components).ablate_for_good(kept)
+
+
+def test_weights_of_torchao_are_known_and_attributed_and_an_edit_is_refused():
+    quantization = pytest.importorskip("torchao.quantization")
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2)).eval()
+    plain = models.fingerprint(model)
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    assert models.fingerprint(model) == models.fingerprint(model) != plain
+    data = [{"input_ids": torch.randint(0, 40, (4, 8))}]
+    attributions = coar.attribute(model, data, method=coar.PathGradient(rounds=2), progress=False)
+    assert (
+        coar.evaluate(attributions, model, data, fractions=(0.05,), n_masks=20, progress=False).correlation[0.05] > 0.7
+    )
+    with pytest.raises(CoarError, match="unquantised copy"):
+        coar.edit(model, attributions, decrease=[0], n_components=2)

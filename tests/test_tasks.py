@@ -250,3 +250,35 @@ def test_masks_together_copy_lists_too():
         assert torch.allclose(
             coar.attribute(model, [batch], method=masks, progress=False).weights, one.weights, atol=1e-4
         )
+
+
+# --------------------------------------------------------------------------------------------------- a loss of its own
+
+
+def n_passes(model, run):
+    calls = []
+    hook = model.register_forward_hook(lambda *_: calls.append(1))
+    run()
+    hook.remove()
+    return len(calls)
+
+
+@pytest.mark.parametrize(
+    ("name", "passes"), [("pretraining", 1), ("masked_lm", 1), ("series", 1), ("tokens", 1), ("detection", 4)]
+)
+def test_a_heads_own_loss_takes_one_pass_where_that_is_the_same(name, passes):
+    """Two texts of a batch have other numbers of labels; the matching of objects is each image's own."""
+    model, batch = made(name)
+    output = tasks.bind(model, "own_loss", batch=batch)
+    with torch.no_grad():
+        output.of(model, rows(batch)[0])
+        output.of(model, {key: value[:2] for key, value in batch.items()})
+        assert n_passes(model, lambda: output.of(model, batch)) == passes
+        found = output.of(model, batch)
+        alone = torch.stack([-model(**row).loss for row in rows(batch)])
+    assert found.tolist() == pytest.approx(alone.tolist(), rel=1e-4)
+    components = coar.find_components(model)
+    kept = some_masks(len(components))[[0, 1, 2, 0]]
+    together = masked(model, components, output, batch, kept)
+    each = [masked(model, components, output, batch, row)[i] for i, row in enumerate(kept)]
+    assert together.tolist() == pytest.approx(torch.stack(each).tolist(), rel=1e-3, abs=1e-3)

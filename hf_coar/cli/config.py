@@ -7,7 +7,7 @@ import os
 import reprlib
 import runpy
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -51,21 +51,42 @@ def _early(arguments: Sequence[str], flag: str, **settings: Any) -> Any:
         return None  # the parser itself will say it
 
 
+_IMPORTED: dict[str, Any] = {}  # what the files of `--import` define, by name
+
+
 def run_imports(arguments: Sequence[str]) -> None:
-    """Run the files that `--import` names, so that what they register is known to the parser.
+    """Run the files that `--import` names, so that what they register and define is known to the flags.
 
     Raises:
         CoarError: no such file, or one that fails.
     """
+    _IMPORTED.clear()
     for path in _early(arguments, "--import", nargs="+", action="extend", type=Path) or ():
         if not path.is_file():
             raise CoarError(f"--import {path}: there is no such file")
         try:
-            runpy.run_path(str(path), run_name=path.stem)
+            _IMPORTED.update(runpy.run_path(str(path), run_name=path.stem))
         except CoarError:
             raise
         except Exception as error:  # whatever a user's file may raise
             raise CoarError(f"--import {path}: {type(error).__name__}: {error}") from error
+
+
+def imported(name: str | None, flag: str) -> Callable[..., Any] | None:
+    """A function that a file of `--import` defines, by its name; None of None.
+
+    A file of flags may name it: nothing runs but what the command line itself imports.
+
+    Raises:
+        CoarError: no file defines it.
+    """
+    if name is None:
+        return None
+    if not callable(found := _IMPORTED.get(name)):
+        known = sorted(key for key, value in _IMPORTED.items() if callable(value) and not isinstance(value, type))
+        said = f"they define {', '.join(known)}" if known else "none is given, or it defines none"
+        raise CoarError(f"{flag} {name}: name a function (model, batch) that a file of --import defines; {said}")
+    return found
 
 
 def _verb(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.ArgumentParser | None:

@@ -106,6 +106,7 @@ def _evaluate(each: Any) -> None:
         "--fractions", type=float, nargs="+", default=(0.05, 0.0125), metavar="F",
         help="ablated fractions to judge at (default 0.05 0.0125)",
     )  # fmt: skip
+    _call_flag(verb)
     verb.add_argument("--n-masks", type=int, default=100, help="masks a fraction (default %(default)s)")
     verb.add_argument("--seed", type=int, default=1, help="of the masks; not that of the fit (default %(default)s)")
     verb.add_argument("--out", help="folder of the run, which resumes")
@@ -132,6 +133,7 @@ def _edit(each: Any) -> None:
     )
     verb.add_argument("--out", required=True, help="folder for the edited model")
     _overwrite_flag(verb)
+    _call_flag(verb, "with --step: ")
     verb.add_argument("--data", help="with --step: Hub id, folder or file of the data set; by default as attributed")
     _data_flags(verb)
 
@@ -143,6 +145,7 @@ def _explore(each: Any) -> None:
     )  # fmt: skip
     _attributions_flags(verb)
     verb.add_argument("--data", help="Hub id, folder or file of the data set; by default as attributed")
+    _call_flag(verb)
     verb.add_argument(
         "--host", default="127.0.0.1", help="0.0.0.0 for everybody who can reach it (default %(default)s)"
     )
@@ -245,6 +248,10 @@ def _data_flags(verb: argparse.ArgumentParser) -> None:
         verb.add_argument(
             f"--{role}", metavar="COLUMN", help=f"column of the {what}; by default by type and usual name"
         )
+    verb.add_argument(
+        "--columns", nargs="+", action="extend", metavar="ROLE=COLUMN",
+        help="columns of other roles that the model's task has, such as prompt=… answer=… foil=…",
+    )  # fmt: skip
     verb.add_argument("--n-examples", type=int, metavar="N", help="draw so many, as many of each class; all by default")
     verb.add_argument("--data-seed", type=int, help="of that draw (default 0)")
     verb.add_argument("--preprocessor", metavar="ID", help="Hub id or folder of the tokenizer or image processor")
@@ -265,6 +272,12 @@ def _tracker_flag(verb: argparse.ArgumentParser) -> None:
     )
 
 
+def _call_flag(verb: argparse._ActionsContainer, when: str = "") -> None:
+    verb.add_argument(
+        "--call", metavar="NAME", help=f"{when}function (model, batch) of an imported file that runs the model"
+    )
+
+
 def _component_flags(verb: argparse.ArgumentParser) -> None:
     verb = verb.add_argument_group("components")
     verb.add_argument("--granularity", choices=GRANULARITIES, default="unit", help="(default %(default)s)")
@@ -277,6 +290,7 @@ def _method_flags(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--output", default="auto", help=f"one of {', '.join(outputs.names())}; by default what the model's task has"
     )
+    _call_flag(verb)
     verb.add_argument("--budget", help="forward passes an example, or a time ('20 min'): decides rounds or masks")
     methods.add_flags(verb)
     verb.add_argument("--ablated-fraction", type=float, default=0.05, help="(default %(default)s)")

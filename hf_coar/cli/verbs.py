@@ -13,7 +13,7 @@ from hf_coar import api as pipeline
 from hf_coar import demo, editing, models
 from hf_coar import explore as explorer
 from hf_coar.attributions import Attributions, folders, labelled
-from hf_coar.cli import completion, methods, terminal
+from hf_coar.cli import completion, config, methods, terminal
 from hf_coar.components import Components, find_components
 from hf_coar.data import Chunks, rows
 from hf_coar.editing import edited as edited_model
@@ -44,8 +44,8 @@ def attribute(args: argparse.Namespace) -> str:
     with engine.running(**_running(args)):
         attributions = pipeline.attribute(
             model, data, _found(model, args), output=args.output, method=methods.chosen(args),
-            ablated_fraction=args.ablated_fraction, seed=args.seed, out=args.out, budget=args.budget,
-            log_with=args.log_with, overwrite=args.overwrite,
+            ablated_fraction=args.ablated_fraction, call=config.imported(args.call, "--call"), seed=args.seed,
+            out=args.out, budget=args.budget, log_with=args.log_with, overwrite=args.overwrite,
         )  # fmt: skip
     summary = {
         "attributions": str(args.out),
@@ -93,7 +93,7 @@ def evaluate(args: argparse.Namespace) -> str:
     model, data = pipeline.reopen(attributions, **_sources(args))
     found = pipeline.evaluate(
         attributions, model, data, fractions=args.fractions, n_masks=args.n_masks, seed=args.seed, out=args.out,
-        log_with=args.log_with, overwrite=args.overwrite,
+        call=config.imported(args.call, "--call"), log_with=args.log_with, overwrite=args.overwrite,
     )  # fmt: skip
     folder, page = Path(args.attributions), None
     if folder.is_dir() and workers.processes().is_main_process:
@@ -114,7 +114,7 @@ def edit(args: argparse.Namespace) -> str:
         model = pipeline.reopen_model(attributions, **_sources(args))
     else:
         model, data = pipeline.reopen(attributions, **_sources(args))
-        source = _attributing_anew(attributions, data)
+        source = _attributing_anew(attributions, data, config.imported(args.call, "--call"))
     sides = {side: examples(getattr(args, side), side, attributions) for side in ("increase", "decrease", "reference")}
     edited = editing.edit(model, source, n_components=args.n_components, rule=args.rule, step=args.step, **sides)
     edited_model.save(edited, args.out, overwrite=args.overwrite)
@@ -127,14 +127,14 @@ def edit(args: argparse.Namespace) -> str:
     )
 
 
-def _attributing_anew(attributions: Attributions, data: Any) -> Any:
+def _attributing_anew(attributions: Attributions, data: Any, call: Any) -> Any:
     """A function that attributes a model by one pass, on the examples and with the output of these attributions."""
     of = attributions.provenance
 
     def attribute(model: Any) -> Attributions:
         found = pipeline.attribute(
             model, data, attributions.components, output=of.output, method=PathGradient(rounds=0),
-            ablated_fraction=of.ablated_fraction, seed=of.seed, progress=False,
+            ablated_fraction=of.ablated_fraction, call=call, seed=of.seed, progress=False,
         )  # fmt: skip
         attributions.identity.check(found.identity)
         return found
@@ -153,6 +153,7 @@ def explore(args: argparse.Namespace) -> str:
     address = explorer.launch(
         args.attributions, **sources, trust_remote_code=args.trust_remote_code, host=args.host, port=args.port,
         open_browser=args.open_browser, share=args.share, hosts=args.allow_host,
+        call=config.imported(args.call, "--call"),
     )  # fmt: skip
     return json.dumps({"address": str(address)}, indent=2) if args.json else f"served {address}"
 
@@ -184,7 +185,16 @@ def _sources(args: argparse.Namespace) -> dict[str, Any]:
     """What the flags say of model and data, by the keywords of `load`; what they leave out is left to it."""
     keywords = inspect.signature(pipeline.load).parameters
     given = {name: value for name, value in vars(args).items() if name in keywords}
+    if given.get("columns"):
+        given["columns"] = dict(map(_pair, given["columns"]))
     return {name: value for name, value in given.items() if value is not None and value is not False}
+
+
+def _pair(word: str) -> tuple[str, str]:
+    role, equals, column = word.partition("=")
+    if not (role and equals and column):
+        raise CoarError(f"--columns {word}: write a role and its column, such as prompt=question")
+    return role, column
 
 
 def _running(args: argparse.Namespace) -> dict[str, Any]:

@@ -5,9 +5,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from hf_coar import models
 from hf_coar.errors import DataError
+from hf_coar.models import ragged
 
 Batch = dict[str, Any]  # tensors, or lists of tensors or of mappings of them, one an example
 
@@ -20,6 +22,7 @@ def as_batch(item: Any) -> Batch:
     """
     if isinstance(item, tuple | list) and len(item) == 2:
         item = {"inputs": item[0], "labels": item[1]}
+    item = ragged.unpacked(item)
     if not isinstance(item, Mapping):
         raise DataError(
             f"the data yielded a {type(item).__name__}; expected batches: mappings of tensors such as "
@@ -99,4 +102,4 @@ def to_device(batch: Mapping[str, Any], device: torch.device) -> Batch:
 
 def device_of(batch: Mapping[str, Any]) -> torch.device:
     """Where the tensors of a batch are."""
-    return next(value.device for value in batch.values() if isinstance(value, Tensor))
+    return next(one.device for value in batch.values() for one in pytree.tree_leaves(value) if isinstance(one, Tensor))

@@ -19,12 +19,14 @@ class Role:
         fits: whether a column of this type (a feature of `datasets`) could be it.
         usual: names under which it is usually found.
         what: one such entry in words, for messages.
+        named: whether a column is only taken under a usual name, or where it is asked for.
     """
 
     name: str
     fits: Callable[[Any], bool]
     usual: tuple[str, ...] = ()
     what: str = "a value"
+    named: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,16 +90,49 @@ def asked(given: Columns, table: Table, roles: Sequence[Role]) -> dict[str, str]
 def the_one(role: Role, table: Table, taken: Iterable[str | None] = ()) -> str | None:
     """The column of a role: the only one that fits, or the only one of those under a usual name; None without any.
 
+    Of a role that goes by names alone it is only the latter.
+
     Raises:
         DataError: several could be it.
     """
     candidates = table.fitting(role, taken)
     usual = [name for name in candidates if name.lower() in role.usual]
+    candidates = usual if role.named else candidates
     if len(usual) == 1 or len(candidates) == 1:
         return (usual if len(usual) == 1 else candidates)[0]
     if candidates:
         raise several(role.name, usual or candidates, table)
     return None
+
+
+def chosen(
+    roles: Sequence[Role], optional: Sequence[str], table: Table, given: Columns, taken: Iterable[str | None] = ()
+) -> dict[str, str]:
+    """The columns of all roles: as asked for, then those that go by names, then what is left.
+
+    Raises:
+        DataError: a role has no column, or several could be it.
+    """
+    found = asked(given, table, roles)
+    for role in sorted(roles, key=lambda role: not role.named):
+        if role.name in found:
+            continue
+        column = the_one(role, table, (*taken, *found.values()))
+        if column is not None:
+            found[role.name] = column
+        elif role.name not in optional:
+            raise without(role, table)
+    return found
+
+
+def without(role: Role, table: Table) -> DataError:
+    """The error where a role has no column."""
+    usual = f" (usually {' or '.join(map(repr, role.usual[:4]))})" if role.usual else ""
+    return DataError(
+        f"{table.name!r} has no column that is known as the {role.name}{usual}, {role.what}; it has "
+        f"{table.shown() or 'none at all'}. Name it, columns={{{role.name!r}: …}} (--columns {role.name}=…), or pass "
+        "batches of tensors"
+    )
 
 
 def several(role: str, candidates: Sequence[str], table: Table) -> DataError:
@@ -112,6 +147,12 @@ def several(role: str, candidates: Sequence[str], table: Table) -> DataError:
 def is_text(feature: Any) -> bool:
     """Whether a column holds strings."""
     return getattr(feature, "dtype", "") in ("string", "large_string")
+
+
+def is_texts(feature: Any) -> bool:
+    """Whether a column holds lists of strings."""
+    inner = getattr(feature, "feature", None)
+    return inner is not None and is_text(inner)
 
 
 def is_image(feature: Any) -> bool:

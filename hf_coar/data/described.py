@@ -5,8 +5,14 @@ from typing import Any
 
 from hf_coar.errors import CorruptFileError
 
-ROLES = ("text", "pair", "image", "label")
+ROLES = ("text", "pair", "image", "label")  # that have a keyword of their own; others are in `columns`
 _TEXTS, _NUMBERS = ("split", *ROLES, "preprocessor"), ("max_length", "n_examples", "data_seed")
+
+
+def recorded(chosen: Mapping[str, str]) -> dict[str, Any]:
+    """Which columns were read, as the record of the data has them, by keywords of `load`."""
+    others = {role: column for role, column in chosen.items() if role not in ROLES}
+    return {role: chosen[role] for role in ROLES if role in chosen} | ({"columns": others} if others else {})
 
 
 def settings(description: Mapping[str, Any]) -> dict[str, Any]:
@@ -23,6 +29,11 @@ def settings(description: Mapping[str, Any]) -> dict[str, Any]:
         sane = isinstance(value, str) if name in _TEXTS else type(value) is int and 0 <= value < 2**63
         if not sane:
             raise CorruptFileError(f"the record of the data is damaged: its {name!r} is {str(value)[:80]!r}")
+    columns = description.get("columns") or {}
+    if not isinstance(columns, Mapping) or not all(isinstance(one, str) for pair in columns.items() for one in pair):
+        raise CorruptFileError(f"the record of the data is damaged: its 'columns' are {str(columns)[:80]!r}")
+    if columns:
+        found["columns"] = dict(columns)
     if description.get("revision") is not None:
         found["data_revision"] = str(description["revision"])
     return found

@@ -68,8 +68,13 @@ def _timm_transform(model: nn.Module) -> Callable[[Any], Tensor]:
     return lambda image: transform(image.convert(mode) if mode else image)
 
 
+def has_to_be_decoded(feature: Any) -> bool:
+    """Whether the entries of a column are files: images, sounds, videos."""
+    return hasattr(feature, "decode_example")
+
+
 def undecoded(feature: Any) -> Any:
-    """The type of an image column whose entries stay bytes until somebody needs them."""
+    """The type of a column of images or sounds whose entries stay bytes until somebody needs them."""
     feature = copy.copy(feature)
     feature.decode = False
     return feature

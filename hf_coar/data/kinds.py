@@ -7,9 +7,10 @@ from typing import Any
 from torch import nn
 
 from hf_coar.data.batches import Batch
-from hf_coar.data.columns import Columns, Role, Table
+from hf_coar.data.columns import Columns, Role, Table, chosen, without
 from hf_coar.data.labels import Labels
 from hf_coar.errors import DataError
+from hf_coar.models import tasks
 from hf_coar.storage.registry import Registry
 
 
@@ -63,6 +64,11 @@ class Kind:
         choose: the columns, given those that were asked for by name and those that have another role.
         build: from a `Reading`.
         lazy: roles whose entries have to be decoded, which is left to `prepare`.
+        optional: roles that need not be there.
+        labels: whether the label of the whole example is read too, where the model's head takes one.
+        instead: whether other kinds are looked at where its columns are absent, even if the class of the head says that
+            it is this one.
+        there: (model, table) -> whether its columns are there, where roles do not say it.
     """
 
     name: str
@@ -71,7 +77,23 @@ class Kind:
     choose: Callable[[nn.Module, Table, Columns, Sequence[str | None]], dict[str, str]]
     build: Callable[[Reading], Preparation]
     lazy: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    labels: bool = True
+    instead: bool = False
+    there: Callable[[nn.Module, Table], bool] | None = None
 
+    def absent(self, model: nn.Module, table: Table, given: Columns) -> list[Role]:
+        """The roles that have to be there and that no column can play."""
+        if self.there is not None:
+            return [] if self.there(model, table) else [Role("an entry of the model", lambda feature: True)]
+        needed = [role for role in self.roles if role.name not in (*self.optional, *given)]
+        return [
+            role for role in needed
+            if not any(not role.named or name.lower() in role.usual for name in table.fitting(role))
+        ]  # fmt: skip
+
+
+BY_HEAD = 3  # how sure the class of the head makes
 
 KINDS: Registry[Kind] = Registry("kind of input")
 
@@ -82,22 +104,36 @@ def of(model: nn.Module, table: Table, given: Columns) -> Kind:
     Raises:
         DataError: the data set has no column of a kind that the model reads.
     """
-    wanted = {role for role, column in given.items() if column is not None} - {"label"}
+    given = {role: column for role, column in given.items() if column is not None}
     kinds = [kind for _, kind in KINDS.items()]
+    wanted = {role for role in given if role != "label"}
     sure = {kind.name: kind.reads(model) for kind in kinds}
     possible = [kind for kind in kinds if sure[kind.name] and wanted <= {role.name for role in kind.roles}]
     if not possible:
-        read = [kind.name for kind in kinds if sure[kind.name]]
+        read = [kind.name for kind in kinds if sure[kind.name] and kind.roles]
         raise DataError(
             f"{', '.join(f'{role}={given[role]!r}' for role in sorted(wanted))}: {type(model).__name__} reads "
             f"{' or '.join(read) or 'neither images nor texts'}; build batches of tensors yourself"
         )
-    surest = max(sure[kind.name] for kind in possible)
-    possible = [kind for kind in possible if sure[kind.name] == surest]
-    present = [kind for kind in possible if table.fitting(kind.roles[0])]
-    if not present:
-        raise DataError(
-            f"{table.name!r} has no column of {' or '.join(kind.name for kind in possible)}; it has "
-            f"{table.shown() or 'none at all'}. Build batches of tensors yourself and pass a list or a DataLoader"
-        )
-    return present[0]
+    for kind in sorted(possible, key=lambda kind: -sure[kind.name]):
+        absent = kind.absent(model, table, given)
+        if not absent:
+            return kind
+        if sure[kind.name] == BY_HEAD and not kind.instead:
+            raise without(absent[0], table)
+    surest = max(sure[kind.name] for kind in possible if kind.roles)
+    named = [kind.name for kind in possible if sure[kind.name] == surest and kind.roles]
+    raise DataError(
+        f"{table.name!r} has no column of {' or '.join(named)}; it has {table.shown() or 'none at all'}. Build batches "
+        "of tensors yourself and pass a list or a DataLoader"
+    )
+
+
+def by_head(*names: str) -> Callable[[nn.Module], int]:
+    """A `Kind.reads` that is sure of models of these tasks."""
+    return lambda model: BY_HEAD if tasks.of(model).name in names else 0
+
+
+def by_roles(roles: Sequence[Role], optional: Sequence[str] = ()) -> Callable[..., dict[str, str]]:
+    """A `Kind.choose` that finds the column of every role by itself."""
+    return lambda model, table, given, taken: chosen(roles, optional, table, given, taken)

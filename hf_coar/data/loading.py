@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from hf_coar.data import images, kinds, labels, sources, texts  # noqa: F401 (images and texts register themselves)
-from hf_coar.data.columns import Columns, Table, asked, is_image
+from hf_coar.data import described, entries, images, kinds, labels, language, pictures, sounds, sources, texts
+from hf_coar.data.columns import Columns, Table, asked
 from hf_coar.data.examples import Examples
 from hf_coar.data.kinds import Kind, Preparation, Reading
 from hf_coar.data.labels import LABEL, Labels
@@ -18,6 +18,8 @@ from hf_coar.storage import hub
 from hf_coar.storage.texts import shortened
 
 logger = logging.getLogger(__name__)
+
+FAMILIES = (entries, images, texts, language, pictures, sounds)  # each registers its kinds of input
 
 
 def load_data(
@@ -43,7 +45,8 @@ def load_data(
         batch_size: examples a batch.
         streaming: read while running instead of downloading first.
         max_length: tokens at which texts are cut.
-        columns: names of columns by role: "text", "pair", "image", "label"; found by evidence where none is given.
+        columns: names of columns by role: "text", "pair", "image", "label", and those of the model's task; found by
+            evidence where none is given.
         n_examples: draw so many, as many of each class; all by default.
         data_seed: of that draw.
         preprocessor: Hub id, folder or object of the tokenizer or image processor; the model's own by default.
@@ -54,19 +57,20 @@ def load_data(
     """
     commit = None if Path(name).exists() else hub.resolve_commit(str(name), revision, "dataset")
     dataset = sources.read(str(name), split, commit or revision, streaming)
-    table, first = sources.table(dataset, str(name), is_image)
+    table, first = sources.table(dataset, str(name), images.has_to_be_decoded)
     given = {role: column for role, column in (columns or {}).items() if column is not None}
     kind = kinds.of(model, table, given)
     chosen = _columns(kind, model, table, given, first)
-    known = _labels(chosen, dataset, table, first, head(model))
-    description = _description(name, split, commit or sources.cached_commit(dataset) or revision, chosen)
+    known = _labels(kind, chosen, dataset, table, first, head(model))
+    description = {"id": str(name), "split": split, "revision": commit or sources.cached_commit(dataset) or revision}
+    description |= described.recorded(chosen)
     if n_examples is not None:
         by = None if known is None or known.kind != "classes" else sources.values(dataset, known.column)
         dataset = sources.drawn(dataset, n_examples, data_seed, by)
-        table, first = sources.table(dataset, str(name), is_image)
+        table, first = sources.table(dataset, str(name), images.has_to_be_decoded)
         description |= {"n_examples": n_examples, "data_seed": data_seed}
     description["fingerprint"] = getattr(dataset, "_fingerprint", None)
-    inputs = {role: column for role, column in chosen.items() if role != "label"}
+    inputs = {role: column for role, column in chosen.items() if role != "label" or known is None}
     preparation = kind.build(Reading(model, inputs, known, table, first, preprocessor, max_length))
     description |= preparation.description | ({"label_names": list(known.names)} if known and known.names else {})
     if isinstance(preprocessor, str | Path):
@@ -82,34 +86,33 @@ def _columns(
 ) -> dict[str, str]:
     """Every role that a column plays, the labels' too."""
     of_head = head(model)
-    roles = kind.roles if of_head.kind is None else (*kind.roles, LABEL)
-    known = asked(given, table, roles)
+    if of_head.kind is None or not kind.labels:
+        return kind.choose(model, table, given, [])
+    known = asked(given, table, (*kind.roles, LABEL))
     asked_for = {role: column for role, column in known.items() if role != "label"}
     label = known.get("label")
     if label is None:
-        certain = [*asked_for.values(), *(name for name in table.features if is_image(table.features[name]))]
+        lazy = [name for name, feature in table.features.items() if images.has_to_be_decoded(feature)]
+        certain = [*asked_for.values(), *lazy]
         label = labels.column(table, of_head, certain, lambda name: [example[name] for example in first])
     found = kind.choose(model, table, asked_for, [label])
     return found if label is None else {**found, "label": label}
 
 
 def _labels(
-    chosen: Mapping[str, str], dataset: Any, table: Table, first: Sequence[Mapping[str, Any]], of_head: Head
+    kind: Kind, chosen: Mapping[str, str], dataset: Any, table: Table, first: Sequence[Mapping[str, Any]], of_head: Head
 ) -> Labels | None:
-    if "label" not in chosen:
+    if "label" not in chosen or not kind.labels or of_head.kind is None:
         return None
     return labels.understood(chosen["label"], table, of_head, sources.values(dataset, chosen["label"], first))
-
-
-def _description(name: str | Path, split: str | None, revision: str | None, chosen: Columns) -> dict[str, Any]:
-    """What the record of the data begins with: where they are, and which columns were read, by keywords of `load`."""
-    return {"id": str(name), "split": split, "revision": revision, **chosen}
 
 
 def _undecoded(dataset: Any, kind: Kind, chosen: Columns) -> Any:
     """A stream that fails while it decodes is over; left to `prepare`, a bad image costs one example."""
     for role in kind.lazy:
-        column = chosen[role]
+        column = chosen.get(role)
+        if column is None or not hasattr(dataset.features[column], "decode"):
+            continue
         dataset = dataset.cast_column(column, images.undecoded(dataset.features[column]))
     return dataset
 

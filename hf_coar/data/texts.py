@@ -7,7 +7,7 @@ from torch import nn
 
 from hf_coar.data import preprocessors
 from hf_coar.data.batches import Batch
-from hf_coar.data.columns import Columns, Role, Table, asked, is_text, several, the_one
+from hf_coar.data.columns import Columns, Role, Table, asked, is_text, several, the_one, without
 from hf_coar.data.kinds import KINDS, Kind, Preparation, Reading
 from hf_coar.errors import DataError
 from hf_coar.models import library
@@ -41,13 +41,27 @@ def _choose(model: nn.Module, table: Table, given: Columns, taken: Sequence[str 
         return found
     if "pair" in found:
         return {"text": the_one(TEXT, table, (*taken, found["pair"])) or _no_text(table), **found}
-    return _by_names(model, table, taken)
+    return _by_names(model, table, taken, head(model).kind is not None)
 
 
-def _by_names(model: nn.Module, table: Table, taken: Sequence[str | None]) -> dict[str, str]:
+def by_names(model: nn.Module, table: Table, given: Columns, taken: Sequence[str | None]) -> dict[str, str]:
+    """Two texts: as asked for, or a pair by its usual names."""
+    found = asked(given, table, (TEXT, PAIR))
+    if len(found) == 2:
+        return found
+    if "text" in found or "pair" in found:
+        other = PAIR if "text" in found else TEXT
+        column = the_one(other, table, (*taken, *found.values()))
+        return {**found, other.name: column or _no_text(table)}
+    found = _by_names(model, table, taken, takes_pairs=True)
+    if "pair" not in found:
+        raise without(PAIR, table)
+    return found
+
+
+def _by_names(model: nn.Module, table: Table, taken: Sequence[str | None], takes_pairs: bool) -> dict[str, str]:
     """A pair by its usual names where the head takes one, or the one text."""
     candidates = {name.lower(): name for name in table.fitting(TEXT, taken)}
-    takes_pairs = head(model).kind is not None
     pairs = [pair for pair in PAIRS if takes_pairs and set(pair) <= set(candidates)]
     if not pairs:
         return {"text": the_one(TEXT, table, taken) or _no_text(table)}
@@ -86,12 +100,13 @@ def _build(reading: Reading) -> Preparation:
     return Preparation(prepare, show, {"max_length": reading.max_length})
 
 
-def check_tokenizer(tokenizer: Any, reading: Reading) -> None:
+def check_tokenizer(tokenizer: Any, reading: Reading, role: str = "text") -> None:
     """Raises `DataError` where a tokenizer knows few of the first texts' tokens, or gives some that the model lacks.
 
     transformers makes an empty tokenizer for a folder that holds none: every token is unknown then, or none is left.
     """
-    texts = [example.get(reading.columns["text"]) for example in reading.first]
+    texts = [example.get(reading.columns[role]) for example in reading.first]
+    texts = [" ".join(map(str, text)) if isinstance(text, list) else text for text in texts]
     texts = [text for text in texts if isinstance(text, str) and text.strip()]
     if not texts:
         return

@@ -233,7 +233,7 @@ class BatchReader:
         """One more round of the examples that have not enough yet."""
         count, n_components = data_module.size(self.batch), self.gates.n_components
         if self.sums is None:
-            self.sums = Sums(count, n_components, next(iter(self.batch.values())).device)
+            self.sums = Sums(count, n_components, data_module.device_of(self.batch))
             if self.method.max_outliers:
                 self.outliers = find(self.gates.passes, self.batch, self.method.max_outliers)
         rows, apart = self._rows, None if self.outliers is None else self.outliers.mask(n_components)[self._rows]

@@ -65,7 +65,7 @@ def accuracies(source: Source, change: Change) -> list[Accuracy]:
     if change.before.classes is None or change.after.classes is None:
         targets = torch.cat(change.before.targets)
         hits = [int((torch.cat(side.tokens) == targets).sum()) for side in (change.before, change.after)]
-        return [Accuracy("next tokens", len(targets), *hits)]
+        return [Accuracy(source.targets, len(targets), *hits)]
     labels = source.attributions.labels[change.rows]
     found = []
     for label in sorted(set(labels.tolist()) - {-1}):

@@ -90,7 +90,7 @@ def _prediction(source: Source, row: int, found: Outcome) -> tuple[Html, str]:
         return start + plain, plain
     if found.classes is None:
         hits = int((found.tokens[0] == found.targets[0]).sum())
-        plain = f"{hits} of {len(found.targets[0])} next tokens right"
+        plain = f"{hits} of {len(found.targets[0])} {source.targets} right"
         return start + plain, plain
     predicted, label = int(found.classes[0]), source.label(row)
     name, probability = source.class_name(predicted), f"{100 * found.top[0][0][1]:.0f}\u00a0%"
@@ -130,11 +130,12 @@ def top_table(source: Source, found: Outcome, label: int = -1) -> Html:
     if not found.top[0]:
         return note("of what this model gives, the explorer shows the output that is attributed")
     for index, probability in found.top[0]:
-        name: object = source.class_name(index) if of_classes else repr(source.token(index))
+        name: object = repr(source.token(index)) if source.speaks else source.class_name(index)
         name = html("<b>{}</b> (its label)", name) if index == label and of_classes else name
         bar = '{} <span class="coar-percent">{:.1f} %</span>'
         rows.append([name, html(bar, drawing.fraction_bar(probability), 100 * probability)])
-    return drawing.table(["the model says" if of_classes else "most likely next", "probability"], rows, "coar-narrow")
+    at_end = "most likely next" if source.is_language_model else "most likely at the last of them"
+    return drawing.table(["the model says" if of_classes else at_end, "probability"], rows, "coar-narrow")
 
 
 # -------------------------------------------------------------------------------------------------------- components
@@ -276,9 +277,16 @@ def _token_flips(source: Source, found: Change, places: Sequence[int]) -> Html:
         where = (before != after).nonzero().flatten().tolist()
         total += len(where)
         for at in where[: min(_FLIPS - len(rows), 4)] if len(rows) < _FLIPS else ():
-            context = "".join(source.words(targets[max(0, at - 6) : at].tolist()))
-            cells = [repr(source.token(int(side[at]))) for side in (targets, before, after)]
-            opens = button("example", found.rows[place], f"…{context}", "coar-link")
+            cells = [source.target(int(side[at])) for side in (targets, before, after)]
+            opens = button("example", found.rows[place], _before(source, found, place, at), "coar-link")
             rows.append([opens, *cells[:2], html("<b>{}</b>", cells[2])])
-    title = heading(f"Next tokens that flip: {total:,}, in {len(places):,} of {len(found.rows):,} texts")
-    return title + (drawing.table(["after", "true token", "expected", "with the ablation"], rows) if rows else "")
+    name = source.targets.capitalize()
+    title = heading(f"{name} that flip: {total:,}, in {len(places):,} of {len(found.rows):,} examples")
+    return title + (drawing.table(["after", "true", "expected", "with the ablation"], rows) if rows else "")
+
+
+def _before(source: Source, found: Change, place: int, at: int) -> str:
+    """What goes before a target: the words, or its position."""
+    if not source.is_language_model:
+        return f"example {found.rows[place]}, position {int(found.before.places[place][at])}"
+    return "…" + "".join(source.words(found.before.targets[place][max(0, at - 6) : at].tolist()))

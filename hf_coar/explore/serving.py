@@ -12,6 +12,8 @@ from hf_coar.errors import CoarError
 from hf_coar.explore import guard, style
 from hf_coar.explore.page import Page, gradio
 from hf_coar.explore.source import open_source
+from hf_coar.models.calling import Call
+from hf_coar.models.outputs import Output, OutputFunction
 
 _MOST_WAITING = 64  # events in the queue; more are told to come back
 
@@ -37,6 +39,8 @@ def launch(
     *,
     hosts: Sequence[str] = (),
     block: bool = True,
+    output: Output | OutputFunction | None = None,
+    call: Call | None = None,
 ) -> str:
     """Serve the explorer of some attributions.
 
@@ -51,6 +55,8 @@ def launch(
         open_browser: open the page.
         share: also through a public address of Gradio's for some days.
         hosts: further names under which it may be asked for, such as that of a proxy in front of it.
+        output: that was attributed, where it is not registered.
+        call: that the model was attributed with, where it was one of somebody's own.
         block: return only after Ctrl-C; without it the address has a `close()`.
 
     Returns:
@@ -62,7 +68,7 @@ def launch(
         DataError: other data than were attributed.
     """
     gr = gradio()
-    page = Page(open_source(attributions, model, data, revision, trust_remote_code))
+    page = Page(open_source(attributions, model, data, revision, trust_remote_code, output, call))
     fonts = ["system-ui", "sans-serif"]
     theme = gr.themes.Default(primary_hue="blue", neutral_hue="slate", font=fonts, font_mono=["monospace"])
     door = guard.Door.of(host, hosts, share, notebook=gr.utils.ipython_check())

@@ -1,6 +1,8 @@
 """What the explorer shows: attributions with the model and the data that they are of, read example by example."""
 
+import bisect
 import functools
+import itertools
 import logging
 import threading
 from collections import OrderedDict
@@ -11,15 +13,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from hf_coar import api, models
 from hf_coar import data as data_module
 from hf_coar.attributions import Attributions
-from hf_coar.errors import CoarError, DataError
-from hf_coar.explore import columns
+from hf_coar.errors import DataError
+from hf_coar.explore import columns, reading
 from hf_coar.explore.columns import Progress, no_progress
 from hf_coar.explore.outcome import Outcome
 from hf_coar.models import outputs
+from hf_coar.models.calling import Call
+from hf_coar.models.outputs import Output, OutputFunction
 from hf_coar.runs import workers
 from hf_coar.storage import labels
 
@@ -39,14 +44,21 @@ class Source:
         attributions: read row by row.
         model: in evaluation mode.
         components: of the attributions.
-        output: that was attributed.
+        output: that was attributed, as the task of the model runs it.
         class_names: by class; empty where nobody named them.
         device: of the model.
         lock: held while the model runs, as an ablation changes it for that time.
     """
 
-    def __init__(self, attributions: Attributions, model: nn.Module, data: Any) -> None:
-        """Model and data are loaded already.
+    def __init__(
+        self,
+        attributions: Attributions,
+        model: nn.Module,
+        data: Any,
+        output: Output | OutputFunction | None = None,
+        call: Call | None = None,
+    ) -> None:
+        """Model and data are loaded already; an output and a call that are not registered are given as to `attribute`.
 
         Raises:
             ModelMismatchError: another model than was attributed.
@@ -54,14 +66,14 @@ class Source:
         """
         attributions.check_model(models.fingerprint(model), models.record(model))
         self.attributions, self.model, self.components = attributions, model.eval(), attributions.components
-        self.output = _output(attributions)
+        self.output = reading.bound(attributions, self.model, output, call)
         self.device = models.device_of(model)
         self.lock = threading.RLock()
         batches = data_module.batches(data)
         self._examples = batches if isinstance(batches, data_module.Examples) else None
         self._list = None if self._examples is not None else [data_module.as_batch(item) for item in batches]
         self._places = self._places_of_rows()
-        self._batches: OrderedDict[tuple[int, ...], dict[str, Tensor]] = OrderedDict()
+        self._batches: OrderedDict[tuple[int, ...], dict[str, Any]] = OrderedDict()
         self._predicted: dict[int, Outcome] = {}
         self._sizes: Tensor | None = None
         self.class_names = self._named_classes()
@@ -101,10 +113,22 @@ class Source:
         """The unit of the output."""
         return self.attributions.config.get("unit") or self.output.unit
 
+    @functools.cached_property
+    def speaks(self) -> bool:
+        """Whether what is predicted at a position is a token of the vocabulary, and no class."""
+        inner = models.wrapped(self.model)
+        has_words = models.library(inner) == "transformers" and inner.get_output_embeddings() is not None
+        return self.output.alignment is not None and (has_words or models.library(inner) == "torch")
+
     @property
     def is_language_model(self) -> bool:
-        """Whether the output is of tokens, not of classes."""
-        return self.output.name.startswith("token_")
+        """Whether the output is of the tokens that follow from those before them."""
+        return self.output.alignment == outputs.NEXT and self.speaks
+
+    @property
+    def targets(self) -> str:
+        """What is predicted at the positions of an example, in words."""
+        return "next tokens" if self.is_language_model else "tokens" if self.speaks else "positions"
 
     def sizes(self, progress: Progress = no_progress) -> Tensor:
         """Every component's mean absolute weight; one pass over the files at the first call."""
@@ -126,7 +150,7 @@ class Source:
             return self._examples.dataset[self._places[row]]
         return {name: value[0] for name, value in self.batch([row]).items()}
 
-    def batch(self, rows: Sequence[int]) -> dict[str, Tensor]:
+    def batch(self, rows: Sequence[int]) -> dict[str, Any]:
         """Some examples as the model reads them, with their labels.
 
         Raises:
@@ -146,18 +170,29 @@ class Source:
             self._batches.popitem(last=False)
         return found
 
-    def _of_list(self, places: Sequence[int]) -> dict[str, Tensor]:
-        single = []
+    def _of_list(self, places: Sequence[int]) -> dict[str, Any]:
+        pieces = []
         for place in places:
-            number = next(n for n in range(len(self._list)) if place < self._starts[n + 1])
+            number = self._batch_of(place)
             start = place - self._starts[number]
-            single.append(data_module.rows(self._list[number], start, start + 1))
-        lengths = {name: {one[name].shape for one in single} for name in single[0]}
-        if any(len(shapes) > 1 for shapes in lengths.values()):
-            raise DataError("batches of texts were padded differently; give the explorer a data set of `datasets`")
-        return {name: torch.cat([one[name] for one in single]) for name in single[0]}
+            pieces.append(data_module.rows(self._list[number], start, start + 1))
+        return {name: _joined([one[name] for one in pieces]) for name in pieces[0]}
 
-    def prepare_own(self, content: Any) -> dict[str, Tensor]:
+    def _batch_of(self, place: int) -> int:
+        return bisect.bisect_right(self._starts, place) - 1
+
+    def chunks(self, rows: Sequence[int]) -> Iterator[list[int]]:
+        """Rows in lists of a batch's size; of batches that came ready, only such as have the same shapes."""
+        if self._list is None:
+            yield from chunks(rows)
+            return
+        shapes = [
+            tuple((n, tuple(v.shape[1:]) if isinstance(v, Tensor) else ()) for n, v in b.items()) for b in self._list
+        ]
+        for _, alike in itertools.groupby(rows, key=lambda row: shapes[self._batch_of(self._places[row])]):
+            yield from chunks(list(alike))
+
+    def prepare_own(self, content: Any) -> dict[str, Any]:
         """An image or text of the visitor's as a batch of one; its label is still to be set.
 
         Raises:
@@ -165,8 +200,9 @@ class Source:
         """
         if self._examples is None:
             raise DataError("the data are batches of tensors, which do not say how an image or a text becomes one")
-        first = dict(self._examples.dataset[self._places[0]])
-        column = text_column(first) if isinstance(content, str) else image_column(first)
+        first, of_text = dict(self._examples.dataset[self._places[0]]), isinstance(content, str)
+        found = text_column(first) if of_text else image_column(first)
+        column = self._examples.description.get("text" if of_text else "image") or found
         if column is None:
             raise DataError(f"the data set holds no {'texts' if isinstance(content, str) else 'images'}")
         return data_module.as_batch(self._examples.prepare([{**first, column: content}]))
@@ -182,36 +218,24 @@ class Source:
 
     @property
     def takes_own(self) -> bool:
-        """Whether a visitor's own image or text can be prepared."""
-        return self._examples is not None and self.kind in ("image", "text")
+        """Whether a visitor's own image or text can be prepared, and attributed without targets of its own."""
+        if self._examples is None or self.kind not in ("image", "text"):
+            return False
+        return self.is_language_model or self.predictions([0])[0].classes is not None
 
     # ----------------------------------------------------------------------------------------------------- the model
 
-    def run(self, batch: Mapping[str, Tensor]) -> Outcome:
+    def run(self, batch: Mapping[str, Any]) -> Outcome:
         """The model as it is now on one batch."""
         on_device = data_module.to_device(batch, self.device)
         with self.lock, torch.no_grad():
-            logits, values = self._measured(on_device)
-        return Outcome.of(logits, values, on_device, self.is_language_model)
-
-    def _measured(self, batch: Mapping[str, Tensor]) -> tuple[Tensor | None, Tensor]:
-        """Logits and outputs, as far as this model and this output have any: None, and NaN, where they cannot be."""
-        unknown = torch.full((data_module.size(batch),), torch.nan)
-        try:
-            logits = models.logits(self.model, batch).float()
-        except CoarError as error:
-            _warn(f"the model's outputs cannot be shown: {error}")
-            return None, unknown
-        try:
-            return logits, unknown if self.output.function is _unknown else self.output(logits, batch).cpu()
-        except CoarError as error:
-            _warn(f"the output {self.output.name} cannot be shown: {error}")
-            return logits, unknown
+            logits, values = reading.read(self.model, self.output, on_device)
+            return Outcome.of(logits, values, on_device, self.output.alignment)
 
     def measure(self, rows: Sequence[int], progress: Progress = no_progress) -> Outcome:
         """The model as it is now (within `ablate`, ablated) on many examples, a batch at a time."""
         parts = []
-        for chunk in chunks(rows):
+        for chunk in self.chunks(rows):
             parts.append(self.run(self.batch(chunk)))
             done = sum(len(part.outputs) for part in parts)
             progress(done / len(rows), f"running the model: {done} of {len(rows)} examples")
@@ -221,7 +245,7 @@ class Source:
         """What the unchanged model says of some examples, one outcome an example; kept for the next time."""
         with self.lock:
             absent = [row for row in rows if row not in self._predicted]
-            for chunk in chunks(absent):
+            for chunk in self.chunks(absent):
                 found = self.run(self.batch(chunk))
                 for place, row in enumerate(chunk):
                     self._predicted[row] = found.at(place)
@@ -230,10 +254,10 @@ class Source:
             return [self._predicted[row] for row in rows]
 
     def is_right(self, row: int) -> bool:
-        """Whether the model's prediction is the label (of a language model: more than half of the tokens)."""
+        """Whether the model's prediction is the label (of tokens: more than half of them); true where there is none."""
         found = self.predictions([row])[0]
         if found.classes is not None:
-            return int(found.classes[0]) == self.label(row)
+            return self.label(row) in (-1, int(found.classes[0]))
         return not found.tokens or bool((found.tokens[0] == found.targets[0]).float().mean() > 0.5)
 
     def label(self, row: int) -> int:
@@ -261,6 +285,27 @@ class Source:
             found.append(whole[len(before) :] if whole.startswith(before) else decode([tokens[place]]))
         return found
 
+    def marked(self, row: int, found: Outcome) -> list[tuple[str, bool]]:
+        """The text of an example word by word, each with whether the model expects what is there; [] without words."""
+        if not found.targets or self.tokenizer is None:
+            return []
+        hits, places = (found.tokens[0] == found.targets[0]).tolist(), found.places[0].tolist()
+        if self.output.alignment != outputs.SAME:  # all that is decoded, or follows
+            return list(zip(self.words(found.targets[0].tolist()), hits, strict=True))
+        batch = self.batch([row])
+        if "input_ids" not in batch:
+            return []
+        tokens = batch["input_ids"][0].tolist()
+        if self.speaks:  # what is masked, in its place
+            tokens = [dict(zip(places, found.targets[0].tolist(), strict=True)).get(i, t) for i, t in enumerate(tokens)]
+        right = dict(zip(places, hits, strict=True))
+        attended = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))[0].tolist()
+        return [(word, right.get(i, False)) for i, word in enumerate(self.words(tokens)) if attended[i]]
+
+    def target(self, index: int) -> str:
+        """What is predicted at a position: a token, or a class."""
+        return repr(self.token(index)) if self.speaks else self.class_name(index)
+
     def token(self, index: int) -> str:
         """A token by itself, as text with the space before it."""
         return self.words([*self._some_word, index])[-1]
@@ -273,17 +318,18 @@ class Source:
     def tokenizer(self) -> Any:
         """The tokenizer of a transformers model whose files are at hand, or None."""
         if not hasattr(self, "_tokenizer"):
-            self._tokenizer = _tokenizer(self.model) if self.kind == "text" else None
+            tokens = self.kind == "text" or "input_ids" in self.batch([0])
+            self._tokenizer = _tokenizer(self.model) if tokens else None
         return self._tokenizer
 
     @property
     def n_classes(self) -> int:
-        """How many classes the labels and names speak of; 0 for a language model."""
-        labels = self.attributions.labels
-        return 0 if self.is_language_model else max(len(self.class_names), int(labels.max()) + 1)
+        """How many classes the labels and names speak of; 0 where an example as a whole has no label."""
+        largest = int(self.attributions.labels.max())
+        return 0 if largest < 0 else max(len(self.class_names), largest + 1)
 
     def _named_classes(self) -> list[str]:
-        if self.is_language_model:
+        if self.speaks:
             return []
         recorded = labels.label_names(self.attributions.provenance)
         if recorded:
@@ -295,24 +341,9 @@ class Source:
         return list(models.class_names(self.model) or ())
 
 
-@functools.cache
-def _warn(message: str) -> None:
-    """Once."""
-    logger.warning("explorer: %s", message)
-
-
-def _unknown(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-    """In the place of an output that somebody wrote elsewhere, and that is not here."""
-    return torch.full(logits.shape[:1], torch.nan)
-
-
-def _output(attributions: Attributions) -> outputs.Output:
-    name = attributions.config.get("output") or "margin"
-    try:
-        return outputs.get(name)
-    except CoarError as error:
-        _warn(f"{error}; its attributions are shown, and nothing is measured")
-        return outputs.Output(name, attributions.config.get("unit") or "of your own", _unknown)
+def _joined(values: Sequence[Any]) -> Any:
+    """One entry of several batches as one: tensors joined, lists after each other."""
+    return torch.cat(list(values)) if isinstance(values[0], Tensor) else [one for value in values for one in value]
 
 
 def chunks(rows: Sequence[int]) -> Iterator[list[int]]:
@@ -332,18 +363,22 @@ def text_column(raw: Mapping[str, Any]) -> str | None:
     return next((name for name in _TEXT_COLUMNS if name in texts), texts[0] if texts else None)
 
 
-def _n_bytes(batch: Mapping[str, Tensor]) -> int:
-    return sum(value.numel() * value.element_size() for value in batch.values())
+def _n_bytes(batch: Mapping[str, Any]) -> int:
+    tensors = [leaf for leaf in pytree.tree_leaves(dict(batch)) if isinstance(leaf, Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _tokenizer(model: nn.Module) -> Any:
     from transformers import AutoTokenizer
 
-    known = models.record(model)
-    try:
-        return AutoTokenizer.from_pretrained(known["id"], revision=known["revision"])
-    except (OSError, ValueError, KeyError, TypeError):
+    known = models.record(models.wrapped(model))
+    if not known["id"]:
         return None
+    try:
+        found = AutoTokenizer.from_pretrained(known["id"], revision=known["revision"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return found if len(found) > len(found.all_special_ids) else None  # of a folder without one an empty one is made
 
 
 def open_source(
@@ -352,6 +387,8 @@ def open_source(
     data: Any = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    output: Output | OutputFunction | None = None,
+    call: Call | None = None,
 ) -> Source:
     """Attributions with the model and the data that they name, or that are given.
 
@@ -367,4 +404,4 @@ def open_source(
         model.to(workers.processes().device)
     if data is None or isinstance(data, str | Path):
         _, data = api.reopen(attributions, model=model, data=data)
-    return Source(attributions, model, data)
+    return Source(attributions, model, data, output, call)

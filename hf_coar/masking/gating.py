@@ -18,7 +18,7 @@ from hf_coar import models
 from hf_coar.components import Components, Group
 from hf_coar.errors import CoarError
 from hf_coar.masking import layout, weights
-from hf_coar.masking.layout import Layout, Layouts
+from hf_coar.masking.places import Layout, Layouts, bound
 from hf_coar.masking.sites import (
     SITES,
     Pairs,
@@ -30,6 +30,7 @@ from hf_coar.masking.sites import (
     replace_forward,
     with_scaled_weights,
 )
+from hf_coar.models import calling, ragged
 
 
 class FiredGroups:
@@ -92,6 +93,8 @@ def gated(
     state = Pass(rows.pop() if rows else None, fired, of_groups)
     with ExitStack() as stack:
         stack.enter_context(models.held(model))
+        if state.n_examples is not None:
+            stack.enter_context(calling.own_gates())
 
         def note_run(module: nn.Module, inputs: Any, output: Any) -> None:
             fired.ran = fired.ran or not state.idle
@@ -137,6 +140,7 @@ def _divided(
                 watched,
                 components.groups,
                 partial(_inert, model, components, tensors),
+                None if models.example_alone() is not None else ragged.current(),
             )
         finally:
             state.idle = False
@@ -146,21 +150,24 @@ def _divided(
         count = state.n_examples if alone is None else 1
         seen = probe(args, kwargs, count)
         state.fired.seen.update(seen.inert)
-        state.begin(seen.layouts)
+        packing = None if count == 1 else ragged.current()
+        state.begin(bound(seen.layouts, packing))
         loops, bypassed = _plan(pairs, seen, count)
         try:
             state.example = alone
-            return run_with(loops, bypassed, args, kwargs)
+            return run_with(loops, bypassed, args, kwargs, packing)
         except Undivided:
             # A module that ran in none of the probe's examples: one at a time, every example is told apart.
             if "" in loops or not state.layouts.get(""):
                 raise
         finally:
             state.example = None
-        state.begin(seen.layouts)
-        return run_with({""}, bypassed, args, kwargs)
+        state.begin(bound(seen.layouts, packing))
+        return run_with({""}, bypassed, args, kwargs, packing)
 
-    def run_with(loops: set[str], bypassed: dict[str, list], args: tuple, kwargs: dict) -> Any:
+    def run_with(
+        loops: set[str], bypassed: dict[str, list], args: tuple, kwargs: dict, packing: ragged.Packing | None
+    ) -> Any:
         with ExitStack() as stack:
             # Loops come last, and so around the rest.
             for name, of_name in bypassed.items():
@@ -169,7 +176,7 @@ def _divided(
             for name in loops - {""}:
                 stack.callback(loop_over_examples(name, model.get_submodule(name), state))
             whole = with_scaled_weights(model, forward, bypassed[""], state) if "" in bypassed else forward
-            return one_by_one("", whole, args, kwargs, state) if "" in loops else whole(*args, **kwargs)
+            return one_by_one("", whole, args, kwargs, state, packing) if "" in loops else whole(*args, **kwargs)
 
     return run
 

@@ -21,63 +21,12 @@ from torch.utils import _pytree as pytree
 
 from hf_coar import models
 from hf_coar.errors import CoarError, ModelError
+from hf_coar.masking.places import PLAIN, SHARED, UNKNOWN, Call, Layout, Layouts, Packed, Place
+from hf_coar.models.ragged import Packing
 
 _PAIR, _TRIPLE = (0, 1), (0, 1, 0)
 _LIMIT = 1e4  # larger values in a sketch are masks
 _PLAIN = (int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device, nn.Module)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Examples along `axis`: one after the other with all their entries (`example_major`), or taking turns."""
-
-    axis: int
-    example_major: bool = True
-
-    def take(self, x: Tensor, n_examples: int, example: int) -> Tensor:
-        """The part of one example, the axis kept."""
-        entries = x.shape[self.axis] // n_examples
-        if self.example_major:
-            return x.narrow(self.axis, example * entries, entries)
-        return x.unflatten(self.axis, (entries, n_examples)).select(self.axis + 1, example)
-
-    def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """The inverse of `take` over all examples."""
-        if self.example_major:
-            return torch.cat(list(parts), dim=self.axis)
-        return torch.stack(list(parts), dim=self.axis + 1).flatten(self.axis, self.axis + 1)
-
-    def spread(self, rows: Tensor, entries: int) -> Tensor:
-        """Rows [examples, …] as [entries, …], one for every entry of the axis."""
-        each = entries // rows.shape[0]
-        if each == 1:
-            return rows
-        return rows.repeat_interleave(each, 0) if self.example_major else rows.repeat(each, *[1] * (rows.dim() - 1))
-
-
-SHARED = "shared"  # a tensor that does not grow with the examples
-UNKNOWN = "unknown"  # a tensor whose layout cannot be told, or something that is no tensor and cannot be divided
-PLAIN = "plain"  # a number, a flag, nothing
-Place = Layout | str
-
-
-@dataclass(frozen=True)
-class Call:
-    """One run of a module: where the examples are in each of its inputs and outputs, in the order of the tree."""
-
-    inputs: tuple[Place, ...]
-    outputs: tuple[Place, ...]
-
-    def divisible(self) -> bool:
-        """Whether the module can run once an example instead."""
-        return (
-            any(isinstance(place, Layout) for place in self.inputs)
-            and UNKNOWN not in self.inputs
-            and all(isinstance(place, Layout) or place == PLAIN for place in self.outputs)
-        )
-
-
-Layouts = dict[str, list[Call]]
 
 
 @dataclass(frozen=True)
@@ -87,6 +36,7 @@ class _Sketch:
     shape: tuple[int, ...]
     is_float: bool
     entries: Mapping[int, Tensor]
+    owners: Mapping[str, Tensor] = field(default_factory=dict)  # of the packing, where the inputs were packed
 
 
 @dataclass(frozen=True)
@@ -96,17 +46,17 @@ class _Plain:
     value: Any
 
 
-def _sketch(value: Any, n: int) -> "_Sketch | _Plain | str":
+def _sketch(value: Any, n: int, owners: Mapping[str, Tensor]) -> "_Sketch | _Plain | str":
     if not isinstance(value, Tensor):
         return _Plain(value) if isinstance(value, _PLAIN) else UNKNOWN
-    entries = {}
+    entries, sizes = {}, {len(one) for one in owners.values()}
     x = value.detach()
     for axis, size in enumerate(x.shape):
-        if size and size % n == 0:
+        if size and (size % n == 0 or size in sizes):
             rows = x.movedim(axis, 0).reshape(size, -1).float().nan_to_num(0.0, _LIMIT, -_LIMIT).clamp(-_LIMIT, _LIMIT)
             weights = torch.cos(torch.arange(rows.shape[1], device=x.device) * 1.7 + 0.3)
             entries[axis] = rows @ weights
-    return _Sketch(tuple(x.shape), x.is_floating_point(), entries)
+    return _Sketch(tuple(x.shape), x.is_floating_point(), entries, owners)
 
 
 _SEEN, _SINGLE, _GUESS = "seen", "single", "guess"
@@ -123,6 +73,10 @@ def _place(pair: _Sketch | _Plain | str, triple: _Sketch | _Plain | str) -> tupl
     if len(pair.shape) != len(triple.shape) or len(grown) != 1:
         return UNKNOWN, _SINGLE
     axis = grown[0]
+    packed = _packed(pair, triple, axis)
+    if packed is not None:
+        # Integers among what was packed number the entries of the whole batch, and would be wrong of one example.
+        return (packed if pair.is_float else UNKNOWN), _SINGLE
     if pair.shape[axis] * 3 != triple.shape[axis] * 2 or axis not in pair.entries or axis not in triple.entries:
         return UNKNOWN, _SINGLE
     seen, entries = triple.entries[axis], pair.entries[axis]
@@ -144,6 +98,26 @@ def _place(pair: _Sketch | _Plain | str, triple: _Sketch | _Plain | str) -> tupl
     return Layout(axis), _GUESS
 
 
+def _packed(pair: _Sketch, triple: _Sketch, axis: int) -> Packed | None:
+    """The count of the packing that says which entry is whose; of several the one whose values come back."""
+    best, least = None, torch.inf
+    for name, two in pair.owners.items():
+        three = triple.owners[name]
+        if (len(two), len(three)) != (pair.shape[axis], triple.shape[axis]) or len(two) == 2:
+            continue  # one each is what any batch has
+        if axis not in pair.entries or axis not in triple.entries:
+            continue
+        was, now = pair.entries[axis], triple.entries[axis]
+        a, b = was[two == 0], was[two == 1]
+        back = ((a, now[three == 0]), (b, now[three == 1]), (a, now[three == 2]))
+        if any(len(x) != len(y) for x, y in back):
+            continue
+        off = max(float((x - y).abs().max()) if len(x) else 0.0 for x, y in back)
+        if off <= max(0.05 * float(now.std()), 1e-5 * float(now.abs().max())) and off < least:
+            best, least = Packed(axis, of=name), off
+    return best
+
+
 def _settle(found: Sequence[tuple[Place, str]], others: Sequence[tuple[Place, str]]) -> tuple[Place, ...]:
     """Guessed orders follow the ones that were seen in the same call; with nothing to follow they are unknown."""
     seen = {place.example_major for place, how in (*found, *others) if how == _SEEN}
@@ -159,19 +133,19 @@ def _settle(found: Sequence[tuple[Place, str]], others: Sequence[tuple[Place, st
 class _Recorder:
     """Sketches of the inputs and outputs of watched modules, run by run."""
 
-    def __init__(self, n: int) -> None:
-        self.n = n
+    def __init__(self, n: int, packing: Packing | None = None) -> None:
+        self.n, self.owners = n, {} if packing is None else packing.owners
         self.calls: dict[str, list[list]] = {}
 
     def inputs(self, name: str, args: tuple, kwargs: Mapping[str, Any]) -> None:
         leaves = pytree.tree_leaves((args, dict(kwargs)))
-        self.calls.setdefault(name, []).append([[_sketch(leaf, self.n) for leaf in leaves], None])
+        self.calls.setdefault(name, []).append([[_sketch(leaf, self.n, self.owners) for leaf in leaves], None])
 
     def outputs(self, name: str, output: Any) -> None:
         # Of a module that runs inside itself the innermost run ends first.
         for call in reversed(self.calls[name]):
             if call[1] is None:
-                call[1] = [_sketch(leaf, self.n) for leaf in pytree.tree_leaves(output)]
+                call[1] = [_sketch(leaf, self.n, self.owners) for leaf in pytree.tree_leaves(output)]
                 return
 
     @contextmanager
@@ -236,6 +210,7 @@ def probe(
     watched: Mapping[str, nn.Module],
     key: Any,
     inert: Callable[[Layouts, Callable[[], Any]], set[str]],
+    packing: Packing | None = None,
 ) -> Probe:
     """Layouts of the watched modules for inputs of this kind; runs the model on five examples the first time.
 
@@ -247,6 +222,7 @@ def probe(
         n_examples: how many examples they hold, along their first axis.
         watched: modules by name.
         key: what else the answer depends on.
+        packing: how the inputs were packed, if they were.
         inert: finds, from the layouts and a function that runs the model on two examples, `Probe.inert`.
 
     Raises:
@@ -255,18 +231,25 @@ def probe(
     """
     leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
     divided = [isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == n_examples for leaf in leaves]
-    _check_inputs(model, leaves, divided, n_examples)
+    _check_inputs(model, leaves, divided, n_examples, packing)
+    two = None if packing is None or n_examples == 1 else _two_packed(packing)
     signature = tuple((tuple(x.shape[1:]), x.dtype) if d else None for x, d in zip(leaves, divided, strict=True))
-    signature = (n_examples == 1, *signature)
+    signature = (n_examples == 1, _unlike(packing, two), *signature)
     known = _CACHE.setdefault(model, OrderedDict())
     if (key, spec, signature) in known:
         known.move_to_end((key, spec, signature))
         return known[key, spec, signature]
-    rows = _two_rows(leaves, divided, n_examples) if n_examples > 1 else {}
+    rows = _two_rows(leaves, divided, n_examples) if n_examples > 1 and two is None else {}
+
+    def some(order: Sequence[int]) -> tuple[tuple, Mapping[str, Any]]:
+        if two is not None:
+            again = packing.some([two[place] for place in order]).inputs
+            return args, {name: again.get(name, value) for name, value in kwargs.items()}
+        part = [rows[i][list(order)] if d else leaf for i, (leaf, d) in enumerate(zip(leaves, divided, strict=True))]
+        return pytree.tree_unflatten(part, spec)
 
     def run(order: Sequence[int], recorder: _Recorder | None = None) -> Any:
-        part = [rows[i][list(order)] if d else leaf for i, (leaf, d) in enumerate(zip(leaves, divided, strict=True))]
-        inputs, named = pytree.tree_unflatten(part, spec)
+        inputs, named = some(order)
         if recorder is None:
             return forward(*inputs, **named)
         with recorder.watching(watched):
@@ -282,7 +265,10 @@ def probe(
         with _undisturbed(model, leaves):
             found.inert = inert(found.layouts, lambda: forward(*args, **kwargs))
         return _remember(known, (key, spec, signature), found)
-    pair, triple = _Recorder(2), _Recorder(3)
+    pair, triple = (
+        _Recorder(len(order), None if two is None else packing.some([two[place] for place in order]))
+        for order in (_PAIR, _TRIPLE)
+    )
     with _undisturbed(model, leaves):
         try:
             run(_PAIR, pair)
@@ -307,8 +293,26 @@ def _remember(known: OrderedDict[Any, Probe], key: Any, found: Probe) -> Probe:
     return found
 
 
-def _check_inputs(model: nn.Module, leaves: Sequence[Any], divided: Sequence[bool], n_examples: int) -> None:
-    if not any(divided):
+def _two_packed(packing: Packing) -> tuple[int, int]:
+    """Two examples with as many different counts as the batch has, by which the counts are told apart."""
+    counts = [[int(n) for n in one.bincount(minlength=packing.count)] for one in packing.owners.values()]
+    unlike = [sum(of[example] != of[0] for of in counts) for example in range(packing.count)]
+    return 0, max(range(1, packing.count), key=unlike.__getitem__)
+
+
+def _unlike(packing: Packing | None, two: tuple[int, int] | None) -> tuple[bool, ...] | None:
+    """Which counts of the two differ."""
+    if packing is None or two is None:
+        return None
+    return tuple(bool((one == two[0]).sum() != (one == two[1]).sum()) for one in packing.owners.values())
+
+
+def _check_inputs(
+    model: nn.Module, leaves: Sequence[Any], divided: Sequence[bool], n_examples: int, packing: Packing | None
+) -> None:
+    if packing is not None and packing.count != n_examples:
+        raise CoarError(f"kept has {n_examples} rows, and {type(model).__name__} sees {packing.count} examples")
+    if not any(divided) and packing is None and models.example_alone() is None:
         sizes = sorted({leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()})
         raise CoarError(
             f"kept has {n_examples} rows, and {type(model).__name__} sees a batch of "

@@ -17,8 +17,9 @@ from torch.utils import _pytree as pytree
 
 from hf_coar.components import Group
 from hf_coar.errors import CoarError
-from hf_coar.masking.layout import Layout, Layouts
+from hf_coar.masking.places import Layout, Layouts
 from hf_coar.models import offloading
+from hf_coar.models.ragged import Packing
 
 Pairs = Sequence[tuple[Group, Tensor]]
 
@@ -93,7 +94,7 @@ class Pass:
         if layout is None or layout.axis == feature_axis or layout.axis >= activation.dim():
             raise cannot_tell(group)
         entries = activation.shape[layout.axis]
-        if entries % rows.shape[0]:
+        if not layout.fits(entries, rows.shape[0]):
             raise CoarError(
                 f"kept has {rows.shape[0]} rows, and {group.module!r} sees {entries} entries; "
                 "give one row an example of the batch"
@@ -367,8 +368,10 @@ def loop_over_examples(name: str, module: nn.Module, state: Pass) -> Callable[[]
     return replace_forward(module, make)
 
 
-def one_by_one(name: str, forward: Callable[..., Any], args: tuple, kwargs: dict, state: Pass) -> Any:
-    """Run a forward once an example and join what it returns.
+def one_by_one(
+    name: str, forward: Callable[..., Any], args: tuple, kwargs: dict, state: Pass, packing: Packing | None = None
+) -> Any:
+    """Run a forward once an example and join what it returns; what was packed is packed anew of each by itself.
 
     Raises:
         CoarError: what goes in or comes out is not laid out as the probe saw it.
@@ -388,6 +391,9 @@ def one_by_one(name: str, forward: Callable[..., Any], args: tuple, kwargs: dict
                 for leaf, place in zip(leaves, call.inputs, strict=True)
             ]
             inputs, named = pytree.tree_unflatten(part, spec)
+            if packing is not None:
+                own = packing.some([example]).inputs
+                named = {key: own.get(key, value) for key, value in named.items()}
             results.append(pytree.tree_flatten(forward(*inputs, **named)))
     finally:
         state.example = None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_coar.errors import CoarError, ModelError
+from hf_coar.models import ragged
 from hf_coar.models.holding import check_usable, held, state_kept
 from hf_coar.models.libraries import library, wrapped
 
@@ -56,10 +57,14 @@ def call(model: nn.Module, batch: Mapping[str, Any], without: Collection[str] = 
     names, takes_any = forward_names(model)
     named = {name: value for name, value in inputs.items() if name in names}
     if takes_any and library(wrapped(model)) == "torch":
-        return model(**inputs)
-    if named:
-        if "use_cache" in names:
-            named.setdefault("use_cache", False)  # a cache of keys and values is memory spent for nothing here
+        named = inputs
+    if "use_cache" in names:
+        named.setdefault("use_cache", False)  # a cache of keys and values is memory spent for nothing here
+    packing = ragged.pack(inputs)
+    if packing is not None:
+        with ragged.packed(packing) as flat:
+            return model(**named | {name: flat[name] for name in flat if name in named or name in names})
+    if set(named) - {"use_cache"}:
         return model(**named)
     # Nothing is named as the forward has it: the one input, or that of a pair (inputs, labels), or an image.
     place = next((name for name in _BY_POSITION if name in inputs), None) or (len(inputs) == 1 and next(iter(inputs)))
@@ -112,6 +117,24 @@ def alone(model: nn.Module, batch: Mapping[str, Any], run: Call) -> list[Any]:
 def example_alone() -> int | None:
     """The number of the example that the model is running on, inside `alone`."""
     return _ALONE.get()
+
+
+_OWN_GATES: ContextVar[bool] = ContextVar("own_gates", default=False)
+
+
+@contextmanager
+def own_gates() -> Iterator[None]:
+    """Inside the block every example of a batch has gates of its own."""
+    token = _OWN_GATES.set(True)
+    try:
+        yield
+    finally:
+        _OWN_GATES.reset(token)
+
+
+def gates_are_own() -> bool:
+    """Whether the examples of a batch have gates of their own, so that none may share a pass of its inputs."""
+    return _OWN_GATES.get()
 
 
 def logits(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:

@@ -1,5 +1,6 @@
 """What a model's head distinguishes: classes with their names, a number, several yes-or-no labels, or nothing."""
 
+import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -46,9 +47,11 @@ def head(model: nn.Module) -> Head:
 
 
 def _transformers_head(model: nn.Module) -> Head:
+    config = model.config
+    if "NextSentencePrediction" in type(model).__name__:
+        return Head(CLASSES, 2)  # 0: the second one follows
     if not re.search(r"(Sequence|Image|Audio|Video)Classification", type(model).__name__):
         return Head(None, required=False)
-    config = model.config
     n, problem = getattr(config, "num_labels", None), getattr(config, "problem_type", None)
     if problem == "multi_label_classification":
         return Head(SEVERAL, n, class_names(model))
@@ -61,13 +64,26 @@ def class_names(model: nn.Module) -> tuple[str, ...] | None:
     """The names of a model's classes, in the order of its logits; None where nobody has named them.
 
     transformers keeps them in `config.id2label`, where "LABEL_0" and the like are no names; timm in `label_names` of
-    `pretrained_cfg`.
+    `pretrained_cfg`, or it says there that the classes are ImageNet's.
     """
     if library(model) == "transformers":
         return _of_config(getattr(model.config, "id2label", None))
     named = getattr(model, "pretrained_cfg", None) or {}
     names = named.get("label_names") if isinstance(named, Mapping) else None
-    return tuple(str(name) for name in names) if isinstance(names, list | tuple) and names else None
+    if isinstance(names, list | tuple) and names:
+        return tuple(str(name) for name in names)
+    n = getattr(model, "num_classes", None)
+    tagged = isinstance(named, Mapping) and re.search(r"_in\d+k", f"_{named.get('tag')}")
+    return _of_imagenet(n) if tagged and n == named.get("num_classes") else None
+
+
+@functools.cache
+def _of_imagenet(n: int) -> tuple[str, ...] | None:
+    """ImageNet's names of so many classes, as timm tells them."""
+    from timm.data import ImageNetInfo, infer_imagenet_subset
+
+    subset = infer_imagenet_subset({"num_classes": n})
+    return None if subset is None else tuple(ImageNetInfo(subset).label_descriptions())
 
 
 def _of_config(id2label: Any) -> tuple[str, ...] | None:

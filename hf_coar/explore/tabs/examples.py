@@ -131,16 +131,13 @@ def example(source: Source, view: View) -> Html:
 
 
 def _text(source: Source, row: int, found: Outcome) -> Html:
-    raw = source.raw(row)
-    column, said, inner = text_column(raw), html(""), html("")
-    if found.targets and source.tokenizer is not None:
-        hits = (found.tokens[0] == found.targets[0]).tolist()
-        words = source.words(found.targets[0].tolist())
-        inner = joined(
-            html('<span class="coar-hit">{}</span>', w) if hit else w for w, hit in zip(words, hits, strict=True)
-        )
-        said = note("underlined: the token that the model expects")
+    marked = source.marked(row, found)
+    if marked:
+        said = note("underlined: where the model expects what is there")
+        inner = joined(html('<span class="coar-hit">{}</span>', word) if hit else word for word, hit in marked)
     else:
+        raw = source.raw(row)
+        column, said = text_column(raw), html("")
         inner = html("{}", raw[column][:_LONGEST_TEXT] if column else pieces.content(raw, 256))
     return html('<div class="coar-text" tabindex="0">{}</div>{}', inner, said)
 

@@ -60,7 +60,10 @@ class Own(Tab):
                     self.stop = gr.Button("Stop", elem_id="stop")
             with gr.Column(scale=7, min_width=320):
                 words = "Its attribution arrives here round by round, with standard errors that shrink."
-                cannot = "The data are batches of tensors, which do not say how an image or a text becomes one."
+                cannot = (
+                    "An image or a text of your own needs a data set that says how it becomes what the model reads, "
+                )
+                cannot += "and an output that needs no more than a class, or the text itself."
                 self.own = page.html("own", value=wrapped(note(words if possible else cannot)))
 
     def connect(self) -> None:
@@ -226,7 +229,7 @@ def arriving(source: Source, content: Any, explained: int = -1, max_rounds: int 
     config, errors, reliabilities = source.attributions.config, [], []
     rounds = live.rounds(
         source.model, {name: value.to(source.device) for name, value in batch.items()}, source.components,
-        output=source.output.name, ablated_fraction=config.get("ablated_fraction", 0.05),
+        output=source.output, ablated_fraction=config.get("ablated_fraction", 0.05),
         seed=config.get("seed", 0), max_rounds=max_rounds,
     )  # fmt: skip
     try:

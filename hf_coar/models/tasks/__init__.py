@@ -6,6 +6,7 @@
 from hf_coar.models.tasks import classification, generation, images, language, losses, pairs, spans
 from hf_coar.models.tasks.base import AUTO, TASKS, Task, bind, explain, get, names, of, register
 from hf_coar.models.tasks.generation import sampling
+from hf_coar.models.tasks.graphs import nodes
 from hf_coar.models.tasks.language import encode_answers
 
 FAMILIES = (classification, language, spans, images, pairs, generation, losses)  # each registers its tasks
@@ -19,6 +20,7 @@ __all__ = [
     "explain",
     "get",
     "names",
+    "nodes",
     "of",
     "register",
     "sampling",

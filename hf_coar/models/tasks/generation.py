@@ -1,5 +1,7 @@
 """Models that make something step by step: diffusion, decisions."""
 
+import hashlib
+import json
 from typing import Any
 
 from torch import Tensor, nn
@@ -47,6 +49,9 @@ def sampling(scheduler: Any, steps: int = 6, start: str = "noise") -> Any:
             image = scheduler.step(said, step, image).prev_sample
         return image
 
+    digest = hashlib.blake2b(json.dumps(dict(scheduler.config), sort_keys=True, default=str).encode(), digest_size=8)
+    # What attributions remember of the call.
+    sample.__qualname__ = f"sampling({type(scheduler).__name__} {digest.hexdigest()}, steps={steps}, start={start!r})"
     return sample
 
 

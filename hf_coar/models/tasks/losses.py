@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from hf_coar.errors import CoarError
 from hf_coar.models import calling, outputs
 from hf_coar.models.libraries import wrapped
+from hf_coar.models.tasks import apart
 from hf_coar.models.tasks.base import Batch, register
 
 # Random masks and noise are drawn anew in every pass; what is compared must have the same ones.
@@ -15,7 +16,7 @@ _SEED = 0
 
 
 def loss_of(model: nn.Module, batch: Batch) -> Tensor:
-    """The loss of the head on a batch, targets and all, as training has it: a number.
+    """The loss of the head on a batch, targets and all, as training has it: float32, a number or one an example.
 
     Raises:
         CoarError: it computes none.
@@ -30,7 +31,7 @@ def loss_of(model: nn.Module, batch: Batch) -> Tensor:
             f"{type(wrapped(model)).__name__} computes no loss of {', '.join(batch)}; its forward takes "
             f"{', '.join(sorted(calling.forward_names(model)[0]))}: give its targets, or another output"
         )
-    return loss.float().mean()
+    return loss.float()
 
 
 def _asked(model: nn.Module) -> dict[str, Any]:
@@ -40,7 +41,7 @@ def _asked(model: nn.Module) -> dict[str, Any]:
 
 def losses(model: nn.Module, batch: Batch) -> Tensor:
     """The loss of every example by itself, float32 [examples]: means over a batch do not tell them apart."""
-    return torch.stack(calling.alone(model, batch, loss_of))
+    return apart.losses(model, batch, loss_of)
 
 
 @outputs.register("own_loss", unit="of the head's loss", takes="output", call=losses)
