@@ -1,5 +1,8 @@
 """Registries: names, names that are taken, definitions that run again, and messages."""
 
+import sys
+import types
+
 import pytest
 from torch import nn
 
@@ -108,3 +111,22 @@ def test_a_class_and_its_dotted_path_are_one_key():
         registry.register("torch.nn.modules.linear.Linear")(cell("other"))
     with pytest.raises(CoarError, match="a module class or its dotted path"):
         registry.register(cell())
+
+
+def test_a_class_is_known_by_every_path_that_a_library_shows_it_under(monkeypatch):
+    """`torch.nn.Linear` is the same key, and a library that is loaded later shows what its names stand for."""
+    registry = Registry("rule", of_classes=True)
+    registry.register("torch.nn.Linear", "a_library.Layer")(cell())
+    assert nn.Linear in registry and "torch.nn.Linear" in registry
+    with pytest.raises(CoarError, match=r"rule 'torch\.nn\.modules\.linear\.Linear' is taken"):
+        registry.register(nn.Linear)(cell("other"))
+    registry.settle()
+    assert "a_library.Layer" in registry, "not loaded: nobody knows"
+    library, layer = types.ModuleType("a_library"), type("Layer", (nn.Module,), {"__module__": "a_library.inside"})
+    library.Layer = layer
+    monkeypatch.setitem(sys.modules, "a_library", library)
+    registry.settle()
+    assert registry[layer] is registry[nn.Linear] and list(registry) == [
+        "torch.nn.modules.linear.Linear",
+        "a_library.inside.Layer",
+    ]

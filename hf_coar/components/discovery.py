@@ -115,6 +115,7 @@ def _any(names: Sequence[str], globs: Sequence[str]) -> bool:
 def _matrices(model: nn.Module) -> list[_Found]:
     """Every matrix of every module; what lies inside a module with a rule is its rule's business."""
     modules = dict(model.named_modules())
+    registered().settle()
     spoken_for: set[nn.Module] = set()
     found: list[_Found] = []
     for name, module in modules.items():

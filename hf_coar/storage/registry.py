@@ -11,6 +11,7 @@ A registry of a kind takes one line, and its decorator is what users see::
 """
 
 import difflib
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
@@ -25,6 +26,13 @@ def dotted(thing: Any) -> str:
     return f"{named.__module__}.{named.__qualname__}"
 
 
+def _own_path(path: str) -> str:
+    """The path where the class that a library shows under this one is defined; the path itself until it is loaded."""
+    module, _, name = path.rpartition(".")
+    found = getattr(sys.modules.get(module), name, None)
+    return dotted(found) if isinstance(found, type) else path
+
+
 class Registry(Generic[Value]):
     """Things of one kind by name, in the order in which they were registered.
 
@@ -35,7 +43,8 @@ class Registry(Generic[Value]):
 
     Args:
         kind: what the things are called in messages, such as "output".
-        of_classes: keys are module classes or their dotted paths, which are the same key; else they are plain names.
+        of_classes: keys are module classes or their dotted paths, which are the same key (`torch.nn.Linear` too, where
+            `torch.nn.modules.linear.Linear` is meant); else they are plain names.
     """
 
     def __init__(self, kind: str, of_classes: bool = False) -> None:
@@ -73,6 +82,16 @@ class Registry(Generic[Value]):
         name, defined = self._name(key), value if defined is None else defined
         self._check_free(name, defined, replace)
         self._values[name], self._defined[name] = value, defined
+
+    def settle(self) -> None:
+        """Classes that were named by another path before their library was loaded are known by their own from now on.
+
+        Raises:
+            CoarError: that one is taken.
+        """
+        for name in [name for name in self._values if self._name(name) != name]:
+            value, defined = self._values.pop(name), self._defined.pop(name)
+            self.add(name, value, defined)
 
     def names(self) -> list[str]:
         """All names in alphabetical order."""
@@ -122,7 +141,7 @@ class Registry(Generic[Value]):
 
     def _name(self, key: Any) -> str:
         if isinstance(key, str) and key:
-            return key
+            return _own_path(key) if self._of_classes else key
         if self._of_classes and isinstance(key, type):
             return dotted(key)
         raise CoarError(f"a {self.kind} is known by {self._wanted()}, not by {key!r}")
