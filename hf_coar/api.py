@@ -12,9 +12,10 @@ from torch import nn
 from hf_coar import data as data_module
 from hf_coar import estimators, models
 from hf_coar.attributions import Attributions, Provenance
-from hf_coar.components import Components, Group, find_components
+from hf_coar.components import Components, find_components
 from hf_coar.errors import CoarError
 from hf_coar.estimators import budget as budgets
+from hf_coar.estimators import checking, choosing
 from hf_coar.estimators.registry import Estimator
 from hf_coar.judging import evaluation
 from hf_coar.judging.evaluation import Report
@@ -23,7 +24,7 @@ from hf_coar.models import outputs
 from hf_coar.models.calling import Call
 from hf_coar.models.outputs import Output
 from hf_coar.plots import page
-from hf_coar.runs import checks, engine, preflight, sampling, tracking, workers
+from hf_coar.runs import engine, preflight, sampling, tracking, workers
 from hf_coar.runs.problem import Problem
 from hf_coar.runs.store import Store
 from hf_coar.storage import folders
@@ -161,7 +162,7 @@ def attribute(
     *,
     output: "str | Output | outputs.OutputFunction" = "auto",
     method: str | Estimator = "auto",
-    ablated_fraction: float = 0.05,
+    ablated_fraction: float | None = 0.05,
     call: Call | None = None,
     seed: int = 0,
     out: str | Path | None = None,
@@ -181,9 +182,11 @@ def attribute(
         output: a name (`hf_coar.outputs.names()`), "auto" for the default of the model's task
             (`hf_coar.tasks.of(model)`), a function (logits, batch) -> [examples], or an `Output`, which may take all
             that the model returns.
-        method: an estimator such as `PathGradient(…)` or `Regression(…)`, or the name of one. "auto" takes
-            `PathGradient()`, or `Regression(solver=ARD())` for models that let no gradient through.
+        method: an estimator such as `PathGradient(…)` or `Regression(…)`, or the name of one. "auto" takes what suits
+            the model, see `estimators.choosing`: leave-one-out with pairs for few components, `PathGradient()` for
+            many, `Regression(solver=ARD())` for many in models that let no gradient through.
         ablated_fraction: the fraction of components that masks ablate. Predictions are best for ablations of that size.
+            None takes the largest of some at which half of the decisions survive on the first examples.
         call: runs the model, a function (model, batch) -> what the output takes, in the place of the task's own call:
             for models that want more than the entries of the batch that their forward names. Give it to `evaluate` too.
         seed: of all draws.
@@ -205,7 +208,8 @@ def attribute(
         RunMismatchError: `out` holds a run with other settings.
         NonFiniteOutputError: the model gave NaN or infinity.
     """
-    sampling.check_fraction(ablated_fraction)
+    if ablated_fraction is not None:
+        sampling.check_fraction(ablated_fraction)
     sampling.check_seed(seed)
     if out is not None:
         folders.check(out, folders.ATTRIBUTIONS, overwrite)
@@ -215,13 +219,14 @@ def attribute(
         masked = MaskedModel(model, replace(components or find_components(model), fingerprint=None))
         batches = data_module.batches(data, options.batch_size)
         problem = Problem(masked, batches, preflight.bound(model, batches, output, call), ablated_fraction, seed)
-        chosen = _checked(problem, chosen)
+        chosen, reasons = choosing.settled(problem, chosen, budget is not None)
         with workers.folder(out) as folder:
             folders.claim(folder, folders.ATTRIBUTIONS, overwrite)
             chosen = chosen if budget is None else budgets.choose(chosen, budget, problem, folder)
             provenance = replace(_provenance(problem, data, chosen), call=call and dotted(call))
             _tell_cost(problem, chosen)
             attributions = _attributed(problem, chosen, provenance, folder, out)
+            attributions.provenance = attributions.provenance.found(chosen=tuple(reasons))
             if out is not None and workers.processes().is_main_process:
                 page.write_first(folder, attributions)  # first, so that the card shows its pictures
                 attributions.save_pretrained(folder)
@@ -239,10 +244,16 @@ def _attributed(
         cost = method.cost(problem.size) if fit.cost is None else fit.cost
         provenance = provenance.found(cost=cost, checked=fit.checked, skipped=tuple(problem.store.skipped))
         attributions = Attributions(
-            fit.weights, fit.bias, fit.standard_errors, problem.components, problem.identity, provenance
-        )
+            fit.weights, fit.bias, fit.standard_errors, problem.components, problem.identity, provenance,
+            forecast=fit.forecast,
+        )  # fmt: skip
         attributions.made_here = True
-        run.figures({"reliability": attributions.stability()})
+        reliability = attributions.stability()
+        warnings = checking.warnings_of(fit.checked, reliability, problem.ablated_fraction)
+        for warning in warnings:
+            logger.warning("%s", warning)
+        attributions.provenance = attributions.provenance.found(warnings=warnings)
+        run.figures({"reliability": reliability})
     return attributions
 
 
@@ -251,7 +262,7 @@ def evaluate(
     model: nn.Module,
     data: Any,
     *,
-    fractions: Sequence[float] = (0.05, 0.0125),
+    fractions: Sequence[float] | None = None,
     n_masks: int = 100,
     seed: int = 1,
     output: "str | Output | outputs.OutputFunction | None" = None,
@@ -268,7 +279,7 @@ def evaluate(
         attributions: to be judged.
         model: the model that was attributed.
         data: the data that were attributed, in the same order.
-        fractions: ablated fractions to judge at.
+        fractions: ablated fractions to judge at; None for the fitted one, a quarter of it, and one of four components.
         n_masks: masks a fraction; the cost is one forward pass a mask and example.
         seed: of the masks, which are others than those of any fit, whatever its seed.
         output: the attributed output; needed only if it was a function of your own.
@@ -306,60 +317,6 @@ def evaluate(
 def _running(**given: Any) -> Any:
     """What a call says of speed, where it says anything, is as if it stood in a `running` block of its own."""
     return engine.running(**{name: value for name, value in given.items() if value is not None})
-
-
-def _checked(problem: Problem, method: Estimator | None) -> Estimator:
-    """The method, or the best one that the model allows; a few forward passes of a few examples tell.
-
-    Raises:
-        ModelError: the model does not repeat itself, or lets no gradient through to a method that needs it.
-    """
-    for count in (checks.N_EXAMPLES, 1):
-        try:
-            with models.frozen(problem.model), engine.placed(problem.model, workers.processes().device) as device:
-                examples = data_module.to_device(data_module.few(problem.data, count), device)
-                checks.check_repeats(problem.model, problem.output, examples)
-                if getattr(problem.output.call, "shares_pass", False):
-                    return _of_shared_passes(problem, method)
-                if method is None:
-                    return _default_method(problem, checks.blocked(problem.masked, problem.output, examples))
-                if method.differentiates:
-                    checks.check_reached(problem.masked, problem.output, examples)
-                return method
-        except (RuntimeError, MemoryError) as error:
-            if not models.is_out_of_memory(error):
-                raise
-    return method or estimators.PathGradient()  # the run itself says what does not fit
-
-
-def _of_shared_passes(problem: Problem, method: Estimator | None) -> Estimator:
-    """Where all examples of a batch come out of one pass, masks that they share may cost less than gates of their own.
-
-    Without a method takes the cheaper one; warns of one that costs more.
-    """
-    shared, own = estimators.Regression(solver=estimators.ARD()), method or estimators.PathGradient()
-    count = data_module.size(next(iter(problem.data)))
-    costs = {one.name: one.cost(problem.size) * (count if one.differentiates else 1) for one in (own, shared)}
-    cheaper = min((own, shared), key=lambda one: costs[one.name])
-    said = " and ".join(f"{name} {cost:g}" for name, cost in costs.items())
-    said = f"all {count} examples of a batch share a pass, unless each has gates of its own: passes a batch are {said}"
-    if method is not None and cheaper is not method:
-        logger.warning("%s; method=%r is the cheaper one", said, cheaper.name)
-    else:
-        logger.info("%s; taking %s", said, (method or cheaper).name)
-    return method or cheaper
-
-
-def _default_method(problem: Problem, blocked: Sequence[Group]) -> Estimator:
-    if not blocked:
-        return estimators.PathGradient()
-    method = estimators.Regression(solver=estimators.ARD())
-    logger.warning(
-        "no gradient reaches the gates of %s (%d modules, such as %s), so that the default method cannot run; taking "
-        "hf_coar.Regression(n_masks=%d, solver=hf_coar.ARD()), which needs forward passes only, and more of them",
-        type(problem.model).__name__, len(blocked), blocked[0].module, method.n_masks,
-    )  # fmt: skip
-    return method
 
 
 def _provenance(problem: Problem, data: Any, method: Estimator) -> Provenance:

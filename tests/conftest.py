@@ -280,7 +280,7 @@ def demo_pair() -> tuple[nn.Module, object]:
 def demo_attributions(demo_pair) -> coar.Attributions:
     """The demo's images attributed with few rounds."""
     model, data = demo_pair
-    return coar.attribute(model, data, method=coar.PathGradient(rounds=4), progress=False)
+    return coar.attribute(model, data, method=coar.PathGradient(rounds=4), ablated_fraction=0.05, progress=False)
 
 
 # ------------------------------------------------------------------------------------------------------ state of a net

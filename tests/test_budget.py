@@ -42,6 +42,8 @@ def attribute(model, data, **options):
 def test_as_much_as_is_affordable_and_no_more(name, passes, fraction):
     method, (number, step) = METHODS[name], NUMBERS[name]
     passes += 10  # two rounds at 5 % cost 60, and three masks are the fewest
+    if name == "path_gradient":
+        method = method.bare()  # where a budget is small, its checks are left out first
     size = Size(50, fraction)
     chosen = method.sized(passes, size)
     more = replace(chosen, **{number: getattr(chosen, number) + step})
@@ -51,7 +53,15 @@ def test_as_much_as_is_affordable_and_no_more(name, passes, fraction):
 
 def test_rounds_are_even():
     size = Size(9, 0.05)
-    assert [coar.PathGradient().sized(passes, size).rounds for passes in (60, 119, 120, 240)] == [2, 2, 4, 8]
+    assert [coar.PathGradient().sized(passes, size).rounds for passes in (60, 119, 149, 240)] == [2, 2, 4, 6]
+    bare = coar.PathGradient(n_flips=0, check_masks=0)
+    assert [bare.sized(passes, size).rounds for passes in (60, 119, 120, 240)] == [2, 2, 4, 8]
+
+
+def test_flips_and_checks_go_before_rounds():
+    chosen = [coar.PathGradient().sized(passes, Size(9, 0.05)) for passes in (88, 89)]
+    assert [method.n_flips for method in chosen] == [0, None]
+    assert [method.check_masks for method in chosen] == [0, None]
 
 
 def test_a_budget_below_two_rounds_is_for_one_pass():
@@ -110,13 +120,14 @@ def test_a_budget_in_passes_is_kept(mlp, tmp_path):
 
 
 def test_a_budget_sizes_the_default_method(mlp):
-    assert attribute(mlp.model, [mlp.batch], budget=61).config["method"]["rounds"] == 4  # 15 passes a round at 10 %
+    # At 10 % a round is 15 passes; then there are 8 flips and one, and 20 checks.
+    assert attribute(mlp.model, [mlp.batch], budget=61 + 29).config["method"]["rounds"] == 4
 
 
 def test_another_budget_in_passes_is_another_run(mlp, tmp_path):
-    attribute(mlp.model, [mlp.batch], budget=30, out=tmp_path)
+    attribute(mlp.model, [mlp.batch], budget=30 + 29, out=tmp_path)
     with pytest.raises(RunMismatchError, match=r"method\.rounds was 2, now 4"):
-        attribute(mlp.model, [mlp.batch], budget=60, out=tmp_path)
+        attribute(mlp.model, [mlp.batch], budget=60 + 29, out=tmp_path)
 
 
 class Clock:
@@ -280,5 +291,5 @@ def test_a_method_that_was_chosen_is_not_replaced(mlp):
 
 def test_with_gradients_the_default_stays_quiet(mlp, caplog):
     with caplog.at_level(logging.WARNING, logger="hf_coar"):
-        found = attribute(mlp.model, [mlp.batch])
+        found = attribute(mlp.model, [mlp.batch], budget=200)
     assert found.config["method"]["name"] == "path_gradient" and "no gradient" not in caplog.text

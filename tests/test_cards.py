@@ -11,7 +11,7 @@ from test_format import CONFIG, tiny
 import hf_coar as coar
 from hf_coar.attributions import folders
 from hf_coar.editing import edited
-from hf_coar.storage import cards, files
+from hf_coar.storage import cards, escaping, files
 
 EVALUATION = {
     "n_masks": 100,
@@ -228,3 +228,12 @@ def test_a_model_that_was_trained_on_is_not_its_base(tmp_path):
     trained = {**known(model), **of_hub}
     assert cards.model_id(trained) is None
     assert "base_model" not in metadata(cards.attributions_card({**CONFIG, "model": trained}, 3))
+
+
+def test_warnings_are_on_the_card_and_shown_as_text(tmp_path):
+    found = tiny()
+    found.provenance = found.provenance.found(warnings=("only 3 % of the decisions <b>are</b>\nleft",))
+    found.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert f"**Take care:** {escaping.for_markdown('only 3 % of the decisions <b>are</b> left')}" in card
+    assert "<b>" not in card

@@ -140,7 +140,9 @@ class Chains(nn.Module):
 
 @pytest.mark.parametrize("fraction", [0.02, 0.05, 0.1, 0.2, 0.3])
 @pytest.mark.parametrize(
-    "method", [coar.PathGradient(16), coar.Regression(1200, coar.Ridge(0.0))], ids=lambda m: m.name
+    "method",
+    [coar.PathGradient(16, n_flips=0, check_masks=0), coar.Regression(1200, coar.Ridge(0.0))],
+    ids=lambda m: m.name,
 )
 def test_interactions_on_paper(method, fraction):
     n_examples = 8 if method.name == "path_gradient" else 1
@@ -440,7 +442,10 @@ def test_an_interrupted_run_ends_with_the_same_bytes(convnet, method, tmp_path, 
     looks = len(calls)
     calls.clear()
     attribute(convnet.model, data, method)
-    assert resumed - looks <= (len(calls) - looks) * (3 - k) / 3 + 2, "what was done is not done again"
+    # Single effects and checks are measured when all rounds are done.
+    later = 3 * (9 + 20) if method.name == "path_gradient" else 0
+    rounds = len(calls) - looks - later
+    assert resumed - looks <= rounds * (3 - k) / 3 + 2 + later, "what was done is not done again"
 
 
 def test_a_finished_run_is_not_run_again(convnet, method, tmp_path):
@@ -641,14 +646,18 @@ def test_costs_are_the_forward_passes(convnet):
         found = attribute(convnet.model, data, method, ablated_fraction=0.05)
         return found.config["cost"], len(calls)
 
+    bare = {"n_flips": 0, "check_masks": 0}
     # What is looked at before the first pass is the same for all sizes of a method.
     (few, first), (more, second) = spent(coar.Regression(10)), spent(coar.Regression(17))
     assert (few, more) == (10, 17) and second - first == 7
-    (few, first), (more, second) = spent(coar.PathGradient(2)), spent(coar.PathGradient(4))
+    (few, first), (more, second) = spent(coar.PathGradient(2, **bare)), spent(coar.PathGradient(4, **bare))
     assert (few, more) == (3 * 20 + 1, 3 * 40 + 1), "and one pass looks for outliers"
     assert second - first == 20
-    assert coar.PathGradient(2).cost(Size(9, 0.25)) == 3 * 2 * 4
-    assert coar.PathGradient(2).cost(Size(9, 0.1)) == 3 * 2 * 5
+    cost, calls_of_all = spent(coar.PathGradient(4, n_flips=3, check_masks=5))
+    assert cost == more + 3 + 1 + 5 and calls_of_all - second == 3 + 1 + 5
+    assert coar.PathGradient(2, **bare).cost(Size(9, 0.25)) == 3 * 2 * 4
+    assert coar.PathGradient(2, **bare).cost(Size(9, 0.1)) == 3 * 2 * 5
+    assert coar.PathGradient(2).cost(Size(900, 0.1)) == 3 * 2 * 5 + 31 + 20
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluation
@@ -687,7 +696,7 @@ def test_the_figures_of_a_report(judged):
         assert report.correlation[fraction] == pytest.approx(np.mean(by_hand), abs=1e-4)
         low, high = report.interval[fraction]
         assert low < report.correlation[fraction] < high
-        assert high - low == pytest.approx(2 * 1.96 * np.std(by_hand) / 24**0.5, rel=0.35)
+        assert high - low > 0.9 * 2 * 1.96 * np.std(by_hand) / 24**0.5, "other masks move it as well"
         p, m = predicted - predicted.mean(0), measured - measured.mean(0)
         assert report.slope[fraction] == pytest.approx((p * m).sum() / (p * p).sum(), rel=1e-4)
     assert report.n_masks == 40 and report.seed == 7
@@ -705,7 +714,7 @@ def test_what_is_measured_is_the_ablated_model(judged):
         masking.MaskedModel(ablated, found.components).ablate_for_good(kept)
         values = [coar.outputs.get("margin")(ablated(b["inputs"]), b) for b in data]
         assert far(report.measured[0.3][index], torch.cat(values)) < 1e-5
-        assert far(report.predicted[0.3][index], found.weights @ kept.float() + found.bias) < 1e-4
+        assert far(report.predicted[0.3][index], found.predict(kept)[0]) < 1e-4
 
 
 def test_evaluation_does_not_depend_on_the_batch_size(judged):
@@ -738,10 +747,14 @@ def test_evaluation_resumes(judged, tmp_path):
 def test_an_example_that_does_not_vary_is_left_out():
     values = fidelity.correlation(torch.tensor([[1.0, 5.0], [2.0, 6.0], [3.0, 9.0]]), torch.tensor([[2.0, 1.0]] * 3))
     assert values.isnan().all()
-    mixed = torch.tensor([0.5, float("nan"), 0.7])
-    low, high = evaluation.bootstrap_interval(mixed, seed=0)
-    assert 0.5 <= low < high <= 0.7
-    assert all(math.isnan(x) for x in evaluation.bootstrap_interval(torch.tensor([float("nan")]), seed=0))
+    predicted = torch.randn(30, 3, generator=torch.Generator().manual_seed(0))
+    measured = predicted + predicted.roll(1, 0)
+    measured[:, 1] = 2.0
+    low, high = evaluation.bootstrap_interval(predicted, measured, seed=0)
+    assert low < float(fidelity.correlation(predicted, measured).nanmean()) < high
+    alone = evaluation.bootstrap_interval(predicted[:, [0, 2]], measured[:, [0, 2]], seed=0)
+    assert alone == pytest.approx((low, high), abs=0.06)
+    assert all(math.isnan(x) for x in evaluation.bootstrap_interval(predicted, torch.ones(30, 3), seed=0))
 
 
 def test_evaluation_refuses(judged):
@@ -770,8 +783,9 @@ def test_evaluation_refuses(judged):
 # -------------------------------------------------------------------------------------------------------- attributions
 
 
-def test_predictions_by_hand(judged):
-    _, _, found = judged
+def test_linear_predictions_by_hand(judged):
+    model, batches, _ = judged
+    found = attribute(model, batches, coar.PathGradient(2, n_flips=0, check_masks=0))
     generator = torch.Generator().manual_seed(0)
     kept = torch.rand(3, len(found.components), generator=generator) > 0.5
     by_hand = [[float(found.bias[e] + found.weights[e][kept[m]].sum()) for e in range(len(found))] for m in range(3)]

@@ -279,7 +279,7 @@ def test_a_gradient_that_does_not_arrive_is_told(block, caplog):
     with pytest.raises(ModelError, match=r"reaches .* 2 of 3 modules of Net: backbone\.0, backbone\.2; .*Regression"):
         coar.attribute(model, [batch()], method=coar.PathGradient(), **OPTIONS)
     found = coar.attribute(model, [batch()], **OPTIONS)
-    assert found.config["method"]["name"] == "regression", "the default needs none"
+    assert found.config["method"]["name"] == "leave_one_out", "the default needs none"
     assert "no gradient reaches the gates of Net (2 modules, such as backbone.0)" in caplog.text
     assert float(found.weights[:, :16].abs().max()) > 0.01
 
@@ -293,7 +293,7 @@ def test_a_backbone_that_runs_without_gradients(caplog):
 
     torch.manual_seed(0)
     found = coar.attribute(Frozen().eval(), [batch()], **OPTIONS)
-    assert found.config["method"]["name"] == "regression" and "no gradient" in caplog.text
+    assert found.config["method"]["name"] == "leave_one_out" and "no gradient" in caplog.text
 
 
 def test_what_has_no_gradient_and_no_effect_is_no_obstacle():
@@ -306,14 +306,14 @@ def test_what_has_no_gradient_and_no_effect_is_no_obstacle():
             return super().forward(x) + 0 * self.extra(x).detach()
 
     torch.manual_seed(0)
-    assert coar.attribute(Unused().eval(), [batch()], **OPTIONS).config["method"]["name"] == "path_gradient"
+    assert coar.attribute(Unused().eval(), [batch()], budget=300, **OPTIONS).config["method"]["name"] == "path_gradient"
 
 
 def test_dead_layers_are_no_obstacle():
     model = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3)).eval()
     with torch.no_grad():
         model[0].bias.fill_(-100)
-    assert coar.attribute(model, [batch()], **OPTIONS).config["method"]["name"] == "path_gradient"
+    assert coar.attribute(model, [batch()], budget=300, **OPTIONS).config["method"]["name"] == "path_gradient"
 
 
 def test_lazy_modules_scripts_and_inference_tensors_are_told():
@@ -365,7 +365,7 @@ def test_infinite_slopes_are_told_where_they_arise():
 @pytest.mark.parametrize("of", ["weights", "standard_errors", "bias"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_one_gate_for_what_is_made_saved_and_loaded(of, value, tmp_path, monkeypatch):
-    good = coar.attribute(net(), [batch()], **OPTIONS)
+    good = coar.attribute(net(), [batch()], method=coar.PathGradient(), **OPTIONS)
     parts = {name: getattr(good, name).clone() for name in ("weights", "bias", "standard_errors")}
     place = (2,) if of == "bias" else (2, 9)
     parts[of][place] = value

@@ -7,15 +7,16 @@ from torch import nn
 
 import hf_coar as coar
 from hf_coar import data
-from hf_coar.estimators import live
+from hf_coar.estimators import flips, live
 from hf_coar.estimators.delta_reads import DeltaReads, _mean_slope, followed
 from hf_coar.estimators.gates import Sums
 from hf_coar.masking import FiredGroups, ablate
+from hf_coar.runs.problem import Size
 
 
 def attribute(pair, method, **options):
     model, batches = pair
-    return coar.attribute(model, batches, method=method, progress=False, **options)
+    return coar.attribute(model, batches, method=method, progress=False, **{"ablated_fraction": 0.05, **options})
 
 
 def fidelity(pair, found, n_masks=60):
@@ -51,6 +52,26 @@ def test_the_batch_size_moves_nothing_in_one_pass(demo_pair):
     assert (a.weights - b.weights).abs().max() < 1e-3 * a.weights.abs().max()
 
 
+# ----------------------------------------------------------------------------------------------- any number of passes
+
+
+def test_any_number_of_passes_between_one_and_rounds(demo_pair):
+    found = {n: attribute(demo_pair, coar.PathGradient(passes=n)) for n in (1, 2, 5, 11)}
+    assert torch.equal(found[1].weights, attribute(demo_pair, coar.PathGradient(rounds=0)).weights)
+    assert [found[n].config["cost"] for n in (1, 2)] == [3, 7] and found[5].config["cost"] == 15 + 1
+    assert found[2].standard_errors is None and (found[5].standard_errors > 0).all()
+    fidelities = {n: fidelity(demo_pair, one) for n, one in found.items()}
+    assert fidelities[1] + 0.03 < fidelities[5] < fidelities[11] + 0.01
+    assert "passes" not in coar.PathGradient().settings() and "rounds" not in coar.PathGradient(passes=5).settings()
+
+
+def test_a_budget_below_two_rounds_takes_single_passes(demo_pair):
+    assert coar.PathGradient().sized(33, Size(832, 0.05)) == coar.PathGradient(passes=11)
+    assert coar.PathGradient().sized(60, Size(832, 0.05)).rounds == 2
+    with pytest.raises(coar.CoarError, match="too small"):
+        coar.PathGradient().sized(2, Size(832, 0.05))
+
+
 # --------------------------------------------------------------------------------------------------- as many as needed
 
 
@@ -80,7 +101,7 @@ def test_auto_with_an_unreachable_level_takes_the_most(demo_pair):
     small = (model, [data.rows(data.as_batch(next(iter(batches))), 0, 2)])
     auto = attribute(small, coar.PathGradient(rounds="auto", reliability=0.9999, max_rounds=4))
     fixed = attribute(small, coar.PathGradient(rounds=4))
-    assert auto.config["cost"] == fixed.config["cost"] == 121  # one pass looks for outliers
+    assert auto.config["cost"] == fixed.config["cost"] == 121 + 30 + 20  # one pass looks for outliers; flips, checks
     assert torch.equal(auto.weights, fixed.weights)
 
 
@@ -88,7 +109,7 @@ def test_auto_with_an_unreachable_level_takes_the_most(demo_pair):
     "options",
     [
         {"rounds": 1}, {"rounds": -2}, {"rounds": "many"}, {"rounds": True},
-        {"rounds": "auto", "max_rounds": 3}, {"rounds": "auto", "reliability": 1.0},
+        {"passes": 0}, {"passes": 2.5}, {"rounds": "auto", "max_rounds": 3}, {"rounds": "auto", "reliability": 1.0},
     ],
 )  # fmt: skip
 def test_sizes_that_make_no_sense(options):
@@ -140,7 +161,7 @@ def test_live_ends_where_attribute_does(demo_pair):
     assert [r.cost for r in seen] == [3, 34, 64, 94, 124]
     assert seen[0].standard_errors is None and seen[-1].standard_errors is not None
     assert (seen[-1].reliability > seen[2].reliability).float().mean() > 0.5
-    found = attribute((model, [few]), coar.PathGradient(rounds=4))
+    found = attribute((model, [few]), bare(4))  # checks set a scale, which these rounds do not know
     assert torch.allclose(seen[-1].weights, found.weights, atol=1e-5)
     one = attribute((model, [few]), coar.PathGradient(rounds=0))
     assert torch.allclose(seen[0].weights, one.weights, atol=1e-5)
@@ -196,10 +217,17 @@ def massive(factor=100.0, count=6):
     return Massive(factor).eval(), [{"inputs": inputs, "labels": torch.arange(count) % 3}]
 
 
+def bare(rounds, **options):
+    """Without flips and checks."""
+    return coar.PathGradient(rounds, n_flips=0, check_masks=0, **options)
+
+
 def test_outliers_get_their_exact_differences():
     model, batches = massive()
     components = coar.find_components(model, exclude=["head"])
-    found = coar.attribute(model, batches, components, method=coar.PathGradient(rounds=2), progress=False)
+    found = coar.attribute(
+        model, batches, components, method=coar.PathGradient(2, check_masks=0), ablated_fraction=0.05, progress=False
+    )
     kept = torch.ones(len(components), dtype=torch.bool)
     margin = coar.outputs.get("margin")
     with torch.no_grad():
@@ -210,23 +238,24 @@ def test_outliers_get_their_exact_differences():
     assert torch.allclose(found.weights[:, 5], before - after, atol=1e-4)
     assert (found.standard_errors[:, 5] == 0).all()
     assert (found.standard_errors[:, 6] > 0).any()
-    assert found.config["cost"] == 60 + 1 + 1
+    assert found.config["cost"] == 60 + 1 + 1 + flips.default_number(len(components)) + 1
+    assert (found.predict(kept)[0] - after).abs().max() < 0.1 * (before - after).abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_outliers_of_models_in_half_precision(dtype):
     model, batches = massive()
     model, batches = model.to(dtype), [{**batches[0], "inputs": batches[0]["inputs"].to(dtype)}]
-    found = coar.attribute(model, batches, method=coar.PathGradient(rounds=2), progress=False)
+    found = coar.attribute(model, batches, method=bare(2), ablated_fraction=0.05, progress=False)
     assert found.config["cost"] == 60 + 1 + 1
     assert found.weights.isfinite().all()
 
 
 def test_without_outliers_there_are_none():
     model, batches = massive(factor=1.0)
-    found = coar.attribute(model, batches, method=coar.PathGradient(rounds=2), progress=False)
+    found = coar.attribute(model, batches, method=bare(2), ablated_fraction=0.05, progress=False)
     assert found.config["cost"] == 60 + 1
-    none = coar.attribute(model, batches, method=coar.PathGradient(rounds=2, max_outliers=0), progress=False)
+    none = coar.attribute(model, batches, method=bare(2, max_outliers=0), ablated_fraction=0.05, progress=False)
     assert none.config["cost"] == 60
     assert torch.equal(found.weights, none.weights)
 
@@ -234,8 +263,8 @@ def test_without_outliers_there_are_none():
 def test_outliers_do_not_depend_on_the_batch_size():
     model, batches = massive()
     parts = [data.rows(batches[0], 0, 1), data.rows(batches[0], 1, 6)]
-    a = coar.attribute(model, batches, method=coar.PathGradient(rounds=2), progress=False)
-    b = coar.attribute(model, parts, method=coar.PathGradient(rounds=2), progress=False)
+    a = coar.attribute(model, batches, method=bare(2), ablated_fraction=0.05, progress=False)
+    b = coar.attribute(model, parts, method=bare(2), ablated_fraction=0.05, progress=False)
     assert torch.allclose(a.weights, b.weights, atol=1e-4)
 
 
@@ -246,7 +275,7 @@ def test_fresh_masks_set_the_scale_and_are_reported(demo_pair, monkeypatch):
     monkeypatch.setattr("hf_coar.estimators.gates._SMOOTHING_OF_ONE_PASS", 0.0)  # then the scale is off by a quarter
     plain = attribute(demo_pair, coar.PathGradient(rounds=0))
     checked = attribute(demo_pair, coar.PathGradient(rounds=0, check_masks=32))
-    assert checked.config["cost"] == 3 + 32
+    assert checked.config["cost"] == 3 + 1 + 32
     model, batches = demo_pair
 
     def slope(found):
@@ -254,13 +283,13 @@ def test_fresh_masks_set_the_scale_and_are_reported(demo_pair, monkeypatch):
         return report.slope[0.05]
 
     assert abs(slope(checked) - 1) < 0.1 < abs(slope(plain) - 1)
-    assert checked.config["checked"]["n_masks"] == 32 and 0.5 < checked.config["checked"]["correlation"] < 1
+    assert checked.config["checked"]["n_sets"] == 32 and 0.5 < checked.config["checked"]["correlation"] < 1
     factor = checked.config["checked"]["scale"]
     assert torch.allclose(checked.weights, plain.weights * factor, rtol=1e-4)
 
 
 def test_a_low_correlation_on_fresh_masks_is_a_warning(demo_pair, monkeypatch, caplog):
-    monkeypatch.setattr("hf_coar.estimators.path_gradient._LOW", 0.99)
+    monkeypatch.setattr("hf_coar.estimators.checking._LOW_CORRELATION", 0.99)
     attribute(demo_pair, coar.PathGradient(rounds=0, check_masks=8))
     assert "correlation of 0." in caplog.text and "prior=" in caplog.text
 

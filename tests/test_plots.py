@@ -51,7 +51,7 @@ def make_report(fractions=(0.0125, 0.05), n_masks=20, n_examples=8, noise=0.5, s
     per_example = {fraction: correlation(predicted[fraction], measured[fraction]) for fraction in fractions}
     return Report(
         correlation={fraction: float(values.nanmean()) for fraction, values in per_example.items()},
-        interval={fraction: bootstrap_interval(values, seed) for fraction, values in per_example.items()},
+        interval={f: bootstrap_interval(predicted[f], measured[f], seed) for f in fractions},
         slope=dict.fromkeys(fractions, 1.0),
         per_example=per_example,
         predicted=predicted,

@@ -18,6 +18,7 @@ from hf_coar.storage import cards, files, swapping
 # 2: examples are known by a hash of every entry; 1: by one number, see `data.identity.signatures`.
 FORMATS = (1, 2)
 WEIGHTS, CONFIG, COMPONENTS = "attributions.safetensors", "config.json", "components.json"
+MATRICES = ("weights", "standard_errors", "effects", "interactions")
 EVALUATION, PICTURES = "evaluation.json", "pictures"
 UPLOADED = ("attributions*.safetensors", CONFIG, COMPONENTS, EVALUATION, "README.md", "pictures/*.png", cards.RESULTS)
 
@@ -128,8 +129,9 @@ def check_columns(path: Path, matrices: Mapping[str, Any], columns: Mapping[str,
     numbers = {name: column.dtype for name, column in columns.items() if not name.startswith(HASH)}
     hashed = len(numbers) < len(columns)
     lacking = {"signatures"} if hashed else set()
-    sane = numbers == {name: dtype for name, dtype in wanted.items() if name not in lacking}
-    sane = sane and all(columns[name].dim() == 1 for name in numbers)
+    wanted = {name: dtype for name, dtype in wanted.items() if name not in lacking}
+    wanted |= {"unablated": torch.float32} if "unablated" in columns else {}
+    sane = numbers == wanted and all(columns[name].dim() == 1 for name in numbers)
     if "weights" not in matrices or not sane:
         raise CorruptFileError(
             f"{path} holds {reprlib.repr(sorted([*matrices, *columns]))}, which are no attributions: those are "

@@ -1,50 +1,33 @@
-"""Attributions: weights by example and component, with everything that determined them. What goes to disk and the Hub.
+"""Attributions: weights by example and component, with everything that determined them."""
 
-attributions.safetensors    weights, bias, standard_errors, labels, hashes of the examples, a checksum a row; if large
-                            attributions-00001-of-00003.safetensors and so on, each with its stretch of the examples
-components.json             what the columns are
-config.json                 all that determines the numbers, and the checksums of the files above; written last
-evaluation.json             predicted against measured, if it was evaluated
-README.md                   a card
-"""
-
-import hashlib
-import logging
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_coar.attributions import artefact, rows
+from hf_coar.attributions import rows
+from hf_coar.attributions.forecast import Forecast
+from hf_coar.attributions.predicting import Known, Outcome
 from hf_coar.attributions.provenance import Provenance
 from hf_coar.attributions.rows import Rows
+from hf_coar.attributions.saving import Saved
 from hf_coar.components import Components
 from hf_coar.data import Identity
-from hf_coar.errors import CoarError, CorruptFileError, ModelMismatchError, NonFiniteOutputError
-from hf_coar.storage import cards, files, folders, hub, swapping
+from hf_coar.errors import CoarError, ModelMismatchError, NonFiniteOutputError
 
-logger = logging.getLogger(__name__)
-
+_BLOCK = 32  # examples whose rows are read together
 _TOLD = ("class", "library", "id", "revision", "dtype", "n_parameters")
-_VERIFIED_AT_LOAD = 64 * 2**20  # bytes; larger files are checked row by row as they are read, or by `verify`
 
 
-class Figures(Protocol):
-    """What `evaluate` gives: figures as JSON values."""
-
-    def to_json(self) -> dict[str, Any]:
-        """The figures, without the arrays."""
-
-
-class Attributions:
+class Attributions(Saved):
     """How much every component contributes to every example's output.
 
-    The output of example e when the components outside `kept` are ablated is predicted to be
+    At the fitted fraction the output of example e, when the components outside `kept` are ablated, is about
     `bias[e] + sum_i kept[i] * weights[e, i]`: a positive weight means that keeping the component raises the output.
+    Where there is a `forecast`, `predict` knows more: the output with nothing ablated, single effects, and limits.
 
     Attributes:
         weights: float32 [examples, components], in the unit of the output.
@@ -56,6 +39,7 @@ class Attributions:
         evaluation: predicted against measured as JSON values, or None; `evaluate` makes it, `save_pretrained` keeps it.
         origin: the folder that they were loaded from, the Hub id, or None where they were made just now.
         made_here: whether `provenance` comes from this user on this machine, so that local paths in it may be followed.
+        forecast: what predictions for sets of any size need beside the weights, or None.
     """
 
     origin: Path | str | None = None
@@ -70,6 +54,7 @@ class Attributions:
         identity: Identity,
         config: Provenance | Mapping[str, Any] | None = None,
         evaluation: Mapping[str, Any] | None = None,
+        forecast: Forecast | None = None,
     ) -> None:
         """Matrices as tensors, or as rows that lie in files; `config` is the provenance, or its JSON values.
 
@@ -85,9 +70,12 @@ class Attributions:
         self.components = replace(components, fingerprint=self.provenance.fingerprint)
         self.identity = identity
         self.evaluation = dict(evaluation) if evaluation is not None else None
+        self.forecast = forecast
+        self.provenance = self.provenance.found(forecast=None if forecast is None else forecast.to_json())
         shapes = {name: list(matrix.shape) for name, matrix in self._matrices.items()}
         n_examples = len(self)
         columns = {"bias": bias, **identity.columns()}
+        columns |= {} if forecast is None else {"unablated": forecast.unablated}
         lengths = {name: list(column.shape) for name, column in columns.items() if name not in identity.hash_columns()}
         lengths |= {name: list(column.shape)[:1] for name, column in identity.hash_columns().items()}
         if any(shape != [n_examples, len(components)] for shape in shapes.values()) or any(
@@ -176,20 +164,74 @@ class Attributions:
         for matrix in self._matrices.values():
             matrix.verify(self.components)
 
-    def predict(self, kept: Any) -> Tensor:
-        """The outputs expected when components are ablated.
+    def predict(self, kept: Any, level: float | None = None) -> "Tensor | tuple[Tensor, Tensor, Tensor]":
+        """The outputs expected when components are ablated, for sets of any size, and where they lie with a certainty.
+
+        With a `forecast` predictions start from the unablated output, take the size of the set into account, and know
+        how far outputs can go; see `attributions.forecast`. Without one they are linear.
 
         Args:
             kept: bool or float, [masks, components] or [components]; True or 1 = left in place.
+            level: such as 0.95: also give the ends of an interval that a share `level` of fresh sets fell into.
 
         Returns:
-            float32 [masks, examples] ([1, examples] for a single mask).
+            float32 [masks, examples] ([1, examples] for a single mask); with `level` three of them: values, low, high.
 
         Raises:
-            CoarError: another shape, or gates outside 0 … 1.
+            CoarError: another shape, gates outside 0 … 1, or a level for which too few sets were measured.
         """
-        kept = self.components.check_kept(kept).float()
-        return torch.atleast_2d(kept) @ self.weights.T + self.bias
+        kept = torch.atleast_2d(self.components.check_kept(kept).float())
+        known = Known(self.weights, self.bias, self.standard_errors, self.forecast, self.provenance.ablated_fraction)
+        return known.outputs(kept, level)
+
+    def without(self, which: Any, example: "int | Sequence[int] | None" = None, level: float | None = 0.95) -> Outcome:
+        """What ablating some components does: the outputs before and after, with an interval where one is known.
+
+        Args:
+            which: components by index or by name, such as `["layer3.1.conv2 filter 7", 12]`, or a single one.
+            example: of one example, or of several; all of them by default.
+            level: of the interval; None for none.
+
+        Returns:
+            The forecast; it prints as a sentence.
+
+        Raises:
+            CoarError: no such component, or too few sets were measured for the level.
+            IndexError: no such example.
+        """
+        kept = torch.ones(1, len(self.components))
+        kept[0, self.components.indices(which)] = 0
+        numbers = range(len(self))
+        several = numbers if example is None else [example] if isinstance(example, int) else example
+        rows = [numbers[row] for row in several]
+        blocks = [rows[first : first + _BLOCK] for first in range(0, len(rows), _BLOCK)]
+        return Outcome.joined([self._known(block).outcome(kept, level) for block in blocks])
+
+    def has_intervals(self, level: float = 0.95) -> bool:
+        """Whether fresh sets were measured, and enough of them for intervals of a level."""
+        calibration = None if self.forecast is None else self.forecast.calibration
+        return calibration is not None and calibration.knows(level)
+
+    def _known(self, rows: Sequence[int]) -> Known:
+        """All that is known of some examples; only their rows are read."""
+
+        def read(of: str) -> Tensor:
+            return torch.stack([self.row(row, of).float() for row in rows])
+
+        errors = read("standard_errors") if self.has_standard_errors else None
+        forecast = None if self.forecast is None else self.forecast.at(rows)
+        return Known(read("weights"), self.bias[list(rows)], errors, forecast, self.provenance.ablated_fraction)
+
+    @property
+    def pairs(self) -> "dict[tuple[int, int], Tensor]":
+        """Interactions of pairs of components, float32 [examples] each; empty where none were measured.
+
+        Positive: the effect of ablating both is smaller than the sum of their single effects.
+        """
+        found = self.forecast
+        if found is None or found.interactions is None:
+            return {}
+        return {tuple(pair): found.interactions[:, i] for i, pair in enumerate(found.pairs.tolist())}
 
     def stability(self) -> float | None:
         """The correlation expected between an example's weights and those of a second run with another seed.
@@ -270,252 +312,3 @@ class Attributions:
             f"model given; what differs: {', '.join(differing)}. Load the model that was attributed, or attribute "
             "this one"
         )
-
-    def fingerprint(self) -> str:
-        """Hash of weights and bias, by which an evaluation knows what it judged, as 32 hexadecimal digits."""
-        return _fingerprint(self.matrix(), self.bias)
-
-    def save_pretrained(
-        self,
-        folder: str | Path,
-        dtype: str | torch.dtype | None = None,
-        max_shard_size: int | str = "5GB",
-        report: Figures | None = None,
-        overwrite: bool = False,
-    ) -> None:
-        """Save to a folder, all or nothing; a README.md that a person wrote or changed is left as it is.
-
-        Args:
-            folder: made if it does not exist; otherwise it must be empty, or ours.
-            dtype: of the matrices: "float32", or "float16" for half the size.
-            max_shard_size: bytes a file, or such as "500MB"; larger matrices are divided between files.
-            report: from `evaluate`, to be saved with them and shown on the card.
-            overwrite: take a folder that holds other things as well; files of the same names are replaced.
-
-        Raises:
-            CoarError: the folder holds other things or cannot be written, the report is of other attributions, or the
-                weights do not fit into float16. What was saved there before is as it was then.
-        """
-        folder = Path(folder)
-        folders.check(folder, folders.ATTRIBUTIONS, overwrite)
-        evaluation = self._judged(report) or self._left_in(folder)
-        others = [*artefact.shards_in(folder), *([] if evaluation else [artefact.EVALUATION, cards.RESULTS])]
-        with folders.replaced(folder, folders.ATTRIBUTIONS, overwrite, self.made_here, others) as new:
-            self._write(new, ".", dtype, max_shard_size, evaluation, self.provenance, beside=folder)
-
-    def _judged(self, report: Figures | None) -> dict[str, Any] | None:
-        """The figures that belong to these weights."""
-        evaluation = self.evaluation if report is None else report.to_json()
-        if evaluation is not None and not artefact.is_of(evaluation, self.fingerprint()):
-            if report is not None:
-                raise CoarError("report is of other attributions than these; evaluate these, or save those")
-            logger.warning("the evaluation was of other weights, and is left out; evaluate these")
-            return None
-        return evaluation
-
-    def _left_in(self, folder: Path) -> dict[str, Any] | None:
-        """The evaluation that an earlier save of these weights, or their run, has in its folder."""
-        path = swapping.current(folder, artefact.EVALUATION)
-        if not path.is_file():
-            return None
-        evaluation = artefact.read_evaluation(path)
-        if evaluation.get("of") is None:  # of an older version: it belongs to what lies beside it
-            evaluation["of"] = _fingerprint_in(folder)
-        return evaluation if artefact.is_of(evaluation, self.fingerprint(), unknown=False) else None
-
-    def _write(
-        self,
-        folder: Path,
-        source: str,
-        dtype: Any,
-        max_shard_size: int | str,
-        evaluation: Mapping[str, Any] | None,
-        provenance: Provenance,
-        beside: Path | None = None,
-    ) -> None:
-        """All files into an empty folder; `beside` is the one where they will lie, with its card and pictures."""
-        stored = rows.stored_dtype(dtype)
-        checksums = self._save_matrices(folder, stored, max_shard_size)
-        artefact.write_json(folder / artefact.COMPONENTS, self.components.to_json())
-        checksums[artefact.COMPONENTS] = artefact.checksum(folder / artefact.COMPONENTS)
-        if evaluation is not None:
-            weights = rows.as_rows(rows.converted(self.weights, stored))
-            evaluation = {**evaluation, "of": _fingerprint(weights, self.bias)}
-            artefact.write_json(folder / artefact.EVALUATION, evaluation)
-        self.write_card(folder, source, provenance, evaluation, beside)
-        artefact.write_json(
-            folder / artefact.CONFIG,
-            {"hf_coar_format": artefact.format_of(self.identity), "files": checksums, **provenance.to_json()},
-        )
-
-    def _save_matrices(self, folder: Path, dtype: torch.dtype, max_shard_size: int | str) -> dict[str, str]:
-        self._check_finite()  # tensors may have been changed since they were given
-        columns = {"bias": self.bias.float(), **self.identity.columns()}
-        matrices = {name: matrix.tensor() for name, matrix in self._matrices.items()}
-        row_size = max(1, sum(matrix.shape[1] for matrix in matrices.values()) * dtype.itemsize)
-        n_rows = max(1, rows.n_bytes(max_shard_size) // row_size)
-        starts = range(0, len(self), n_rows)
-        checksums = {}
-        for name, start in zip(artefact.shard_names(len(starts)), starts, strict=True):
-            stretch = slice(start, start + n_rows)
-            checksums[name] = rows.save(
-                folder / name,
-                {key: rows.converted(matrix[stretch], dtype) for key, matrix in matrices.items()},
-                {key: column[stretch] for key, column in columns.items()},
-            )
-        return checksums
-
-    def write_card(
-        self,
-        folder: Path,
-        source: str,
-        provenance: Provenance,
-        evaluation: Mapping[str, Any] | None,
-        beside: Path | None = None,
-    ) -> None:
-        """Write the card, unless there is one that a person wrote or changed, and the Hub's file of results.
-
-        Args:
-            folder: to write to.
-            source: from where the reader loads the attributions: Hub id, or "." for the folder itself.
-            provenance: as the card is to show it.
-            evaluation: `Report.to_json()`, or None.
-            beside: the folder with the card so far and the `pictures`; by default the same one.
-        """
-        there = folder if beside is None else beside
-        if cards.may_be_replaced(there / hub.CARD):
-            pictures = sorted(
-                f"{artefact.PICTURES}/{picture.name}" for picture in (there / artefact.PICTURES).glob("*.png")
-            )
-            of = provenance.to_json()
-            card = cards.attributions_card(of, len(self), source, evaluation, self.stability(), pictures)
-            files.write_bytes(folder / hub.CARD, card.encode())
-        results = cards.evaluation_yaml(provenance.data, evaluation)
-        if results is not None:
-            files.write_bytes(folder / cards.RESULTS, results.encode())
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        name: str | Path,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | Path | None = None,
-        local_files_only: bool = False,
-        verify: bool | None = None,
-    ) -> "Attributions":
-        """Load from a local folder or the Hub. Nothing is unpickled, and nothing is run.
-
-        The matrices are mapped from the files: what is not looked at is not read.
-
-        Args:
-            name: folder made by `save_pretrained`, or Hub id.
-            revision: branch, tag or commit on the Hub.
-            token: for private repositories.
-            cache_dir: of the Hub's files; the usual one by default.
-            local_files_only: look only at what has been downloaded before.
-            verify: check every row now. By default of files up to 64 MB; of larger ones `row` checks the rows that it
-                reads, and `verify()` all of them.
-
-        Raises:
-            CoarError: no such folder or repository.
-            CorruptFileError: the files are damaged, of another format, or not attributions.
-        """
-        source = hub.Source(name, revision, token, cache_dir, local_files_only)
-        return source.read_whole(lambda: cls._read(source, verify))
-
-    @classmethod
-    def _read(cls, source: hub.Source, verify: bool | None) -> "Attributions":
-        name = source.name
-        if source.is_local:
-            artefact.check_folder(Path(name))
-        checksums, provenance = artefact.read_config(source.file(artefact.CONFIG), str(name))
-        components_path = source.file(artefact.COMPONENTS)
-        if artefact.checksum(components_path) != checksums.pop(artefact.COMPONENTS):
-            raise CorruptFileError(
-                f"{components_path} is damaged or not finished: its checksum is not the recorded one"
-            )
-        components = Components.from_json(artefact.read_json(components_path))
-        paths = [source.file(file) for file in checksums]
-        matrices, columns = rows.load(paths, list(checksums.values()), ("weights", "standard_errors"))
-        artefact.check_columns(paths[0], matrices, columns)
-        evaluation_path = source.file_if_there(artefact.EVALUATION)
-        loaded = cls(
-            matrices["weights"],
-            columns["bias"],
-            matrices.get("standard_errors"),
-            components,
-            Identity.of(columns),
-            provenance,
-        )
-        loaded.origin = Path(name).resolve() if source.is_local else str(name)
-        loaded.made_here = source.is_local and folders.made_here(name)
-        if evaluation_path is not None:
-            loaded.evaluation = artefact.read_evaluation(evaluation_path)
-            loaded.evaluation = loaded._judged(None)
-        if verify or (verify is None and sum(map(artefact.size, paths)) <= _VERIFIED_AT_LOAD):
-            loaded.verify()
-        return loaded
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        private: bool | None = None,
-        commit_message: str = "Upload attributions",
-        token: str | bool | None = None,
-        create_pr: bool = False,
-        dtype: str | torch.dtype | None = None,
-        max_shard_size: int | str = "5GB",
-        report: Figures | None = None,
-        pictures: str | Path | None = None,
-        card: str | Path | None = None,
-    ) -> str:
-        """Upload to the Hub, as one commit; a README.md that a person wrote or changed there is left as it is.
-
-        Every row is checked first. Local paths of the model and the data are shortened to their last part.
-
-        Args:
-            repo_id: made if there is none.
-            private: if it is made; the account's default otherwise.
-            commit_message: first line of the commit.
-            token: with the right to write.
-            create_pr: propose the commit instead of making it.
-            dtype: "float32" or "float16", as in `save_pretrained`.
-            max_shard_size: bytes a file, or such as "500MB".
-            report: from `evaluate`, for the card and the Hub's evaluation results.
-            pictures: a folder of PNG files for the card.
-            card: a README.md of your own, instead of the one made from the template.
-
-        Returns:
-            The address of the commit, or of the pull request.
-
-        Raises:
-            CoarError: the Hub refuses or cannot be reached; the message says what to do.
-            CorruptFileError: what would be uploaded is damaged.
-        """
-        self.verify()
-        repo_id = hub.create(repo_id, private, token)
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary)
-            for picture in sorted(Path(pictures).glob("*.png")) if pictures is not None else ():
-                files.write_bytes(folder / artefact.PICTURES / picture.name, picture.read_bytes())
-            if card is not None:
-                files.write_bytes(folder / hub.CARD, Path(card).read_bytes())
-            self._write(folder, repo_id, dtype, max_shard_size, self._judged(report), self.provenance.public())
-            return hub.upload(
-                folder, repo_id, artefact.UPLOADED, commit_message, token, create_pr,
-                is_generated=cards.is_generated, stale=("attributions*.safetensors",),
-            )  # fmt: skip
-
-
-def _fingerprint(weights: Rows, bias: Tensor) -> str:
-    digest = hashlib.blake2b(weights.fingerprint().encode(), digest_size=16)
-    digest.update(files.tensor_bytes(bias.float()))
-    return digest.hexdigest()
-
-
-def _fingerprint_in(folder: Path) -> str | None:
-    try:
-        return Attributions.from_pretrained(folder, verify=False).fingerprint()
-    except CoarError:
-        return None

@@ -39,6 +39,9 @@ class Provenance:
         versions: of the libraries that computed.
         dtype: "bfloat16" or "float16" where passes ran in lower precision, else None.
         checked: what fresh masks said of them, or None.
+        forecast: what predictions need beside the tensors of the attributions, see `Forecast.to_json`; or None.
+        warnings: what a person must know before using them, one line each.
+        chosen: what was chosen for the user, and why, one line each.
         skipped: indices of examples that could not be read; the rows leave them out.
     """
 
@@ -59,6 +62,9 @@ class Provenance:
     versions: Mapping[str, str] = field(default_factory=dict)
     dtype: str | None = None
     checked: Mapping[str, float] | None = None
+    forecast: Mapping[str, Any] | None = None
+    warnings: tuple[str, ...] = ()
+    chosen: tuple[str, ...] = ()
     skipped: tuple[int, ...] = ()
 
     @property
@@ -81,7 +87,7 @@ class Provenance:
         return {key: value for key, value in self.to_json().items() if key not in _FOUND}
 
     def found(self, **facts: Any) -> "Provenance":
-        """A provenance with what turned up on the way: `cost`, `checked`, `skipped`."""
+        """A provenance with what turned up on the way: `cost`, `checked`, `forecast`, `warnings`, `skipped`."""
         return replace(self, **facts)
 
     def public(self) -> "Provenance":
@@ -123,8 +129,7 @@ class Provenance:
             if key in value and not sane(value[key]):
                 raise CorruptFileError(f"{where} is damaged: its {key!r} is {str(value[key])[:80]!r}")
         given = {key: entry for key, entry in value.items() if key in _CHECKS and entry is not None}
-        if "skipped" in given:
-            given["skipped"] = tuple(given["skipped"])
+        given |= {key: tuple(given[key]) for key in ("skipped", "warnings", "chosen") if key in given}
         return cls(**given, boundary_known="boundary" in value)
 
 
@@ -139,7 +144,7 @@ def _is_local(name: str) -> bool:
     return Path(name).is_absolute() or Path(name).exists()
 
 
-_FOUND = ("cost", "checked", "skipped")
+_FOUND = ("cost", "checked", "forecast", "warnings", "chosen", "skipped")
 
 
 def _plain(value: Any) -> Any:
@@ -158,6 +163,10 @@ def _is_number(value: Any) -> bool:
 
 def _is_text(value: Any) -> bool:
     return isinstance(value, str | None)
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(entry, str) for entry in value)
 
 
 def _is_mapping(value: Any) -> bool:
@@ -181,5 +190,8 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "versions": _is_mapping,
     "cost": lambda value: value is None or _is_number(value),
     "checked": lambda value: value is None or _is_mapping(value),
+    "forecast": lambda value: value is None or _is_mapping(value),
+    "warnings": lambda value: _are_texts(value),
+    "chosen": lambda value: _are_texts(value),
     "skipped": lambda value: isinstance(value, list | tuple) and all(type(entry) is int for entry in value),
 }

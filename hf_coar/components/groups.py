@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -196,6 +197,28 @@ class Components:
         if not (low >= 0 and high <= 1):  # also False for NaN
             raise CoarError(f"gates run from {low} to {high}; they must lie in 0 (ablated) … 1 (in place)")
         return kept
+
+    def indices(self, which: Any) -> list[int]:
+        """Indices of components given by index or by name, such as `"layer1.0.conv1 filter 17"`; one or several.
+
+        Raises:
+            CoarError: no such component.
+        """
+        if isinstance(which, str | int) or not hasattr(which, "__iter__"):
+            which = [which]
+        which = which.tolist() if isinstance(which, Tensor) else list(which)
+        names: dict[str, int] = {}
+        if any(isinstance(entry, str) for entry in which):
+            names = {str(component): component.index for component in self}
+        found = []
+        for entry in which:
+            index = names.get(entry) if isinstance(entry, str) else entry
+            is_index = isinstance(index, Integral) and not isinstance(index, bool)
+            if not is_index or not -len(self) <= index < len(self):
+                known = f"from 0 to {len(self) - 1}, or its name, such as {str(self[0])!r}"
+                raise CoarError(f"no component {entry!r}; give its index, {known}")
+            found.append(int(index) % len(self))
+        return found
 
     def regroup(self, by: str) -> tuple[list[str], Tensor]:
         """To which layer, module or attention head each component belongs.

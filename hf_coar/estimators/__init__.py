@@ -3,11 +3,11 @@
 from hf_coar.estimators.baselines import (
     GradientTimesParameter,
     InternalInfluence,
-    LeaveOneOut,
     NeuronConductance,
     RandomWeights,
     WeightNorm,
 )
+from hf_coar.estimators.leave_one_out import LeaveOneOut
 from hf_coar.estimators.path_gradient import PathGradient
 from hf_coar.estimators.registry import ESTIMATORS, Estimator, Fit, Part, Problem, Size, get, register
 from hf_coar.estimators.regression import Regression

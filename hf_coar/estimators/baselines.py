@@ -24,7 +24,9 @@ from hf_coar import data as data_module
 from hf_coar.components import Components
 from hf_coar.errors import CoarError
 from hf_coar.estimators import input_paths
+from hf_coar.estimators.flips import one_by_one
 from hf_coar.estimators.gates import GatePasses
+from hf_coar.estimators.leave_one_out import LeaveOneOut  # noqa: F401 (a baseline, too)
 from hf_coar.estimators.registry import FORWARD_AND_BACKWARD, Estimator, is_whole, register, single_part
 from hf_coar.runs import sampling
 from hf_coar.runs.engine import Part
@@ -32,27 +34,9 @@ from hf_coar.runs.measuring import check_finite, parts_of
 from hf_coar.runs.problem import Fit, Problem, Size
 
 
-@dataclass(frozen=True)
-class _Masks:
-    """Some masks in the order in which a baseline wants them; measured like `sampling.Masks`."""
-
-    n_components: int
-    count: int
-
-    @property
-    def ablated_fraction(self) -> float:
-        """The fraction that the masks ablate which ablate something."""
-        return 1 / self.n_components
-
-    def rows(self, start: int, stop: int) -> Tensor:
-        """Mask 0 keeps all, mask i + 1 all but component i; bool [stop - start, n_components]."""
-        component = torch.arange(start, stop)[:, None] - 1
-        return component != torch.arange(self.n_components)
-
-
 def _measure(problem: Problem, count: int) -> Tensor:
     """Outputs under the first masks, float32 [count, examples]."""
-    return problem.measure(_Masks(len(problem.components), count), "singles")
+    return problem.measure(one_by_one(len(problem.components), range(count - 1)), "singles")
 
 
 def _fit(weights: Tensor, complete: Tensor) -> Fit:
@@ -67,21 +51,6 @@ class _OnePass(Estimator):
     def parts(self, size: Size) -> list[Part]:
         """One pass with everything in place."""
         return parts_of(1, "singles")
-
-
-@register("leave_one_out")
-@dataclass(frozen=True)
-class LeaveOneOut(Estimator):
-    """Ablate one component at a time: y(all) - y(all but i), exact. The cost is one pass a component, and one."""
-
-    def parts(self, size: Size) -> list[Part]:
-        """The masks."""
-        return parts_of(size.n_components + 1, "singles")
-
-    def fit(self, problem: Problem) -> Fit:
-        """Measure every component's own effect."""
-        outputs = _measure(problem, len(problem.components) + 1)
-        return _fit((outputs[:1] - outputs[1:]).T, outputs[0])
 
 
 @register("weight_norm")

@@ -174,6 +174,26 @@ class GateRounds:
         check_finite(values, examples[0], f"all gates at {level:.3g}", self.output)
         return Reads(reads, reads, gates, values)
 
+    def context(
+        self, batch: data_module.Batch, examples: Sequence[int], index: int, apart: Tensor | None = None
+    ) -> Reads:
+        """One pass in a random context, the definition's own: every component is ablated with the fraction's chance.
+
+        All components are read. Arguments as for `round`, `hard` is nothing.
+        """
+        draw = [
+            sampling.uniforms(self.seed, sampling.CONTEXTS, example, index, self.n_components) for example in examples
+        ]
+        gates = (torch.from_numpy(np.stack(draw)).to(_device(batch)) >= self.fraction).float()
+        gates = gates if apart is None else gates.masked_fill(apart, 1.0)
+        values, reads = self.passes(batch, gates, self._smoothing(index))
+        check_finite(values, examples[0], f"context {index}", self.output)
+        return Reads(reads, torch.zeros_like(reads), gates, values)
+
+    def _smoothing(self, index: int) -> float:
+        """Early rounds have few slopes to average over; later ones, that have more, need less of it, and its bias."""
+        return _SMOOTHING / math.sqrt(1 + index) if self.smooth else 0.0
+
     def round(
         self, batch: data_module.Batch, examples: Sequence[int], index: int, apart: Tensor | None = None
     ) -> Reads:
@@ -191,13 +211,11 @@ class GateRounds:
             block[apart] = -1
         soft, hard, gates = (torch.zeros_like(levels) for _ in range(3))
         outputs = torch.zeros(len(examples), device=levels.device)
-        # Early rounds have few slopes to average over; later ones, that have more, need less smoothing, and its bias.
-        smoothing = _SMOOTHING / math.sqrt(1 + index) if self.smooth else 0.0
         for b in range(self.blocks):
             in_block = block == b
             level = torch.where(in_block, levels, self._others(examples, levels, index, b))
             level = level if apart is None else level.masked_fill(apart, 1.0)
-            values, reads = self.passes(batch, level, smoothing)
+            values, reads = self.passes(batch, level, self._smoothing(index))
             check_finite(values, examples[0], f"round {index}, pass {b}", self.output)
             soft += reads * in_block
             hard += reads * ~in_block

@@ -72,6 +72,10 @@ class Estimator(ABC):
         self.check_affordable(passes, size)
         return self
 
+    def bare(self) -> "Estimator":
+        """The estimator without what only judges and forecasts, for one that begins from its weights."""
+        return self
+
     def check_affordable(self, passes: float, size: Size) -> None:
         """Raises `CoarError` if it costs more than so many forward passes an example."""
         cost = self.cost(size)

@@ -73,7 +73,7 @@ class Regression(Estimator):
             CoarError: the masks would not fit into memory while solving.
         """
         self._check_memory(size.n_components)
-        of_prior = [] if self.prior is None else self.prior.parts(size)
+        of_prior = [] if self.prior is None else self.prior.bare().parts(size)
         return of_prior + parts_of(self.n_masks)
 
     def sized(self, passes: float, size: Size) -> "Regression":
@@ -89,7 +89,7 @@ class Regression(Estimator):
         Raises:
             NonFiniteOutputError: the model gave NaN or infinity.
         """
-        prior = None if self.prior is None else self.prior.fit(problem)
+        prior = None if self.prior is None else self.prior.bare().fit(problem)
         masks = Masks(len(problem.components), problem.ablated_fraction, self.n_masks, problem.seed, MASKS)
         outputs = problem.measure(masks)
         rows = torch.cat([masks.rows(i, min(i + 1024, masks.count)) for i in range(0, masks.count, 1024)])

@@ -1,6 +1,6 @@
-"""Reading attributions by component: a column, some entries, and one pass over the rows. Never the whole matrix."""
+"""Reading attributions by component: a column, and one pass over the rows. Never the whole matrix."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -20,29 +20,6 @@ def column(attributions: Attributions, component: int, of: str = "weights") -> T
     The files are mapped, so that this reads one page of a file an example.
     """
     return torch.cat([part[:, component].float() for part in attributions.matrix(of).parts])
-
-
-def entries(attributions: Attributions, rows: Sequence[int], components: Tensor, of: str = "weights") -> Tensor:
-    """Some components' weights of some examples, float32 [rows, components]."""
-    parts, found = attributions.matrix(of).parts, torch.empty(len(rows), len(components))
-    for place, row in enumerate(rows):
-        for part in parts:
-            if row < len(part):
-                found[place] = part[row][components].float()
-                break
-            row -= len(part)
-    return found
-
-
-def sums(
-    attributions: Attributions, rows: Sequence[int], components: Tensor, squares_of_errors: bool = False
-) -> Tensor:
-    """The sum over components of some examples' weights (or of their squared standard errors), float32 [rows]."""
-    of, found = ("standard_errors" if squares_of_errors else "weights"), torch.zeros(len(rows))
-    for start in range(0, len(components), 4096):
-        part = entries(attributions, rows, components[start : start + 4096], of)
-        found += (part.square() if squares_of_errors else part).sum(1)
-    return found
 
 
 def sizes(attributions: Attributions, progress: Progress = no_progress) -> Tensor:

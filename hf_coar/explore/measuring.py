@@ -8,12 +8,12 @@ from torch import Tensor
 
 from hf_coar import editing, masking
 from hf_coar.errors import CoarError
-from hf_coar.explore import columns
 from hf_coar.explore.columns import Progress, no_progress
 from hf_coar.explore.outcome import Outcome
 from hf_coar.explore.source import Source
 from hf_coar.explore.tab import View
 
+LEVEL = 0.95  # of the intervals of predictions
 MOST_MEASURED = 500  # examples that an ablation is measured on
 _HELD_OUT = 4  # every fourth example plays no part in an edit, so that its card can be honest
 
@@ -24,7 +24,7 @@ class Change:
 
     rows: list[int]  # the examples
     predicted: Tensor  # change of the output that the attributions expect, float32 [rows]
-    error: Tensor | None  # standard error of `predicted`, float32 [rows], or None
+    between: tuple[Tensor, Tensor] | None  # ends of its interval of 95 %, float32 [rows]; None where none is known
     before: Outcome  # the model as it is
     after: Outcome  # the model with the components ablated
 
@@ -115,12 +115,13 @@ def what_if(source: Source, components: Sequence[int], rows: Sequence[int], prog
     if not len(components):
         raise CoarError("no components are ticked: tick some, or move the slider")
     rows, index = list(rows), torch.as_tensor(components, dtype=torch.long)
-    error = None
-    if source.attributions.has_standard_errors:
-        error = columns.sums(source.attributions, rows, index, squares_of_errors=True).sqrt()
-    predicted = -columns.sums(source.attributions, rows, index)
+    of = source.attributions
+    expected = of.without(index, rows, LEVEL if of.has_intervals(LEVEL) else None)
+    predicted, between = expected.after - expected.before, None
+    if expected.low is not None:
+        between = (expected.low - expected.before, expected.high - expected.before)
     before = Outcome.joined(source.predictions(rows, progress))
     kept = editing.kept_without(len(source.components), index).to(source.device)
     with source.lock, masking.ablate(source.model, source.components, kept, how="auto"):
         after = source.measure(rows, progress)
-    return Change(rows, predicted, error, before, after)
+    return Change(rows, predicted, between, before, after)

@@ -234,4 +234,5 @@ def _header(source: Source) -> Html:
     names = " on ".join("/".join(name.split("/")[-2:]) for name in ids if name)
     size = f"{len(source):,} examples × {len(source.components):,} components"
     said = [names, size, f"output: {source.output.name}, {source.unit}"]
-    return wrapped(html("<h2>hf_coar explorer</h2>"), note(" · ".join(filter(None, said))))
+    warned = [html('<p class="coar-warning">{}</p>', line) for line in source.attributions.provenance.warnings]
+    return wrapped(html("<h2>hf_coar explorer</h2>"), note(" · ".join(filter(None, said))), *warned)

@@ -1,5 +1,6 @@
 """Evaluation: predicted against measured outputs, on fresh random masks that no fit has seen."""
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from hf_coar import data as data_module
@@ -25,7 +27,11 @@ from hf_coar.runs.store import Store
 from hf_coar.storage import files, folders
 from hf_coar.storage.registry import dotted
 
+logger = logging.getLogger(__name__)
+
 _RESAMPLES = 1000
+_EDITED = 4  # components of a typical edit
+_FEW_DECISIONS, _LOW_CORRELATION = 0.25, 0.5
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,7 @@ class Report:
     Attributes:
         correlation: fraction -> mean over the examples of the Pearson correlation, over the masks, of predicted and
             measured outputs.
-        interval: fraction -> (low, high), bootstrap 95 % interval of that mean over the examples.
+        interval: fraction -> (low, high), bootstrap 95 % interval of that mean over masks and examples.
         slope: fraction -> slope of measured on predicted outputs, pooled over examples after centring each; 1 = the
             scale is right.
         per_example: fraction -> correlations, float32 [examples]; NaN where an example's outputs do not vary.
@@ -46,6 +52,8 @@ class Report:
         reliability: float32 [examples], the share of the weights' variance that is not noise of the estimate, see
             `stability.reliability`; None for methods without standard errors.
         of: `Attributions.fingerprint()` of what was judged.
+        unablated: float32 [examples], outputs with everything in place, where the attributions know them.
+        boundary: the value at which right turns into wrong, where there is one.
     """
 
     correlation: dict[float, float]
@@ -58,6 +66,16 @@ class Report:
     seed: int
     reliability: Tensor | None = None
     of: str | None = None
+    unablated: Tensor | None = None
+    boundary: float | None = None
+
+    def left(self, fraction: float) -> tuple[float, float | None]:
+        """What is left under the masks of a fraction: the mean output, and the share of decisions that are kept."""
+        measured = self.measured[fraction]
+        if self.unablated is None or self.boundary is None:
+            return float(measured.mean()), None
+        kept = (measured > self.boundary) == (self.unablated > self.boundary)
+        return float(measured.mean()), float(kept.float().mean())
 
     @property
     def mean_reliability(self) -> float | None:
@@ -79,6 +97,8 @@ class Report:
                     "interval": [_finite(end) for end in self.interval[fraction]],
                     "slope": _finite(self.slope[fraction]),
                     "n_undefined": int(self.per_example[fraction].isnan().sum()),
+                    "output": _finite(self.left(fraction)[0]),
+                    "decisions": self.left(fraction)[1],
                 }
                 for fraction in self.correlation
             ],
@@ -86,10 +106,11 @@ class Report:
 
     def __str__(self) -> str:
         """A small table."""
-        lines = [f"{'ablated':>8}  {'correlation':>11}  {'95 % interval':>15}  {'slope':>6}"]
+        lines = [f"{'ablated':>8}  {'correlation':>11}  {'95 % interval':>15}  {'slope':>6}  {'output':>7}  decisions"]
         for fraction, mean in self.correlation.items():
-            low, high = self.interval[fraction]
-            lines.append(f"{fraction:>8.2%}  {mean:>11.3f}  {low:>7.3f}–{high:.3f}  {self.slope[fraction]:>6.2f}")
+            (low, high), (output, kept) = self.interval[fraction], self.left(fraction)
+            figures = f"{mean:>11.3f}  {low:>7.3f}–{high:.3f}  {self.slope[fraction]:>6.2f}  {output:>7.3g}"
+            lines.append(f"{fraction:>8.2%}  {figures}" + ("" if kept is None else f"  {kept:>6.0%} kept"))
         if self.mean_reliability is not None:
             lines.append(f"reliability of the weights {self.mean_reliability:.3f} (1 = another seed gives the same)")
         return "\n".join(lines)
@@ -104,7 +125,7 @@ def evaluate(
     attributions: Attributions,
     model: nn.Module,
     data: Any,
-    fractions: Sequence[float],
+    fractions: Sequence[float] | None,
     n_masks: int,
     seed: int,
     output: "str | Output | outputs.OutputFunction | None" = None,
@@ -118,6 +139,8 @@ def evaluate(
         ModelMismatchError: another model.
         DataError: other data.
     """
+    if fractions is None:
+        fractions = default_fractions(attributions.provenance.ablated_fraction or 0.05, len(attributions.components))
     _check(fractions, n_masks, seed)
     fingerprint = models.fingerprint(model)
     attributions.check_model(fingerprint, models.record(model))
@@ -144,9 +167,15 @@ def evaluate(
             measured[fraction] = problem.measure(masks)
             predicted[fraction] = attributions.predict(masks.rows(0, n_masks))
     reliability = None if attributions.standard_errors is None else stability.reliability(attributions)
+    forecast = attributions.forecast
     report = replace(
-        _report(predicted, measured, n_masks, seed), reliability=reliability, of=attributions.fingerprint()
+        _report(predicted, measured, n_masks, seed),
+        reliability=reliability,
+        of=attributions.fingerprint(),
+        unablated=None if forecast is None else forecast.unablated,
+        boundary=output.boundary,
     )
+    _warn(report)
     if out is not None and workers.processes().is_main_process:
         files.write_json(Path(out) / "evaluation.json", report.to_json())
     return report
@@ -160,6 +189,35 @@ def _check_call(recorded: str | None, given: Call | None) -> None:
             f"the model was attributed with {f'call={recorded}' if recorded else 'the call of its task'}, and is to be "
             f"run with {f'call={found}' if found else 'no call of your own'}; give the same"
         )
+
+
+def default_fractions(fitted: float, n_components: int) -> tuple[float, ...]:
+    """The fitted fraction, a quarter of it, and the size of typical edits: four components.
+
+    Those that are near an earlier one are left out.
+    """
+    found: list[float] = []
+    for fraction in (fitted, fitted / 4, _EDITED / n_components):
+        useful = fraction * n_components >= 1 and fraction < 1
+        if not found or (useful and all(max(fraction, f) / min(fraction, f) >= 1.5 for f in found)):
+            found.append(fraction)
+    return tuple(found)
+
+
+def _warn(report: Report) -> None:
+    for fraction, mean in report.correlation.items():
+        output, kept = report.left(fraction)
+        if kept is not None and kept < _FEW_DECISIONS:
+            logger.warning(
+                "at %.3g ablated %.0f %% of the decisions are left (mean output %.3g, with everything in place %.3g): "
+                "hardly a model; attribute and evaluate with a smaller ablated_fraction",
+                fraction, 100 * kept, output, float(report.unablated.mean()),
+            )  # fmt: skip
+        if mean < _LOW_CORRELATION:
+            logger.warning(
+                "at %.3g ablated the predictions have a correlation of %.2f only; take more rounds, or attribute with "
+                "ablated_fraction=%.3g", fraction, mean, fraction,
+            )  # fmt: skip
 
 
 def _check(fractions: Sequence[float], n_masks: int, seed: int) -> None:
@@ -176,7 +234,7 @@ def _report(predicted: dict[float, Tensor], measured: dict[float, Tensor], n_mas
     per_example = {fraction: correlation(predicted[fraction], measured[fraction]) for fraction in predicted}
     return Report(
         correlation={fraction: float(values.nanmean()) for fraction, values in per_example.items()},
-        interval={fraction: bootstrap_interval(values, seed) for fraction, values in per_example.items()},
+        interval={f: bootstrap_interval(predicted[f], measured[f], seed) for f in predicted},
         slope={fraction: slope(predicted[fraction], measured[fraction]) for fraction in predicted},
         per_example=per_example,
         predicted=predicted,
@@ -186,14 +244,45 @@ def _report(predicted: dict[float, Tensor], measured: dict[float, Tensor], n_mas
     )
 
 
-def bootstrap_interval(values: Tensor, seed: int, level: float = 0.95) -> tuple[float, float]:
-    """Percentile interval of the mean over resampled examples (Efron 1979); NaN values are left out."""
-    values = values[~values.isnan()].double().numpy()
-    if not len(values):
+def bootstrap_interval(predicted: Tensor, measured: Tensor, seed: int, level: float = 0.95) -> tuple[float, float]:
+    """Interval of the mean correlation over resampled masks and resampled examples (Owen 2007).
+
+    All examples share the masks, so that examples alone would tell too little: on the demo other masks move the mean
+    half as far again as such an interval is wide.
+
+    Args:
+        predicted: float [masks, examples].
+        measured: the same.
+        seed: of the resampling.
+        level: such as 0.95.
+
+    Returns:
+        The ends; NaN where no example's outputs vary.
+    """
+    p, m = (x.double() - x.double().mean(0) for x in (predicted, measured))
+    varying = (p.square().sum(0) > 0) & (m.square().sum(0) > 0)
+    p, m = p[:, varying], m[:, varying]
+    if not p.shape[1]:
         return (float("nan"), float("nan"))
-    means = [
-        values[sampling.words(seed, sampling.BOOTSTRAP, i, 0, len(values)) % np.uint32(len(values))].mean()
+    masks, examples = _counts(seed, 0, len(p)), _counts(seed, 1, p.shape[1])
+    mean_p, mean_m = masks @ p, masks @ m
+    covariance = masks @ (p * m) - mean_p * mean_m
+    scale = (masks @ p.square() - mean_p.square()) * (masks @ m.square() - mean_m.square())
+    found = torch.where(scale > 1e-12 * scale.max(), covariance / scale.clamp_min(1e-300).sqrt(), torch.nan)
+    known = ~found.isnan()
+    weights = examples * known
+    means = ((found.nan_to_num() * weights).sum(1) / weights.sum(1).clamp_min(1e-300))[weights.sum(1) > 0]
+    # Resampled masks are fewer different ones, and correlate a little differently: the width counts, not the middle.
+    ends = torch.quantile(means, torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=means.dtype))
+    middle = float(correlation(p, m).nanmean()) - float(means.mean())
+    low, high = (min(1.0, max(-1.0, float(end) + middle)) for end in ends)
+    return low, high
+
+
+def _counts(seed: int, axis: int, count: int) -> Tensor:
+    """How often each of `count` things is drawn, as shares of the draws, float64 [resamples, count]."""
+    rows = [
+        np.bincount(sampling.words(seed, sampling.BOOTSTRAP, i, axis, count) % np.uint32(count), minlength=count)
         for i in range(_RESAMPLES)
     ]
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    return torch.from_numpy(np.stack(rows)).double() / count

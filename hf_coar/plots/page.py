@@ -123,12 +123,19 @@ def _figures(attributions: Attributions, evaluation: Report | None) -> Sequence[
 
 
 def _sections(attributions: Attributions, evaluation: Report | None) -> Iterator[_Section | None]:
+    yield _warned(attributions)
     yield _fidelity(attributions, evaluation)
     yield _where(attributions)
     yield _one_example(attributions)
     yield _left_out(attributions)
     yield _settings(attributions)
     yield _next(attributions, bool(_figures(attributions, evaluation)))
+
+
+def _warned(attributions: Attributions) -> _Section | None:
+    """What a person must know first."""
+    rows = [[line] for line in attributions.provenance.warnings]
+    return _Section("Take care", "", [_Table(["what, and what to do"], rows, frozenset())]) if rows else None
 
 
 def _fidelity(attributions: Attributions, evaluation: Report | None) -> _Section | None:

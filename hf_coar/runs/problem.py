@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_coar.attributions.forecast import Forecast
 from hf_coar.components import Components
 from hf_coar.data import Batch, Identity
 from hf_coar.errors import CoarError, NonFiniteOutputError
@@ -156,6 +157,7 @@ class Fit:
         standard_errors: float32 [examples, components], of the weights; None where the estimator gives none.
         cost: forward passes an example that were spent on average, where the parts could only say about how many.
         checked: what fresh masks said of the fit, see `PathGradient.check_masks`.
+        forecast: what predictions need beside the weights; None for plain linear ones.
     """
 
     weights: Tensor
@@ -163,6 +165,7 @@ class Fit:
     standard_errors: Tensor | None = None
     cost: float | None = None
     checked: dict[str, float] | None = None
+    forecast: Forecast | None = None
 
 
 def _check_finite(results: Mapping[str, Tensor], first: int, part: Part, components: Components) -> None:

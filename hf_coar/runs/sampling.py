@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hf_coar.errors import CoarError
 
-MASKS, PATHS, BACKGROUND, EVALUATION, BOOTSTRAP, BASELINES, CHECKS = range(7)  # the purposes
+MASKS, PATHS, BACKGROUND, EVALUATION, BOOTSTRAP, BASELINES, CHECKS, CONTEXTS = range(8)  # the purposes
 
 
 def words(seed: int, purpose: int, index: int, sub_index: int, count: int) -> np.ndarray:

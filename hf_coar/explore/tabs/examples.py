@@ -157,7 +157,10 @@ def _of_example(source: Source, view: View, components: Sequence[int], found: Ch
     before, after = float(found.before.outputs[place]), float(found.after.outputs[place])
     predicted = before + float(found.predicted[place])
     places = drawing.digits(max(abs(after - before), abs(predicted - before)))
-    error = f" ± {2 * float(found.error[place]):.{places}f}" if found.error is not None else ""
+    between = ""
+    if found.between is not None:
+        low, high = (number(before + float(end[place]), places) for end in found.between)
+        between = html(" <small>({} … {})</small>", low, high)
     said = html("")
     if found.before.classes is not None and found.after.classes is not None:
         was, now = (source.class_name(int(side.classes[place])) for side in (found.before, found.after))
@@ -165,7 +168,10 @@ def _of_example(source: Source, view: View, components: Sequence[int], found: Ch
         said = flip if was != now else html(": it stays <b>{}</b>", was)
     figures = [
         figure(number(before, places), f"{source.output.name} now, {unit}"),
-        figure(number(predicted, places) + error, f"{'predicted ± 2 s.e.' if error else 'predicted'}, {unit}"),
+        figure(
+            html("{}{}", number(predicted, places), between),
+            f"predicted{f' ({measuring.LEVEL:.0%} of fresh sets between)' if between else ''}, {unit}",
+        ),
         figure(number(after, places), f"measured, {unit}"),
     ]
     names = ", ".join(str(source.components[i]) for i in components[:_NAMED])

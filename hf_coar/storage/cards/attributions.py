@@ -67,7 +67,7 @@ def attributions_card(
         cost=_cost(config.get("cost"), n_examples),
         versions=", ".join(f"{name} {version}" for name, version in mapping(config, "versions").items()),
         fidelity=fidelity_table(evaluation),
-        stability=_stability(stability),
+        stability=_stability(stability) + _warned(config.get("warnings")),
         snippet=snippets[0],
         next_snippet=snippets[1],
         pictures=gallery(pictures),
@@ -99,6 +99,12 @@ def _next_snippet(model: Mapping[str, Any], data: Mapping[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _warned(warnings: Any) -> str:
+    """What a person must know first, one line each, escaped before."""
+    lines = [line for line in warnings if isinstance(line, str)] if isinstance(warnings, list | tuple) else []
+    return "".join(f"\n\n**Take care:** {' '.join(line.split())}" for line in lines)
 
 
 def _stability(stability: float | None) -> str:

@@ -1,0 +1,102 @@
+"""Predicting: outputs after ablations, by weights alone or by a forecast, with an interval where one is known."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_coar.attributions.forecast import Forecast
+from hf_coar.errors import CoarError
+
+_NO_INTERVAL = (
+    "these attributions were not checked on fresh sets of components, and have no intervals; attribute again with "
+    "check_masks, such as hf_coar.PathGradient(check_masks=20)"
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What ablating some components is expected to do.
+
+    Attributes:
+        before: float32 [examples], outputs with everything in place.
+        after: float32 [examples], outputs expected without the components.
+        low: float32 [examples], the lower end of the interval; None where nothing was checked.
+        high: float32 [examples], the upper end.
+        level: of the interval, or None.
+    """
+
+    before: Tensor
+    after: Tensor
+    low: Tensor | None
+    high: Tensor | None
+    level: float | None
+
+    @classmethod
+    def joined(cls, parts: "Sequence[Outcome]") -> "Outcome":
+        """Of examples that come one after the other; at least one part."""
+
+        def all_of(name: str) -> Tensor | None:
+            values = [getattr(part, name) for part in parts]
+            return None if values[0] is None else torch.cat(values)
+
+        return cls(*map(all_of, ("before", "after", "low", "high")), parts[0].level)
+
+    def __str__(self) -> str:
+        """Such as `5.27 → 1.10 (95 %: 0.62 … 1.58)`, means where there are several examples."""
+        known = "" if self.low is None else f" ({self.level:.3g}: {self.low.mean():.3g} … {self.high.mean():.3g})"
+        return f"{self.before.mean():.3g} → {self.after.mean():.3g}{known}"
+
+
+@dataclass(frozen=True)
+class Known:
+    """All that predictions of some examples are made of.
+
+    Attributes:
+        weights: float32 [examples, components].
+        bias: float32 [examples].
+        errors: float32 [examples, components], or None.
+        forecast: of these examples, or None for linear predictions.
+        fraction: the ablated fraction that the weights are for.
+    """
+
+    weights: Tensor
+    bias: Tensor
+    errors: Tensor | None
+    forecast: Forecast | None
+    fraction: float | None
+
+    @property
+    def has_intervals(self) -> bool:
+        """Whether fresh sets were measured."""
+        return self.forecast is not None and self.forecast.calibration is not None
+
+    def outputs(self, kept: Tensor, level: float | None) -> "Tensor | tuple[Tensor, Tensor, Tensor]":
+        """Outputs [masks, examples] for kept, float32 [masks, components]; with a level also the ends of the interval.
+
+        Raises:
+            CoarError: a level, and no interval is known, or too few sets were measured for it.
+        """
+        if level is not None and not self.has_intervals:
+            raise CoarError(_NO_INTERVAL)
+        if self.forecast is None:
+            return kept @ self.weights.T + self.bias
+        forecast, calibration = self.forecast, self.forecast.calibration
+        drops = forecast.drops(self.weights, kept, self.fraction)
+        if calibration is None:
+            return forecast.unablated - drops
+        shares, norms = forecast.shares(kept, self.fraction), forecast.norms(self.weights, self.errors, kept)
+        values = forecast.unablated - calibration.limited(drops, shares, norms)
+        if level is None:
+            return values
+        half = calibration.quantile(level) * calibration.expected_miss(drops, shares, norms)
+        return values, values - half, values + half
+
+    def outcome(self, kept: Tensor, level: float | None) -> Outcome:
+        """What a single mask, float32 [1, components], does."""
+        before = self.outputs(torch.ones_like(kept), None)[0]
+        if not self.has_intervals or level is None:
+            return Outcome(before, self.outputs(kept, None)[0], None, None, level)
+        after, low, high = (end[0] for end in self.outputs(kept, level))
+        return Outcome(before, after, low, high, level)

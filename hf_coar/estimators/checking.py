@@ -1,0 +1,202 @@
+"""Checking: fits judged on fresh sets of components, from which the intervals of forecasts and the warnings come.
+
+Of five sets, two are random masks of the fitted fraction, which say how good the predictions are and what is left of
+the model; two are the strongest components of the example itself, as people ablate them; one is random and of any size.
+Every example has sets of its own, so that a handful of passes gives many independent ones.
+"""
+
+import logging
+import math
+from bisect import bisect_left
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_coar import data as data_module
+from hf_coar.attributions.forecast import Calibration, Forecast
+from hf_coar.errors import CoarError
+from hf_coar.runs import sampling
+from hf_coar.runs.engine import Part
+from hf_coar.runs.problem import Fit, Problem
+
+logger = logging.getLogger(__name__)
+
+# One more than a single example needs for an interval of 95 %.
+DEFAULT_CHECKS = 20
+FEWEST_CHECKS = 5
+_LOW_CORRELATION, _LOW_RELIABILITY, _FEW_DECISIONS = 0.5, 0.3, 0.25
+_SCALE_PRIOR = 0.15  # how far scales are from 1, from network to network
+_FEWEST_VALUES = 24  # predicted and measured ones, below which a correlation says nothing
+
+
+def check_parts(count: int) -> list[Part]:
+    """The passes of so many sets."""
+    return [Part("sets", 0, count, float(count), count)] if count else []
+
+
+@dataclass(frozen=True)
+class Sets:
+    """Fresh sets of components, a pure function of seed, example and number.
+
+    Attributes:
+        seed: of the run.
+        fraction: the fitted one.
+    """
+
+    seed: int
+    fraction: float
+
+    @staticmethod
+    def is_typical(number: int) -> bool:
+        """Whether a set is a random mask of the fitted fraction."""
+        return number % 5 in (0, 2)
+
+    def kept(self, weights: Tensor, example: int, number: int) -> Tensor:
+        """What stays in place, bool [components].
+
+        Args:
+            weights: float32 [components], of the example.
+            example: its index in the data.
+            number: of the set.
+        """
+        count = len(weights)
+        words = sampling.words(self.seed, sampling.CHECKS, example, number, count + 2)
+        if self.is_typical(number):
+            return torch.from_numpy(words[:count].astype("int64") >= round(self.fraction * 2**32))
+        which, how_many = int(words[count]) % 3, float(words[count + 1]) / 2**32
+        is_random = number % 5 == 4
+        most = max(1.0, (2 if is_random else 1) * self.fraction * count)
+        size = min(count, max(1, round(math.exp(how_many * math.log(most)))))
+        order = (
+            torch.from_numpy(words[:count].astype("int64")) if is_random else (weights, -weights, weights.abs())[which]
+        )
+        return torch.ones(count, dtype=torch.bool).index_fill_(0, order.topk(size).indices, False)
+
+
+def measured_sets(problem: Problem, sets: Sets, weights: Tensor, count: int) -> Tensor:
+    """Outputs of every example under its own sets, float32 [sets, examples]."""
+    skipped = sorted(problem.store.skipped)
+
+    def compute(batch: data_module.Batch, first: int, part: Part) -> dict[str, Tensor]:
+        examples = range(first, first + data_module.size(batch))
+        found = []
+        with torch.no_grad():
+            for number in range(part.start, part.stop):
+                kept = torch.stack([sets.kept(weights[_row(i, skipped)], i, number) for i in examples])
+                kept = kept.to(next(iter(batch.values())).device)
+                with problem.masked.ablated(kept, how="hooks"):
+                    found.append(problem.output.of(problem.masked.model, batch).cpu())
+        return {"outputs": torch.stack(found, dim=1)}
+
+    return problem.compute(check_parts(count), compute, "fresh sets")["outputs"].T
+
+
+def _row(example: int, skipped: list[int]) -> int:
+    """Where an example of the data stands among those that could be read."""
+    return example - bisect_left(skipped, example)
+
+
+def checked(problem: Problem, fit: Fit, count: int) -> Fit:
+    """The fit with its scale and its forecast's interval set by fresh sets, and a warning where it is of little use.
+
+    Args:
+        problem: whose sets are measured.
+        fit: with a forecast.
+        count: sets an example.
+    """
+    sets = Sets(problem.seed, problem.ablated_fraction)
+    try:
+        measured = measured_sets(problem, sets, fit.weights, count)
+    except CoarError as error:
+        logger.warning("forecasts have no interval, as fresh sets cannot be measured: %s", error)
+        return fit
+    skipped = set(problem.store.skipped)
+    examples = [i for i in range(len(fit.weights) + len(skipped)) if i not in skipped]
+    # Bits, as there may be many examples and components.
+    rows = [
+        torch.stack([sets.kept(fit.weights[row], example, number) for number in range(count)])
+        for row, example in enumerate(examples)
+    ]
+    typical = torch.tensor([sets.is_typical(number) for number in range(count)])
+    at_fraction = torch.stack(
+        [kept[typical].float() @ weights for kept, weights in zip(rows, fit.weights, strict=True)], dim=1
+    )
+    scale = _scale(at_fraction, measured[typical])
+    fit = _scaled(fit, scale, (measured[typical] - scale * at_fraction).mean(0))
+    calibration = _calibration(fit, rows, measured, typical, problem.ablated_fraction)
+    facts = _facts(at_fraction, measured[typical], fit.forecast.unablated, problem.output.boundary)
+    facts |= {"n_sets": count, "scale": scale}
+    return replace(fit, forecast=replace(fit.forecast, calibration=calibration), checked=facts)
+
+
+def _scale(predicted: Tensor, measured: Tensor) -> float:
+    """The slope of measured on predicted, within examples, drawn to 1 where few values tell it."""
+    p, m = predicted - predicted.mean(0), measured - measured.mean(0)
+    power = float(p.square().sum())
+    if power <= 0:
+        return 1.0
+    slope = float((p * m).sum()) / power
+    noise = float((m - slope * p).square().sum()) / max(1, p.numel() - p.shape[1]) / power
+    slope = 1 + (slope - 1) * _SCALE_PRIOR**2 / (_SCALE_PRIOR**2 + noise)
+    return slope if slope > 0 else 1.0
+
+
+def _scaled(fit: Fit, scale: float, bias: Tensor) -> Fit:
+    errors = None if fit.standard_errors is None else fit.standard_errors * scale
+    forecast = replace(fit.forecast, ratio=fit.forecast.ratio / scale)
+    return replace(fit, weights=fit.weights * scale, standard_errors=errors, bias=bias, forecast=forecast)
+
+
+def _calibration(fit: Fit, rows: list[Tensor], measured: Tensor, typical: Tensor, fraction: float) -> Calibration:
+    """From every example's own sets, bool [sets, components] each."""
+    drops, shares, norms = (torch.zeros_like(measured) for _ in range(3))
+    for row, kept in enumerate(rows):
+        kept, weights = kept.float(), fit.weights[row : row + 1]
+        errors = None if fit.standard_errors is None else fit.standard_errors[row : row + 1]
+        drops[:, row] = fit.forecast.at([row]).drops(weights, kept, fraction)[:, 0]
+        shares[:, row] = Forecast.shares(kept, fraction)[:, 0]
+        norms[:, row] = fit.forecast.at([row]).norms(weights, errors, kept)[:, 0]
+    known = typical[:, None].expand_as(drops)
+    return Calibration.learnt(drops, shares, norms, fit.forecast.unablated - measured, known)
+
+
+def _facts(predicted: Tensor, measured: Tensor, unablated: Tensor, boundary: float | None) -> dict[str, float]:
+    """What masks of the fitted fraction say: correlation within examples, mean outputs, and the decisions left."""
+    p, m = predicted - predicted.mean(0), measured - measured.mean(0)
+    facts = {"output": float(measured.mean()), "unablated": float(unablated.mean())}
+    scale = float((p.square().sum() * m.square().sum()).sqrt())
+    if measured.numel() >= _FEWEST_VALUES and scale > 0:
+        facts["correlation"] = float((p * m).sum()) / scale
+    if boundary is not None:
+        facts["decisions"] = float(((measured > boundary) == (unablated > boundary)).float().mean())
+    return facts
+
+
+def warnings_of(checked: dict[str, Any] | None, reliability: float | None, fraction: float) -> tuple[str, ...]:
+    """What a person must know before using attributions, one line each: what is wrong, and what to do.
+
+    Args:
+        checked: the facts of `checked`, or None.
+        reliability: mean over the examples, or None.
+        fraction: the ablated one.
+    """
+    facts, found = checked or {}, []
+    decisions, correlation = facts.get("decisions"), facts.get("correlation")
+    if decisions is not None and decisions < _FEW_DECISIONS:
+        found.append(
+            f"with {fraction:.3g} of the components ablated {decisions:.0%} of the decisions are left (mean output "
+            f"{facts['unablated']:.3g}, then {facts['output']:.3g}): hardly a model; take a smaller ablated_fraction"
+        )
+    if correlation is not None and correlation < _LOW_CORRELATION:
+        found.append(
+            f"fresh masks are predicted with a correlation of {correlation:.2f} only; take more rounds, a smaller "
+            "ablated_fraction, hf_coar.Regression(prior=…), or for few components hf_coar.baselines.LeaveOneOut()"
+        )
+    if reliability is not None and reliability < _LOW_RELIABILITY:
+        found.append(
+            f"the weights are mostly noise (reliability {reliability:.2f}; 1 = another seed gives the same); take more "
+            "rounds, or for few components hf_coar.baselines.LeaveOneOut()"
+        )
+    return tuple(found)

@@ -1,0 +1,124 @@
+"""Forecasts for sets of any size: correlation, slope and miss beside linear predictions, and whether intervals hold.
+
+    python scripts/benchmark_forecasts.py demo --n-examples 32 --seeds 0 1 2
+    python scripts/benchmark_forecasts.py models/mobilenet --n-examples 16 --fraction 0.01 --rounds 2
+    python scripts/benchmark_forecasts.py models/smollm2 --n-examples 8 --fraction 0.025 --output token_margin
+
+`demo` is the embedded model; the others come from `convert_benchmark_models.py` and `train_benchmark_models.py`. Masks
+and sets are of seeds that no fit uses. For every size: random masks that all examples share, as `evaluate` takes them.
+For intervals: fresh random sets and strongest sets of every example, which no calibration saw.
+"""
+
+import argparse
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import hf_coar as coar
+from hf_coar import data, demo, models
+from hf_coar.attributions import Attributions
+from hf_coar.estimators import checking
+from hf_coar.masking import MaskedModel
+from hf_coar.models import outputs
+
+logger = logging.getLogger("benchmark_forecasts")
+
+SIZES = (1 / 16, 1 / 4, 1 / 2, 1, 2)  # of the fitted fraction
+N_SETS = 40
+
+
+def load(name: str, first: int, count: int) -> tuple[nn.Module, Any]:
+    """Model and data."""
+    if name == "demo":
+        return coar.load(demo.MODEL, demo.IMAGES, split=f"train[{first}:{first + count}]", batch_size=count)
+    examples = load_file(Path(name) / "examples.safetensors")
+    return models.load_model(name), [{key: value[first : first + count] for key, value in examples.items()}]
+
+
+def linear(found: Attributions) -> Attributions:
+    """The same without its forecast."""
+    provenance = found.provenance.to_json()
+    provenance.pop("forecast", None)
+    return Attributions(found.weights, found.bias, found.standard_errors, found.components, found.identity, provenance)
+
+
+def by_size(found: Attributions, model: nn.Module, batches: Any, n_masks: int) -> list[dict[str, float]]:
+    """Figures at every size that ablates something."""
+    fitted, count = found.provenance.ablated_fraction, len(found.components)
+    fractions = [fitted * size for size in SIZES if fitted * size * count >= 1]
+    rows = []
+    reports = {
+        name: coar.evaluate(each, model, batches, fractions=fractions, n_masks=n_masks, seed=12_345, progress=False)
+        for name, each in (("linear", linear(found)), ("forecast", found))
+    }
+    for fraction in fractions:
+        row: dict[str, float] = {"fraction": fraction}
+        for name, report in reports.items():
+            miss = (report.predicted[fraction] - report.measured[fraction]).abs().mean()
+            row |= {f"{name} correlation": report.correlation[fraction], f"{name} slope": report.slope[fraction]}
+            row[f"{name} miss"] = float(miss)
+        row["spread"] = float(report.measured[fraction].std(0).mean())
+        rows.append(row)
+    return rows
+
+
+@torch.no_grad()
+def coverage(found: Attributions, model: nn.Module, batches: Any, level: float) -> dict[str, float]:
+    """The share of fresh sets inside their intervals, by kind of set, and half the mean width beside the mean miss."""
+    batch = data.as_batch(next(iter(batches)))
+    sets = checking.Sets(seed=54_321, fraction=found.provenance.ablated_fraction)
+    masked, output = MaskedModel(model, found.components), outputs.get(found.provenance.output)
+    inside: dict[str, list[Tensor]] = {"random": [], "strongest": []}
+    half: dict[str, list[Tensor]] = {"random": [], "strongest": []}
+    for number in range(N_SETS):
+        kept = torch.stack([sets.kept(found.weights[e], e, number) for e in range(len(found))])
+        with masked.ablated(kept, how="hooks"):
+            truth = output.of(model, batch)
+        low, high = (end.diagonal() for end in found.predict(kept, level=level)[1:])
+        kind = "strongest" if number % 5 in (1, 3) else "random"
+        inside[kind].append((low <= truth) & (truth <= high))
+        half[kind].append((high - low) / 2)
+    figures = {f"{kind} inside": float(torch.cat(values).float().mean()) for kind, values in inside.items()}
+    return figures | {f"{kind} half width": float(torch.cat(values).mean()) for kind, values in half.items()}
+
+
+def main() -> None:
+    """Measure one model."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="demo, or a folder")
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--n-examples", type=int, default=32)
+    parser.add_argument("--fraction", type=float, default=0.05)
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--output", default="margin")
+    parser.add_argument("--granularity", default="unit")
+    parser.add_argument("--n-masks", type=int, default=100)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--out", type=Path, default=Path("forecasts.json"))
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    known = json.loads(args.out.read_text()) if args.out.exists() else []
+    model, batches = load(args.model, args.first, args.n_examples)
+    components = coar.find_components(model, granularity=args.granularity)
+    for seed in args.seeds:
+        found = coar.attribute(
+            model, batches, components, output=args.output, method=coar.PathGradient(args.rounds),
+            ablated_fraction=args.fraction, seed=seed, progress=False,
+        )  # fmt: skip
+        for level in (0.8, 0.95):
+            figures = coverage(found, model, batches, level)
+            known.append({"model": args.model, "seed": seed, "level": level, **figures})
+            logger.info("%s", known[-1])
+        for row in by_size(found, model, batches, args.n_masks):
+            known.append({"model": args.model, "seed": seed, "cost": found.provenance.cost, **row})
+            logger.info("%s", known[-1])
+        args.out.write_text(json.dumps(known, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

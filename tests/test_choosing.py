@@ -1,0 +1,247 @@
+"""What is chosen for the user: ablated fraction and method; leave-one-out with pairs; laws against exact values."""
+
+import pytest
+import torch
+from torch import nn
+
+import hf_coar as coar
+from hf_coar.errors import DataError
+from hf_coar.estimators import choosing, flips
+from hf_coar.masking import MaskedModel
+from hf_coar.models import outputs
+from hf_coar.runs.problem import Problem
+
+
+class Few(nn.Module):
+    """Eight components that interact."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.second(torch.tanh(2 * self.first(x)))
+
+
+N, FRACTION = 8, 0.1
+
+
+@pytest.fixture(scope="module")
+def few():
+    """Model, data, and the outputs [256, examples] under all masks, bool [256, 8]."""
+    torch.manual_seed(3)
+    model = Few().eval()
+    nn.init.normal_(model.second.weight, std=1.5)
+    batch = {"x": torch.randn(10, 6), "labels": torch.arange(10) % 3}
+    masked, logit = MaskedModel(model, coar.find_components(model)), outputs.get("logit")
+    kept = (torch.arange(2**N)[:, None] >> torch.arange(N) & 1).bool()
+    found = []
+    with torch.no_grad():
+        for row in kept:
+            with masked.ablated(row):
+                found.append(logit.of(model, batch))
+    return model, [batch], kept, torch.stack(found).double()
+
+
+def banzhaf(kept, values, fraction):
+    """Effects averaged over all sets of the others, each ablated with a probability: [examples, components]."""
+    gone = (~kept).sum(1).double()
+    chance = fraction**gone * (1 - fraction) ** (kept.shape[1] - gone)
+    columns = []
+    for on in kept.T:
+        with_it = (chance[on, None] * values[on]).sum(0) / (1 - fraction)
+        columns.append(with_it - (chance[~on, None] * values[~on]).sum(0) / fraction)
+    return torch.stack(columns, dim=1)
+
+
+def attribute(few, method, **options):
+    options = {"output": "logit", "ablated_fraction": FRACTION, "progress": False, **options}
+    return coar.attribute(few[0], few[1], method=method, **options)
+
+
+def error(found, exact):
+    return float((found.weights - exact).norm() / exact.norm())
+
+
+# -------------------------------------------------------------------------------------------- laws against exact values
+
+
+def test_estimators_converge_to_the_banzhaf_value(few):
+    exact = banzhaf(*few[2:], FRACTION)
+    cheap, dear = (error(attribute(few, coar.Regression(m, coar.Ridge(0.0))), exact) for m in (100, 6000))
+    assert dear < 0.06 and dear < 0.5 * cheap
+    rounds = [error(attribute(few, coar.PathGradient(r, n_flips=0, check_masks=0)), exact) for r in (4, 128)]
+    assert rounds[1] < 0.2 and rounds[1] < rounds[0]
+
+
+def test_contexts_converge_to_the_banzhaf_value(few):
+    exact = banzhaf(*few[2:], FRACTION)
+    method = {n: coar.PathGradient(passes=n, smooth=False, max_outliers=0) for n in (20, 800)}
+    cheap, dear = (error(attribute(few, one), exact) for one in method.values())
+    assert dear < 0.06 and dear < 0.5 * cheap
+
+
+def test_pairs_bring_leave_one_out_to_the_banzhaf_value(few):
+    exact = banzhaf(*few[2:], FRACTION)
+    singles, paired = (error(attribute(few, coar.baselines.LeaveOneOut(k)), exact) for k in (0, N))
+    assert paired < 0.3 * singles and paired < 0.05
+
+
+def test_pairs_are_the_interactions(few):
+    kept, values = few[2:]
+    found = attribute(few, coar.baselines.LeaveOneOut(N))
+    assert len(found.pairs) == N * (N - 1) // 2
+
+    def without(*gone):
+        row = torch.ones(N, dtype=torch.bool)
+        row[list(gone)] = False
+        return values[(kept == row).all(1)][0]
+
+    for (i, j), interaction in list(found.pairs.items())[::5]:
+        wanted = without(i, j) - without(i) - without(j) + without()
+        assert torch.allclose(interaction.double(), wanted, atol=1e-5)
+        predicted = found.predict(torch.ones(N).index_fill(0, torch.tensor([i, j]), 0))[0]
+        assert torch.allclose(predicted.double(), without(i, j), atol=1e-4)
+
+
+def test_pairs_predict_better_and_are_saved(few, tmp_path):
+    model, batches, *_ = few
+    options = {"fractions": (0.3,), "n_masks": 80, "progress": False}
+    found, singles = (attribute(few, coar.baselines.LeaveOneOut(k)) for k in (N, 0))
+    better, worse = (coar.evaluate(each, model, batches, **options).correlation[0.3] for each in (found, singles))
+    assert better > worse + 0.005
+    found.save_pretrained(tmp_path)
+    loaded = coar.Attributions.from_pretrained(tmp_path)
+    assert loaded.pairs.keys() == found.pairs.keys()
+    kept = torch.rand(6, N)
+    assert torch.equal(loaded.predict(kept), found.predict(kept))
+    assert singles.pairs == {}
+
+
+# --------------------------------------------------------------------------------------------------------- the method
+
+
+def problem(model, batches, fraction=0.05, output="logit"):
+    return Problem(MaskedModel(model, coar.find_components(model)), batches, outputs.get(output), fraction, 0)
+
+
+def test_few_components_are_ablated_one_by_one_with_pairs(few):
+    method, reason = choosing.best_method(problem(few[0], few[1]))
+    assert isinstance(method, coar.baselines.LeaveOneOut) and method.pairs_among == N and "one by one" in reason
+    found = attribute(few, "auto")
+    assert found.provenance.method_name == "leave_one_out" and found.pairs
+    assert any("leave_one_out" in line for line in found.provenance.chosen)
+
+
+def test_many_components_take_path_gradient(demo_pair):
+    model, batches = demo_pair
+    method, reason = choosing.best_method(problem(model, batches, 0.05, "margin"))
+    assert method == coar.PathGradient() and "too many" in reason
+
+
+@pytest.mark.parametrize(("noise", "name"), [(-1.0, "path_gradient"), (1.0, "leave_one_out")])
+def test_a_look_decides_in_between(demo_pair, monkeypatch, noise, name):
+    monkeypatch.setattr(choosing, "_NOISE", noise)
+    method, reason = choosing.best_method(problem(*demo_pair, 0.04, "margin"))
+    assert method.name == name and "reliability of 0." in reason
+
+
+def test_a_budget_is_for_methods_that_have_a_size(few):
+    assert choosing.best_method(problem(few[0], few[1]), budgeted=True)[0] == coar.PathGradient()
+    assert attribute(few, "auto", budget=200).provenance.method_name == "path_gradient"
+
+
+class Blocked(nn.Module):
+    """Lets no gradient through."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, width), nn.Linear(width, 3)
+
+    def forward(self, x):
+        with torch.no_grad():
+            return self.second(self.first(x))
+
+
+@pytest.mark.parametrize(("width", "name"), [(20, "leave_one_out"), (4000, "regression")])
+def test_without_gradients(width, name):
+    batch = {"x": torch.randn(2, 4), "labels": torch.tensor([0, 2])}
+    method, (reason,) = choosing.settled(problem(Blocked(width).eval(), [batch]), None, budgeted=False)
+    assert method.name == name and "no gradient" in reason
+
+
+# ------------------------------------------------------------------------------------------------------- the fraction
+
+
+def test_the_demo_is_made_for_five_percent(demo_pair):
+    model, batches = demo_pair
+    fraction, reason = choosing.fraction(problem(model, batches, output="margin"))
+    assert fraction == 0.05 and "decisions" in reason
+
+
+class Fragile(nn.Module):
+    """Right only while fewer than one in a hundred of its 1,000 components are ablated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(1, 1000, bias=False)
+        nn.init.ones_(self.first.weight)
+
+    def forward(self, x):
+        count = self.first(torch.ones_like(x[:, :1])).sum(1)
+        return torch.stack([count - 990, torch.zeros_like(count)], dim=1)
+
+
+def test_a_fragile_model_gets_a_smaller_fraction():
+    batch = {"x": torch.randn(4, 2), "labels": torch.zeros(4, dtype=torch.long)}
+    fraction, reason = choosing.fraction(problem(Fragile().eval(), [batch], output="margin"))
+    assert fraction in (0.01, 0.005) and "0% at 0.05, 0% at 0.02" in reason
+
+
+def test_outputs_without_a_boundary(few):
+    fraction, reason = choosing.fraction(problem(few[0], few[1], output="log_prob"))
+    assert 0 < fraction <= 0.125 and "of the output" in reason
+
+
+def test_what_survives():
+    whole, found = torch.tensor([[2.0, -1.0]]), torch.tensor([[1.0, 1.0], [-1.0, -2.0]])
+    assert choosing._surviving(found, whole, None, 0.0) == 0.5
+    nothing = torch.tensor([[-2.0, -5.0]])
+    assert choosing._surviving(whole - 1, whole, nothing, None) == pytest.approx(0.75)
+    assert choosing._surviving(found * torch.nan, whole, None, 0.0) < 1
+
+
+def test_the_choice_is_recorded(few):
+    found = attribute(few, "auto", ablated_fraction=None)
+    fraction = found.provenance.ablated_fraction
+    assert fraction == choosing.fraction(problem(few[0], few[1]))[0]
+    assert any("ablated_fraction=" in line for line in found.provenance.chosen)
+
+
+def test_one_component_and_one_example():
+    model = nn.Sequential(nn.Linear(3, 1)).eval()
+    found = coar.attribute(
+        model, [{"input": torch.ones(1, 3), "labels": torch.zeros(1, dtype=torch.long)}], output="logit", progress=False
+    )
+    assert found.weights.shape == (1, 1)
+    assert float(found.predict([False])[0]) == pytest.approx(float(model[0].bias), abs=1e-5)
+
+
+def test_all_outputs_equal(few):
+    silent = outputs.Output("silent", "nothing", lambda logits, batch: logits[:, 0] * 0)
+    found = attribute(few, "auto", output=silent)
+    assert not found.weights.any() and found.predict(torch.zeros(N)).abs().max() == 0
+    method = coar.PathGradient(2)
+    assert not attribute(few, method, output=silent).weights.any()
+
+
+def test_masks_of_lists():
+    masks = flips.Without(4, ((), (1, 3)))
+    assert masks.count == 2 and masks.ablated_fraction == 0.5
+    assert masks.rows(1, 2).int().tolist() == [[1, 0, 1, 0]]
+
+
+def test_data_are_there_for_the_choice():
+    model = nn.Sequential(nn.Linear(3, 2)).eval()
+    with pytest.raises(DataError, match="empty"):
+        coar.attribute(model, [], progress=False)

@@ -1,0 +1,295 @@
+"""Forecasts for sets of any size: single effects, limits, intervals that hold, and warnings where little is left."""
+
+import math
+
+import pytest
+import torch
+
+import hf_coar as coar
+from hf_coar import data
+from hf_coar.attributions.forecast import Calibration, Forecast
+from hf_coar.estimators import checking, flips
+from hf_coar.masking import MaskedModel
+from hf_coar.models import outputs
+from hf_coar.runs import sampling
+
+
+@pytest.fixture(scope="module")
+def measured(demo_attributions, demo_pair):
+    """Forty fresh sets an example: kept bool [sets, examples, components], outputs [sets, examples]."""
+    found, (model, batches) = demo_attributions, demo_pair
+    batch = data.as_batch(next(iter(batches)))
+    sets = checking.Sets(seed=1234, fraction=0.05)
+    kept = torch.stack(
+        [torch.stack([sets.kept(found.weights[e], e, number) for e in range(len(found))]) for number in range(40)]
+    )
+    masked, margin = MaskedModel(model, found.components), outputs.get("margin")
+    values = []
+    with torch.no_grad():
+        for rows in kept:
+            with masked.ablated(rows, how="hooks"):
+                values.append(margin.of(model, batch))
+    return kept, torch.stack(values)
+
+
+def own(found, kept, level=None):
+    """Predictions of every example under its own sets, from those under all of them."""
+    number, count = kept.shape[:2]
+    rows = found.predict(kept.flatten(0, 1), level)
+    pick = torch.arange(count).expand(number, count)
+    return [x.view(number, count, count).gather(2, pick[..., None])[..., 0] for x in (rows if level else (rows,))]
+
+
+# ---------------------------------------------------------------------------------------------------- sets of any size
+
+
+def test_nothing_ablated_is_predicted_exactly(demo_attributions, demo_pair):
+    model, batches = demo_pair
+    batch = data.as_batch(next(iter(batches)))
+    with torch.no_grad():
+        plain = outputs.get("margin").of(model, batch)
+    values, low, high = demo_attributions.predict(torch.ones(832), level=0.95)
+    assert (values[0] - plain).abs().max() < 1e-4
+    assert torch.equal(low, values) and torch.equal(high, values)
+
+
+def test_a_flipped_component_alone_is_predicted_almost_exactly(demo_attributions, demo_pair):
+    found, (model, batches) = demo_attributions, demo_pair
+    batch = data.as_batch(next(iter(batches)))
+    index = int(found.forecast.flipped[found.forecast.effects.abs().mean(0).argmax()])
+    kept = torch.ones(832, dtype=torch.bool).index_fill(0, torch.tensor([index]), False)
+    with torch.no_grad(), coar.ablate(model, found.components, kept):
+        truth = outputs.get("margin").of(model, batch)
+    linear = found.bias + found.weights @ kept.float()
+    forecast = (found.predict(kept)[0] - truth).abs().mean()
+    assert forecast < 0.1 * (found.forecast.unablated - truth).abs().mean()
+    assert forecast < 0.3 * (linear - truth).abs().mean()
+
+
+def test_small_random_sets_are_predicted_better_than_by_the_weights(demo_attributions, demo_pair):
+    model, batches = demo_pair
+    found, linear = demo_attributions, plain(demo_attributions)
+    options = {"fractions": (0.003, 0.05), "n_masks": 50, "progress": False}
+    better, worse = (coar.evaluate(each, model, batches, **options) for each in (found, linear))
+    assert better.correlation[0.003] > worse.correlation[0.003] + 0.005
+    assert better.correlation[0.05] > worse.correlation[0.05] - 0.01
+    assert abs(better.slope[0.003] - 1) < abs(worse.slope[0.003] - 1) - 0.05
+    new, old = ((report.predicted[0.003] - report.measured[0.003]).abs().mean() for report in (better, worse))
+    assert new < 0.5 * old
+
+
+def plain(found):
+    return coar.Attributions(
+        found.weights, found.bias, found.standard_errors, found.components, found.identity, found.provenance.to_json()
+    )
+
+
+def test_the_formula_by_hand():
+    weights, effects = torch.tensor([[1.0, 2.0, 4.0, 8.0]]), torch.tensor([[5.0]])
+    forecast = Forecast(torch.tensor([10.0]), torch.tensor([3]), effects, ratio=1.5)
+    single = torch.tensor([1.5, 3.0, 6.0, 5.0])
+    kept = torch.tensor([[0.0, 1.0, 1.0, 0.0]])
+    found = forecast.drops(weights, kept, fraction=0.25)
+    size = 0.5  # beyond the fraction: weights as they are, and the level by the mean of min(1, u / 0.25) up to it
+    level = size * (1 - 0.75) * float((weights[0] - single).sum())
+    assert float(found) == pytest.approx(1.0 + 8.0 - level, abs=1e-5)
+    tiny = forecast.drops(weights, torch.tensor([[1.0, 1.0, 1.0, 0.999]]), fraction=0.25)
+    assert float(tiny) == pytest.approx(0.005, rel=0.01)
+
+
+def test_pairs_take_the_place_of_the_interpolation():
+    weights = torch.tensor([[1.0, 2.0, 4.0]])
+    forecast = Forecast(
+        torch.tensor([10.0]), torch.arange(3), torch.tensor([[1.5, 2.5, 4.0]]),
+        pairs=torch.tensor([[0, 1]]), interactions=torch.tensor([[0.75]]),
+    )  # fmt: skip
+    kept = torch.tensor([[0.0, 0.0, 1.0], [0.0, 1.0, 0.0]])
+    assert forecast.drops(weights, kept, 0.1).flatten().tolist() == pytest.approx([1.5 + 2.5 - 0.75, 5.5])
+
+
+# ----------------------------------------------------------------------------------------------------------- intervals
+
+
+@pytest.mark.parametrize("kind", ["random", "strongest"])
+def test_intervals_hold_on_fresh_sets(demo_attributions, measured, kind):
+    kept, truth = measured
+    numbers = [i for i in range(len(kept)) if (i % 5 in (1, 3)) == (kind == "strongest")]
+    _, low, high = own(demo_attributions, kept[numbers], level=0.95)
+    inside = ((low <= truth[numbers]) & (truth[numbers] <= high)).float().mean()
+    assert 0.9 <= float(inside) <= 0.995
+    _, low, high = own(demo_attributions, kept[numbers], level=0.5)
+    narrow = ((low <= truth[numbers]) & (truth[numbers] <= high)).float().mean()
+    assert 0.3 <= float(narrow) <= 0.75
+
+
+def test_limits_keep_forecasts_of_the_strongest_near_the_truth(demo_attributions, measured):
+    kept, truth = measured
+    numbers = [i for i in range(len(kept)) if i % 5 in (1, 3)]
+    (limited,) = own(demo_attributions, kept[numbers])
+    (linear,) = own(plain(demo_attributions), kept[numbers])
+    assert (limited - truth[numbers]).abs().mean() < 0.6 * (linear - truth[numbers]).abs().mean()
+
+
+def learnt(drops, norms, measured, typical=False):
+    flags = torch.full(drops.shape, bool(typical))
+    return Calibration.learnt(drops, torch.ones_like(drops), norms, measured, flags)
+
+
+def test_calibration_learns_limits_and_spread():
+    generator = torch.Generator().manual_seed(0)
+    drops = 10 * torch.randn(4000, generator=generator, dtype=torch.float64)
+    norms, shares = drops.abs() / 4 + 0.1, torch.ones(2000, dtype=torch.float64)
+    truth = Calibration((1 / 6, 1 / 3)).limited(drops, torch.ones_like(drops), norms)
+    noisy = truth + 0.3 * norms * torch.randn(4000, generator=generator, dtype=torch.float64)
+    found = learnt(drops[:2000], norms[:2000], noisy[:2000])
+    assert found.limits[0] == pytest.approx(1 / 6, rel=0.25) and found.limits[1] == pytest.approx(1 / 3, rel=0.25)
+    rest = drops[2000:], shares, norms[2000:]
+    misses = (found.limited(*rest) - noisy[2000:]).abs()
+    inside = misses <= found.quantile(0.9) * found.expected_miss(*rest)
+    assert inside.double().mean() == pytest.approx(0.9, abs=0.03)
+
+
+def test_calibration_learns_the_level():
+    drops = torch.linspace(-2, 2, 400, dtype=torch.float64)
+    found = learnt(drops, drops.abs() + 1, drops + 0.7, typical=True)
+    assert found.level == pytest.approx(0.7, abs=0.1)
+    small = found.limited(torch.tensor([1.0]), torch.tensor([0.1]), torch.tensor([1.0]))
+    assert float(small) == pytest.approx(1.0, abs=0.1)
+
+
+def test_what_is_within_the_norm_is_not_bent():
+    drops = torch.tensor([1.0, -3.0, 9.0])
+    bent = Calibration((1.0, 1.0)).limited(drops, torch.zeros(3), torch.tensor([1.0, 3.0, 3.0]))
+    assert bent.tolist() == pytest.approx([1.0, -3.0, 4 - math.exp(-6)])
+
+
+def test_no_limit_where_outputs_are_additive():
+    drops = torch.linspace(-5, 5, 400, dtype=torch.float64)
+    found = learnt(drops, drops.abs() / 3 + 0.1, drops + 0.01 * torch.randn(400, dtype=torch.float64))
+    assert max(found.limits) < 0.02
+
+
+@pytest.mark.parametrize("level", [0, 1, -0.5, 2, True, "high"])
+def test_levels_that_make_no_sense(demo_attributions, level):
+    with pytest.raises(coar.CoarError, match="level="):
+        demo_attributions.predict(torch.ones(832), level=level)
+
+
+def test_a_level_that_the_checks_cannot_tell():
+    with pytest.raises(coar.CoarError, match=r"needs 19 fresh sets.*check_masks"):
+        Calibration(scores=(1.0,) * 18).quantile(0.95)
+    assert Calibration(scores=tuple(range(19))).quantile(0.95) == 18
+
+
+def test_without_checks_there_is_no_interval(demo_pair):
+    model, batches = demo_pair
+    few = [data.rows(data.as_batch(next(iter(batches))), 0, 2)]
+    method = coar.PathGradient(rounds=2, check_masks=0, n_flips=3)
+    found = coar.attribute(model, few, method=method, ablated_fraction=0.1, progress=False)
+    assert found.forecast.calibration is None and found.forecast.effects.shape == (2, 3)
+    with pytest.raises(coar.CoarError, match="check_masks"):
+        found.predict(torch.ones(832), level=0.95)
+    assert found.without(4).low is None
+
+
+# -------------------------------------------------------------------------------------------------------------- without
+
+
+def test_without_by_name_and_index(demo_attributions):
+    found = demo_attributions
+    names = [str(found.components[5]), str(found.components[700])]
+    everyone, one = found.without([names[0], 700]), found.without(names, example=3)
+    kept = torch.ones(832).index_fill(0, torch.tensor([5, 700]), 0)
+    values, low, high = found.predict(kept, level=0.95)
+    assert torch.allclose(everyone.after, values[0]) and torch.allclose(everyone.low, low[0])
+    for name, wanted in (("after", values), ("low", low), ("high", high)):
+        assert float(getattr(one, name)) == pytest.approx(float(wanted[0, 3]), abs=1e-4)
+    assert float(one.before) == pytest.approx(float(found.forecast.unablated[3]))
+    assert "→" in str(one) and "0.95" in str(one)
+
+
+@pytest.mark.parametrize("which", ["conv9 filter 1", 832, -833, [3, "x"], 1.5, True])
+def test_without_something_that_is_not_there(demo_attributions, which):
+    with pytest.raises(coar.CoarError, match=r"no component .* from 0 to 831"):
+        demo_attributions.without(which)
+
+
+def test_forecasts_are_saved(demo_attributions, tmp_path):
+    demo_attributions.save_pretrained(tmp_path)
+    loaded = coar.Attributions.from_pretrained(tmp_path)
+    kept = torch.rand(5, 832)
+    for a, b in zip(loaded.predict(kept, level=0.9), demo_attributions.predict(kept, level=0.9), strict=True):
+        assert torch.equal(a, b)
+    assert loaded.provenance == demo_attributions.provenance
+
+
+# ------------------------------------------------------------------------------------------------------- flips, checks
+
+
+def test_masks_one_by_one():
+    masks = flips.one_by_one(4, (2, 0))
+    assert masks.count == 3
+    assert masks.rows(0, 3).int().tolist() == [[1, 1, 1, 1], [1, 1, 0, 1], [0, 1, 1, 1]]
+
+
+def test_flips_take_over_only_where_reads_are_noise():
+    effects = torch.tensor([[4.0, 1.0], [5.0, -1.0], [4.5, 2.0]])
+    known = flips.Flips(torch.tensor([0, 1]), torch.zeros(3), effects)
+    weights = torch.cat([torch.tensor([[-9.0], [20.0], [2.0]]), 0.8 * effects[:, 1:], torch.ones(3, 1)], dim=1)
+    errors = torch.tensor([[12.0, 0.05, 0.3]]).expand(3, 3)
+    found, spread = flips.steadied(weights, errors, known)
+    assert (found[:, 0] - effects[:, 0]).abs().max() < 2.5 and (spread[:, 0] < 3).all()
+    assert torch.equal(found[:, 1:], weights[:, 1:]) and torch.allclose(spread[:, 1:], errors[:, 1:])
+
+
+def test_sets_are_a_pure_function_and_of_three_kinds():
+    weights = torch.linspace(-1, 2, 400)
+    sets = checking.Sets(seed=3, fraction=0.05)
+    rows = [sets.kept(weights, 7, number) for number in range(200)]
+    assert all(torch.equal(row, sets.kept(weights, 7, number)) for number, row in enumerate(rows))
+    typical = torch.stack([row for number, row in enumerate(rows) if sets.is_typical(number)])
+    assert float((~typical).float().mean()) == pytest.approx(0.05, abs=0.01)
+    strongest = [~row for number, row in enumerate(rows) if number % 5 in (1, 3)]
+    orders = [weights.argsort(descending=True), weights.argsort(), weights.abs().argsort(descending=True)]
+    for gone in strongest:
+        count = int(gone.sum())
+        assert 1 <= count <= 20
+        assert any(gone[order[:count]].all() for order in orders)
+    sizes = {int((~row).sum()) for number, row in enumerate(rows) if number % 5 == 4}
+    assert min(sizes) <= 2 and 20 <= max(sizes) <= 40
+    assert not torch.equal(rows[4], sets.kept(weights, 8, 4))
+
+
+def test_sets_of_examples_that_could_not_be_read_are_theirs():
+    assert [checking._row(example, [1, 4]) for example in (0, 2, 3, 5)] == [0, 1, 2, 3]
+
+
+def test_the_facts_are_recorded(demo_attributions):
+    facts = demo_attributions.provenance.checked
+    assert facts["correlation"] > 0.7 and facts["decisions"] > 0.7 and facts["n_sets"] == 20
+    assert facts["unablated"] > facts["output"]
+    assert demo_attributions.provenance.warnings == ()
+
+
+def test_a_fraction_that_leaves_no_model_is_said(demo_pair, caplog):
+    model, batches = demo_pair
+    few = [data.rows(data.as_batch(next(iter(batches))), 0, 4)]
+    found = coar.attribute(
+        model, few, method=coar.PathGradient(rounds=2, n_flips=0), ablated_fraction=0.5, progress=False
+    )
+    assert found.provenance.checked["decisions"] < 0.25
+    assert any("decisions are left" in line for line in found.provenance.warnings)
+    assert "smaller ablated_fraction" in caplog.text
+
+
+def test_warnings_say_what_to_do():
+    bad = {"decisions": 0.0, "unablated": 3.6, "output": -9.6, "correlation": 0.2}
+    lines = checking.warnings_of(bad, 0.1, 0.05)
+    assert len(lines) == 3 and all("take" in line for line in lines)
+    assert "3.6" in lines[0] and "-9.6" in lines[0] and "0.05" in lines[0]
+    assert checking.warnings_of({"decisions": 0.6, "correlation": 0.8}, 0.9, 0.05) == ()
+    assert checking.warnings_of(None, None, 0.05) == () and checking.warnings_of(None, math.nan, 0.05) == ()
+
+
+def test_checks_are_not_the_masks_of_an_evaluation():
+    assert sampling.CHECKS not in (sampling.EVALUATION, sampling.MASKS, sampling.PATHS)
