@@ -146,3 +146,9 @@ def test_bad_fractions(fraction):
 @pytest.mark.parametrize("fraction", [1e-6, 0.05, 0.999])
 def test_good_fractions(fraction):
     sampling.check_fraction(fraction)
+
+
+def test_the_order_of_a_split_keeps_equal_words_in_place():
+    ties = sampling.words(3, sampling.PATHS, 1, 2, 5000) % np.uint32(70_000) * np.uint32(61_001)
+    assert (sampling._stable_order(ties) == np.argsort(ties, kind="stable")).all()
+    assert len(np.unique(ties)) < 5000

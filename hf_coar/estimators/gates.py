@@ -210,19 +210,26 @@ class GateRounds:
         if apart is not None:
             block[apart] = -1
         soft, hard, gates = (torch.zeros_like(levels) for _ in range(3))
-        outputs = torch.zeros(len(examples), device=levels.device)
+        outputs = []
         for b in range(self.blocks):
             in_block = block == b
             level = torch.where(in_block, levels, self._others(examples, levels, index, b))
             level = level if apart is None else level.masked_fill(apart, 1.0)
             values, reads = self.passes(batch, level, self._smoothing(index))
-            check_finite(values, examples[0], f"round {index}, pass {b}", self.output)
             soft += reads * in_block
             hard += reads * ~in_block
             gates += level / self.blocks
-            outputs += values / self.blocks
+            outputs.append(values)
+        self._check_finite(torch.stack(outputs), examples[0], index)
         hard = hard / max(self.blocks - 1, 1)
-        return Reads(soft, hard if apart is None else hard.masked_fill_(apart, 0.0), gates, outputs)
+        output = torch.stack(outputs).mean(0)
+        return Reads(soft, hard if apart is None else hard.masked_fill_(apart, 0.0), gates, output)
+
+    def _check_finite(self, outputs: Tensor, first: int, index: int) -> None:
+        """Looks at the outputs [passes, examples] of a round at once, so that no pass waits for the one before."""
+        if not bool(outputs.isfinite().all()):
+            for b, values in enumerate(outputs):
+                check_finite(values, first, f"round {index}, pass {b}", self.output)
 
     def _draw(self, examples: Sequence[int], index: int) -> tuple[Tensor, Tensor]:
         """Gate levels float32 and block numbers int32, both [examples, components]."""

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from hf_coar.errors import CoarError, DataError
 from hf_coar.models import calling
 from hf_coar.models.calling import Call
+from hf_coar.models.checked import once
 from hf_coar.storage.registry import Registry
 
 IGNORED_LABEL = -100  # the target value that PyTorch's losses and transformers' collators skip
@@ -150,13 +151,18 @@ def _labels(logits: Tensor, batch: Batch) -> Tensor:
         )
     if labels.shape != logits.shape[:1]:
         raise DataError(f"labels have shape {tuple(labels.shape)}; expected one class an example, ({logits.shape[0]},)")
-    low, high, n_classes = int(labels.min()), int(labels.max()), logits.shape[1]
+    n_classes = logits.shape[1]
+    once(("classes", n_classes), (labels,), lambda: _check_classes(labels, n_classes))
+    return labels.long()
+
+
+def _check_classes(labels: Tensor, n_classes: int) -> None:
+    low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= n_classes:
         raise DataError(
             f"labels run from {low} to {high}, and the model has {n_classes} classes (0 to {n_classes - 1}); "
             "is this the data set that the model was trained for?"
         )
-    return labels.long()
 
 
 def margins(logits: Tensor, targets: Tensor) -> Tensor:
@@ -247,10 +253,17 @@ def aligned(logits: Tensor, batch: Batch, alignment: str) -> tuple[Tensor, Tenso
     moved = 1 if alignment == NEXT else 0
     targets = tokens[:, moved:]
     real = targets != IGNORED_LABEL
-    _check_tokens(targets[real], logits.shape[-1])
     attended = batch.get("decoder_attention_mask" if alignment == DECODED else "attention_mask")
     if attended is not None and (moved or attended.shape == real.shape):
         real = real & attended[:, moved:].bool() & attended[:, : attended.shape[1] - moved].bool()
+    looked_at = (tokens,) if attended is None else (tokens, attended)
+    vocabulary = logits.shape[-1]
+    once((alignment, vocabulary), looked_at, lambda: _check_targets(targets, real, vocabulary, bool(moved)))
+    return logits[:, : logits.shape[1] - moved], targets.clamp_min(0).long(), real
+
+
+def _check_targets(targets: Tensor, real: Tensor, vocabulary: int, moved: bool) -> None:
+    _check_tokens(targets[targets != IGNORED_LABEL], vocabulary)
     empty = (~real.any(1)).nonzero().flatten().tolist()
     if empty:
         what = "next token (fewer than two tokens, or" if moved else "target ("
@@ -258,7 +271,6 @@ def aligned(logits: Tensor, batch: Batch, alignment: str) -> tuple[Tensor, Tenso
             f"examples {empty} of the batch have no real {what} all of them padding or "
             f"labelled {IGNORED_LABEL}); leave such examples out"
         )
-    return logits[:, : logits.shape[1] - moved], targets.clamp_min(0).long(), real
 
 
 def _check_tokens(targets: Tensor, vocabulary: int) -> None:

@@ -88,10 +88,16 @@ def uniforms(seed: int, purpose: int, index: int, sub_index: int, count: int) ->
 
 def balanced_split(seed: int, purpose: int, index: int, sub_index: int, count: int, n_blocks: int) -> np.ndarray:
     """A random split of `count` components into `n_blocks` blocks whose sizes differ by one at most, int32 [count]."""
-    order = np.argsort(words(seed, purpose, index, sub_index, count), kind="stable")
+    order = _stable_order(words(seed, purpose, index, sub_index, count))
     block = np.empty(count, dtype=np.int32)
     block[order] = np.arange(count, dtype=np.int32) % n_blocks
     return block
+
+
+def _stable_order(words: np.ndarray) -> np.ndarray:
+    """What a stable argsort of uint32 gives, in two: of uint16, NumPy's is a radix sort (2.5 times as fast in all)."""
+    order = np.argsort(words.astype(np.uint16), kind="stable")
+    return order[np.argsort((words >> np.uint32(16)).astype(np.uint16)[order], kind="stable")]
 
 
 def check_seed(seed: int) -> None:
