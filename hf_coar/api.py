@@ -162,7 +162,7 @@ def attribute(
     *,
     output: "str | Output | outputs.OutputFunction" = "auto",
     method: str | Estimator = "auto",
-    ablated_fraction: float | None = 0.05,
+    ablated_fraction: float | None = None,
     call: Call | None = None,
     seed: int = 0,
     out: str | Path | None = None,
@@ -186,7 +186,7 @@ def attribute(
             the model, see `estimators.choosing`: leave-one-out with pairs for few components, `PathGradient()` for
             many, `Regression(solver=ARD())` for many in models that let no gradient through.
         ablated_fraction: the fraction of components that masks ablate. Predictions are best for ablations of that size.
-            None takes the largest of some at which half of the decisions survive on the first examples.
+            None takes the largest of 5, 2, 1, ½ and ¼ % at which half of the decisions survive on the first examples.
         call: runs the model, a function (model, batch) -> what the output takes, in the place of the task's own call:
             for models that want more than the entries of the batch that their forward names. Give it to `evaluate` too.
         seed: of all draws.
@@ -219,14 +219,17 @@ def attribute(
         masked = MaskedModel(model, replace(components or find_components(model), fingerprint=None))
         batches = data_module.batches(data, options.batch_size)
         problem = Problem(masked, batches, preflight.bound(model, batches, output, call), ablated_fraction, seed)
+        if ablated_fraction is not None:
+            sampling.check_some_ablated(ablated_fraction, len(masked))
         chosen, reasons = choosing.settled(problem, chosen, budget is not None)
         with workers.folder(out) as folder:
             folders.claim(folder, folders.ATTRIBUTIONS, overwrite)
+            chosen, reasons = choosing.kept(folder, problem, chosen, reasons)
             chosen = chosen if budget is None else budgets.choose(chosen, budget, problem, folder)
             provenance = replace(_provenance(problem, data, chosen), call=call and dotted(call))
             _tell_cost(problem, chosen)
             attributions = _attributed(problem, chosen, provenance, folder, out)
-            attributions.provenance = attributions.provenance.found(chosen=tuple(reasons))
+            attributions.provenance = attributions.provenance.found(chosen=tuple(reasons.values()))
             if out is not None and workers.processes().is_main_process:
                 page.write_first(folder, attributions)  # first, so that the card shows its pictures
                 attributions.save_pretrained(folder)
@@ -248,6 +251,8 @@ def _attributed(
             forecast=fit.forecast,
         )  # fmt: skip
         attributions.made_here = True
+        if fit.checked:
+            logger.info("%s", checking.said(fit.checked, problem.ablated_fraction))
         reliability = attributions.stability()
         warnings = checking.warnings_of(fit.checked, reliability, problem.ablated_fraction)
         for warning in warnings:

@@ -166,7 +166,8 @@ class Blocked(nn.Module):
 @pytest.mark.parametrize(("width", "name"), [(20, "leave_one_out"), (4000, "regression")])
 def test_without_gradients(width, name):
     batch = {"x": torch.randn(2, 4), "labels": torch.tensor([0, 2])}
-    method, (reason,) = choosing.settled(problem(Blocked(width).eval(), [batch]), None, budgeted=False)
+    method, reasons = choosing.settled(problem(Blocked(width).eval(), [batch]), None, budgeted=False)
+    reason = reasons["method"]
     assert method.name == name and "no gradient" in reason
 
 
@@ -216,6 +217,26 @@ def test_the_choice_is_recorded(few):
     fraction = found.provenance.ablated_fraction
     assert fraction == choosing.fraction(problem(few[0], few[1]))[0]
     assert any("ablated_fraction=" in line for line in found.provenance.chosen)
+
+
+def test_a_run_keeps_its_choice(few, tmp_path, monkeypatch):
+    first = attribute(few, "auto", ablated_fraction=None, out=tmp_path)
+    monkeypatch.setattr(choosing, "FRACTIONS", (0.3,))
+    monkeypatch.setattr(choosing, "best_method", lambda *of: (coar.PathGradient(2), "another look"))
+    again = attribute(few, "auto", ablated_fraction=None, out=tmp_path)
+    assert again.provenance == first.provenance and torch.equal(again.weights, first.weights)
+    with pytest.raises(coar.CoarError, match="ablated_fraction"):
+        attribute(few, "auto", ablated_fraction=0.2, out=tmp_path)  # what a person says is not overruled
+    (tmp_path / "chosen.json").write_text('{"method": {"name": "nothing"}}')
+    with pytest.raises(coar.CoarError, match="no choice"):
+        attribute(few, "auto", ablated_fraction=None, out=tmp_path)
+
+
+def test_a_fraction_that_ablates_nothing_is_told(few):
+    with pytest.raises(coar.CoarError, match=r"8 components: hardly any .* take 0\.125"):
+        attribute(few, "auto", ablated_fraction=0.001)
+    with pytest.raises(coar.CoarError, match="hardly any mask"):
+        coar.evaluate(attribute(few, "auto"), few[0], few[1], fractions=(0.001,), progress=False)
 
 
 def test_one_component_and_one_example():

@@ -269,6 +269,8 @@ def test_the_facts_are_recorded(demo_attributions):
     assert facts["correlation"] > 0.7 and facts["decisions"] > 0.7 and facts["n_sets"] == 20
     assert facts["unablated"] > facts["output"]
     assert demo_attributions.provenance.warnings == ()
+    line = checking.said(facts, 0.05)
+    assert f"{facts['decisions']:.0%} of the decisions" in line and f"{facts['output']:.3g}" in line
 
 
 def test_a_fraction_that_leaves_no_model_is_said(demo_pair, caplog):

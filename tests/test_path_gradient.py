@@ -52,6 +52,19 @@ def test_the_batch_size_moves_nothing_in_one_pass(demo_pair):
     assert (a.weights - b.weights).abs().max() < 1e-3 * a.weights.abs().max()
 
 
+# ------------------------------------------------------------------------------------------------------------- company
+
+
+def test_an_example_can_be_attributed_by_itself(demo_pair):
+    model, batches = demo_pair
+    whole = data.as_batch(next(iter(batches)))
+    method = coar.PathGradient(2, across_examples=False)
+    alone, among = (attribute((model, [data.rows(whole, 0, n)]), method) for n in (1, 6))
+    assert (alone.weights[0] - among.weights[0]).abs().max() < 1e-3 * among.weights[0].abs().max()
+    together = attribute((model, [data.rows(whole, 0, 6)]), bare(2))
+    assert (together.weights[0] - alone.weights[0]).norm() > 0.05 * alone.weights[0].norm()
+
+
 # ----------------------------------------------------------------------------------------------- any number of passes
 
 

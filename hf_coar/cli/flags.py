@@ -103,8 +103,8 @@ def _evaluate(each: Any) -> None:
     verb.add_argument("--data", help="Hub id, folder or file of the data set; by default as attributed")
     _data_flags(verb)
     verb.add_argument(
-        "--fractions", type=float, nargs="+", default=(0.05, 0.0125), metavar="F",
-        help="ablated fractions to judge at (default 0.05 0.0125)",
+        "--fractions", type=float, nargs="+", metavar="F",
+        help="ablated fractions to judge at (default: the fitted one, a quarter of it, and four components)",
     )  # fmt: skip
     _call_flag(verb)
     verb.add_argument("--n-masks", type=int, default=100, help="masks a fraction (default %(default)s)")
@@ -293,6 +293,6 @@ def _method_flags(verb: argparse.ArgumentParser) -> None:
     _call_flag(verb)
     verb.add_argument("--budget", help="forward passes an example, or a time ('20 min'): decides rounds or masks")
     methods.add_flags(verb)
-    verb.add_argument("--ablated-fraction", type=float, default=0.05, help="(default %(default)s)")
+    verb.add_argument("--ablated-fraction", type=float, help="default: the largest of some that leaves a model")
     verb.add_argument("--seed", type=int, default=0, help="of all draws (default %(default)s)")
     verb.add_argument("--out", required=True, help="folder of the run, which resumes")

@@ -18,7 +18,7 @@ from hf_coar.components import Components, find_components
 from hf_coar.data import Chunks, rows
 from hf_coar.editing import edited as edited_model
 from hf_coar.errors import CoarError
-from hf_coar.estimators import PathGradient, Size, budget
+from hf_coar.estimators import PathGradient, Size, budget, choosing
 from hf_coar.plots import page as report
 from hf_coar.runs import engine, workers
 from hf_coar.runs.plan import plan
@@ -71,7 +71,9 @@ def _planned(args: argparse.Namespace, model: Any, data: Any) -> str:
     if n_examples is None:
         raise CoarError("the number of examples of a stream is not known beforehand; try without --streaming")
     components = _found(model, args)
-    method, size = methods.chosen(args), Size(len(components), args.ablated_fraction)
+    # Nothing is run here, so that what a look at the model would choose is not known.
+    method, size = methods.chosen(args), Size(len(components), args.ablated_fraction or choosing.FRACTIONS[0])
+    method = choosing.without_a_look(size) if method == "auto" and args.budget is None else method
     method = PathGradient() if method == "auto" else method
     if args.budget is not None:
         passes, timed = budget.parse(args.budget)

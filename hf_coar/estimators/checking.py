@@ -8,6 +8,7 @@ Every example has sets of its own, so that a handful of passes gives many indepe
 import logging
 import math
 from bisect import bisect_left
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -174,7 +175,16 @@ def _facts(predicted: Tensor, measured: Tensor, unablated: Tensor, boundary: flo
     return facts
 
 
-def warnings_of(checked: dict[str, Any] | None, reliability: float | None, fraction: float) -> tuple[str, ...]:
+def said(facts: Mapping[str, Any], fraction: float) -> str:
+    """What fresh masks of the fitted fraction showed, in a line."""
+    output, whole = facts["output"], facts["unablated"]
+    parts = [f"under fresh masks that ablate {fraction:.3g} the mean output is {output:.3g} ({whole:.3g} before)"]
+    parts += [f"{facts['decisions']:.0%} of the decisions are kept"] if "decisions" in facts else []
+    parts += [f"predictions have a correlation of {facts['correlation']:.2f}"] if "correlation" in facts else []
+    return ", ".join(parts)
+
+
+def warnings_of(checked: Mapping[str, Any] | None, reliability: float | None, fraction: float) -> tuple[str, ...]:
     """What a person must know before using attributions, one line each: what is wrong, and what to do.
 
     Args:

@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from hf_coar import data as data_module
 from hf_coar import models
 from hf_coar.components import Group
+from hf_coar.errors import CoarError
 from hf_coar.estimators.checking import DEFAULT_CHECKS
 from hf_coar.estimators.leave_one_out import LeaveOneOut, n_pairs
 from hf_coar.estimators.path_gradient import BatchReader, PathGradient
@@ -20,7 +22,8 @@ from hf_coar.estimators.regression import Regression
 from hf_coar.estimators.solvers import ARD
 from hf_coar.runs import checks, sampling, workers
 from hf_coar.runs.engine import placed
-from hf_coar.runs.problem import Problem
+from hf_coar.runs.problem import Problem, Size
+from hf_coar.storage import files
 
 logger = logging.getLogger(__name__)
 
@@ -31,37 +34,85 @@ _MASKS, _EXAMPLES, _SURVIVING = 8, 16, 0.5
 _DEARER, _NOISE = 5, 0.5
 _LOOKED_AT = 8  # examples whose two rounds say how much is noise
 
+_FILE = "chosen.json"
+
 Result = TypeVar("Result")
+Reasons = dict[str, str]  # of what was chosen: "ablated_fraction", "method"
 
 
-def settled(problem: Problem, method: Estimator | None, budgeted: bool) -> tuple[Estimator, list[str]]:
-    """The method of a run, and what was chosen and why; the problem gets its fraction. Some passes on a few examples.
+def settled(problem: Problem, method: Estimator | None, budgeted: bool) -> tuple[Estimator, Reasons]:
+    """The method of a run, and why what was chosen was; the problem gets its fraction. Some passes on a few examples.
 
     Args:
         problem: its `ablated_fraction` may be None.
         method: None to choose one.
         budgeted: see `best_method`.
 
+    Returns:
+        the method, and the reasons of what was chosen, by "ablated_fraction" and "method".
+
     Raises:
         ModelError: the model does not repeat itself, or lets no gradient through to a method that needs it.
     """
-    reasons: list[str] = []
+    reasons: Reasons = {}
     try:
         blocked = _looked(problem, lambda batch: _checked(problem, method, batch), checks.N_EXAMPLES)
         if problem.ablated_fraction is None:
-            problem.ablated_fraction, reason = fraction(problem)
-            reasons.append(reason)
+            problem.ablated_fraction, reasons["ablated_fraction"] = fraction(problem)
         if method is None:
             method, reason = best_method(problem, blocked, budgeted)
-            reasons.append(f"method={method.name!r}: {reason}")
+            reasons["method"] = f"method={method.name!r}: {reason}"
     except (RuntimeError, MemoryError) as error:
         if not models.is_out_of_memory(error):
             raise
         problem.ablated_fraction = problem.ablated_fraction or FRACTIONS[0]
         method = method or PathGradient()  # the run itself says what does not fit
-    for reason in reasons:
+    for reason in reasons.values():
         logger.info("chosen: %s", reason)
     return method, reasons
+
+
+def kept(folder: Path, problem: Problem, method: Estimator, reasons: Reasons) -> tuple[Estimator, Reasons]:
+    """What the one who began a run in a folder chose, so that it resumes, and all processes agree.
+
+    Args:
+        folder: of the run.
+        problem: gets that fraction, if one was chosen.
+        method: of the run.
+        reasons: of what was chosen just now, see `settled`.
+
+    Raises:
+        CoarError: the file of the choice holds something else.
+    """
+    if not reasons:
+        return method, reasons
+    path = folder / _FILE
+    found = {
+        "ablated_fraction": {"value": problem.ablated_fraction},
+        "method": {"name": method.name, "pairs_among": getattr(method, "pairs_among", 0)},
+    }
+    if not path.exists():
+        mine = {what: {**found[what], "reason": reason} for what, reason in reasons.items()}
+        files.write_json(path, mine, replace=False)
+    known = files.read_json(path)
+    try:
+        begun = {what: known[what] for what in reasons if what in known}
+        if "ablated_fraction" in begun:
+            problem.ablated_fraction = float(begun["ablated_fraction"]["value"])
+            sampling.check_fraction(problem.ablated_fraction)
+        if "method" in begun:
+            pairs = {"pairs_among": n} if (n := begun["method"]["pairs_among"]) else {}
+            method = replace(_chosen()[begun["method"]["name"]], **pairs)
+        return method, reasons | {what: str(one["reason"]) for what, one in begun.items()}
+    except (TypeError, KeyError, ValueError) as error:
+        said = f"{path} holds {str(known)[:80]}, which is no choice; take another folder, or delete the file"
+        raise CoarError(said) from error
+
+
+def _chosen() -> dict[str, Estimator]:
+    """All that may be chosen."""
+    one_by_one, forward_only = LeaveOneOut(check_masks=DEFAULT_CHECKS), Regression(solver=ARD())
+    return {one.name: one for one in (PathGradient(), one_by_one, forward_only)}
 
 
 def _checked(problem: Problem, method: Estimator | None, batch: data_module.Batch) -> list[Group]:
@@ -150,17 +201,16 @@ def best_method(problem: Problem, blocked: Sequence[Group] = (), budgeted: bool 
     """
     n_components, path = len(problem.masked), PathGradient()
     budget, exact = path.cost(problem.size), n_components + 1 + DEFAULT_CHECKS
-    one_by_one = LeaveOneOut(check_masks=DEFAULT_CHECKS)
+    one_by_one = _chosen()["leave_one_out"]
     if blocked:
-        found = Regression(solver=ARD())
+        found = _chosen()["regression"]
         found = one_by_one if not budgeted and exact <= found.n_masks / 2 else found
         return found, _without_gradient(problem, blocked, found)
     if budgeted:
         return path, "its rounds can be as many as the budget affords"
-    if exact <= budget:
-        among = max((k for k in range(2, n_components + 1) if exact + n_pairs(k) <= budget), default=0)
-        reason = f"{n_components} components ablated one by one cost no more than path gradient ({budget:g})"
-        return replace(one_by_one, pairs_among=among), reason
+    expected = without_a_look(problem.size)
+    if expected != path:
+        return expected, f"{n_components} components ablated one by one cost no more than path gradient ({budget:g})"
     if exact > _DEARER * budget:
         return path, f"{n_components} components are too many to be ablated one by one"
     reliability = _reliability(path, problem)
@@ -168,6 +218,16 @@ def best_method(problem: Problem, blocked: Sequence[Group] = (), budgeted: bool 
     if reliability < _NOISE:
         return one_by_one, f"{seen}, and {exact} passes are exact"
     return path, f"{seen}, and all of it costs less than {exact} passes one by one"
+
+
+def without_a_look(size: Size) -> Estimator:
+    """The method that is taken as a rule, where gradients arrive and have little noise."""
+    path = PathGradient()
+    left = path.cost(size) - (size.n_components + 1 + DEFAULT_CHECKS)
+    if left < 0:
+        return path
+    among = max((k for k in range(2, size.n_components + 1) if n_pairs(k) <= left), default=0)
+    return replace(_chosen()["leave_one_out"], pairs_among=among)
 
 
 def _without_gradient(problem: Problem, blocked: Sequence[Group], found: Estimator) -> str:

@@ -53,13 +53,16 @@ class PathGradient(Estimator):
             `delta_reads`; needs `delta`.
         shrink: pull noisy reads towards steady ones, see `shrinkage`; without it the weights are plain means over the
             rounds, with the standard errors of those.
+        across_examples: let examples tell about each other where reads are shrunk, which is better; but then an
+            example's weights depend on its company. Without it they are the same whoever is attributed with it.
         max_outliers: components of an example that are set apart at most, see `outliers`; 0 for none. They cost a
             forward pass each, and looking for them one; `cost` leaves these out, the attributions' `config["cost"]`
             counts them.
         n_flips: components, the strongest over all examples, whose single effects are measured, a forward pass each and
-            one, see `flips`; 0 for none, None for the root of their number (none without rounds).
+            one, see `flips`; 0 for none, None for the root of their number (none without rounds, or without
+            `across_examples`).
         check_masks: forward passes an example under fresh sets of components, which judge the result and give forecasts
-            their intervals, see `checking`; 0 for none, None for 20 (none without rounds).
+            their intervals, see `checking`; 0 for none, None for 20 (none where there are no flips by default).
         reliability: for "auto": the split-half reliability of an example's plain means over the rounds (before they
             are shrunk) at which it has enough rounds; between 0 and 1.
         max_rounds: for "auto": an even number.
@@ -69,6 +72,7 @@ class PathGradient(Estimator):
     delta: bool = True
     smooth: bool = True
     shrink: bool = True
+    across_examples: bool = True
     max_outliers: int = 16
     n_flips: int | None = None
     check_masks: int | None = None
@@ -103,6 +107,7 @@ class PathGradient(Estimator):
         found = super().settings()
         idle = () if self.rounds == "auto" and self.passes is None else ("reliability", "max_rounds")
         idle += ("passes",) if self.passes is None else ("rounds",)
+        idle += ("across_examples",) if self.across_examples else ()
         return {name: value for name, value in found.items() if name not in idle}
 
     def parts(self, size: Size) -> list[Part]:
@@ -116,12 +121,18 @@ class PathGradient(Estimator):
     def _flipped(self, n_components: int) -> int:
         if self.n_flips is not None:
             return min(self.n_flips, n_components)
-        return flips.default_number(n_components) if self._most_rounds else 0
+        return flips.default_number(n_components) if self._judged_by_default else 0
 
     @property
     def _checks(self) -> int:
-        wanted = self.check_masks if self.check_masks is not None else checking.DEFAULT_CHECKS * bool(self._most_rounds)
-        return wanted
+        if self.check_masks is not None:
+            return self.check_masks
+        return checking.DEFAULT_CHECKS if self._judged_by_default else 0
+
+    @property
+    def _judged_by_default(self) -> bool:
+        """Flips are chosen by all examples and checks set one scale; both are dear beside a few passes."""
+        return self._most_rounds > 0 and self.across_examples
 
     def bare(self) -> "PathGradient":
         """Without flips and checks, unless their numbers are given."""
@@ -215,7 +226,8 @@ class PathGradient(Estimator):
         if "variance" not in reads:  # a single pass, or one and one context
             return (reads["soft"] + reads["hard"]) / 2 if "hard" in reads else reads["soft"], None
         if self.shrink:
-            weights, errors = shrink(reads["soft"], reads["hard"], reads["variance"], sizes)
+            block = BLOCK if self.across_examples else 1
+            weights, errors = shrink(reads["soft"], reads["hard"], reads["variance"], sizes, block)
         else:
             weights, errors = reads["soft"].clone(), reads["variance"].sqrt()
         if "outliers" in reads:

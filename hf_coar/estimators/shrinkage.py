@@ -23,7 +23,9 @@ BLOCK = 64  # examples that are shrunk together; more bring nothing
 _TINY = 1e-20
 
 
-def shrink(soft: Tensor, hard: Tensor, variance: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+def shrink(
+    soft: Tensor, hard: Tensor, variance: Tensor, sizes: Sequence[int], block: int = BLOCK
+) -> tuple[Tensor, Tensor]:
     """Shrunk reads and their standard errors.
 
     Args:
@@ -31,12 +33,13 @@ def shrink(soft: Tensor, hard: Tensor, variance: Tensor, sizes: Sequence[int]) -
         hard: float32 [examples, components], mean over the rounds.
         variance: float32 [examples, components], of `soft`.
         sizes: components of every layer, in order.
+        block: examples that are shrunk together; 1: each by itself.
 
     Returns:
         weights and standard errors, float32 [examples, components].
     """
     weights, errors = torch.empty_like(soft), torch.empty_like(soft)
-    for rows, columns in _blocks(soft.shape[0], sizes):
+    for rows, columns in _blocks(soft.shape[0], sizes, block):
         weights[rows, columns], spread = _shrink_layer(
             soft[rows, columns].double(), hard[rows, columns].double(), variance[rows, columns].double()
         )
@@ -44,11 +47,11 @@ def shrink(soft: Tensor, hard: Tensor, variance: Tensor, sizes: Sequence[int]) -
     return weights, errors
 
 
-def _blocks(n_examples: int, sizes: Sequence[int]) -> Iterator[tuple[slice, slice]]:
-    for first in range(0, n_examples, BLOCK):
+def _blocks(n_examples: int, sizes: Sequence[int], block: int) -> Iterator[tuple[slice, slice]]:
+    for first in range(0, n_examples, block):
         start = 0
         for size in sizes:
-            yield slice(first, first + BLOCK), slice(start, start + size)
+            yield slice(first, first + block), slice(start, start + size)
             start += size
 
 

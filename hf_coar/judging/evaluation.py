@@ -141,7 +141,7 @@ def evaluate(
     """
     if fractions is None:
         fractions = default_fractions(attributions.provenance.ablated_fraction or 0.05, len(attributions.components))
-    _check(fractions, n_masks, seed)
+    _check(fractions, n_masks, seed, len(attributions.components))
     fingerprint = models.fingerprint(model)
     attributions.check_model(fingerprint, models.record(model))
     masked = MaskedModel(model, attributions.components)
@@ -220,10 +220,11 @@ def _warn(report: Report) -> None:
             )  # fmt: skip
 
 
-def _check(fractions: Sequence[float], n_masks: int, seed: int) -> None:
+def _check(fractions: Sequence[float], n_masks: int, seed: int, n_components: int) -> None:
     sampling.check_seed(seed)
     for fraction in fractions:
         sampling.check_fraction(fraction)
+        sampling.check_some_ablated(fraction, n_components)
     if not fractions:
         raise CoarError("fractions is empty; give at least one ablated fraction, such as (0.05,)")
     if n_masks < 3:

@@ -111,6 +111,9 @@ def _tiles(attributions: Attributions, evaluation: Report | None) -> list[tuple[
         ("passes an example", "unknown" if provenance.cost is None else f"{provenance.cost:g}"),
     ]
     tiles += [] if stability is None else [("reliability", f"{stability:.3f}")]
+    checked = provenance.checked or {}
+    if isinstance(left := checked.get("decisions"), int | float) and provenance.ablated_fraction:
+        tiles.append((f"decisions kept, {100 * provenance.ablated_fraction:.3g} % ablated", f"{left:.0%}"))
     for entry in _figures(attributions, evaluation):
         name = f"correlation, {100 * entry['ablated_fraction']:.3g} % ablated"
         tiles.append((name, _number(entry["correlation"], ".3f")))

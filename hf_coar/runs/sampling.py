@@ -16,6 +16,7 @@ from torch import Tensor
 from hf_coar.errors import CoarError
 
 MASKS, PATHS, BACKGROUND, EVALUATION, BOOTSTRAP, BASELINES, CHECKS, CONTEXTS = range(8)  # the purposes
+_FEWEST_ABLATED = 0.04  # components that a mask ablates on average
 
 
 def words(seed: int, purpose: int, index: int, sub_index: int, count: int) -> np.ndarray:
@@ -104,6 +105,15 @@ def check_seed(seed: int) -> None:
     """Raises `CoarError` unless the seed is an integer from 0 to 2^64 - 1."""
     if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < 2**64:
         raise CoarError(f"seed={seed!r}; must be an integer from 0 to 2^64 - 1")
+
+
+def check_some_ablated(ablated_fraction: float, n_components: int) -> None:
+    """Raises `CoarError` where hardly any mask would ablate anything."""
+    if ablated_fraction * n_components < _FEWEST_ABLATED:
+        raise CoarError(
+            f"ablated_fraction={ablated_fraction:g} of {n_components} components: hardly any mask would ablate one; "
+            f"take {min(0.5, 1 / n_components):.3g}, which ablates one on average, or None to have it chosen"
+        )
 
 
 def check_fraction(ablated_fraction: float) -> None:
