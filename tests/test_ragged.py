@@ -12,9 +12,10 @@ from torch_geometric import nn as gnn
 from torch_geometric.data import Batch, Data
 
 import hf_coar as coar
-from hf_coar import api, models
+from hf_coar import models
 from hf_coar import data as data_module
 from hf_coar.errors import DataError
+from hf_coar.estimators import choosing
 from hf_coar.models import ragged
 
 NODES, EDGES = 5, 3  # values of a node, of an edge
@@ -226,8 +227,9 @@ def test_nodes_of_a_graph_share_a_pass_and_the_cost_is_said(caplog):
             call(model, batch)
         hook.remove()
     assert len(passes) == 1
-    attributions = coar.attribute(model, [batch], components, call=call, progress=False)
-    assert attributions.provenance.method["name"] == "path_gradient"
+    method = coar.PathGradient(n_flips=0, check_masks=0)
+    options = {"method": method, "ablated_fraction": 0.05, "progress": False}
+    attributions = coar.attribute(model, [batch], components, call=call, **options)
     assert (
         "4 examples of a batch share a pass" in caplog.text and "path_gradient 480 and regression 5000" in caplog.text
     )
@@ -239,9 +241,9 @@ def test_nodes_of_a_graph_share_a_pass_and_the_cost_is_said(caplog):
 
 
 def test_many_nodes_are_attributed_by_masks_that_they_share(caplog):
-    problem = SimpleNamespace(size=coar.estimators.Size(16, 0.05), data=[{"node": torch.arange(60)}])
-    assert api._of_shared_passes(problem, None).name == "regression"
+    problem = SimpleNamespace(size=coar.estimators.Size(1600, 0.05), data=[{"node": torch.arange(60)}])
+    assert choosing._of_shared_passes(problem, None)[0].name == "regression"
     assert "cheaper" not in caplog.text
     method = coar.PathGradient(rounds=4)
-    assert api._of_shared_passes(problem, method) is method
+    assert choosing._of_shared_passes(problem, method)[0] is method
     assert "method='regression' is the cheaper one" in caplog.text

@@ -59,9 +59,12 @@ def settled(problem: Problem, method: Estimator | None, budgeted: bool) -> tuple
         blocked = _looked(problem, lambda batch: _checked(problem, method, batch), checks.N_EXAMPLES)
         if problem.ablated_fraction is None:
             problem.ablated_fraction, reasons["ablated_fraction"] = fraction(problem)
+        if getattr(problem.output.call, "shares_pass", False):
+            chosen, reason = _of_shared_passes(problem, method)
+        else:
+            chosen, reason = (method, "") if method is not None else best_method(problem, blocked, budgeted)
         if method is None:
-            method, reason = best_method(problem, blocked, budgeted)
-            reasons["method"] = f"method={method.name!r}: {reason}"
+            method, reasons["method"] = chosen, f"method={chosen.name!r}: {reason}"
     except (RuntimeError, MemoryError) as error:
         if not models.is_out_of_memory(error):
             raise
@@ -118,6 +121,8 @@ def _chosen() -> dict[str, Estimator]:
 def _checked(problem: Problem, method: Estimator | None, batch: data_module.Batch) -> list[Group]:
     """The groups that no gradient reaches, where a method is to be chosen."""
     checks.check_repeats(problem.model, problem.output, batch)
+    if getattr(problem.output.call, "shares_pass", False):
+        return []
     if method is None:
         return checks.blocked(problem.masked, problem.output, batch)
     if method.differentiates:
@@ -228,6 +233,22 @@ def without_a_look(size: Size) -> Estimator:
         return path
     among = max((k for k in range(2, size.n_components + 1) if n_pairs(k) <= left), default=0)
     return replace(_chosen()["leave_one_out"], pairs_among=among)
+
+
+def _of_shared_passes(problem: Problem, method: Estimator | None) -> tuple[Estimator, str]:
+    """Where all examples of a batch come out of one pass, masks that they share may cost less than gates of their own.
+
+    Without a method takes the cheaper one; warns of one that costs more.
+    """
+    shared, own = _chosen()["regression"], method or without_a_look(problem.size)
+    count = data_module.size(next(iter(problem.data)))
+    costs = {one.name: one.cost(problem.size) * (count if one.differentiates else 1) for one in (own, shared)}
+    cheaper = min((own, shared), key=lambda one: costs[one.name])
+    said = " and ".join(f"{name} {cost:g}" for name, cost in costs.items())
+    said = f"all {count} examples of a batch share a pass, unless each has gates of its own: passes a batch are {said}"
+    if method is not None and cheaper is not method:
+        logger.warning("%s; method=%r is the cheaper one", said, cheaper.name)
+    return method or cheaper, said
 
 
 def _without_gradient(problem: Problem, blocked: Sequence[Group], found: Estimator) -> str:
