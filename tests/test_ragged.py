@@ -12,8 +12,8 @@ from torch_geometric import nn as gnn
 from torch_geometric.data import Batch, Data
 
 import hf_coar as coar
-from hf_coar import models
 from hf_coar import data as data_module
+from hf_coar import models
 from hf_coar.errors import DataError
 from hf_coar.estimators import choosing
 from hf_coar.models import ragged
