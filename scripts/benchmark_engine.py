@@ -190,13 +190,13 @@ import hf_coar as coar
 from hf_coar.runs.engine import running
 torch.set_num_threads(1)
 model, data = coar.load(sys.argv[1] + "/model", sys.argv[1] + "/images.parquet", batch_size=32, split="train[:512]")
-coar.attribute(model, list(data)[:1], method=coar.PathGradient(rounds=2), progress=False)  # warm
+coar.attribute(model, list(data)[:1], method=coar.PathGradient(rounds=2), ablated_fraction=0.05, progress=False)  # warm
 print("ready", flush=True)
 sys.stdin.readline()
 begun = time.perf_counter()
 with running(worker=sys.argv[3]):
     method = coar.PathGradient(rounds=2, shrink=False)
-    coar.attribute(model, data, method=method, out=sys.argv[2], progress=False)
+    coar.attribute(model, data, method=method, ablated_fraction=0.05, out=sys.argv[2], progress=False)
 print(time.perf_counter() - begun, flush=True)
 """
 

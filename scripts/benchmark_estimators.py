@@ -211,8 +211,8 @@ def attributed(task: Task, components: coar.Components, seed: int, cache: Path, 
     """One method, through the ordinary `attribute`."""
     folder = cache / f"{task.name}-{name.replace(', ', '-').replace(' ', '-')}-{seed}"
     found = coar.attribute(
-        task.model, task.data, components, output=task.output, method=method, ablated_fraction=task.ablated_fraction,
-        seed=seed, out=folder, progress=False,
+        task.model, task.data, components, output=task.output, method=method.bare(),  # the weights alone are judged
+        ablated_fraction=task.ablated_fraction, seed=seed, out=folder, progress=False,
     )  # fmt: skip
     yield name, found.config["cost"], found.weights
 

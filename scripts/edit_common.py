@@ -138,7 +138,9 @@ def attribute(
 ) -> coar.Attributions:
     """Path gradient, 5 % ablated."""
     method = coar.PathGradient(rounds=rounds)
-    return coar.attribute(model, data, components, output=output, method=method, seed=seed, progress=False)
+    return coar.attribute(
+        model, data, components, output=output, method=method, ablated_fraction=0.05, seed=seed, progress=False
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- baselines
@@ -155,7 +157,9 @@ def baseline_weights(
     methods: dict[str, Any] = {GRADIENT: baselines.GradientTimesParameter()}
     methods |= {SINGLES: baselines.LeaveOneOut()} if singles else {}
     return {
-        name: coar.attribute(model, data, components, output=output, method=method, progress=False)
+        name: coar.attribute(
+            model, data, components, output=output, method=method, ablated_fraction=0.05, progress=False
+        )
         for name, method in methods.items()
     }
 

@@ -105,8 +105,9 @@ def run(out: str | Path = "coar-demo", forget: str = FORGOTTEN, progress: bool =
     components = find_components(model)
 
     attributions = pipeline.attribute(
-        model, attributed, components, method=PathGradient(rounds=8), out=out / "attributions", progress=progress
-    )
+        model, attributed, components, method=PathGradient(rounds=8), ablated_fraction=0.05, out=out / "attributions",
+        progress=progress,
+    )  # fmt: skip
     report = pipeline.evaluate(attributions, model, attributed, out=out / "evaluation", progress=progress)
 
     logger.info("edit: choosing how many components to ablate to forget %s", forget)
