@@ -35,7 +35,7 @@ class Outcome:
 
     @classmethod
     def joined(cls, parts: "Sequence[Outcome]") -> "Outcome":
-        """Of examples that come one after the other; at least one part."""
+        """One outcome of several parts, whose examples come one after the other; at least one."""
 
         def all_of(name: str) -> Tensor | None:
             values = [getattr(part, name) for part in parts]
