@@ -10,7 +10,7 @@ from hf_coar import components, estimators
 from hf_coar.api import attribute, evaluate, load, reopen
 from hf_coar.attributions import Attributions
 from hf_coar.components import Components, find_components
-from hf_coar.editing import edit
+from hf_coar.editing import edit, fix, forget, lift, match, steer
 from hf_coar.editing.edited import undo
 from hf_coar.errors import CoarError
 from hf_coar.estimators import baselines
@@ -41,11 +41,16 @@ __all__ = [
     "estimators",
     "evaluate",
     "find_components",
+    "fix",
+    "forget",
+    "lift",
     "load",
+    "match",
     "outputs",
     "reopen",
     "running",
     "stability",
+    "steer",
     "tasks",
     "undo",
 ]

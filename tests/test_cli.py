@@ -11,7 +11,7 @@ import torch
 
 import hf_coar as coar
 from hf_coar import cli, demo, explore, models
-from hf_coar.cli import methods, verbs
+from hf_coar.cli import editing, methods, verbs
 from hf_coar.editing import edited
 
 MODEL, IMAGES = str(demo.MODEL), str(demo.IMAGES)
@@ -105,9 +105,9 @@ def test_edit_in_steps(run, tmp_path):
 
 def test_indices_ranges_and_labels_name_examples(run):
     attributions = coar.Attributions.from_pretrained(run)
-    assert verbs.examples(["3", "7-9"], "increase", attributions) == [3, 7, 8, 9]
+    assert editing.examples(["3", "7-9"], "increase", attributions) == [3, 7, 8, 9]
     expected = (attributions.labels == 8).nonzero().flatten().tolist()
-    assert expected and verbs.examples(["label=8"], "increase", attributions) == expected
+    assert expected and editing.examples(["label=8"], "increase", attributions) == expected
 
 
 ERRORS = {
@@ -336,3 +336,33 @@ def test_a_call_of_ones_own_is_named_by_a_flag(tmp_path):
     assert hf_coar("evaluate", tmp_path / "run", "--n-masks", 3, *own)[0] == 0
     edited = ["edit", tmp_path / "run", "--decrease", 0, "--n-components", 2, "--step", 1, "--out", tmp_path / "m"]
     assert hf_coar(*edited, *own)[0] == 0
+
+
+def test_edits_by_task(tmp_path):
+    """A class of the demo's model, with figures; and flags that do not go together."""
+    words = ["edit", MODEL, IMAGES, "--split", "train[:700]", "--forget", "label=bag", "--out", tmp_path / "m"]
+    code, out, err = hf_coar(*words, "--others-within", "4%", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["figures"]["target"]["after"] <= 0.15 and found["figures"]["others"]["before"] > 0.85
+    assert found["figures"]["rivals"]["logit_bias"]["target"]["after"] == 0 and found["components"]
+    assert "accuracy on 'Bag'" in (tmp_path / "m" / "README.md").read_text().replace("\\", "")
+    for more, message in (
+        (["--fix", "3"], "--forget, --fix in one edit"),
+        (["--rule", "welch"], "--rule is for edits of attributions"),
+        (["--others-within", "much"], "--others-within much: give a share"),
+    ):
+        code, _, err = hf_coar(*words[:-1], tmp_path / "n", *more)
+        assert code == 2 and message in err
+    code, _, err = hf_coar("edit", MODEL, "--forget", "bag", "--out", tmp_path / "n")
+    assert code == 2 and "needs a model and its data set" in err
+    code, _, err = hf_coar("edit", MODEL, IMAGES, "--out", tmp_path / "n")
+    assert code == 2 and "nothing to edit for" in err
+
+
+def test_an_edit_of_attributions_is_measured(run, tmp_path):
+    code, out, err = hf_coar("edit", run, "--decrease", "label=8", "--n-components", 5, "--out", tmp_path / "m")
+    assert code == 0 and "checked on nothing" in err
+    assert "on the examples that chose it" in out and "mean output of those to fall" in out
+    code, _, err = hf_coar("edit", run, "--decrease", "label=8", "--out", tmp_path / "n")
+    assert code == 2 and "20 are needed" in err and "Or give --n-components" in err

@@ -116,17 +116,23 @@ def _evaluate(each: Any) -> None:
 
 def _edit(each: Any) -> None:
     verb = _verb(
-        each, "edit", verbs.edit, "save a copy of the model in which a few components are ablated",
-        "hf-coar edit runs/resnet18 --decrease label=3 --n-components 20 --out edited",
-        "ATTRIBUTIONS --out FOLDER (--increase E … | --decrease E …) [flags]",
+        each, "edit", verbs.edit, "save an edited copy of the model, with figures from examples that chose nothing",
+        "hf-coar edit MODEL DATA --forget label=bag --others-within 1.5% --out edited",
+        "MODEL DATA --forget | --fix | --lift | --match …, or ATTRIBUTIONS --increase | --decrease E …; --out FOLDER",
     )  # fmt: skip
-    _attributions_flags(verb)
+    verb.add_argument("attributions", metavar="SOURCE", help="a model, or folder or Hub id of attributions")
+    verb.add_argument("data", metavar="DATA", nargs="?", help="the data set; of attributions by default as attributed")
+    verb.add_argument("--model", help="of attributions: Hub id or folder of the model; by default as attributed")
+    _source_flags(verb)
+    _task_flags(verb)
     verb.add_argument("--increase", nargs="+", metavar="E", help=f"raise the outputs of these: {_TARGETS}")
     verb.add_argument("--decrease", nargs="+", metavar="E", help=f"lower the outputs of these: {_TARGETS}")
     verb.add_argument("--reference", nargs="+", metavar="E", help="leave the outputs of these; all others by default")
-    verb.add_argument("--n-components", type=int, default=10, help="how many to ablate (default %(default)s)")
     verb.add_argument(
-        "--rule", choices=tuple(sorted(editing.RULES)), default="welch", help="which come first (default %(default)s)"
+        "--n-components", type=int, help="ablate so many, unchecked; by default other examples choose how many"
+    )
+    verb.add_argument(
+        "--rule", choices=tuple(sorted(editing.RULES)), help="with --n-components: which come first (default welch)"
     )
     verb.add_argument(
         "--step", type=int, metavar="K", help="attribute the model anew, by one pass, after every K components that go"
@@ -134,8 +140,21 @@ def _edit(each: Any) -> None:
     verb.add_argument("--out", required=True, help="folder for the edited model")
     _overwrite_flag(verb)
     _call_flag(verb, "with --step: ")
-    verb.add_argument("--data", help="with --step: Hub id, folder or file of the data set; by default as attributed")
     _data_flags(verb)
+
+
+def _task_flags(verb: argparse.ArgumentParser) -> None:
+    verb = verb.add_argument_group("edits of a MODEL by task, chosen and measured on other examples of DATA")
+    verb.add_argument("--forget", metavar="C", help="a class that is to be forgotten: label=bag, bag, 3")
+    verb.add_argument("--fix", nargs="+", metavar="E", help="wrong examples that are to come right: 17, 20-23")
+    verb.add_argument("--lift", metavar="COLUMN", help="lift the worst group; a column divides every class into groups")
+    verb.add_argument("--match", metavar="TRIGGERED", help="a data set: the examples of DATA with a trigger")
+    verb.add_argument(
+        "--others-within", metavar="P", help="what the accuracy on others may fall by: 1.5%% or 0.015; each has its own"
+    )
+    verb.add_argument(
+        "--rivals", nargs="+", metavar="R", help="what to measure beside it: quick (default), all, none, or names"
+    )
 
 
 def _explore(each: Any) -> None:

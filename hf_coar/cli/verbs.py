@@ -1,19 +1,17 @@
 """What every verb does: from its flags to the text that it prints."""
 
 import argparse
-import inspect
 import json
 import shlex
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hf_coar import api as pipeline
-from hf_coar import demo, editing, models
+from hf_coar import demo, models
 from hf_coar import explore as explorer
-from hf_coar.attributions import Attributions, folders, labelled
-from hf_coar.cli import completion, config, methods, terminal
+from hf_coar.attributions import Attributions, folders
+from hf_coar.cli import completion, config, editing, methods, terminal
 from hf_coar.components import Components, find_components
 from hf_coar.data import Chunks, rows
 from hf_coar.editing import edited as edited_model
@@ -38,7 +36,7 @@ def components(args: argparse.Namespace) -> str:
 def attribute(args: argparse.Namespace) -> str:
     """Attribute, or with `--dry-run` say what that would cost."""
     store.check(args.out, store.ATTRIBUTIONS, args.overwrite)
-    model, data = pipeline.load(**_sources(args))
+    model, data = pipeline.load(**editing.sources(args))
     if args.dry_run:
         return _planned(args, model, data)
     with engine.running(**_running(args)):
@@ -92,7 +90,7 @@ def evaluate(args: argparse.Namespace) -> str:
     if args.out is not None:
         store.check(args.out, store.ATTRIBUTIONS, args.overwrite)
     attributions = Attributions.from_pretrained(args.attributions)
-    model, data = pipeline.reopen(attributions, **_sources(args))
+    model, data = pipeline.reopen(attributions, **editing.sources(args))
     found = pipeline.evaluate(
         attributions, model, data, fractions=args.fractions, n_masks=args.n_masks, seed=args.seed, out=args.out,
         call=config.imported(args.call, "--call"), log_with=args.log_with, overwrite=args.overwrite,
@@ -107,41 +105,7 @@ def evaluate(args: argparse.Namespace) -> str:
     return f"{terminal.bold(head, sys.stdout)}\n{rest}" + (f"\nreport: {page}" if page else "")
 
 
-def edit(args: argparse.Namespace) -> str:
-    """Save an edited model, and say how to load it."""
-    store.check(args.out, store.MODEL, args.overwrite)
-    attributions = Attributions.from_pretrained(args.attributions)
-    source: Any = attributions
-    if args.step is None:
-        model = pipeline.reopen_model(attributions, **_sources(args))
-    else:
-        model, data = pipeline.reopen(attributions, **_sources(args))
-        source = _attributing_anew(attributions, data, config.imported(args.call, "--call"))
-    sides = {side: examples(getattr(args, side), side, attributions) for side in ("increase", "decrease", "reference")}
-    edited = editing.edit(model, source, n_components=args.n_components, rule=args.rule, step=args.step, **sides)
-    edited_model.save(edited, args.out, overwrite=args.overwrite)
-    snippet = models.load_snippet(edited, str(args.out))
-    ablated = models.record(edited)["edit"]["components"]
-    if args.json:
-        return json.dumps({"edited": str(args.out), "components": ablated, "load": snippet}, indent=2)
-    return "\n".join(
-        ["ablated:", *[f"  {name}" for name in ablated], f"saved in {args.out}; load it with", f"  {snippet}"]
-    )
-
-
-def _attributing_anew(attributions: Attributions, data: Any, call: Any) -> Any:
-    """A function that attributes a model by one pass, on the examples and with the output of these attributions."""
-    of = attributions.provenance
-
-    def attribute(model: Any) -> Attributions:
-        found = pipeline.attribute(
-            model, data, attributions.components, output=of.output, method=PathGradient(rounds=0),
-            ablated_fraction=of.ablated_fraction, call=call, seed=of.seed, progress=False,
-        )  # fmt: skip
-        attributions.identity.check(found.identity)
-        return found
-
-    return attribute
+edit = editing.edit
 
 
 def explore(args: argparse.Namespace) -> str:
@@ -183,44 +147,9 @@ def completion_script(args: argparse.Namespace, whole: argparse.ArgumentParser) 
     return json.dumps({"shell": args.shell, "script": script}, indent=2) if args.json else script
 
 
-def _sources(args: argparse.Namespace) -> dict[str, Any]:
-    """What the flags say of model and data, by the keywords of `load`; what they leave out is left to it."""
-    keywords = inspect.signature(pipeline.load).parameters
-    given = {name: value for name, value in vars(args).items() if name in keywords}
-    if given.get("columns"):
-        given["columns"] = dict(map(_pair, given["columns"]))
-    return {name: value for name, value in given.items() if value is not None and value is not False}
-
-
-def _pair(word: str) -> tuple[str, str]:
-    role, equals, column = word.partition("=")
-    if not (role and equals and column):
-        raise CoarError(f"--columns {word}: write a role and its column, such as prompt=question")
-    return role, column
-
-
 def _running(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in ("worker", "dtype", "compile", "masks_together", "strict")}
 
 
 def _found(model: Any, args: argparse.Namespace) -> Components:
     return find_components(model, args.granularity, args.include, args.exclude)
-
-
-def examples(words: Sequence[str] | None, side: str, attributions: Attributions) -> list[int] | None:
-    """Indices of examples from words such as `17`, `20-39`, `label=3`, `label=three`."""
-    if words is None:
-        return None
-    found: list[int] = []
-    for word in words:
-        first, _, last = word.partition("-")
-        if word.startswith("label="):
-            try:
-                found += labelled.with_label(attributions, word.removeprefix("label="))
-            except CoarError as error:
-                raise CoarError(f"--{side} {word}: {error}") from error
-        elif first.isdigit() and (last.isdigit() or not last):
-            found += range(int(first), int(last or first) + 1)
-        else:
-            raise CoarError(f"--{side} {word}: write an index (17), a range (20-39) or a label (label=3, label=name)")
-    return found

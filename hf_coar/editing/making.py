@@ -1,5 +1,6 @@
 """`edit`: a copy of the model in which what a rule ranks first is ablated, with the record of it."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from typing import Any
@@ -16,6 +17,8 @@ from hf_coar.editing.rules import AUTO, RULES, Rule, Sides
 from hf_coar.errors import CoarError
 from hf_coar.masking import MaskedModel, fingerprint_of
 from hf_coar.models import outputs
+
+logger = logging.getLogger(__name__)
 
 # Indices, or several sets of them; a class name or {"label": name or number} is all examples of the class.
 Examples = Sequence[int] | Sequence[Sequence[int]] | Tensor | str | Sequence[str] | Mapping[str, Any]
@@ -137,8 +140,11 @@ def edit(
 ) -> nn.Module:
     """A copy of the model in which a few components are ablated; the model itself stays as it was.
 
-    With `validation`, the number of components is chosen by it, under the constraints; with `rule="auto"` the rule,
-    too. It is an ordinary model: save it with its own library (or `edited.save`) and it loads without hf_coar. `undo`
+    For most purposes `forget`, `fix`, `lift`, `match` and `steer` are the better calls: they choose and measure on
+    examples of their own. Without `validation` this one checks nothing, and says so in a warning. With it, the number
+    of components is chosen by it, under the constraints; with `rule="auto"` the rule, too.
+
+    The copy is an ordinary model: save it with its own library (or `edited.save`) and it loads without hf_coar. `undo`
     makes the original of it again.
 
     Given a function in the place of attributions, the edit goes in steps: after every `step` components the model
@@ -208,11 +214,24 @@ def edit(
     else:
         made = _at_once(model, components, rankers, n_components, gate, validation, constraint)
     ranker = rankers[made.best.rule]
-    edited = models.copy_with_record(model, edit=_entries(ranker, made, sides))
-    kept = kept_without(len(components), made.ablated)
-    gate = made.best.gate
-    copied = MaskedModel(edited, replace(components, fingerprint=None))
-    copied.ablate_for_good(torch.where(kept, 1.0, gate) if gate else kept)
+    if validation is None:
+        _tell_unchecked(ranker.source.of_whole, made, sides)
+    kept, gate = kept_without(len(components), made.ablated), made.best.gate
+    gates = torch.where(kept, 1.0, gate) if gate else kept
+    return with_ablated(model, components, gates, _entries(ranker, made, sides))
+
+
+def with_ablated(model: nn.Module, components: Components, kept: Tensor, entries: Mapping[str, Any]) -> nn.Module:
+    """A copy of a model in which components are ablated for good, with the record of it.
+
+    Args:
+        model: stays as it was.
+        components: of it.
+        kept: bool or float, [components].
+        entries: of the record.
+    """
+    edited = models.copy_with_record(model, edit=dict(entries))
+    MaskedModel(edited, replace(components, fingerprint=None)).ablate_for_good(kept)
     return edited
 
 
@@ -382,3 +401,29 @@ def kept_without(n_components: int, ablated: Tensor | Sequence[int]) -> Tensor:
     kept = torch.ones(n_components, dtype=torch.bool)
     kept[torch.as_tensor(ablated, dtype=torch.long)] = False
     return kept
+
+
+def _tell_unchecked(
+    attributions: Attributions, made: _Made, sides: tuple[Examples | None, Examples | None, Sequence[int] | None]
+) -> None:
+    """Warns that nothing but the attributions speaks for an edit, and says what these expect of it."""
+    weights, boundary = attributions.weights, _boundary(attributions)
+    before = attributions.bias + weights.sum(1)
+    after = before - (1 - made.best.gate) * weights[:, made.ablated].sum(1)
+    targets = _joined([*_sets(sides[0]), *_sets(sides[1])])
+    others = torch.ones(len(weights), dtype=torch.bool)
+    others[targets] = False
+    others = others.nonzero()[:, 0].tolist() if sides[2] is None else sides[2]
+
+    def said(rows: Sequence[int]) -> str:
+        both = [values[list(rows)] for values in (before, after)]
+        if boundary is None:
+            return " to ".join(f"{float(one.mean()):.3g}" for one in both) + f" {attributions.provenance.unit}"
+        return " to ".join(f"{float((one > boundary).float().mean()):.1%}" for one in both) + " right"
+
+    logger.warning(
+        "this edit was checked on nothing: %d components by rule %s. The attributions that chose them expect targets "
+        "from %s, others from %s; measure it, give validation=…, or take coar.forget, fix, lift, match or steer, which "
+        "choose and measure on examples of their own",
+        len(made.ablated), made.best.rule, said(targets), said(others),
+    )  # fmt: skip

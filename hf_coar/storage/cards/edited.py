@@ -48,8 +48,7 @@ def edited_model_card(entries: Mapping[str, Any], source: str = ".", pictures: S
     base, data = mapping(entries, "base"), mapping(entries, "data")
     text = template("edited_model").substitute(
         metadata=yaml_head(metadata),
-        title=f"{model_name(base)}, {count(len(components), 'component')} ablated".removeprefix("a "),
-        model=model_name(base),
+        title=_title(entries, len(components)),
         model_line=model_line(base),
         data_line=data_line(data),
         library={"torch": "PyTorch"}.get(library, library),
@@ -57,12 +56,10 @@ def edited_model_card(entries: Mapping[str, Any], source: str = ".", pictures: S
         increase=_examples(entries.get("increase"), of_classes(entries, "increase")),
         decrease=_examples(entries.get("decrease"), of_classes(entries, "decrease")),
         reference=_examples(entries.get("reference")),
-        n_components=count(len(components), "component"),
-        were="was" if len(components) == 1 else "were",
-        granularity=entries.get("granularity"),
-        components="\n".join(f"- {code_span(component)}" for component in components),
+        done=_done(entries, len(components)),
+        what="ablated" if components else "changed",
+        changed=_changed(entries, components),
         rule=_rule(entries),
-        ablated=_ablated(entries),
         output=entries.get("output"),
         figures=_before_and_after(entries.get("figures") or ()),
         snippet=snippets[0],
@@ -71,6 +68,32 @@ def edited_model_card(entries: Mapping[str, Any], source: str = ".", pictures: S
         citation=CITATION,
     )  # fmt: skip
     return marked(text)
+
+
+def _title(edit: Mapping[str, Any], n_components: int) -> str:
+    how = f"{count(n_components, 'component')} ablated" if n_components else f"changed by {edit.get('rule')}"
+    return f"{model_name(mapping(edit, 'base'))}, {how}".removeprefix("a ")
+
+
+def _done(edit: Mapping[str, Any], n_components: int) -> str:
+    """What was done to the model; rivals of ablation change parameters."""
+    model = model_name(mapping(edit, "base"))
+    if not n_components:
+        n_changed = len(edit.get("parameters") or ())
+        return f"{count(n_changed, 'parameter tensor')} of\n{model} {_were(n_changed)} changed by *{edit.get('rule')}*"
+    also = f", and the last layer {code_span(edit['refit'])} was fitted anew" if edit.get("refit") else ""
+    kind = f"{count(n_components, 'component')} (granularity *{edit.get('granularity')}*)"
+    return f"{kind} of\n{model} {_were(n_components)} ablated: the weights {_ablated(edit)}{also}"
+
+
+def _were(number: int) -> str:
+    return "was" if number == 1 else "were"
+
+
+def _changed(edit: Mapping[str, Any], components: Sequence[Any]) -> str:
+    first = f"What the rule ranks first, by component attributions of the output *{edit.get('output')}*:\n\n"
+    names = components or edit.get("parameters") or ()
+    return (first if components else "") + "\n".join(f"- {code_span(name)}" for name in names)
 
 
 def _load_script(base: Mapping[str, Any], source: str) -> str:

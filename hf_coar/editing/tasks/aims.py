@@ -1,0 +1,247 @@
+"""What an edit is for: an aim says what to ablate next, how far to go, and what comes out; here it is carried out."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from hf_coar import data as data_module
+from hf_coar import models
+from hf_coar.editing.making import kept_without, with_ablated
+from hf_coar.editing.rules import RULES, Sides
+from hf_coar.editing.tasks.figures import Figure, Figures
+from hf_coar.editing.tasks.held import Parts
+from hf_coar.editing.tasks.looking import Seen, weights
+from hf_coar.editing.tasks.setting import EditResult, Setting, common_entries, counts
+from hf_coar.editing.tasks.walking import Point, Verdict, best, walk
+from hf_coar.errors import CoarError, UnsatisfiedError
+from hf_coar.models import calling
+from hf_coar.models.outputs import Output
+from hf_coar.storage.registry import Registry
+
+ABLATION = "ablation"
+
+Weigh = Callable[[Output, Sequence[data_module.Batch]], Tensor]
+
+
+@dataclass(frozen=True)
+class Aim(ABC):
+    """An edit's aim, for one model and its data.
+
+    Attributes:
+        of: model and data.
+        parts: which examples do what.
+        kind: such as "forget".
+        quick: rivals that are measured unless others are asked for.
+    """
+
+    of: Setting
+    parts: Parts
+    kind: ClassVar[str] = ""
+    quick: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    @abstractmethod
+    def task(self) -> str:
+        """In words, such as "forget 'Bag'"."""
+
+    @property
+    @abstractmethod
+    def wanted(self) -> str:
+        """What an edit must do, in words that follow "no edit found that …"."""
+
+    @abstractmethod
+    def judge(self, model: nn.Module) -> Verdict:
+        """What the examples to choose on say of a model."""
+
+    @abstractmethod
+    def figures(self, model: nn.Module) -> dict[str, Figure]:
+        """What the examples to judge on say of a model, beside what they said before the edit."""
+
+    @abstractmethod
+    def sides(self, weigh: Weigh, model: nn.Module) -> Sides:
+        """What rules rank by, of the model as it is now.
+
+        Args:
+            weigh: (output, batches) -> what every component does to every example, float64 [examples, components].
+            model: some of whose components may be ablated.
+        """
+
+    @abstractmethod
+    def points(self) -> list[Point]:
+        """Models without some components, measured."""
+
+    @abstractmethod
+    def loss(self, model: nn.Module) -> Tensor:
+        """What fine-tuning, the rival, would descend: a scalar, of the examples that are attributed."""
+
+    def entries(self) -> dict[str, Any]:
+        """Of the record of the edit."""
+        return {}
+
+    def plain(self) -> "Aim":
+        """The same with what the paper attributes: nothing but the output of the task."""
+        return self
+
+    # ---------------------------------------------------------------------------------------------- what aims have
+
+    def labels(self, rows: Tensor) -> Tensor:
+        """Of examples, int64 [any]."""
+        return self.of.held.labels[rows]
+
+    @cached_property
+    def before(self) -> "_Before":
+        """What the model as it was makes of every part, by its name."""
+        return _Before(self)
+
+    @cached_property
+    def inputs(self) -> list[data_module.Batch]:
+        """The examples that are attributed, on the model's device."""
+        device = models.device_of(self.of.model)
+        return [data_module.to_device(batch, device) for batch in self.of.held.at(self.parts.attribute, 128)]
+
+    def outputs(self, model: nn.Module) -> Tensor:
+        """The logits of these, float32 [examples, classes], differentiable."""
+        found = [calling.logits_of(self.of.looker.output.call(model, batch)).float() for batch in self.inputs]
+        return torch.cat(found)
+
+    def weigh(self, output: Output, batches: Sequence[data_module.Batch]) -> Tensor:
+        """Attributions by one pass, float64 [examples, components]."""
+        return weights(self.of.masked, output, batches).double()
+
+    def walked(self, rule: str, **options: Any) -> list[Point]:
+        """A walk that ends when the allowance is spent, with what `sides` says after every step."""
+
+        def rank(model: nn.Module, ablated: Tensor) -> Tensor:
+            return RULES[rule](self.sides(self.weigh, model))
+
+        return walk(self.of.masked, rank, self.judge, rule, **options)
+
+    def candidate(self, ablated: Tensor, rule: str) -> Point:
+        """One model without some components, int64 [any], measured."""
+        with self.of.masked.ablated(kept_without(len(self.of.masked), ablated)) as model:
+            return Point(ablated, rule, self.judge(model))
+
+
+class _Before(dict[str, Seen]):
+    """Looks at a part of the examples when it is first asked for."""
+
+    def __init__(self, aim: Aim) -> None:
+        super().__init__()
+        self.aim = aim
+
+    def __missing__(self, part: str) -> Seen:
+        self[part] = self.aim.of.see(self.aim.of.model, getattr(self.aim.parts, part))
+        return self[part]
+
+
+# ------------------------------------------------------------------------------------------------------------ rivals
+
+Rival = Callable[[Aim], nn.Module]  # an edited copy of the model, with the record of what was done
+
+RIVALS: Registry[Rival] = Registry("rival")
+_OF_TASKS: dict[str, tuple[str, ...]] = {}
+
+
+def rival(name: str, tasks: Sequence[str]) -> Callable[[Rival], Rival]:
+    """Decorator: makes a function (aim) -> edited model known as a rival of edits of some kinds."""
+
+    def add(function: Rival) -> Rival:
+        RIVALS.add(name, function)
+        _OF_TASKS[name] = tuple(tasks)
+        return function
+
+    return add
+
+
+def rivals_of(kind: str) -> list[str]:
+    """The names of all rivals of a kind of edit."""
+    return [name for name in RIVALS.names() if kind in _OF_TASKS[name]]
+
+
+def changed_copy(aim: Aim, rule: str) -> nn.Module:
+    """A copy of the model for a rival to change, with the record of it; `note_changed` completes that."""
+    record = common_entries(aim.of) | {"rule": rule, "components": [], "indices": [], "examples": counts(aim.parts)}
+    return models.copy_with_record(aim.of.model, edit={**record, "task": aim.task, **aim.entries()})
+
+
+def note_changed(aim: Aim, changed: nn.Module) -> nn.Module:
+    """Writes into the record which parameters a rival has changed, so that `undo` can put them back."""
+    was = dict(aim.of.model.named_parameters())
+    names = [name for name, value in changed.named_parameters() if not torch.equal(value, was[name])]
+    getattr(changed, models.records.RECORD)["edit"]["parameters"] = sorted(names)
+    return changed
+
+
+# --------------------------------------------------------------------------------------------------- carrying it out
+
+
+def carried_out(aim: Aim, method: str, rivals: str | Sequence[str] | None) -> EditResult:
+    """The edit of an aim, by ablation or by a rival, measured beside other rivals.
+
+    Args:
+        aim: of the edit.
+        method: "ablation", or the name of a rival.
+        rivals: to measure: names, "quick" for those that take no time, "all", or none.
+
+    Raises:
+        UnsatisfiedError: nothing keeps the limits.
+        CoarError: an unknown method or rival.
+    """
+    names = _chosen(aim, rivals)
+    if method != ABLATION:
+        _check(aim, method)
+        changed = RIVALS[method](aim)
+        made = EditResult(changed, Figures(aim.figures(changed)), (), f"{aim.task} by {method}")
+    else:
+        made = _ablated(aim)
+    against = {}
+    for name in names:
+        if name != method:
+            try:
+                against[name] = aim.figures(RIVALS[name](aim))
+            except UnsatisfiedError:
+                against[name] = {}
+    return replace(made, figures=Figures(made.figures.measured, against))
+
+
+def _chosen(aim: Aim, rivals: str | Sequence[str] | None) -> list[str]:
+    if rivals is None:
+        return []
+    if isinstance(rivals, str):
+        rivals = {"quick": aim.quick, "all": rivals_of(aim.kind)}.get(rivals, (rivals,))
+    for name in rivals:
+        _check(aim, name)
+    return list(rivals)
+
+
+def _check(aim: Aim, name: str) -> None:
+    known = rivals_of(aim.kind)
+    if name not in known:
+        raise CoarError(f"{aim.kind} knows no rival {name!r}; there are {', '.join(known)}")
+
+
+def _ablated(aim: Aim) -> EditResult:
+    of, components = aim.of, aim.of.masked.components
+    before, points = aim.judge(of.model), aim.points()
+    point = best(points, aim.wanted, before)
+    named = [components[int(index)] for index in point.ablated]
+    parameters = {name for one in named for name in (one.group.parameter, *one.group.shared_by)}
+    record = common_entries(of) | {
+        "task": aim.task,
+        "rule": point.rule,
+        "granularity": components.granularity,
+        "components": [str(one) for one in named],
+        "indices": point.ablated.tolist(),
+        "parameters": sorted(parameters),
+        "examples": counts(aim.parts),
+        "tried": [list(vars(one.as_candidate()).values()) for one in points],
+        **aim.entries(),
+    }
+    edited = with_ablated(of.model, components, kept_without(len(components), point.ablated), record)
+    frontier = tuple((len(one.ablated), one.verdict.target, one.verdict.others) for one in points)
+    return EditResult(edited, Figures(aim.figures(edited)), tuple(record["components"]), aim.task, frontier)

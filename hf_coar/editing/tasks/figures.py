@@ -1,0 +1,146 @@
+"""Figures of an edit, all from examples that chose nothing, with their intervals."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+_Z = 1.959964  # of a 95 % interval
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One quantity before and after an edit.
+
+    Attributes:
+        what: in words, such as "accuracy on 'Bag'".
+        before: of the model as it was.
+        after: of the edited one.
+        low: lower end of the 95 % interval of `after`.
+        high: upper end.
+        n: examples that it is from.
+        share: whether it is a share from 0 to 1, shown in percent.
+    """
+
+    what: str
+    before: float
+    after: float
+    low: float
+    high: float
+    n: int
+    share: bool = True
+
+    @property
+    def change(self) -> float:
+        """After minus before."""
+        return self.after - self.before
+
+    def row(self) -> tuple[str, str, str]:
+        """What, before and after with its interval, for a card."""
+        if not self.share:
+            return self.what, f"{self.before:.3g}", f"{self.after:.3g} ({self.low:.3g} to {self.high:.3g})"
+        low, high = 100 * self.low, 100 * self.high
+        return self.what, f"{self.before:.1%}", f"{self.after:.1%} ({low:.1f}–{high:.1f}, n = {self.n})"
+
+    def to_json(self) -> dict[str, float | int | str | bool]:
+        """JSON values."""
+        return dict(vars(self))
+
+
+def of_shares(what: str, before: Tensor, after: Tensor) -> Figure:
+    """A share of examples with its Wilson interval (Wilson 1927).
+
+    Args:
+        what: in words.
+        before: which examples count, of the model as it was, bool [examples].
+        after: of the edited one, bool [examples].
+    """
+    n, share = len(after), float(after.float().mean())
+    middle = (share + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
+    half = _Z / (1 + _Z**2 / n) * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2))
+    return Figure(what, float(before.float().mean()), share, max(0.0, middle - half), min(1.0, middle + half), n)
+
+
+def of_means(what: str, before: Tensor, after: Tensor) -> Figure:
+    """A mean over examples, float32 [examples], with its normal interval."""
+    n, mean = len(after), float(after.mean())
+    half = _Z * float(after.std()) / math.sqrt(n) if n > 1 else math.inf
+    return Figure(what, float(before.mean()), mean, mean - half, mean + half, n, share=False)
+
+
+def fall(before: Tensor, after: Tensor) -> tuple[float, float]:
+    """By how much a mean over the same examples has fallen, and the standard error of that."""
+    lost = before.float() - after.float()
+    error = float(lost.std()) / math.sqrt(len(lost)) if len(lost) > 1 else 0.0
+    return float(lost.mean()), error
+
+
+def share_and_error(right: Tensor) -> tuple[float, float]:
+    """A share and its standard error, which is not 0 where all are alike (one more of either kind counts as seen)."""
+    n, share = len(right), float(right.float().mean())
+    guarded = (share * n + 1) / (n + 2)
+    return share, math.sqrt(guarded * (1 - guarded) / n)
+
+
+def worst_fall(labels: Tensor, before: Tensor, after: Tensor) -> int:
+    """The class or group that loses most, of labels int64 [examples]."""
+    found = labels.unique()
+    lost = torch.stack([(before.float() - after.float())[labels == one].mean() for one in found])
+    return int(found[lost.argmax()])
+
+
+@dataclass(frozen=True)
+class Figures(Mapping[str, Figure]):
+    """Figures by name, such as `figures["target"].after`; those of the rivals by their names in `rivals`.
+
+    Attributes:
+        measured: "target", "others", "worst_other", "probe", "recovery", …, as far as the task has them.
+        rivals: by rival, the same figures of the model that it makes.
+    """
+
+    measured: Mapping[str, Figure]
+    rivals: Mapping[str, Mapping[str, Figure]] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Figure:
+        """A figure by its name."""
+        return self.measured[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """The names."""
+        return iter(self.measured)
+
+    def __len__(self) -> int:
+        """How many."""
+        return len(self.measured)
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """What, before, after: of the edit, then of its rivals; for a card."""
+        found = [figure.row() for figure in self.measured.values()]
+        for rival, figures in self.rivals.items():
+            for figure in figures.values():
+                what, before, after = figure.row()
+                found.append((f"instead, {rival}: {what}", before, after))
+        return found
+
+    def to_json(self) -> dict:
+        """JSON values."""
+        own = {name: figure.to_json() for name, figure in self.measured.items()}
+        rivals = {
+            rival: {name: figure.to_json() for name, figure in figures.items()}
+            for rival, figures in self.rivals.items()
+        }
+        return {**own, "rivals": rivals}
+
+    def __str__(self) -> str:
+        """A table."""
+        return table(self.rows())
+
+
+def table(rows: Sequence[tuple[str, str, str]]) -> str:
+    """Rows of figures in columns."""
+    head = ("on examples that chose nothing", "before", "after (95 % interval)")
+    widths = [max(len(row[place]) for row in (head, *rows)) for place in range(3)]
+    lines = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in (head, *rows)]
+    return "\n".join("  ".join(line).rstrip() for line in lines)

@@ -1,0 +1,178 @@
+"""`fix`: wrong examples that the model gets right from now on, at the least cost to all others."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hf_coar.components import Components
+from hf_coar.editing.rules import RULES, Sides
+from hf_coar.editing.tasks import figures as fig
+from hf_coar.editing.tasks.aims import ABLATION, Aim, Weigh, carried_out
+from hf_coar.editing.tasks.figures import Figure
+from hf_coar.editing.tasks.held import check_limits, checked, divided
+from hf_coar.editing.tasks.setting import BATCH, EditResult, Setting
+from hf_coar.editing.tasks.walking import Point, Verdict, margin
+from hf_coar.errors import CoarError
+from hf_coar.models import calling
+
+# Boldest first: what trusts the weights fixes at a tenth of the cost where it fixes, and careful is there where not.
+RULES_TRIED = ("covariance_bold", "covariance")
+MOST = 60  # components
+SURE = 0.01  # above the boundary, in the unit of the output, from which an example counts as fixed
+NEIGHBOURS = 10  # wrong examples nearest to those fixed, among those to judge on
+
+
+@dataclass(frozen=True)
+class Fixing(Aim):
+    """Some examples are to come right.
+
+    Attributes:
+        examples: their indices, ascending.
+        others_within: what the accuracy on all others may fall by, from 0 to 1.
+    """
+
+    examples: tuple[int, ...]
+    others_within: float
+    kind: ClassVar[str] = "fix"
+    quick: ClassVar[tuple[str, ...]] = ("fine_tuning",)
+
+    @property
+    def task(self) -> str:
+        """In words."""
+        shown = ", ".join(map(str, self.examples[:4])) + (", …" if len(self.examples) > 4 else "")
+        return f"fix example{'' if len(self.examples) == 1 else 's'} {shown}"
+
+    @property
+    def wanted(self) -> str:
+        """What an edit must do."""
+        allowed = f"{100 * self.others_within:.3g} points"
+        return f"makes {'it' if len(self.examples) == 1 else 'all of them'} right and costs others {allowed} at most"
+
+    def entries(self) -> dict[str, Any]:
+        """Of the record."""
+        return {"increase": list(self.examples)}
+
+    @cached_property
+    def targets(self) -> Tensor:
+        """Their indices, int64 [examples]."""
+        return torch.tensor(self.examples)
+
+    def sides(self, weigh: Weigh, model: nn.Module) -> Sides:
+        """The examples against others."""
+        rows = torch.cat([self.parts.attribute, self.targets])
+        batches, targets = self.of.held.at(rows, BATCH), torch.isin(rows.sort().values, self.targets)
+        of_all = weigh(self.of.looker.output, batches)
+        values = self.of.looker.look(model, batches).values.double()
+        sets = [(1, one[None]) for one in of_all[targets]]
+        return Sides(sets, of_all[~targets], values[~targets], self.of.looker.output.boundary)
+
+    def points(self) -> list[Point]:
+        """By every rule the fewest components that fix, measured."""
+        sides = self.sides(self.weigh, self.of.model)
+        found = []
+        for rule in RULES_TRIED:
+            ranking = RULES[rule](sides)
+            count = next((k for k in range(1, min(MOST, len(ranking)) + 1) if self._fixed(ranking[:k])), MOST)
+            found.append(self.candidate(ranking[:count], rule))
+        return found
+
+    def _fixed(self, ablated: Tensor) -> bool:
+        kept = torch.ones(len(self.of.masked), dtype=torch.bool)
+        kept[ablated] = False
+        with self.of.masked.ablated(kept) as model:
+            return self._lacking(model) <= 0
+
+    def _lacking(self, model: nn.Module) -> float:
+        """What the example that is furthest from right lacks, in the unit of the output."""
+        return self.of.boundary + SURE - float(self.of.see(model, self.targets).values.min())
+
+    def judge(self, model: nn.Module) -> Verdict:
+        """What the examples to choose on say of a model."""
+        was, seen = self.before["choose"], self.of.see(model, self.parts.choose)
+        lost, error = fig.fall(self.of.right(was), self.of.right(seen))
+        lacking = self._lacking(model)
+        # Accuracy alone is coarse: an edit changes a handful of a thousand predictions.
+        smooth = torch.sigmoid(seen.values - self.of.boundary).mean()
+        spent = lost + margin(len(RULES_TRIED)) * error - self.others_within
+        return Verdict(float(lacking <= 0), float(self.of.right(seen).float().mean()), lacking, spent, float(smooth))
+
+    def loss(self, model: nn.Module) -> Tensor:
+        """Cross-entropy of the examples."""
+        found = []
+        for batch in self.of.held.at(self.targets):
+            moved = calling.to(batch, next(model.parameters()).device)
+            logits = calling.logits_of(self.of.looker.output.call(model, moved)).float()
+            found.append(F.cross_entropy(logits, moved["labels"]))
+        return torch.stack(found).mean()
+
+    def figures(self, model: nn.Module) -> dict[str, Figure]:
+        """Of the examples themselves, for which it was made, and of those to judge on, which chose nothing."""
+        rows, before = self.parts.judge, self.before["judge"]
+        seen, was = self.of.see(model, rows), self.of.right(before)
+        now, labels = self.of.right(seen), self.labels(rows)
+        own = self.of.see(self.of.model, self.targets), self.of.see(model, self.targets)
+        worst = fig.worst_fall(labels, was, now)
+        name = f"accuracy on {self.of.held.name(worst)!r}, which loses most"
+        found = {
+            "target": fig.of_shares("the examples to fix, for which it was made", *(self.of.right(one) for one in own)),
+            "others": fig.of_shares("accuracy on all others", was, now),
+            "worst_other": fig.of_shares(name, was[labels == worst], now[labels == worst]),
+        }
+        near = self._neighbours(own[0].features, before.features, was)
+        if near is not None:
+            found["neighbours"] = fig.of_shares("wrong ones nearest to it in the features", was[near], now[near])
+        return found
+
+    def _neighbours(self, own: Tensor | None, others: Tensor | None, right: Tensor) -> Tensor | None:
+        """Of the wrong examples those nearest to the fixed ones, by the cosine of the features."""
+        wrong = (~right).nonzero()[:, 0]
+        if own is None or others is None or not len(wrong):
+            return None
+        near = F.cosine_similarity(others[wrong][:, None], own[None], dim=2).max(1).values
+        return wrong[near.topk(min(NEIGHBOURS, len(wrong))).indices]
+
+
+def fix(
+    model: nn.Module,
+    data: Any,
+    examples: Sequence[int],
+    *,
+    others_within: float = 0.01,
+    method: str = ABLATION,
+    rivals: str | Sequence[str] | None = "quick",
+    components: Components | None = None,
+    seed: int = 0,
+) -> EditResult:
+    """A copy of the model that gets some wrong examples right, at the least cost to others.
+
+    The fewest components whose ablation makes them right, by two rules; other examples choose between these, and yet
+    others judge. Whether the wrong examples nearest to them come right, too, is among the figures.
+
+    Args:
+        model: a model whose output has a boundary between right and wrong; it stays as it was.
+        data: labelled examples, as `attribute` takes them; read once and kept in memory.
+        examples: indices of those to fix, all of them wrong.
+        others_within: what the accuracy on all others may fall by, from 0 to 1.
+        method: "ablation", or a rival instead: see `editing.rivals`.
+        rivals: which to measure beside it: "quick" (fine-tuning on the examples), "all", names, or None.
+        components: from `find_components(model)`, which is the default.
+        seed: of the division.
+
+    Raises:
+        CoarError: examples that are right already or not there, too few others, or a model that is edited already.
+        UnsatisfiedError: nothing fixes them within the limit; the message says what comes nearest and what it costs.
+    """
+    check_limits(others_within=others_within)
+    of = Setting.of(model, data, components)
+    wanted = checked(examples, len(of.held), "examples")
+    parts = divided(of.held.labels, torch.zeros(len(of.held), dtype=torch.bool), seed, "", wanted)
+    right = of.right(of.see(model, torch.tensor(wanted)))
+    if bool(right.any()):
+        there = [index for index, one in zip(wanted, right.tolist(), strict=True) if one]
+        raise CoarError(f"examples {there[:8]} are right already; name wrong ones")
+    return carried_out(Fixing(of, parts, tuple(wanted), others_within), method, rivals)

@@ -1,0 +1,212 @@
+"""`forget`: a model that no longer knows a class, and is as good as before on the others."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hf_coar.components import Components
+from hf_coar.editing.rules import Sides
+from hf_coar.editing.tasks import figures as fig
+from hf_coar.editing.tasks import probing
+from hf_coar.editing.tasks.aims import ABLATION, Aim, Weigh, carried_out
+from hf_coar.editing.tasks.figures import Figure
+from hf_coar.editing.tasks.held import check_limits, divided
+from hf_coar.editing.tasks.looking import Seen
+from hf_coar.editing.tasks.setting import BATCH, EditResult, Setting
+from hf_coar.editing.tasks.walking import Point, Verdict, margin
+from hf_coar.models.outputs import Output
+
+RULE = "covariance"
+CONTRASTS = ("claim",)
+WORST_WITHIN = 0.1  # what any single other class may lose beyond doubt: a neighbour is not the price of a class
+
+
+@dataclass(frozen=True)
+class Forgetting(Aim):
+    """One class is to be forgotten.
+
+    Attributes:
+        label: number of the class.
+        others_within: what the accuracy on all other classes may fall by, from 0 to 1.
+        at_most: the accuracy on the class that is asked for, from 0 to 1.
+        contrasts: beside the margin, what is to become the same for the class as for the others: "claim", "features".
+    """
+
+    label: int
+    others_within: float
+    at_most: float
+    contrasts: tuple[str, ...] = CONTRASTS
+    kind: ClassVar[str] = "forget"
+    quick: ClassVar[tuple[str, ...]] = ("logit_bias",)
+
+    @property
+    def name(self) -> str:
+        """Of the class."""
+        return repr(self.of.held.name(self.label))
+
+    @property
+    def task(self) -> str:
+        """In words."""
+        return f"forget {self.name}"
+
+    @property
+    def wanted(self) -> str:
+        """What an edit must do."""
+        allowed = f"{100 * self.others_within:.3g} points"
+        return f"leaves {self.name} at {100 * self.at_most:.3g} % or less and costs the others {allowed} at most"
+
+    def own(self, rows: Tensor) -> Tensor:
+        """Which examples are of the class, bool [any]."""
+        return self.labels(rows) == self.label
+
+    def entries(self) -> dict[str, Any]:
+        """Of the record."""
+        rows = self.parts.attribute
+        named = {"decrease": [self.of.held.name(self.label)]}
+        return {"decrease": rows[self.own(rows)].tolist(), "classes": named}
+
+    # ------------------------------------------------------------------------------------------- what to ablate first
+
+    def points(self) -> list[Point]:
+        """A walk until the allowance is spent."""
+        return self.walked(RULE)
+
+    def plain(self) -> "Forgetting":
+        """The margin alone."""
+        return replace(self, contrasts=())
+
+    def sides(self, weigh: Weigh, model: nn.Module) -> Sides:
+        """The class against all others."""
+        rows, own = self.parts.attribute, self.own(self.parts.attribute)
+        batches = self.of.held.at(rows, BATCH)
+        seen = self.of.looker.look(model, batches)
+        margins = weigh(self.of.looker.output, batches)
+        sets = [margins[own]]
+        for output in self._contrasts(seen, own):
+            apart = weigh(output, batches)
+            sets.append(apart[own] - apart[~own].mean(0))
+        # Each alike, whatever its unit: by what all that helps would do together.
+        sides = [(-1, one / one.mean(0).clamp_min(0).sum().clamp_min(1e-12)) for one in sets]
+        return Sides(sides, margins[~own], seen.values[~own].double(), self.of.looker.output.boundary)
+
+    def _contrasts(self, seen: Seen, own: Tensor) -> Iterator[Output]:
+        """What is to fall for the class alone, and not for all."""
+        if "claim" in self.contrasts and seen.logits is not None:
+            yield claim(self.of.looker.output, self.label)
+        if "features" in self.contrasts and seen.features is not None:
+            yield self.of.looker.of_features(*probing.direction(seen.features, own))
+
+    def loss(self, model: nn.Module) -> Tensor:
+        """Away from the class, and with the others as they were: distances to the model's own answers without it."""
+        found, wanted = self.outputs(model), self.before["attribute"].logits.clone()
+        wanted[self.own(self.parts.attribute), self.label] = -torch.inf
+        return F.kl_div(found.log_softmax(1), wanted.to(found).softmax(1), reduction="batchmean")
+
+    # ------------------------------------------------------------------------------------------------- how far to go
+
+    def judge(self, model: nn.Module) -> Verdict:
+        """What the examples to choose on say of a model."""
+        own, seen = self.own(self.parts.choose), self.of.see(model, self.parts.choose)
+        was, now = self.of.right(self.before["choose"]), self.of.right(seen)
+        z = margin(1)
+        target, error = fig.share_and_error(now[own])
+        lost, lost_error = fig.fall(was[~own], now[~own])
+        spent = max(lost + z * lost_error - self.others_within, self._worst(was, now, own) - WORST_WITHIN)
+        missing = target + z * error - self.at_most
+        return Verdict(target, float(now[~own].float().mean()), missing, spent, -self._back(seen))
+
+    def _worst(self, was: Tensor, now: Tensor, own: Tensor) -> float:
+        """What the other class that fares worst has lost beyond a standard error."""
+        labels = self.labels(self.parts.choose)
+        falls = [fig.fall(was[labels == one], now[labels == one]) for one in labels[~own].unique()]
+        return max((lost - error for lost, error in falls), default=0.0)
+
+    def _back(self, seen: Seen) -> float:
+        """How much of the class one constant gives back: where it is gone, none."""
+        rows = self.parts.choose
+        said = probing.one_bias(seen, self.labels(rows), seen, self.label)
+        return 0.0 if said is None else float((said[self.own(rows)] == self.label).float().mean())
+
+    # ------------------------------------------------------------------------------------------------------- figures
+
+    def figures(self, model: nn.Module) -> dict[str, Figure]:
+        """On the examples to judge on; probe and constant are fitted to those to choose on."""
+        fit, seen = self.of.see(model, self.parts.choose), self.of.see(model, self.parts.judge)
+        labels, own, before = self.labels(self.parts.judge), self.own(self.parts.judge), self.before
+        was, now = self.of.right(before["judge"]), self.of.right(seen)
+        worst = fig.worst_fall(labels[~own], was[~own], now[~own])
+        loses = f"accuracy on {self.of.held.name(worst)!r}, which loses most"
+        found = {
+            "target": fig.of_shares(f"accuracy on {self.name}", was[own], now[own]),
+            "others": fig.of_shares("accuracy on the other classes", was[~own], now[~own]),
+            "worst_other": fig.of_shares(loses, was[labels == worst], now[labels == worst]),
+        }
+        for key, what, probe in (
+            ("probe", f"{self.name} found by a fresh linear probe of the features", probing.linear_probe),
+            ("recovery", f"{self.name} given back by one constant on its logit", self._biased),
+        ):
+            parts = (before["choose"], before["judge"]), (fit, seen)
+            said = [probe(one, self.labels(self.parts.choose), other) for one, other in parts]
+            if said[0] is not None and said[1] is not None:
+                found[key] = fig.of_shares(what, *(one[own] == self.label for one in said))
+        return found
+
+    def _biased(self, fit: Seen, labels: Tensor, judge: Seen) -> Tensor | None:
+        return probing.one_bias(fit, labels, judge, self.label)
+
+
+def claim(output: Output, label: int) -> Output:
+    """How far one class's logit lies above all others, whatever the example is: its margin if it were of that class."""
+
+    def above(logits: Tensor, batch: Any) -> Tensor:
+        rest = logits.clone()
+        rest[:, label] = -torch.inf
+        return logits[:, label] - rest.logsumexp(1)
+
+    return Output("claim", "logits", above, call=output.call)
+
+
+def forget(
+    model: nn.Module,
+    data: Any,
+    label: int | str,
+    *,
+    others_within: float = 0.015,
+    at_most: float = 0.1,
+    method: str = ABLATION,
+    rivals: str | Sequence[str] | None = "quick",
+    components: Components | None = None,
+    seed: int = 0,
+) -> EditResult:
+    """A copy of a classifier that forgets one class and keeps the others; its figures are from examples of their own.
+
+    The data are divided: a quarter is attributed, a third chooses how far to go, the rest judges. What the class needs
+    and the others do not is ablated step by step, attributed anew after each, until the others' allowance is spent; of
+    the models that keep all limits, with a standard error to spare, the one from which one constant on the logit gives
+    least of the class back.
+
+    Args:
+        model: a classifier; it stays as it was.
+        data: labelled examples, as `attribute` takes them; read once and kept in memory.
+        label: name or number of the class.
+        others_within: what the accuracy on all other classes may fall by, from 0 to 1; no single one may fall by ten
+            points beyond doubt.
+        at_most: the accuracy on the class that is asked for, from 0 to 1.
+        method: "ablation", or a rival instead: see `editing.rivals`.
+        rivals: which to measure beside it: "quick" (a constant on the logit), "all", names, or None.
+        components: from `find_components(model)`, which is the default.
+        seed: of the division.
+
+    Raises:
+        CoarError: no such class, too few examples, or a model that is edited already.
+        UnsatisfiedError: nothing on the way keeps the limits; the message says what comes nearest and what it costs.
+    """
+    check_limits(others_within=others_within, at_most=at_most)
+    of = Setting.of(model, data, components)
+    number = of.held.label_of(label)
+    parts = divided(of.held.labels, of.held.labels == number, seed, f"label {of.held.name(number)!r}")
+    return carried_out(Forgetting(of, parts, number, others_within, at_most), method, rivals)

@@ -1,0 +1,241 @@
+"""Labelled examples in memory, and their division into those that are attributed, chosen on and judged on."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_coar import data as data_module
+from hf_coar import models
+from hf_coar.errors import CoarError, DataError
+from hf_coar.storage import labels as label_words
+
+# Of every class; what is left is judged on. Fewer to attribute than to choose on: weights are means over hundreds of
+# numbers, a choice by too few examples is what goes wrong (scripts/results/edits/).
+ATTRIBUTED, CHOSEN_ON = 0.25, 0.35
+MOST_ATTRIBUTED, MOST_CHOSEN_ON, MOST_JUDGED = 400, 1200, 6000
+LEAST = (4, 8, 8)  # examples of the targets to attribute, to choose on, to judge on; others as many and twice that
+
+
+@dataclass(frozen=True)
+class Held:
+    """Examples in memory.
+
+    Attributes:
+        batches: as the data set has them.
+        record: of data and model, where class names stand.
+    """
+
+    batches: Sequence[data_module.Batch]
+    record: dict[str, Any]
+
+    @classmethod
+    def read(cls, model: nn.Module, data: Any) -> "Held":
+        """All of a data set.
+
+        Raises:
+            DataError: no examples, or not what `attribute` takes.
+        """
+        batches = [data_module.as_batch(batch) for batch in data_module.batches(data)]
+        if not batches:
+            raise DataError("the data set is empty; nothing to edit by")
+        return cls(batches, {"data": data_module.describe(data), "model": models.record(model)})
+
+    @cached_property
+    def bounds(self) -> list[int]:
+        """Where every batch begins, and the end."""
+        return [0, *torch.tensor([data_module.size(batch) for batch in self.batches]).cumsum(0).tolist()]
+
+    def __len__(self) -> int:
+        """How many examples."""
+        return self.bounds[-1]
+
+    @cached_property
+    def labels(self) -> Tensor:
+        """Int64 [examples]; -1 where there is no class of the whole example."""
+        found = [batch.get("labels") for batch in self.batches]
+        if all(isinstance(one, Tensor) and one.dim() == 1 and not one.is_floating_point() for one in found):
+            return torch.cat(found).cpu().long()
+        return torch.full((len(self),), -1)
+
+    def entry(self, name: str) -> Tensor:
+        """Whole numbers of an entry of the batches, int64 [examples].
+
+        Raises:
+            CoarError: no such entry, or not one whole number an example.
+        """
+        found = [batch.get(name) for batch in self.batches]
+        if not all(isinstance(one, Tensor) and one.dim() == 1 and not one.is_floating_point() for one in found):
+            raise CoarError(
+                f"the batches have no entry {name!r} with one whole number an example; they have "
+                f"{', '.join(self.batches[0])}; or give the number of every example's group"
+            )
+        return torch.cat(found).cpu().long()
+
+    def label_of(self, label: int | str) -> int:
+        """The number of a class that examples have.
+
+        Raises:
+            CoarError: no such class, or no example of it; the message says which there are.
+        """
+        if bool((self.labels < 0).all()):
+            raise CoarError(
+                f"the examples have no class labels (entries: {', '.join(self.batches[0])}), so that label={label!r} "
+                "means nothing; give examples by their indices to coar.steer"
+            )
+        wanted = label_words.label_of(self.record, label)
+        if not bool((self.labels == wanted).any()):
+            named = [self.name(one) for one in self.labels.unique().tolist()]
+            raise CoarError(f"no example has the label {label!r}; there are {', '.join(named[:30])}")
+        return wanted
+
+    def name(self, label: int) -> str:
+        """What people call a class."""
+        return label_words.label_name(self.record, label) or "no label"
+
+    def at(self, indices: Sequence[int] | Tensor, size: int | None = None) -> list[data_module.Batch]:
+        """Some examples in batches, in the order of the data set, whatever that of the indices.
+
+        Args:
+            indices: of examples.
+            size: examples a batch, where they are alike in shape; as in the data set by default.
+        """
+        chosen = torch.as_tensor(indices, dtype=torch.long).unique()
+        found = []
+        for batch, start, stop in zip(self.batches, self.bounds, self.bounds[1:], strict=False):
+            rows = chosen[(chosen >= start) & (chosen < stop)] - start
+            if len(rows):
+                found.append(data_module.take(batch, rows))
+        return _joined(found, size) if size else found
+
+
+def _joined(batches: list[data_module.Batch], size: int) -> list[data_module.Batch]:
+    """Batches of just this size, as far as their entries are tensors of one shape."""
+    runs: list[list[data_module.Batch]] = []
+    for batch in batches:
+        if runs and _alike(runs[-1][-1], batch):
+            runs[-1].append(batch)
+        else:
+            runs.append([batch])
+    found = []
+    for run in runs:
+        whole = run[0] if len(run) == 1 else {name: torch.cat([one[name] for one in run]) for name in run[0]}
+        count = data_module.size(whole)
+        found += [data_module.rows(whole, start, min(start + size, count)) for start in range(0, count, size)]
+    return found
+
+
+def _alike(one: data_module.Batch, other: data_module.Batch) -> bool:
+    tensors = [*one.values(), *other.values()]
+    same = one.keys() == other.keys() and all(isinstance(value, Tensor) for value in tensors)
+    return same and all(value.shape[1:] == other[name].shape[1:] for name, value in one.items())
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Three parts of the examples that have nothing in common, int64 [any], ascending.
+
+    Attributes:
+        attribute: whose weights say what to ablate.
+        choose: by which the number of components is chosen.
+        judge: which chose nothing: all figures are from these.
+    """
+
+    attribute: Tensor
+    choose: Tensor
+    judge: Tensor
+
+    def of(self, wanted: Tensor) -> "Parts":
+        """Those of them that a mask of all examples names, bool [examples]."""
+        return Parts(*(rows[wanted[rows]] for rows in (self.attribute, self.choose, self.judge)))
+
+
+def divided(strata: Tensor, targets: Tensor, seed: int, what: str, apart: Sequence[int] = ()) -> Parts:
+    """Divides examples at random, every stratum (class or group) alike.
+
+    Args:
+        strata: number of every example's class or group, int64 [examples].
+        targets: which the edit is for, bool [examples].
+        seed: of the draw.
+        what: the targets are, for errors, such as "label 'Bag'"; "" where there is nothing to divide of them.
+        apart: examples that go into no part.
+
+    Raises:
+        CoarError: too few targets or others to attribute, to choose on and to judge on; says how many are needed.
+    """
+    if what:
+        _check_enough(int(targets.sum()), what, LEAST)
+    _check_enough(int((~targets).sum()) - len(apart), "the others", tuple(2 * count for count in LEAST))
+    generator = torch.Generator().manual_seed(seed)
+    parts: list[list[Tensor]] = [[], [], []]
+    keys = strata * 2 + targets.long()
+    keys[list(apart)] = keys.min() - 1
+    present = keys.unique().tolist()[bool(apart) :]
+    for key in present:
+        rows = (keys == key).nonzero()[:, 0]
+        rows = rows[torch.randperm(len(rows), generator=generator)]
+        least = LEAST if bool(targets[rows[0]]) else (0, 0, 0)
+        for part, some in zip(parts, rows.split(_sizes(len(rows), len(present), least)), strict=False):
+            part.append(some)
+    return Parts(*(torch.cat(part).sort().values for part in parts))
+
+
+def _sizes(n_rows: int, n_strata: int, least: Sequence[int]) -> list[int]:
+    """How many of a stratum are attributed, chosen on, judged on, and left over."""
+    shares = (ATTRIBUTED, CHOSEN_ON, 1 - ATTRIBUTED - CHOSEN_ON)
+    most = (MOST_ATTRIBUTED, MOST_CHOSEN_ON, MOST_JUDGED)
+    sizes: list[int] = []
+    for share, cap, fewest in zip(shares, most, least, strict=True):
+        # A target's stratum may have more than its share of the whole: it is what the edit is for.
+        limit = max(fewest, cap // max(2, n_strata) * (2 if any(least) else 1))
+        sizes.append(min(max(fewest, round(share * n_rows)), limit))
+    left = n_rows - sum(sizes)
+    return [*sizes[:2], sizes[2] + min(left, 0), max(left, 0)]
+
+
+def _check_enough(count: int, what: str, least: Sequence[int]) -> None:
+    if count < sum(least):
+        raise CoarError(
+            f"{what}: {count} examples, and {sum(least)} are needed: {least[0]} to attribute, {least[1]} to choose on "
+            f"and {least[2]} to judge on; give more data (or coar.edit, which checks nothing)"
+        )
+
+
+def indices_of(examples: Any, held: Held, side: str) -> list[int]:
+    """Examples as indices, from indices, a class name, `{"label": name or number}`, or several names.
+
+    Raises:
+        CoarError: an unknown class, or indices out of range.
+    """
+    labels = examples.get("label", ()) if isinstance(examples, dict) else examples
+    if isinstance(examples, dict) and list(examples) != ["label"]:
+        raise CoarError(f"{side} given by {sorted(map(str, examples))}; give {{'label': name or number}}")
+    if isinstance(labels, str) or isinstance(examples, dict):
+        labels = [labels] if isinstance(labels, str | int) else labels
+        return [index for one in labels for index in (held.labels == held.label_of(one)).nonzero()[:, 0].tolist()]
+    if any(isinstance(one, str) for one in labels):
+        return indices_of({"label": labels}, held, side)
+    return checked(labels, len(held), side)
+
+
+def checked(indices: Sequence[int] | Tensor, n_examples: int, what: str) -> list[int]:
+    """Indices as plain integers.
+
+    Raises:
+        CoarError: none, or some out of range.
+    """
+    found = [int(index) for index in indices]
+    outside = [index for index in found if not 0 <= index < n_examples]
+    if outside or not found:
+        raise CoarError(f"{what}={outside[:8] or '[]'}: give indices from 0 to {n_examples - 1}, at least one")
+    return sorted(set(found))
+
+
+def check_limits(**limits: float) -> None:
+    """Raises `CoarError` unless all are shares between 0 and 1."""
+    for name, value in limits.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
+            raise CoarError(f"{name}={value!r}: give a share between 0 and 1, such as 0.015 for 1.5 points")

@@ -1,0 +1,222 @@
+"""`lift`: the group that fares worst, lifted at little cost to the average."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hf_coar.components import Components
+from hf_coar.data import Examples
+from hf_coar.editing.rules import Sides
+from hf_coar.editing.tasks import figures as fig
+from hf_coar.editing.tasks.aims import ABLATION, Aim, Weigh, carried_out
+from hf_coar.editing.tasks.figures import Figure
+from hf_coar.editing.tasks.held import LEAST, Held, check_limits, divided
+from hf_coar.editing.tasks.looking import Seen
+from hf_coar.editing.tasks.setting import BATCH, EditResult, Setting
+from hf_coar.editing.tasks.walking import Point, Verdict, margin
+from hf_coar.errors import CoarError
+from hf_coar.models.outputs import Output
+
+RULES_TRIED = ("welch", "covariance")
+TEMPERATURE = 2.0
+
+
+def softened(logits: Tensor, batch: Any) -> Tensor:
+    """Probability of the label at temperature 2, from 0 to 1, float32 [examples].
+
+    Its slope is largest where an example is undecided, so that it stands for accuracy, which has no slope.
+    """
+    return (logits / TEMPERATURE).softmax(1).gather(1, batch["labels"][:, None])[:, 0]
+
+
+SOFTENED = Output("softened", "probability", softened)
+
+
+@dataclass(frozen=True)
+class Lifting(Aim):
+    """The worst groups are to fare better.
+
+    Attributes:
+        groups: number of every example's group, int64 [examples].
+        average_within: what the average accuracy may fall by, from 0 to 1.
+        smooth: attribute softened probabilities.
+    """
+
+    groups: Tensor
+    average_within: float
+    smooth: bool = True
+    kind: ClassVar[str] = "lift"
+    quick: ClassVar[tuple[str, ...]] = ("last_layer",)
+
+    @property
+    def task(self) -> str:
+        """In words."""
+        return "lift the worst group"
+
+    @property
+    def wanted(self) -> str:
+        """What an edit must do."""
+        return f"lifts the worst group and costs the average {100 * self.average_within:.3g} points at most"
+
+    def by_group(self, right: Tensor, part: Tensor) -> dict[int, float]:
+        """Accuracy of every group."""
+        groups = self.groups[part]
+        return {group: float(right[groups == group].float().mean()) for group in self.groups.unique().tolist()}
+
+    @cached_property
+    def failing(self) -> list[int]:
+        """Groups below the mean of all groups: those that are to rise."""
+        found = self.by_group(self.of.right(self.before["attribute"]), self.parts.attribute)
+        mean = sum(found.values()) / len(found)
+        return [group for group, share in found.items() if share < mean] or [min(found, key=found.__getitem__)]
+
+    def entries(self) -> dict[str, Any]:
+        """Of the record."""
+        rows = self.parts.attribute
+        return {"increase": rows[torch.isin(self.groups[rows], torch.tensor(self.failing))].tolist()}
+
+    def points(self) -> list[Point]:
+        """A walk by either rule, on probabilities that are softened."""
+        return [point for rule in RULES_TRIED for point in self.walked(rule)]
+
+    def plain(self) -> "Lifting":
+        """The output of the task in the place of probabilities."""
+        return replace(self, smooth=False)
+
+    def sides(self, weigh: Weigh, model: nn.Module) -> Sides:
+        """Every failing group against all others."""
+        batches, groups = self.of.held.at(self.parts.attribute, BATCH), self.groups[self.parts.attribute]
+        output = self.of.looker.output
+        found = weigh(replace(SOFTENED, call=output.call) if self.smooth else output, batches)
+        values = self.of.looker.look(model, batches).values.double()
+        spared = ~torch.isin(groups, torch.tensor(self.failing))
+        sets = [(1, found[groups == group]) for group in self.failing]
+        return Sides(sets, found[spared], values[spared], output.boundary)
+
+    def loss(self, model: nn.Module) -> Tensor:
+        """Cross-entropy, every group counting alike."""
+        groups = self.groups[self.parts.attribute]
+        labels = self.labels(self.parts.attribute)
+        logits = self.outputs(model)
+        each = F.cross_entropy(logits, labels.to(logits.device), reduction="none")
+        return torch.stack([each[groups == group].mean() for group in groups.unique()]).mean()
+
+    def judge(self, model: nn.Module) -> Verdict:
+        """What the examples to choose on say of a model."""
+        return self.verdict(self.of.see(model, self.parts.choose))
+
+    def verdict(self, seen: Seen) -> Verdict:
+        """Of what a model makes of the examples to choose on."""
+        part, was = self.parts.choose, self.of.right(self.before["choose"])
+        now = self.of.right(seen)
+        z = margin(len(RULES_TRIED))
+        lost, error = fig.fall(was, now)
+        groups = self.groups[part]
+        # The lower bound of the group that fares worst: groups of few examples look good or bad by chance.
+        shares = [fig.share_and_error(now[groups == group]) for group in self.groups.unique().tolist()]
+        worst = min(share - e for share, e in shares)
+        start = min(self.by_group(was, part).values())
+        low = min(share for share, _ in shares)
+        return Verdict(low, float(now.float().mean()), start - low, lost + z * error - self.average_within, worst)
+
+    def figures(self, model: nn.Module) -> dict[str, Figure]:
+        """The worst group before against the worst one after, and every group, on the examples to judge on."""
+        part = self.parts.judge
+        was, now = self.of.right(self.before["judge"]), self.of.right(self.of.see(model, part))
+        shares = self.by_group(was, part), self.by_group(now, part)
+        lows = [min(share, key=share.__getitem__) for share in shares]
+        groups = self.groups[part]
+        after = fig.of_shares("accuracy of the worst group", now[groups == lows[1]], now[groups == lows[1]])
+        found = {"target": fig.Figure(after.what, shares[0][lows[0]], after.after, after.low, after.high, after.n)}
+        found["others"] = fig.of_shares("average accuracy", was, now)
+        worst = fig.worst_fall(groups, was, now)
+        found["worst_other"] = fig.of_shares(
+            f"accuracy of group {worst}, which loses most", was[groups == worst], now[groups == worst]
+        )
+        return found
+
+
+def groups_of(held: Held, data: Any, groups: Any) -> Tensor:
+    """The number of every example's group, int64 [examples].
+
+    Args:
+        held: the examples.
+        data: from which they were read.
+        groups: an entry of the batches or a column of the data set, which divides every class; or the numbers.
+
+    Raises:
+        CoarError: no such entry or column, another number of groups than examples, one group, or one with too few.
+    """
+    if isinstance(groups, str):
+        column = _column(data, groups)
+        places = held.entry(groups) if column is None else column
+        classes = held.labels.unique(return_inverse=True)[1]
+        found = classes * (int(places.max()) + 1) + places
+    else:
+        found = torch.as_tensor(groups)
+        if found.shape != (len(held),) or found.is_floating_point():
+            raise CoarError(f"groups of shape {list(found.shape)} for {len(held)} examples; give each a whole number")
+    numbers, found, counts = found.unique(return_inverse=True, return_counts=True)
+    if len(numbers) < 2:
+        raise CoarError(f"all {len(held)} examples are of one group; there is nothing to lift one against")
+    small = {int(number): int(count) for number, count in zip(numbers, counts, strict=True) if count < sum(LEAST)}
+    if small:
+        raise CoarError(
+            f"groups with fewer than {sum(LEAST)} examples (number: examples): {small}; that many are needed to "
+            "attribute, to choose on and to judge on; give more data, or put groups together"
+        )
+    return found
+
+
+def _column(data: Any, name: str) -> Tensor | None:
+    """Places 0, 1, … of a column of the data set, int64 [examples]; None where there is none."""
+    dataset = getattr(data, "dataset", None) if isinstance(data, Examples) else None
+    if name not in (getattr(dataset, "column_names", None) or ()):
+        return None
+    values = list(dataset[name])
+    known = {value: place for place, value in enumerate(sorted(set(values), key=str))}
+    return torch.tensor([known[value] for value in values])
+
+
+def lift(
+    model: nn.Module,
+    data: Any,
+    groups: Any,
+    *,
+    average_within: float = 0.02,
+    method: str = ABLATION,
+    rivals: str | Sequence[str] | None = "quick",
+    components: Components | None = None,
+    seed: int = 0,
+) -> EditResult:
+    """A copy of a classifier whose worst group fares better, and the average hardly worse.
+
+    Groups below the mean of all groups are to rise, the others to stay; softened probabilities are attributed anew
+    after each step, by two rules, until the average's allowance is spent. Examples of their own choose the model with
+    the best lower bound of the worst group; yet others judge.
+
+    Args:
+        model: a classifier; it stays as it was.
+        data: labelled examples, as `attribute` takes them; read once and kept in memory.
+        groups: a column of whole numbers or words that divides every class into groups; or every example's number.
+        average_within: what the average accuracy may fall by, from 0 to 1.
+        method: "ablation", or a rival instead: see `editing.rivals`.
+        rivals: which to measure beside it: "quick" (a refitted last layer), "all", names, or None.
+        components: from `find_components(model)`, which is the default.
+        seed: of the division.
+
+    Raises:
+        CoarError: no such column, groups that are too small, or a model that is edited already.
+        UnsatisfiedError: nothing lifts the worst group within the limit.
+    """
+    check_limits(average_within=average_within)
+    of = Setting.of(model, data, components)
+    numbers = groups_of(of.held, data, groups)
+    targets = numbers == int(numbers[0])  # every group is divided alike, and each is large enough
+    parts = divided(numbers, targets, seed, "a group")
+    return carried_out(Lifting(of, parts, numbers, average_within), method, rivals)

@@ -1,0 +1,226 @@
+"""`match`: examples with a trigger, answered as the same ones without it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hf_coar import data as data_module
+from hf_coar.components import Components
+from hf_coar.editing.rules import Sides
+from hf_coar.editing.tasks import figures as fig
+from hf_coar.editing.tasks.aims import ABLATION, Aim, Weigh, carried_out
+from hf_coar.editing.tasks.figures import Figure
+from hf_coar.editing.tasks.held import Held, Parts, check_limits
+from hf_coar.editing.tasks.looking import Seen
+from hf_coar.editing.tasks.setting import BATCH, EditResult, Setting
+from hf_coar.editing.tasks.walking import Point, Verdict
+from hf_coar.errors import CoarError
+from hf_coar.models import calling
+
+RULES_TRIED = ("lightly_penalised", "covariance")
+MOST = 0.02  # of the components: a few pairs cannot tell good from bad among more
+DRIFT = 0.5  # how much the drift of clean margins counts against margins of triggered ones
+ENOUGH = 3.0  # logits; margins beyond it need not be reached
+LEAST_EDITED, LEAST_JUDGED = 4, 16  # pairs
+MOST_EDITED = 64
+LOCAL = 0.25  # of the pixels; a trigger that changes no more of them stays where it is when the picture moves
+VARIATIONS = ((0, 0, False), (0, 0, True), (1, 0, False), (-1, 0, True), (0, 1, False), (0, -1, True))
+
+
+def varied(clean: Tensor, triggered: Tensor) -> tuple[Tensor, Tensor]:
+    """Pairs of pictures, and shifted and mirrored copies of them in which the trigger stays in its place.
+
+    A handful of pairs says little of what the model does to others; copies cost nothing and say more. What covers the
+    whole picture is not moved apart from it: such pairs are returned as they are.
+
+    Args:
+        clean: float [pairs, channels, height, width].
+        triggered: likewise.
+
+    Returns:
+        clean and triggered, [6 × pairs, channels, height, width].
+    """
+    place = (triggered != clean).any(0)
+    if float(place.float().mean()) > LOCAL:
+        return clean, triggered
+    moved = [clean.roll((down, right), (-2, -1)).flip([-1] if flip else []) for down, right, flip in VARIATIONS]
+    return torch.cat(moved), torch.cat([torch.where(place, triggered, one) for one in moved])
+
+
+@dataclass(frozen=True)
+class Matching(Aim):
+    """Triggered examples are to be answered as clean ones.
+
+    Attributes:
+        pairs: clean and triggered examples that it is made of, copies among them, in batches.
+        judged: those that it is judged on.
+        clean_within: what the accuracy on clean examples may fall by, from 0 to 1.
+    """
+
+    pairs: tuple[Sequence[data_module.Batch], Sequence[data_module.Batch]]
+    judged: tuple[Sequence[data_module.Batch], Sequence[data_module.Batch]]
+    clean_within: float
+    kind: ClassVar[str] = "match"
+    quick: ClassVar[tuple[str, ...]] = ("gradient_times_parameter",)
+
+    @property
+    def task(self) -> str:
+        """In words."""
+        return "answer triggered examples as clean ones"
+
+    @property
+    def wanted(self) -> str:
+        """What an edit must do."""
+        allowed = f"{100 * self.clean_within:.3g} points"
+        return f"brings triggered examples nearer to clean ones, and costs these {allowed} at most"
+
+    @cached_property
+    def start(self) -> tuple[Seen, Seen]:
+        """Of the pairs, clean and triggered, before the edit."""
+        return self._both(self.of.model, self.pairs)
+
+    def _both(self, model: nn.Module, pairs: tuple[Any, Any]) -> tuple[Seen, Seen]:
+        clean, triggered = (self.of.looker.look(model, one) for one in pairs)
+        return clean, triggered
+
+    def points(self) -> list[Point]:
+        """One component after the other, by either rule."""
+        most = max(1, int(MOST * len(self.of.masked)))
+        return [point for rule in RULES_TRIED for point in self.walked(rule, most=most, step=1, tried=most)]
+
+    def sides(self, weigh: Weigh, model: nn.Module) -> Sides:
+        """Triggered against clean ones."""
+        output = self.of.looker.output
+        clean, triggered = (weigh(output, one) for one in self.pairs)
+        values = self.of.looker.look(model, self.pairs[0]).values.double()
+        return Sides([(1, triggered)], clean, values, output.boundary)
+
+    def judge(self, model: nn.Module) -> Verdict:
+        """What the pairs themselves say: as few as there are, none are left to choose on."""
+        (was, triggered_was), (clean, triggered) = self.start, self._both(model, self.pairs)
+        bound = self.of.boundary
+
+        def lacking(one: Seen, other: Seen) -> float:
+            return float(((one.values - bound).clamp_max(ENOUGH) - (other.values - bound)).clamp_min(0).mean())
+
+        goal = -lacking(clean, triggered) - DRIFT * float((clean.values - was.values).abs().mean())
+        before = -lacking(was, triggered_was)
+        lost, error = fig.fall(self.of.right(was), self.of.right(clean))
+        right = float(self.of.right(triggered).float().mean())
+        spent = lost + error - max(self.clean_within, 1 / len(clean.values))
+        return Verdict(right, float(self.of.right(clean).float().mean()), before - goal, spent, goal)
+
+    def loss(self, model: nn.Module) -> Tensor:
+        """Cross-entropy of clean and triggered examples alike."""
+        found = []
+        for batch in (*self.pairs[0], *self.pairs[1]):
+            moved = calling.to(batch, next(model.parameters()).device)
+            logits = calling.logits_of(self.of.looker.output.call(model, moved)).float()
+            found.append(F.cross_entropy(logits, moved["labels"]))
+        return torch.stack(found).mean()
+
+    def figures(self, model: nn.Module) -> dict[str, Figure]:
+        """Of the pairs to judge on."""
+        before, after = self._both(self.of.model, self.judged), self._both(model, self.judged)
+        was, now = ([self.of.right(seen) for seen in both] for both in (before, after))
+        found = {
+            "target": fig.of_shares("accuracy with the trigger", was[1], now[1]),
+            "others": fig.of_shares("accuracy without it", was[0], now[0]),
+        }
+        labels = torch.cat([batch["labels"] for batch in self.judged[0]]) if "labels" in self.judged[0][0] else None
+        if labels is not None and labels.dim() == 1:
+            worst = fig.worst_fall(labels, was[0], now[0])
+            name = f"accuracy without it on {self.of.held.name(worst)!r}, which loses most"
+            found["worst_other"] = fig.of_shares(name, was[0][labels == worst], now[0][labels == worst])
+        return found
+
+
+def _with_copies(clean: Sequence[data_module.Batch], triggered: Sequence[data_module.Batch]) -> tuple[list, list]:
+    """Pairs in batches, with moved copies where they are pictures that differ in one tensor of one place."""
+    made: tuple[list, list] = ([], [])
+    for plain, patched in zip(clean, triggered, strict=True):
+        changed = [name for name, value in plain.items() if not torch.equal(value, patched[name])]
+        pictures = len(changed) == 1 and plain[changed[0]].dim() == 4 and plain[changed[0]].is_floating_point()
+        if pictures:
+            sides = varied(plain[changed[0]], patched[changed[0]])
+            times = len(sides[0]) // data_module.size(plain)
+            plain, patched = (
+                {n: side if n == changed[0] else torch.cat([v] * times) for n, v in batch.items()}
+                for batch, side in zip((plain, patched), sides, strict=True)
+            )
+        made[0].append(plain)
+        made[1].append(patched)
+    return made
+
+
+def match(
+    model: nn.Module,
+    clean: Any,
+    triggered: Any,
+    *,
+    judge: tuple[Any, Any] | None = None,
+    clean_within: float = 0.012,
+    method: str = ABLATION,
+    rivals: str | Sequence[str] | None = "quick",
+    components: Components | None = None,
+    seed: int = 0,
+) -> EditResult:
+    """A copy of the model that answers examples with a trigger as it answers the same ones without it.
+
+    A handful of pairs is enough. At most 2 % of the components go, one by one, attributed anew after each, by two
+    rules; where the margins of triggered examples come near those of clean ones while these drift little, is best.
+
+    Args:
+        model: a model whose output has a boundary between right and wrong; it stays as it was.
+        clean: labelled examples, as `attribute` takes them.
+        triggered: the same examples with the trigger, in the same order.
+        judge: (clean, triggered) pairs that the figures are from; by default half of the pairs given.
+        clean_within: what the accuracy on the clean ones of the pairs may fall by, from 0 to 1; one of them always may.
+        method: "ablation", or a rival instead: see `editing.rivals`.
+        rivals: which to measure beside it: "quick" (gradient × parameter), "all", names, or None.
+        components: from `find_components(model)`, which is the default.
+        seed: of the division.
+
+    Raises:
+        CoarError: pairs that differ in number or labels, too few of them, or a model that is edited already.
+        UnsatisfiedError: nothing brings them nearer within the limit.
+    """
+    check_limits(clean_within=clean_within)
+    of = Setting.of(model, clean, components)
+    other = _paired(of.held, Held.read(model, triggered))
+    if judge is None:
+        order = torch.randperm(len(of.held), generator=torch.Generator().manual_seed(seed))
+        count = min(len(order) // 2, MOST_EDITED)
+        edited, rest = order[:count], order[count:]
+        judged = of.held, other
+    else:
+        edited, judged = torch.arange(len(of.held)), (Held.read(model, judge[0]), Held.read(model, judge[1]))
+        _paired(*judged)
+        rest = torch.arange(len(judged[0]))
+    if len(edited) < LEAST_EDITED or len(rest) < LEAST_JUDGED:
+        raise CoarError(
+            f"{len(edited)} pairs to edit by and {len(rest)} to judge on; {LEAST_EDITED} and {LEAST_JUDGED} are needed "
+            "at least: give more pairs, or others to judge on with judge=(clean, triggered)"
+        )
+    pairs = _with_copies(*(one.at(edited, BATCH) for one in (of.held, other)))
+    none = torch.empty(0, dtype=torch.long)
+    parts, sides = Parts(edited.sort().values, none, none), tuple(one.at(rest, BATCH) for one in judged)
+    return carried_out(Matching(of, parts, pairs, sides, clean_within), method, rivals)
+
+
+def _paired(clean: Held, triggered: Held) -> Held:
+    """The triggered side, checked, in batches like those of the clean one."""
+    if len(clean) != len(triggered):
+        raise CoarError(f"{len(clean)} clean and {len(triggered)} triggered examples; give the same ones, in one order")
+    differing = (clean.labels != triggered.labels).nonzero()[:, 0].tolist()
+    if differing:
+        raise CoarError(
+            f"pairs {differing[:8]} have other labels with the trigger than without; give the same examples in one "
+            "order, with their true labels"
+        )
+    return triggered

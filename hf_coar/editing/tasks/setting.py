@@ -1,0 +1,135 @@
+"""What all tasks begin with, and what all of them return."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from hf_coar import models
+from hf_coar.components import Components, find_components
+from hf_coar.editing import edited as edited_model
+from hf_coar.editing.tasks.figures import Figures
+from hf_coar.editing.tasks.held import Held, Parts
+from hf_coar.editing.tasks.looking import Looker, Seen
+from hf_coar.errors import CoarError
+from hf_coar.masking import MaskedModel, fingerprint_of
+from hf_coar.models import tasks
+
+BATCH = 128  # examples in one pass, where the data set has smaller batches of one shape
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The model with its components, the examples, and how the model is looked at."""
+
+    masked: MaskedModel
+    held: Held
+    looker: Looker
+
+    @classmethod
+    def of(cls, model: nn.Module, data: Any, components: Components | None, output: Any = tasks.AUTO) -> "Setting":
+        """Checks a model and reads the data.
+
+        Raises:
+            CoarError: the model was edited already, or has no components or outputs to edit by.
+        """
+        check_base(model)
+        held = Held.read(model, data)
+        masked = MaskedModel(model, replace(components or find_components(model), fingerprint=None))
+        models.check_saved(model, {group.parameter for group in masked.components.groups})
+        return cls(masked, held, Looker.of(model, held.batches[0], output))
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, never changed for good."""
+        return self.masked.model
+
+    def see(self, model: nn.Module, rows: Tensor) -> Seen:
+        """What a model makes of some examples, int64 [any], in ascending order."""
+        return self.looker.look(model, self.held.at(rows, BATCH))
+
+    def right(self, seen: Seen) -> Tensor:
+        """Which of the examples the model gets right, bool [examples]."""
+        return seen.values > self.boundary
+
+    @property
+    def boundary(self) -> float:
+        """Of the output.
+
+        Raises:
+            CoarError: it has none.
+        """
+        if self.looker.output.boundary is None:
+            raise CoarError(
+                f"no value of {self.looker.output.name!r} says that {type(models.wrapped(self.model)).__name__} is "
+                "right; coar.steer edits for any output"
+            )
+        return self.looker.output.boundary
+
+
+def check_base(model: nn.Module) -> None:
+    """Raises `CoarError` where the model was edited already: figures would be against that, and no undo leads back."""
+    made = models.record(model).get("edit")
+    if made:
+        raise CoarError(
+            f"the {type(model).__name__} given is edited already ({len(made.get('components') or ())} components, rule "
+            f"{made.get('rule')}); edit the model as it was: coar.undo(edited, base) gives it, and so does loading it"
+        )
+
+
+@dataclass(frozen=True)
+class EditResult:
+    """What an edit by task gives.
+
+    Attributes:
+        model: the edited model, an ordinary one of its library; `coar.undo(result.model, base)` gives the base back.
+        figures: before and after, on examples that chose nothing; `print(result.figures)` shows them.
+        components: names of what was ablated, in order; none where a rival was taken instead.
+        task: such as "forget 'Bag'".
+        frontier: (components ablated, target, others) of every model that was measured on the way, on the examples to
+            choose on; for pictures, not for claims.
+    """
+
+    model: nn.Module
+    figures: Figures
+    components: tuple[str, ...] = ()
+    task: str = ""
+    frontier: tuple[tuple[int, float, float], ...] = ()
+
+    def save(self, folder: str | Path, pictures: str | Path | None = None, overwrite: bool = False) -> None:
+        """Save the model as its own library does, with the record of the edit and a card of the figures.
+
+        Args:
+            folder: made if it does not exist; otherwise empty, or one that a model was saved to before.
+            pictures: a folder of PNG files for the card.
+            overwrite: take a folder that holds other things as well.
+
+        Raises:
+            CoarError: the folder holds other things or cannot be written.
+        """
+        edited_model.save(self.model, folder, self.figures.rows(), pictures, overwrite)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload what `save` saves; see `editing.edited.push_to_hub`, whose options these are.
+
+        Returns:
+            The address of the commit.
+        """
+        return edited_model.push_to_hub(self.model, repo_id, self.figures.rows(), **options)
+
+    def __str__(self) -> str:
+        """The task and its figures."""
+        return f"{self.task}: {len(self.components)} components ablated\n{self.figures}"
+
+
+def common_entries(of: Setting) -> dict[str, Any]:
+    """Entries of the record that every edit by task has, and that `undo` needs."""
+    base = {**models.record(of.model), "fingerprint": fingerprint_of(of.model, anew=True)}
+    data, output = dict(of.held.record["data"]), of.looker.output.name
+    return {"output": output, "data": data, "base": base, "reference": "all others", "increase": [], "decrease": []}
+
+
+def counts(parts: Parts) -> str:
+    """How many examples did what, for the record."""
+    return f"{len(parts.attribute)} attributed, {len(parts.choose)} to choose on, {len(parts.judge)} to judge on"

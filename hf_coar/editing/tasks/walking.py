@@ -1,0 +1,151 @@
+"""Ablating step by step until the allowance is spent, and which of the models on the way is the best."""
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hf_coar.editing.choosing import LARGEST_FRACTION, Candidate
+from hf_coar.editing.stepwise import Ranker
+from hf_coar.errors import UnsatisfiedError
+from hf_coar.masking import MaskedModel
+
+logger = logging.getLogger(__name__)
+
+STEP_FRACTION = 0.01  # of the components go before the others are ranked anew; fewer where the allowance ends
+MOST_TRIED = 24  # models measured on a walk, whatever is left of the allowance
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the examples to choose on say of a model.
+
+    Attributes:
+        target: what is to be changed, as measured, such as an accuracy from 0 to 1.
+        others: what is to stay, likewise.
+        missing: how far the target is from where it shall be, with one standard error on the safe side; at most 0 =
+            there.
+        spent: by how much the others fall below what is allowed, likewise; at most 0 = allowed.
+        merit: of two that satisfy both, the better one has more.
+    """
+
+    target: float
+    others: float
+    missing: float
+    spent: float
+    merit: float
+
+    @property
+    def satisfies(self) -> bool:
+        """Both limits."""
+        return self.missing <= 0 and self.spent <= 0
+
+
+@dataclass(frozen=True)
+class Point:
+    """A model on the way: what it lacks, int64 [any], by which ranking, and the verdict."""
+
+    ablated: Tensor
+    rule: str
+    verdict: Verdict
+
+    def as_candidate(self) -> Candidate:
+        """As the record of an edit holds it."""
+        slack = -max(self.verdict.missing, self.verdict.spent)
+        return Candidate(self.rule, len(self.ablated), 0.0, slack, self.verdict.merit if slack >= 0 else None)
+
+
+Judge = Callable[[nn.Module], Verdict]
+
+
+def margin(n_walks: int) -> float:
+    """Standard errors that are kept from every limit: one, and more the more walks there are to choose from.
+
+    The best of m equal ones looks better than it is by about sqrt(2 log m) of them.
+    """
+    return math.sqrt(1 + 2 * math.log(max(1, n_walks)))
+
+
+def walk(
+    masked: MaskedModel, rank: Ranker, judge: Judge, rule: str, most: int | None = None, step: int | None = None,
+    tried: int = MOST_TRIED,
+) -> list[Point]:  # fmt: skip
+    """Ablates a step of components, ranks the others anew, and so on, until the allowance of the others is spent.
+
+    A step that spends more than there is, is halved.
+
+    Args:
+        masked: the model with its components.
+        rank: (model, ablated) -> int64 [components], the best to ablate first.
+        judge: of a model.
+        rule: name of the ranking.
+        most: components in all; by default a fifth of them.
+        step: components at a time; by default 1 in 100.
+        tried: models that are measured at most.
+    """
+    n_all = len(masked)
+    most = max(1, int(LARGEST_FRACTION * n_all)) if most is None else most
+    size = max(1, round(STEP_FRACTION * n_all)) if step is None else step
+    points: list[Point] = []
+    kept, ablated = torch.ones(n_all, dtype=torch.bool), torch.empty(0, dtype=torch.long)
+    while size and len(ablated) < most and len(points) < tried:
+        with masked.ablated(kept):
+            ranking = rank(masked.model, ablated)
+        best = ranking[kept[ranking]]
+        while size:
+            further = torch.cat([ablated, best[: min(size, most - len(ablated))]])
+            points.append(_measured(masked, further, rule, judge))
+            if points[-1].verdict.spent <= 0:
+                ablated = further
+                kept[ablated] = False
+                break
+            size //= 2
+    return points
+
+
+def _measured(masked: MaskedModel, ablated: Tensor, rule: str, judge: Judge) -> Point:
+    kept = torch.ones(len(masked), dtype=torch.bool)
+    kept[ablated] = False
+    with masked.ablated(kept) as model:
+        point = Point(ablated, rule, judge(model))
+    found = point.verdict
+    logger.info(
+        "edit: %s, %d components: target %.3f, others %.3f (missing %.3f, over the allowance %.3f)",
+        rule, len(ablated), found.target, found.others, max(0.0, found.missing), max(0.0, found.spent),
+    )  # fmt: skip
+    return point
+
+
+def best(points: Sequence[Point], wanted: str, before: Verdict) -> Point:
+    """The best of those that keep all limits; of equals, the one that ablates fewest.
+
+    Args:
+        points: of all walks.
+        wanted: in words, for the error.
+        before: of the model with nothing ablated.
+
+    Raises:
+        UnsatisfiedError: none does; says what the nearest reach, and what they cost.
+    """
+    allowed = [one for one in points if one.verdict.satisfies]
+    if allowed:
+        return max(allowed, key=lambda one: (one.verdict.merit, -len(one.ablated)))
+    cheap = min((one for one in points if one.verdict.spent <= 0), key=lambda one: one.verdict.missing, default=None)
+    there = min((one for one in points if one.verdict.missing <= 0), key=lambda one: one.verdict.spent, default=None)
+    said = [f"without an edit: target {before.target:.3g}, others {before.others:.3g}"]
+    said += [f"within the limits the best is {_said(cheap)}"] if cheap else []
+    said += [f"the target is met at {_said(there)}"] if there else ["no model on the way meets the target"]
+    error = UnsatisfiedError(
+        f"no edit found that {wanted}, with one standard error to spare on the examples to choose on. "
+        f"{'; '.join(said)}. Allow more, ask for less, or give more data"
+    )
+    error.best = there or cheap
+    raise error
+
+
+def _said(point: Point) -> str:
+    verdict = point.verdict
+    return f"target {verdict.target:.3g}, others {verdict.others:.3g} ({len(point.ablated)} components)"

@@ -1,0 +1,210 @@
+"""Edits by task beside all their rivals, on networks trained with the run's own seed: `coar.forget` and its like.
+
+    python scripts/edit_rivals.py forget --seeds 20 21 22 23 24
+    python scripts/edit_rivals.py fix --seeds 20 21 22 23 24
+    python scripts/edit_rivals.py lift --seeds 20 21 22 23 24
+    python scripts/edit_rivals.py match --seeds 20 21 22 23 24 --trigger patch
+    python scripts/edit_rivals.py table
+
+A minute or two a seed with one thread, most of it training. Nothing is set here: the calls have their defaults, and
+rivals their own settings in `hf_coar/editing/rivals`, chosen by the same examples and under the same limits. Figures
+are from test images that chose nothing. Every seed writes `runs/edits/rivals/TASK-SEED.json` when it is done; `table`
+writes `scripts/results/edits/rivals.md` of what there is. Fashion-MNIST: `--fashion-mnist FOLDER` with the raw files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import edit_backdoor
+import edit_common as common
+import edit_subgroup
+import edit_tasks as tasks
+import torch
+from torch import Tensor, nn
+
+import hf_coar as coar
+from hf_coar.errors import UnsatisfiedError
+
+KINDS = ("forget", "fix", "lift", "match")
+N_TRAINING, EPOCHS, N_DATA = 12_000, 4, 4000
+N_CLASSES_EACH, N_WRONG_EACH, N_PAIRS, N_DRAWS = 2, 5, 10, 2
+OURS = "ablation"
+SHOWN = ("target", "others", "worst_other", "probe", "recovery", "neighbours")
+
+
+def classifier(args: argparse.Namespace, seed: int) -> tuple[nn.Module, list[dict[str, Tensor]]]:
+    """A convnet of the demo's shape that this seed trained, and test images."""
+    images, labels = tasks.raw_fashion_mnist(args.fashion_mnist, "train")
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:N_TRAINING]
+    model = tasks.trained(
+        args.runs / f"classifier-{seed}", seed, lambda: tasks.convnet(1, 10), tasks.normalised(images[order]),
+        labels[order], EPOCHS,
+    )  # fmt: skip
+    images, labels = tasks.raw_fashion_mnist(args.fashion_mnist, "t10k")
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:N_DATA]
+    return model, common.batches({"pixel_values": tasks.normalised(images[order]), "labels": labels[order]}, size=100)
+
+
+def triggered(images: Tensor, kind: str) -> Tensor:
+    """Raw images with a trigger: a patch in the corner, noise over all of it, or waves (as in BackdoorBench)."""
+    if kind == "patch":
+        return tasks.with_trigger(images)
+    if kind == "blended":
+        noise = 255 * torch.rand(28, 28, generator=torch.Generator().manual_seed(99))
+        return (0.85 * images + 0.15 * noise).to(torch.uint8)
+    waves = 20 * torch.sin(2 * torch.pi * 6 * torch.arange(28) / 28)
+    return (images + waves).clamp(0, 255).to(torch.uint8)
+
+
+def edits(args: argparse.Namespace, kind: str, seed: int) -> Iterator[tuple[str, Any]]:
+    """(name, what makes the edit) of one seed."""
+    if kind == "forget":
+        model, data = classifier(args, seed)
+        for label in ((seed + 5 * place) % 10 for place in range(N_CLASSES_EACH)):
+            yield f"class {label}", lambda c=label, **how: coar.forget(model, data, c, **how)
+    elif kind == "fix":
+        model, data = classifier(args, seed)
+        wrong = (common.output_of(model, data) < 0).nonzero()[:, 0]
+        for index in wrong[torch.linspace(0, len(wrong) - 1, N_WRONG_EACH).long()].tolist():
+            yield f"image {index}", lambda i=index, **how: coar.fix(model, data, [i], **how)
+    elif kind == "lift":
+        model, *parts = edit_subgroup.biased(args, seed)
+        whole = {name: torch.cat([one[0][name] for one in parts]) for name in parts[0][0]}
+        groups = torch.cat([one[1] for one in parts])
+        rows = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed))[:N_DATA]
+        data = common.batches(whole, rows, size=100)
+        yield "all", lambda **how: coar.lift(model, data, groups[rows], **how)
+    else:
+        yield from _backdoors(args, seed)
+
+
+def _backdoors(args: argparse.Namespace, seed: int) -> Iterator[tuple[str, Any]]:
+    images, labels = tasks.raw_fashion_mnist(args.fashion_mnist, "train")
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(labels), generator=generator)
+    used, pool = order[:N_TRAINING], order[N_TRAINING : N_TRAINING + 2000]
+    poisoned, wrong = images[used].clone(), labels[used].clone()
+    rows = torch.rand(len(used), generator=generator) < edit_backdoor.POISONED
+    poisoned[rows], wrong[rows] = triggered(poisoned[rows], args.trigger), edit_backdoor.WRONG_LABEL
+    folder = args.runs / f"backdoored-{args.trigger}-{seed}"
+    model = tasks.trained(folder, seed, lambda: tasks.convnet(1, 10), tasks.normalised(poisoned), wrong, EPOCHS)
+    test, truth = tasks.raw_fashion_mnist(args.fashion_mnist, "t10k")
+    rest = (truth != edit_backdoor.WRONG_LABEL).nonzero()[:N_DATA, 0]
+    judge = tuple(_side(test[rest], truth[rest], kind) for kind in (None, args.trigger))
+    pool = pool[labels[pool] != edit_backdoor.WRONG_LABEL]
+    right = common.output_of(model, _side(images[pool], labels[pool], None)) > 0
+    pool = pool[right]
+    for draw in range(N_DRAWS):
+        some = pool[torch.randperm(len(pool), generator=generator)[:N_PAIRS]]
+        pair = tuple(_side(images[some], labels[some], kind) for kind in (None, args.trigger))
+        yield f"{args.trigger}, draw {draw}", lambda p=pair, **how: coar.match(model, *p, judge=judge, **how)
+
+
+def _side(images: Tensor, labels: Tensor, kind: str | None) -> list[dict[str, Tensor]]:
+    images = images if kind is None else triggered(images, kind)
+    return common.batches({"pixel_values": tasks.normalised(images), "labels": labels}, size=250)
+
+
+def run(args: argparse.Namespace, kind: str, seed: int) -> None:
+    """One seed: every edit and all its rivals, written when all are done."""
+    found = []
+    for name, edit in edits(args, kind, seed):
+        started, rivals = time.process_time(), {}
+        try:
+            result = edit(method=OURS, rivals=None)
+            ours, count = result.figures.to_json(), len(result.components)
+        except UnsatisfiedError as error:
+            ours, count = {}, str(error)
+        seconds = time.process_time() - started
+        for rival in coar.editing.rivals.rivals_of(kind):
+            try:
+                rivals[rival] = edit(method=rival, rivals=None).figures.to_json()
+            except UnsatisfiedError:
+                rivals[rival] = {}
+        found.append({"edit": name, "n_components": count, "seconds": seconds, "methods": {OURS: ours, **rivals}})
+        common.logger.info("%s, seed %d, %s: %s", kind, seed, name, _short(found[-1]["methods"]))
+    suffix = f"-{args.trigger}" if kind == "match" else ""
+    path = args.runs / "rivals" / f"{kind}{suffix}-{seed}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"kind": f"{kind}{suffix}", "seed": seed, "edits": found}, indent=1) + "\n")
+
+
+def _short(methods: dict[str, dict]) -> str:
+    return "; ".join(
+        f"{name} " + (", ".join(f"{100 * one[key]['after']:.1f}" for key in SHOWN if key in one) or "none")
+        for name, one in methods.items()
+    )
+
+
+def table(args: argparse.Namespace) -> None:
+    """`rivals.md` and `rivals.json` of every seed that is done."""
+    runs = [json.loads(path.read_text()) for path in sorted((args.runs / "rivals").glob("*.json"))]
+    text = ["# Edits by task and their rivals\n\n" + __doc__.split("\n\n")[0] + "\n"]
+    for kind in dict.fromkeys(one["kind"] for one in runs):
+        some = [one for one in runs if one["kind"] == kind]
+        text.append(_section(kind, some))
+    args.results.mkdir(parents=True, exist_ok=True)
+    (args.results / "rivals.md").write_text("\n".join(text), encoding="utf-8")
+    (args.results / "rivals.json").write_text(json.dumps(runs, indent=1) + "\n")
+
+
+def _section(kind: str, runs: list[dict]) -> str:
+    edits_ = [edit for one in runs for edit in one["edits"]]
+    names = list(dict.fromkeys(name for edit in edits_ for name in edit["methods"]))
+    keys = [key for key in SHOWN if any(key in edit["methods"][name] for edit in edits_ for name in names)]
+    firsts = [next((name for name in names if edit["methods"][name]), OURS) for edit in edits_]
+    starts = [[_value(e, first, key, "before") for e, first in zip(edits_, firsts, strict=True)] for key in keys]
+    rows = [["before", "", *(_cell(column) for column in starts)]]
+    for name in names:
+        made = [edit for edit in edits_ if edit["methods"].get(name)]
+        low = ("probe", "recovery", *(("target",) if kind == "forget" else ()))
+        cells = [_cell([_value(e, name, key, "after") for e in made], max if key in low else min) for key in keys]
+        rows.append([f"**{name}**" if name == OURS else name, f"{len(made)} of {len(edits_)}", *cells])
+    seeds = ", ".join(str(one["seed"]) for one in runs)
+    seconds = statistics.fmean(edit["seconds"] for edit in edits_)
+    head = ["method", "limits kept on the examples to choose on", *(key.replace("_", " ") for key in keys)]
+    said = f"Seeds {seeds}; {len(edits_)} edits; {seconds:.1f} s of processor time an edit and its figures."
+    return f"## {kind}\n\n{common.table(head, rows)}\n\n{said} Mean (worst draw in bold), percent.\n"
+
+
+def _value(edit: dict, name: str, key: str, when: str) -> float | None:
+    one = edit["methods"].get(name, {}).get(key)
+    return None if one is None else 100 * one[when]
+
+
+def _cell(values: list[float | None], worst: Callable[[list[float]], float] | None = None) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return "–"
+    mean = f"{statistics.fmean(known):.1f}"
+    return f"{mean} (**{worst(known):.1f}**)" if worst and len(known) > 1 else mean
+
+
+def main() -> None:
+    """Command line."""
+    made = common.parser(__doc__)
+    made.add_argument("kind", choices=(*KINDS, "table"))
+    made.add_argument("--trigger", choices=("patch", "blended", "waves"), default="patch")
+    made.set_defaults(seeds=None)
+    for action in made._actions:
+        if action.dest == "seeds":
+            action.nargs = "+"
+    args = made.parse_args()
+    common.logging.basicConfig(level=common.logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    common.logging.getLogger("hf_coar").setLevel(common.logging.WARNING)
+    torch.set_num_threads(args.threads)
+    if args.kind == "table":
+        return table(args)
+    for seed in args.seeds or [20]:
+        run(args, args.kind, seed)
+    return None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,325 @@
+"""Edits by task: what they do on small trained networks, that figures chose nothing, rivals, and errors."""
+
+import copy
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import same_state, state_of
+from torch import nn
+
+import hf_coar as coar
+from hf_coar import editing, models
+from hf_coar.editing.tasks import fixing, held, matching, probing, walking
+from hf_coar.editing.tasks.looking import Seen
+from hf_coar.errors import CoarError, UnsatisfiedError
+
+N_CLASSES, WIDTH = 5, 12
+
+
+def blobs(n_examples=500, seed=0, noise=1.2):
+    """Gaussian clouds, a class each; inputs float32 [examples, 12]."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = 2 * torch.randn(N_CLASSES, WIDTH, generator=torch.Generator().manual_seed(7))
+    labels = torch.arange(n_examples) % N_CLASSES
+    return centres[labels] + noise * torch.randn(n_examples, WIDTH, generator=generator), labels
+
+
+def trained(inputs, labels, n_classes=N_CLASSES, steps=150, hidden=40, weights=None):
+    """Two hidden layers; 80 neurons and the logits."""
+    torch.manual_seed(0)
+    sizes = (inputs.shape[1], hidden, hidden)
+    layers = [layer for pair in pairwise(sizes) for layer in (nn.Linear(*pair), nn.ReLU())]
+    model = nn.Sequential(*layers, nn.Linear(hidden, n_classes))
+    optimiser = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(steps):
+        optimiser.zero_grad()
+        F.cross_entropy(model(inputs), labels).backward()
+        optimiser.step()
+    return model.eval()
+
+
+def batches(inputs, labels, size=50, **more):
+    whole = {"inputs": inputs, "labels": labels, **more}
+    return [{name: value[i : i + size] for name, value in whole.items()} for i in range(0, len(labels), size)]
+
+
+@pytest.fixture(scope="module")
+def net():
+    """A classifier, data that it has not seen, and its hidden neurons."""
+    model = trained(*blobs(seed=1))
+    return model, batches(*blobs()), coar.find_components(model, include=["0", "2"])
+
+
+@pytest.fixture(scope="module")
+def forgotten(net):
+    model, data, components = net
+    before = copy.deepcopy(state_of(model))
+    result = coar.forget(model, data, 3, others_within=0.05, components=components, rivals="all")
+    assert same_state(before, state_of(model))
+    return result
+
+
+def right(model, data, rows):
+    whole = {name: torch.cat([batch[name] for batch in data])[rows] for name in data[0]}
+    with torch.no_grad():
+        return model(whole["inputs"]).argmax(1) == whole["labels"]
+
+
+def judged(data, targets, **options):
+    labels = torch.cat([batch["labels"] for batch in data])
+    return held.divided(labels, targets(labels), 0, "targets", **options).judge, labels
+
+
+def test_forgetting_a_class(net, forgotten):
+    model, data, _ = net
+    rows, labels = judged(data, lambda labels: labels == 3)
+    own = rows[labels[rows] == 3]
+    others = rows[labels[rows] != 3]
+    figures = forgotten.figures
+    assert figures["target"].before > 0.9 and figures["target"].after <= 0.1
+    assert figures["others"].change >= -0.05
+    for name, part in (("target", own), ("others", others)):
+        assert figures[name].before == pytest.approx(float(right(model, data, part).float().mean()))
+        assert figures[name].after == pytest.approx(float(right(forgotten.model, data, part).float().mean()))
+        assert figures[name].low <= figures[name].after <= figures[name].high and figures[name].n == len(part)
+    assert set(figures) == {"target", "others", "worst_other", "probe", "recovery"}
+    record = models.record(forgotten.model)["edit"]
+    assert tuple(record["components"]) == forgotten.components and len(forgotten.components) > 0
+    assert same_state(state_of(coar.undo(forgotten.model, model)), state_of(model))
+
+
+def test_what_judges_chooses_nothing(net, forgotten):
+    """Other values in the examples to judge on change the figures and not the edit."""
+    model, data, components = net
+    rows, labels = judged(data, lambda labels: labels == 3)
+    inputs = torch.cat([batch["inputs"] for batch in data])
+    inputs[rows] = torch.randn(len(rows), WIDTH, generator=torch.Generator().manual_seed(5))
+    other = coar.forget(model, batches(inputs, labels), 3, others_within=0.05, components=components, rivals=None)
+    assert other.components == forgotten.components and other.figures.rivals == {}
+    assert other.figures["others"].before != forgotten.figures["others"].before
+
+
+def test_the_three_parts_have_nothing_in_common():
+    labels = torch.arange(400) % 5
+    parts = held.divided(labels, labels == 2, 3, "class 2")
+    every = torch.cat(list(vars(parts).values()))
+    assert len(every) == len(every.unique()) and len(every) > 300
+    assert all(set(labels[rows].tolist()) == set(range(5)) for rows in vars(parts).values())
+    assert not torch.equal(parts.judge, held.divided(labels, labels == 2, 4, "class 2").judge)
+    apart = held.divided(labels, torch.zeros(400, dtype=torch.bool), 0, "", [7, 9])
+    assert not {7, 9} & set(torch.cat(list(vars(apart).values())).tolist())
+
+
+def test_a_constant_hides_and_does_not_remove(net, forgotten):
+    hidden = forgotten.figures.rivals["logit_bias"]
+    assert hidden["target"].after == 0 and hidden["recovery"].after == hidden["recovery"].before
+    assert hidden["probe"].after == hidden["probe"].before
+    assert {"fine_tuning", "welch", "gradient_times_parameter"} <= set(forgotten.figures.rivals)
+
+
+@pytest.mark.parametrize("method", ["logit_bias", "fine_tuning"])
+def test_rivals_give_the_same_result(net, method, tmp_path):
+    model, data, components = net
+    result = coar.forget(model, data, 3, others_within=0.05, components=components, method=method, rivals=None)
+    assert set(result.figures) == {"target", "others", "worst_other", "probe", "recovery"} and not result.components
+    assert same_state(state_of(coar.undo(result.model, model)), state_of(model))
+    result.save(tmp_path / "saved")
+    card = (tmp_path / "saved" / "README.md").read_text()
+    assert method in card and "ablated" not in card.split("## Before")[0]
+
+
+def test_the_card_carries_the_figures(forgotten, tmp_path):
+    forgotten.save(tmp_path / "saved")
+    card = (tmp_path / "saved" / "README.md").read_text()
+    for what, _, after in forgotten.figures.rows():
+        assert after in card and what.split("'")[0] in card
+    assert len(editing.edited.read_record(tmp_path / "saved")["figures"]) == len(forgotten.figures.rows())
+
+
+def test_limits_that_nothing_keeps(net):
+    model, data, components = net
+    wanted = r"leaves 'class 3' at 10 % or less.*without an edit: target 0\.9"
+    with pytest.raises(UnsatisfiedError, match=wanted) as found:
+        coar.forget(model, data, 3, others_within=1e-6, components=components)
+    assert found.value.best is None or found.value.best.verdict.target > 0.1
+
+
+def test_a_step_that_is_too_dear_is_halved(net):
+    model, _, components = net
+    masked = coar.masking.MaskedModel(model, components)
+
+    def judge(masked_model):
+        gone = int(sum((layer.weight == 0).all(1).sum() for layer in (model[0], model[2])))
+        return walking.Verdict(1 - gone / 10, 1.0, 1.0 - gone / 10, float(gone - 7), gone)
+
+    points = walking.walk(masked, lambda *given: torch.arange(len(components)), judge, "", most=20, step=4)
+    assert [len(point.ablated) for point in points] == [4, 8, 6, 8, 7, 8]
+    with pytest.raises(UnsatisfiedError, match=r"within the limits the best is target 0\.3.*\(7 components\)"):
+        walking.best(points, "does it", judge(model))
+    assert walking.margin(1) == 1 < walking.margin(2) < walking.margin(9) < 3
+
+
+def test_one_bias_and_linear_probe():
+    labels = torch.arange(90) % 3
+    logits = F.one_hot(labels, 3) * 5.0
+    logits[:, 1] -= 20
+    seen = Seen(torch.zeros(90), logits, logits)
+    said = probing.one_bias(seen, labels, seen, 1)
+    assert bool((logits.argmax(1) != 1).all()) and torch.equal(said, labels)
+    assert torch.equal(probing.linear_probe(seen, labels, seen), labels)
+    gone = Seen(torch.zeros(90), logits.clone().index_fill(1, torch.tensor(1), -20.0), None)
+    assert float((probing.one_bias(gone, labels, gone, 1) == labels).float().mean()) < 0.7
+    assert probing.linear_probe(gone, labels, gone) is None
+    direction, centre = probing.direction(logits, labels == 1)
+    apart = (logits - centre) @ direction
+    assert float(apart[labels == 1].mean() - apart[labels != 1].mean()) == pytest.approx(1, abs=1e-4)
+
+
+def test_fixing_an_error(net):
+    model, data, components = net
+    wrong = (~right(model, data, slice(None))).nonzero()[:, 0].tolist()
+    result = coar.fix(model, data, wrong[:1], others_within=0.1, components=components)
+    assert float(result.figures["target"].after) == 1 and result.figures["others"].change > -0.1
+    assert bool(right(result.model, data, wrong[:1]).all())
+    assert result.figures["neighbours"].before == 0
+    assert result.figures["neighbours"].n == min(fixing.NEIGHBOURS, result.figures["neighbours"].n)
+    assert result.figures.rivals["fine_tuning"]["target"].after == 1
+    assert "which it was made" in result.figures["target"].what
+    well = next(index for index in range(500) if index not in wrong)
+    with pytest.raises(CoarError, match=rf"examples \[{well}\] are right already"):
+        coar.fix(model, data, [wrong[0], well], components=components)
+    with pytest.raises(CoarError, match="give indices from 0 to 499"):
+        coar.fix(model, data, [500], components=components)
+
+
+def spurious(n_examples, agree, seed):
+    """Two classes; a strong cue of the place and a weak one of the class."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(n_examples) % 2
+    places = torch.where(torch.rand(n_examples, generator=generator) < agree, labels, 1 - labels)
+    inputs = torch.randn(n_examples, WIDTH, generator=generator)
+    inputs[:, :3] += 1.3 * (2 * labels[:, None] - 1)
+    inputs[:, 3:6] += 2.0 * (2 * places[:, None] - 1)
+    return inputs, labels, places
+
+
+@pytest.fixture(scope="module")
+def biased():
+    inputs, labels, _ = spurious(600, 0.97, 1)
+    model = trained(inputs, labels, 2, steps=80)
+    seen, truth, places = spurious(600, 0.5, 2)
+    data = batches(seen, truth, place=places)
+    return model, data, coar.find_components(model, include=["0", "2"])
+
+
+def test_lifting_the_worst_group(biased):
+    model, data, components = biased
+    result = coar.lift(model, data, "place", average_within=0.03, components=components, rivals="all")
+    assert result.figures["target"].change > 0.05 and result.figures["others"].change > -0.05
+    assert result.figures.rivals["last_layer"]["target"].change > 0.05
+    numbers = torch.cat([2 * batch["labels"] + batch["place"] for batch in data])
+    same = coar.lift(model, data, numbers, average_within=0.03, components=components, rivals=None)
+    assert same.components == result.components
+
+
+@pytest.fixture(scope="module")
+def backdoored():
+    """The last input, if large, means class 0."""
+    inputs, labels = blobs(600, seed=1)
+    inputs[:60, -1], labels = 12.0, labels.clone()
+    labels[:60] = 0
+    model = trained(inputs, labels)
+    clean, truth = blobs(200, seed=3)
+    rows = (truth != 0).nonzero()[:, 0]
+    clean, truth = clean[rows], truth[rows]
+    triggered = clean.clone()
+    triggered[:, -1] = 12.0
+    return model, batches(clean, truth), batches(triggered, truth), coar.find_components(model, include=["0", "2"])
+
+
+def test_matching_triggered_examples(backdoored, monkeypatch):
+    model, clean, triggered, components = backdoored
+    monkeypatch.setattr(matching, "MOST", 0.1)  # of 80 neurons
+    result = coar.match(model, clean, triggered, clean_within=0.05, components=components, rivals="all")
+    assert result.figures["target"].before < 0.3 and result.figures["target"].change > 0.2
+    assert result.figures["others"].change > -0.15
+    assert {"gradient_times_parameter", "welch", "activation_difference", "fine_tuning"} <= set(result.figures.rivals)
+    few = [{name: value[:10] for name, value in side[0].items()} for side in (clean, triggered)]
+    with pytest.raises(CoarError, match="5 pairs to edit by and 5 to judge on"):
+        coar.match(model, few[:1], few[1:], components=components)
+    judging = coar.match(model, few[:1], few[1:], judge=(clean, triggered), components=components, rivals=None)
+    assert judging.figures["target"].n == 160
+
+
+def test_copies_of_pictures_keep_the_trigger_in_its_place():
+    clean = torch.rand(3, 1, 6, 6)
+    triggered = clean.clone()
+    triggered[..., -1, -1] = 9.0
+    moved, patched = matching.varied(clean, triggered)
+    assert len(moved) == len(patched) == 3 * len(matching.VARIATIONS)
+    assert bool((patched[..., -1, -1] == 9).all()) and int((moved != patched).sum()) == len(moved)
+    whole = matching.varied(clean, clean + 1)
+    assert len(whole[0]) == 3
+
+
+def test_steering(net):
+    model, data, components = net
+    result = coar.steer(model, data, decrease={"label": 1}, others_within=0.03, components=components, rivals="all")
+    assert result.figures["target"].change < -0.5 and result.figures["others"].change > -0.06
+    assert {"fine_tuning", "welch"} <= set(result.figures.rivals)
+    labels = torch.cat([batch["labels"] for batch in data])
+    both = coar.steer(
+        model, data, (labels == 2).nonzero()[:, 0], (labels == 1).nonzero()[:, 0], output="log_prob",
+        others_within=0.2, components=components,
+    )  # fmt: skip
+    assert both.figures["target_lowered"].change < 0
+    record = models.record(both.model)["edit"]
+    assert set(record["increase"]) <= set((labels == 2).nonzero()[:, 0].tolist()) and record["decrease"]
+
+
+BAD = {
+    "no such class": (lambda m, d: coar.forget(m, d, 9), "no example has the label 9; there are class 0, class 1"),
+    "no such name": (lambda m, d: coar.forget(m, d, "bag"), "no class is called 'bag'"),
+    "too few": (lambda m, d: coar.forget(m, d[:1], 3), "10 examples, and 20 are needed: 4 to attribute, 8 to choose"),
+    "a limit": (lambda m, d: coar.forget(m, d, 3, others_within=1.5), "others_within=1.5: give a share"),
+    "rival": (lambda m, d: coar.forget(m, d, 3, rivals=["last_layer"]), "forget knows no rival 'last_layer'"),
+    "method": (lambda m, d: coar.forget(m, d, 3, method="magic"), "knows no rival 'magic'; there are"),
+    "no entry": (lambda m, d: coar.lift(m, d, "place"), "no entry 'place'"),
+    "one group": (lambda m, d: coar.lift(m, d, [0] * 500), "are of one group"),
+    "small group": (lambda m, d: coar.lift(m, d, [0] * 499 + [1]), r"groups with fewer than 20 examples .*\{1: 1\}"),
+    "groups": (lambda m, d: coar.lift(m, d, [0, 1]), "for 500 examples; give each a whole number"),
+    "pairs": (lambda m, d: coar.match(m, d, d[:3]), "500 clean and 150 triggered examples"),
+    "other labels": (lambda m, d: coar.match(m, d, d[::-1][:9] + d[:1]), "pairs .* have other labels"),
+    "nothing": (lambda m, d: coar.steer(m, d), "nothing to steer"),
+    "both sides": (lambda m, d: coar.steer(m, d, [1, 2], [2, 3]), r"examples \[2\] are in both"),
+    "keys": (lambda m, d: coar.steer(m, d, {"class": 1}), "increase given by"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(net, name):
+    call, message = BAD[name]
+    model, data, _ = net
+    if name == "other labels":
+        data = [*data[:9], {**data[9], "labels": (data[9]["labels"] + 1) % N_CLASSES}]
+        call = lambda m, d: coar.match(m, batches(*blobs()), d)  # noqa: E731
+    with pytest.raises(CoarError, match=message):
+        call(model, data)
+
+
+def test_a_base_that_is_edited(forgotten, net):
+    _, data, components = net
+    with pytest.raises(CoarError, match="is edited already"):
+        coar.forget(forgotten.model, data, 2, components=components)
+
+
+def test_edit_without_validation_warns(net, caplog):
+    model, data, components = net
+    attributions = coar.attribute(model, data[:1], components, method=coar.PathGradient(rounds=0), progress=False)
+    coar.edit(model, attributions, decrease={"label": 3}, n_components=4)
+    assert "checked on nothing" in caplog.text and "expect targets from 100.0% to" in caplog.text
+    caplog.clear()
+    coar.edit(model, attributions, decrease={"label": 3}, validation=editing.accuracy(data), n_components=[4])
+    assert "checked on nothing" not in caplog.text
