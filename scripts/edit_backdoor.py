@@ -27,12 +27,12 @@ from torch import Tensor, nn
 
 import hf_coar as coar
 from hf_coar import editing
+from hf_coar.editing.tasks import matching
 
 OURS, AT_ONCE = "one by one, rule and k on the pairs", "penalised at once, k on the pairs"
 WELCH = "Welch, k on the pairs (paper)"
 RULES = ("lightly_penalised", "covariance")
 DRIFT = 0.5  # how much the drift of clean margins counts
-VARIATIONS = ((0, 0, False), (0, 0, True), (1, 0, False), (-1, 0, True), (0, 1, False), (0, -1, True))
 N_PAIRS, N_DRAWS, LARGEST_SHARE = 10, 3, 0.02
 POISONED, WRONG_LABEL = 0.05, 0
 TRIGGERED_GOAL, CLEAN_LOSS_GOAL = 85.0, 1.2
@@ -80,12 +80,9 @@ def side(examples: common.Examples, name: str, rows: Any = slice(None)) -> commo
 
 def varied(triggered: common.Examples, clean: common.Examples) -> tuple[common.Examples, common.Examples]:
     """Pairs, and shifted and mirrored copies of them; the trigger stays where it is."""
-    patched, plain = triggered["pixel_values"], clean["pixel_values"]
-    place = (patched != plain).any(0)
-    moved = [plain.roll((down, right), (-2, -1)).flip([-1] if flip else []) for down, right, flip in VARIATIONS]
-    labels = clean["labels"].repeat(len(moved))
-    sides = (torch.cat([torch.where(place, patched, one) for one in moved]), torch.cat(moved))
-    return tuple({"pixel_values": images, "labels": labels} for images in sides)
+    moved = matching.varied(clean["pixel_values"], triggered["pixel_values"])
+    labels = clean["labels"].repeat(len(moved[0]) // len(clean["labels"]))
+    return tuple({"pixel_values": images, "labels": labels} for images in reversed(moved))
 
 
 def run(

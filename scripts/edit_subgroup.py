@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 import hf_coar as coar
 from hf_coar import editing
+from hf_coar.editing.tasks.lifting import softened
 
 OURS, AT_ONCE = "in steps of 3, rule and k by validation", "at once, rule, output and k by validation"
 WELCH = "Welch on margins, k by validation (paper)"
@@ -118,14 +119,6 @@ def worst_and_average(model: nn.Module, examples: Grouped, shares: Tensor) -> tu
     """In percent; the average weighs the groups by their shares of the training data."""
     accuracies = group_accuracies(model, examples)
     return float(accuracies.min()), float(accuracies @ shares)
-
-
-def softened(logits: Tensor, batch: Any) -> Tensor:
-    """The output of this edit: the probability of the label at temperature 2.
-
-    Its slope is largest where an example is undecided, so that it stands for accuracy, which has no slope.
-    """
-    return (logits / 2).softmax(1).gather(1, batch["labels"][:, None])[:, 0]
 
 
 @dataclass(frozen=True)

@@ -393,6 +393,27 @@ def test_constraints(judged):
         assert all(one.goal is None or -one.goal >= 0.4 * full for one in choice.tried)
 
 
+def test_constraints_on_means_keep_a_standard_error(judged):
+    model, data, _ = judged
+    accuracy = editing.accuracy(data)
+    values = accuracy.each(model)
+    error = float(values.std()) / math.sqrt(len(values))
+    assert error > 0 and accuracy(model) == pytest.approx(float(values.mean()))
+    assert editing.AtMost(accuracy, 0.9).bind(model)(model) == pytest.approx(0.9 - accuracy(model) - error)
+    assert editing.AtLeast(accuracy, 0.1, errors=2).bind(model)(model) == pytest.approx(
+        accuracy(model) - 2 * error - 0.1
+    )
+    kept = editing.Keep(accuracy, 0.01).bind(model)
+    assert kept(model) == pytest.approx(0.01)  # nothing has changed, and that is certain
+    other = build_net("convnet").model
+    with torch.no_grad():
+        other.fc.weight.neg_()
+    change = accuracy.each(other) - values
+    error = float(change.std()) / math.sqrt(len(change))
+    assert error > 0
+    assert kept(other) == pytest.approx(0.01 + float(change.mean()) - error)
+
+
 def test_numbers_to_try():
     assert editing.numbers_to_try(832)[:8] == [1, 2, 3, 5, 8, 12, 18, 27]
     assert editing.numbers_to_try(832)[-1] == 166 and editing.numbers_to_try(3) == [1]

@@ -12,6 +12,7 @@ A measure is a function (model) -> float. A constraint is one too (at least 0, o
 Examples are read once and kept in memory.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,29 @@ from hf_coar.errors import CoarError
 from hf_coar.models import outputs, tasks
 
 Measure = Callable[[nn.Module], float]
+
+MARGIN = 1.0  # standard errors that constraints on means keep from their limit
+
+
+@dataclass(frozen=True)
+class MeanOver:
+    """The mean of one number an example, as a measure that knows how certain it is.
+
+    Attributes:
+        each: (model) -> float32 [examples].
+    """
+
+    each: Callable[[nn.Module], Tensor]
+
+    def __call__(self, model: nn.Module) -> float:
+        """The mean."""
+        return float(self.each(model).mean())
+
+
+def _lower_bound(values: Tensor, errors: float) -> float:
+    """The mean less so many standard errors; of one example the value itself."""
+    error = float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return float(values.mean()) - errors * error
 
 
 def _read(data: Any, indices: Sequence[int] | Tensor | None) -> list[data_module.Batch]:
@@ -83,7 +107,7 @@ def accuracy(data: Any, indices: Sequence[int] | Tensor | None = None) -> Measur
         CoarError: no examples, or a task without right and wrong.
     """
     batches = _read(data, indices)
-    return lambda model: float(_right(model, batches).mean())
+    return MeanOver(lambda model: _right(model, batches))
 
 
 def worst_accuracy(data: Any, groups: Sequence[int] | Tensor) -> Measure:
@@ -123,41 +147,55 @@ def mean_output(
     """
     function = tasks.AUTO if output == tasks.AUTO else outputs.get(output)
     batches = _read(data, indices)
-    return lambda model: float(_outputs(model, batches, function)[0].mean())
+    return MeanOver(lambda model: _outputs(model, batches, function)[0])
 
 
 @dataclass(frozen=True)
 class Keep:
-    """Constraint: a measure falls by no more than `within` from what it was before the edit."""
+    """Constraint: a measure falls by no more than `within` from what it was before the edit.
+
+    Of means over examples (`accuracy`, `mean_output`) the fall and `errors` of its standard errors count, example by
+    example: with few examples an edit may look harmless by luck.
+    """
 
     measure: Measure
     within: float
+    errors: float = MARGIN
 
     def bind(self, model: nn.Module) -> Measure:
         """The slack, at least 0 = satisfied, as a function of the edited model; `model` is the one before the edit."""
+        if isinstance(self.measure, MeanOver):
+            before = self.measure.each(model)
+            return lambda edited: _lower_bound(self.measure.each(edited) - before, self.errors) + self.within
         least = float(self.measure(model)) - self.within
         return lambda edited: float(self.measure(edited)) - least
 
 
 @dataclass(frozen=True)
 class AtMost:
-    """Constraint: a measure is no more than `bound` after the edit."""
+    """Constraint: a measure is no more than `bound` after the edit; of means with `errors` standard errors to spare."""
 
     measure: Measure
     bound: float
+    errors: float = MARGIN
 
     def bind(self, model: nn.Module) -> Measure:
         """The slack, at least 0 = satisfied, as a function of the edited model."""
+        if isinstance(self.measure, MeanOver):
+            return lambda edited: self.bound + _lower_bound(-self.measure.each(edited), self.errors)
         return lambda edited: self.bound - float(self.measure(edited))
 
 
 @dataclass(frozen=True)
 class AtLeast:
-    """Constraint: a measure is no less than `bound` after the edit."""
+    """Constraint: a measure is no less than `bound` after the edit; of means with `errors` standard errors to spare."""
 
     measure: Measure
     bound: float
+    errors: float = MARGIN
 
     def bind(self, model: nn.Module) -> Measure:
         """The slack, at least 0 = satisfied, as a function of the edited model."""
+        if isinstance(self.measure, MeanOver):
+            return lambda edited: _lower_bound(self.measure.each(edited), self.errors) - self.bound
         return lambda edited: float(self.measure(edited)) - self.bound

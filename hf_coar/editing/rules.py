@@ -174,11 +174,9 @@ def covariance_hinge(sides: Sides) -> Tensor:
     return forward_selection(sides, rho=0.005, falling_only=True)
 
 
-# What `rule="auto"` tries.
-AUTO = (
-    "covariance", "covariance_bold", "covariance_careful", "covariance_hinge", "welch", "penalised",
-    "lightly_penalised", "hinge", "harm_over_spread",
-)  # fmt: skip
+# What `rule="auto"` tries: the two that won most. Nine of them on 120 validation examples once cost 6.4 points where two
+# cost 3.6, and Welch's score alone 4.3: the best of many looks better than it is.
+AUTO = ("covariance", "welch")
 
 
 def forward_selection(sides: Sides, rho: float, falling_only: bool = False) -> Tensor:

@@ -13,6 +13,7 @@ from hf_coar import data as data_module
 from hf_coar import models
 from hf_coar.editing.making import kept_without, with_ablated
 from hf_coar.editing.rules import RULES, Sides
+from hf_coar.editing.tasks import refitting
 from hf_coar.editing.tasks.figures import Figure, Figures
 from hf_coar.editing.tasks.held import Parts
 from hf_coar.editing.tasks.looking import Seen, weights
@@ -242,6 +243,13 @@ def _ablated(aim: Aim) -> EditResult:
         "tried": [list(vars(one.as_candidate()).values()) for one in points],
         **aim.entries(),
     }
+    head = of.looker.head
+    if point.head is not None:
+        layers = {id(value) for value in of.model.get_submodule(head).parameters()}
+        names = [name for name, value in of.model.named_parameters() if id(value) in layers]
+        record |= {"refit": head, "parameters": sorted({*record["parameters"], *names})}
     edited = with_ablated(of.model, components, kept_without(len(components), point.ablated), record)
+    if point.head is not None:
+        refitting.put(edited.get_submodule(head), *point.head)
     frontier = tuple((len(one.ablated), one.verdict.target, one.verdict.others) for one in points)
     return EditResult(edited, Figures(aim.figures(edited)), tuple(record["components"]), aim.task, frontier)

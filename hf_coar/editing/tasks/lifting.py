@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from hf_coar.components import Components
 from hf_coar.data import Examples
+from hf_coar.editing.making import kept_without
 from hf_coar.editing.rules import Sides
 from hf_coar.editing.tasks import figures as fig
+from hf_coar.editing.tasks import refitting
 from hf_coar.editing.tasks.aims import ABLATION, Aim, Weigh, carried_out
 from hf_coar.editing.tasks.figures import Figure
 from hf_coar.editing.tasks.held import LEAST, Held, check_limits, divided
@@ -24,6 +26,8 @@ from hf_coar.models.outputs import Output
 
 RULES_TRIED = ("welch", "covariance")
 TEMPERATURE = 2.0
+REFITTED = 4  # models on the way whose last layer is fitted anew, beside the one with nothing ablated
+_NONE = torch.empty(0, dtype=torch.long)
 
 
 def softened(logits: Tensor, batch: Any) -> Tensor:
@@ -44,11 +48,13 @@ class Lifting(Aim):
     Attributes:
         groups: number of every example's group, int64 [examples].
         average_within: what the average accuracy may fall by, from 0 to 1.
+        refit: "head" fits the last layer anew to what ablation leaves of the features.
         smooth: attribute softened probabilities.
     """
 
     groups: Tensor
     average_within: float
+    refit: str | None = None
     smooth: bool = True
     kind: ClassVar[str] = "lift"
     quick: ClassVar[tuple[str, ...]] = ("last_layer",)
@@ -82,7 +88,32 @@ class Lifting(Aim):
 
     def points(self) -> list[Point]:
         """A walk by either rule, on probabilities that are softened."""
-        return [point for rule in RULES_TRIED for point in self.walked(rule)]
+        points = [point for rule in RULES_TRIED for point in self.walked(rule)]
+        if self.refit is None:
+            return points
+        # The layer is fitted to few of them: what ranks high without it does so with it.
+        ranked = sorted(points, key=lambda one: (one.verdict.spent <= 0, one.verdict.merit), reverse=True)
+        some = [Point(_NONE, ranked[0].rule, ranked[0].verdict), *ranked[:REFITTED]]
+        return [*points, *(self.refitted(one.ablated, f"{one.rule}, last layer refitted") for one in some)]
+
+    def refitted(self, ablated: Tensor, rule: str) -> Point:
+        """The model without some components, int64 [any], and with the last layer that does best on other examples."""
+        name = self.of.looker.head
+        if name is None:
+            raise CoarError(f"no linear layer of the {type(self.of.model).__name__} is known to give its logits")
+        with self.of.masked.ablated(kept_without(len(self.of.masked), ablated)) as model:
+            seen, choose = (self.of.see(model, rows) for rows in (self.parts.attribute, self.parts.choose))
+            head = model.get_submodule(name)
+            strata, labels = self.groups[self.parts.attribute], self.labels(self.parts.attribute)
+            found = [
+                Point(ablated, rule, self.verdict(self._with_logits(choose, logits)), layer)
+                for layer, logits in refitting.candidates(head, seen, labels, strata, choose)
+            ]
+        return max(found, key=lambda one: (one.verdict.spent <= 0, one.verdict.merit))
+
+    def _with_logits(self, seen: Seen, logits: Tensor) -> Seen:
+        values = self.of.looker.output(logits, {"labels": self.labels(self.parts.choose)})
+        return Seen(values, logits, seen.features)
 
     def plain(self) -> "Lifting":
         """The output of the task in the place of probabilities."""
@@ -189,6 +220,7 @@ def lift(
     groups: Any,
     *,
     average_within: float = 0.02,
+    refit: str | None = "head",
     method: str = ABLATION,
     rivals: str | Sequence[str] | None = "quick",
     components: Components | None = None,
@@ -205,6 +237,7 @@ def lift(
         data: labelled examples, as `attribute` takes them; read once and kept in memory.
         groups: a column of whole numbers or words that divides every class into groups; or every example's number.
         average_within: what the average accuracy may fall by, from 0 to 1.
+        refit: "head" also fits the last layer anew, to the examples that are attributed; None ablates alone.
         method: "ablation", or a rival instead: see `editing.rivals`.
         rivals: which to measure beside it: "quick" (a refitted last layer), "all", names, or None.
         components: from `find_components(model)`, which is the default.
@@ -215,8 +248,10 @@ def lift(
         UnsatisfiedError: nothing lifts the worst group within the limit.
     """
     check_limits(average_within=average_within)
+    if refit not in ("head", None):
+        raise CoarError(f"refit={refit!r}: give 'head', or None")
     of = Setting.of(model, data, components)
     numbers = groups_of(of.held, data, groups)
     targets = numbers == int(numbers[0])  # every group is divided alike, and each is large enough
     parts = divided(numbers, targets, seed, "a group")
-    return carried_out(Lifting(of, parts, numbers, average_within), method, rivals)
+    return carried_out(Lifting(of, parts, numbers, average_within, refit if of.looker.head else None), method, rivals)

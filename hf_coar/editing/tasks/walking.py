@@ -46,11 +46,12 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Point:
-    """A model on the way: what it lacks, int64 [any], by which ranking, and the verdict."""
+    """A model on the way: what it lacks, int64 [any], by which ranking, the verdict, and a last layer fitted anew."""
 
     ablated: Tensor
     rule: str
     verdict: Verdict
+    head: tuple[Tensor, Tensor | None] | None = None
 
     def as_candidate(self) -> Candidate:
         """As the record of an edit holds it."""
