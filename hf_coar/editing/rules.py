@@ -174,8 +174,8 @@ def covariance_hinge(sides: Sides) -> Tensor:
     return forward_selection(sides, rho=0.005, falling_only=True)
 
 
-# What `rule="auto"` tries: the two that won most. Nine of them on 120 validation examples once cost 6.4 points where two
-# cost 3.6, and Welch's score alone 4.3: the best of many looks better than it is.
+# What `rule="auto"` tries: the two that won most. Nine of them on 120 validation examples once cost 6.4 points where
+# two cost 3.6, and Welch's score alone 4.3: the best of many looks better than it is.
 AUTO = ("covariance", "welch")
 
 
