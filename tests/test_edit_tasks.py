@@ -114,7 +114,9 @@ def test_the_three_parts_have_nothing_in_common():
 
 def test_a_constant_hides_and_does_not_remove(net, forgotten):
     hidden = forgotten.figures.rivals["logit_bias"]
-    assert hidden["target"].after == 0 and hidden["recovery"].after == hidden["recovery"].before
+    assert hidden["target"].after == 0 and hidden["recovery"].after == pytest.approx(
+        hidden["recovery"].before, abs=0.05
+    )
     assert hidden["probe"].after == hidden["probe"].before
     assert {"fine_tuning", "welch", "gradient_times_parameter"} <= set(forgotten.figures.rivals)
 

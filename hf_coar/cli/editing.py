@@ -107,7 +107,7 @@ def _measured(
         if data is None:
             _, data = pipeline.reopen(attributions, **{**sources(args), "model": pair[0]})
         chosen = {side: sides[side] or [] for side in ("increase", "decrease")}
-        return before_and_after(*pair, data, **chosen, output=attributions.provenance.output)
+        return before_and_after(*pair, data, attributions.components, **chosen, output=attributions.provenance.output)
     except (CoarError, DataError) as error:
         logger.warning("the edit was not measured, as its examples cannot be had: %s", error)
         return None

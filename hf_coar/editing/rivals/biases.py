@@ -6,12 +6,12 @@ from torch import Tensor, nn
 from hf_coar.editing.tasks.aims import Aim, changed_copy, note_changed, rival
 from hf_coar.errors import CoarError
 
-_LOW = -1e4  # a half-precision number, and below any logit
+_LOW = -1e3  # a half-precision number, and below any logit
 
 
 @rival("logit_bias", ("forget",))
 def logit_bias(aim: Aim) -> nn.Module:
-    """The bias of the class in the last layer is set to -10,000: it hides all and removes nothing."""
+    """The bias of the class in the last layer is set to -1,000: it hides all and removes nothing."""
     changed = changed_copy(aim, "logit_bias")
     head = linear(aim, changed)
     with torch.no_grad():

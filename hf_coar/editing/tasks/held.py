@@ -16,7 +16,7 @@ from hf_coar.storage import labels as label_words
 # Of every class; what is left is judged on. Fewer to attribute than to choose on: weights are means over hundreds of
 # numbers, a choice by too few examples is what goes wrong (scripts/results/edits/).
 ATTRIBUTED, CHOSEN_ON = 0.25, 0.35
-MOST_ATTRIBUTED, MOST_CHOSEN_ON, MOST_JUDGED = 400, 1200, 6000
+_MOST = (400, 1200, 6000)  # examples in all that are attributed, chosen on, judged on, about
 LEAST = (4, 8, 8)  # examples of the targets to attribute, to choose on, to judge on; others as many and twice that
 
 
@@ -167,8 +167,8 @@ def divided(strata: Tensor, targets: Tensor, seed: int, what: str, apart: Sequen
         CoarError: too few targets or others to attribute, to choose on and to judge on; says how many are needed.
     """
     if what:
-        _check_enough(int(targets.sum()), what, LEAST)
-    _check_enough(int((~targets).sum()) - len(apart), "the others", tuple(2 * count for count in LEAST))
+        check_enough(int(targets.sum()), what)
+    check_enough(int((~targets).sum()) - len(apart), "the others", tuple(2 * count for count in LEAST))
     generator = torch.Generator().manual_seed(seed)
     parts: list[list[Tensor]] = [[], [], []]
     keys = strata * 2 + targets.long()
@@ -185,18 +185,19 @@ def divided(strata: Tensor, targets: Tensor, seed: int, what: str, apart: Sequen
 
 def _sizes(n_rows: int, n_strata: int, least: Sequence[int]) -> list[int]:
     """How many of a stratum are attributed, chosen on, judged on, and left over."""
-    shares = (ATTRIBUTED, CHOSEN_ON, 1 - ATTRIBUTED - CHOSEN_ON)
-    most = (MOST_ATTRIBUTED, MOST_CHOSEN_ON, MOST_JUDGED)
-    sizes: list[int] = []
-    for share, cap, fewest in zip(shares, most, least, strict=True):
-        # A target's stratum may have more than its share of the whole: it is what the edit is for.
-        limit = max(fewest, cap // max(2, n_strata) * (2 if any(least) else 1))
-        sizes.append(min(max(fewest, round(share * n_rows)), limit))
-    left = n_rows - sum(sizes)
-    return [*sizes[:2], sizes[2] + min(left, 0), max(left, 0)]
+    # A target's stratum may have more than its share of the whole: it is what the edit is for.
+    each = max(2, n_strata) / (2 if any(least) else 1)
+    caps = [max(fewest, round(most / each)) for fewest, most in zip(least, _MOST, strict=True)]
+    chosen, judged = (
+        min(max(fewest, round(share * n_rows)), cap)
+        for fewest, share, cap in zip(least[1:], (CHOSEN_ON, 1 - ATTRIBUTED - CHOSEN_ON), caps[1:], strict=True)
+    )
+    attributed = min(max(least[0], round(ATTRIBUTED * n_rows)), caps[0], n_rows - chosen - judged)
+    return [attributed, chosen, judged, n_rows - attributed - chosen - judged]
 
 
-def _check_enough(count: int, what: str, least: Sequence[int]) -> None:
+def check_enough(count: int, what: str, least: Sequence[int] = LEAST) -> None:
+    """Raises `CoarError` where there are too few examples of a side to divide them."""
     if count < sum(least):
         raise CoarError(
             f"{what}: {count} examples, and {sum(least)} are needed: {least[0]} to attribute, {least[1]} to choose on "

@@ -120,7 +120,8 @@ class EditResult:
 
     def __str__(self) -> str:
         """The task and its figures."""
-        return f"{self.task}: {len(self.components)} components ablated\n{self.figures}"
+        how = f": {len(self.components)} components ablated" if self.components else ""
+        return f"{self.task}{how}\n{self.figures}"
 
 
 def common_entries(of: Setting) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from hf_coar.editing.rules import Sides
 from hf_coar.editing.tasks import figures as fig
 from hf_coar.editing.tasks.aims import ABLATION, Aim, Weigh, carried_out
 from hf_coar.editing.tasks.figures import Figure, Figures
-from hf_coar.editing.tasks.held import Held, Parts, check_limits, divided, indices_of
+from hf_coar.editing.tasks.held import Held, Parts, check_enough, check_limits, divided, indices_of
 from hf_coar.editing.tasks.looking import Looker
 from hf_coar.editing.tasks.setting import BATCH, EditResult, Setting
 from hf_coar.editing.tasks.walking import Point, Verdict, margin
@@ -121,7 +121,13 @@ class Steering(Aim):
 
 
 def before_and_after(
-    model: nn.Module, edited: nn.Module, data: Any, increase: Sequence[int], decrease: Sequence[int], output: Any
+    model: nn.Module,
+    edited: nn.Module,
+    data: Any,
+    components: Components,
+    increase: Sequence[int],
+    decrease: Sequence[int],
+    output: Any,
 ) -> Figures:
     """What an edit has done to examples, whatever these were used for before: the same figures as of `steer`.
 
@@ -129,12 +135,13 @@ def before_and_after(
         model: as it was.
         edited: as it is.
         data: examples, as `attribute` takes them.
+        components: of the model.
         increase: indices of those that were to rise.
         decrease: of those that were to fall.
         output: as for `attribute`.
     """
     held = Held.read(model, data)
-    of = Setting(MaskedModel(model, Components(())), held, Looker.of(model, held.batches[0], output))
+    of = Setting(MaskedModel(model, components), held, Looker.of(model, held.batches[0], output))
     signs, none = torch.zeros(len(held), dtype=torch.long), torch.empty(0, dtype=torch.long)
     signs[list(increase)], signs[list(decrease)] = 1, -1
     aim = Steering(of, Parts(none, none, torch.arange(len(held))), signs, 1.0)
@@ -187,9 +194,10 @@ def steer(
             signs[chosen] = sign
     if not bool(signs.any()):
         raise CoarError("nothing to steer: give increase=… or decrease=…, indices of examples or a class name")
+    # Either side is divided by itself, whatever its classes; the others class by class.
+    strata = torch.where(signs == 0, of.held.labels, signs - 9)
     for sign, side in ((1, "increase"), (-1, "decrease")):
         if bool((signs == sign).any()):
-            parts = divided(of.held.labels * 3 + signs, signs == sign, seed, side)
-    if bool((signs == 1).any()) and bool((signs == -1).any()):
-        parts = divided(of.held.labels * 3 + signs, signs != 0, seed, "targets")
+            check_enough(int((signs == sign).sum()), side)
+    parts = divided(strata, signs != 0, seed, "targets")
     return carried_out(Steering(of, parts, signs, others_within), method, rivals)
