@@ -1,6 +1,5 @@
 """Edits by task: what they do on small trained networks, that figures chose nothing, rivals, and errors."""
 
-import copy
 from itertools import pairwise
 
 import pytest
@@ -18,7 +17,7 @@ from hf_coar.errors import CoarError, UnsatisfiedError
 N_CLASSES, WIDTH = 5, 12
 
 
-def blobs(n_examples=500, seed=0, noise=1.2):
+def blobs(n_examples=500, seed=0, noise=1.6):
     """Gaussian clouds, a class each; inputs float32 [examples, 12]."""
     generator = torch.Generator().manual_seed(seed)
     centres = 2 * torch.randn(N_CLASSES, WIDTH, generator=torch.Generator().manual_seed(7))
@@ -55,10 +54,14 @@ def net():
 @pytest.fixture(scope="module")
 def forgotten(net):
     model, data, components = net
-    before = copy.deepcopy(state_of(model))
+    before = state_of(model)
     result = coar.forget(model, data, 3, others_within=0.05, components=components, rivals="all")
-    assert same_state(before, state_of(model))
+    assert same_state(model, before)
     return result
+
+
+def same_weights(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
 def right(model, data, rows):
@@ -78,7 +81,7 @@ def test_forgetting_a_class(net, forgotten):
     own = rows[labels[rows] == 3]
     others = rows[labels[rows] != 3]
     figures = forgotten.figures
-    assert figures["target"].before > 0.9 and figures["target"].after <= 0.1
+    assert figures["target"].before > 0.8 and figures["target"].after <= 0.1
     assert figures["others"].change >= -0.05
     for name, part in (("target", own), ("others", others)):
         assert figures[name].before == pytest.approx(float(right(model, data, part).float().mean()))
@@ -87,7 +90,7 @@ def test_forgetting_a_class(net, forgotten):
     assert set(figures) == {"target", "others", "worst_other", "probe", "recovery"}
     record = models.record(forgotten.model)["edit"]
     assert tuple(record["components"]) == forgotten.components and len(forgotten.components) > 0
-    assert same_state(state_of(coar.undo(forgotten.model, model)), state_of(model))
+    assert same_weights(coar.undo(forgotten.model, model), model)
 
 
 def test_what_judges_chooses_nothing(net, forgotten):
@@ -126,7 +129,7 @@ def test_rivals_give_the_same_result(net, method, tmp_path):
     model, data, components = net
     result = coar.forget(model, data, 3, others_within=0.05, components=components, method=method, rivals=None)
     assert set(result.figures) == {"target", "others", "worst_other", "probe", "recovery"} and not result.components
-    assert same_state(state_of(coar.undo(result.model, model)), state_of(model))
+    assert same_weights(coar.undo(result.model, model), model)
     result.save(tmp_path / "saved")
     card = (tmp_path / "saved" / "README.md").read_text()
     assert method in card and "ablated" not in card.split("## Before")[0]
@@ -142,10 +145,10 @@ def test_the_card_carries_the_figures(forgotten, tmp_path):
 
 def test_limits_that_nothing_keeps(net):
     model, data, components = net
-    wanted = r"leaves 'class 3' at 10 % or less.*without an edit: target 0\.9"
+    wanted = r"leaves 'class 3' at 0.1 % or less.*without an edit: target 0\.\d.*within the limits the best is"
     with pytest.raises(UnsatisfiedError, match=wanted) as found:
-        coar.forget(model, data, 3, others_within=1e-6, components=components)
-    assert found.value.best is None or found.value.best.verdict.target > 0.1
+        coar.forget(model, data, 3, at_most=0.001, components=components)
+    assert found.value.best.verdict.spent <= 0 < found.value.best.verdict.missing
 
 
 def test_a_step_that_is_too_dear_is_halved(net):
@@ -171,7 +174,9 @@ def test_one_bias_and_linear_probe():
     said = probing.one_bias(seen, labels, seen, 1)
     assert bool((logits.argmax(1) != 1).all()) and torch.equal(said, labels)
     assert torch.equal(probing.linear_probe(seen, labels, seen), labels)
-    gone = Seen(torch.zeros(90), logits.clone().index_fill(1, torch.tensor(1), -20.0), None)
+    alike = logits.clone()
+    alike[labels == 1] = logits[labels == 0]
+    gone = Seen(torch.zeros(90), alike, None)
     assert float((probing.one_bias(gone, labels, gone, 1) == labels).float().mean()) < 0.7
     assert probing.linear_probe(gone, labels, gone) is None
     direction, centre = probing.direction(logits, labels == 1)

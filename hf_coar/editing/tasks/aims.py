@@ -81,17 +81,17 @@ class Aim(ABC):
         """What fine-tuning, the rival, would descend: a scalar, of the examples that are attributed."""
 
     def entries(self) -> dict[str, Any]:
-        """Of the record of the edit."""
+        """What goes into the record of the edit."""
         return {}
 
     def plain(self) -> "Aim":
-        """The same with what the paper attributes: nothing but the output of the task."""
+        """This aim with what the paper attributes: nothing but the output of the task."""
         return self
 
     # ---------------------------------------------------------------------------------------------- what aims have
 
     def labels(self, rows: Tensor) -> Tensor:
-        """Of examples, int64 [any]."""
+        """Labels of examples, int64 [any]."""
         return self.of.held.labels[rows]
 
     @cached_property

@@ -54,7 +54,7 @@ class Fixing(Aim):
         return f"makes {'it' if len(self.examples) == 1 else 'all of them'} right and costs others {allowed} at most"
 
     def entries(self) -> dict[str, Any]:
-        """Of the record."""
+        """What goes into the record."""
         return {"increase": list(self.examples)}
 
     @cached_property
@@ -111,7 +111,7 @@ class Fixing(Aim):
         return torch.stack(found).mean()
 
     def figures(self, model: nn.Module) -> dict[str, Figure]:
-        """Of the examples themselves, for which it was made, and of those to judge on, which chose nothing."""
+        """On the examples themselves, for which it was made, and on those to judge on, which chose nothing."""
         rows, before = self.parts.judge, self.before["judge"]
         seen, was = self.of.see(model, rows), self.of.right(before)
         now, labels = self.of.right(seen), self.labels(rows)
@@ -129,7 +129,7 @@ class Fixing(Aim):
         return found
 
     def _neighbours(self, own: Tensor | None, others: Tensor | None, right: Tensor) -> Tensor | None:
-        """Of the wrong examples those nearest to the fixed ones, by the cosine of the features."""
+        """The wrong examples nearest to the fixed ones, by the cosine of the features."""
         wrong = (~right).nonzero()[:, 0]
         if own is None or others is None or not len(wrong):
             return None

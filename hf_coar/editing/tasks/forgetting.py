@@ -45,7 +45,7 @@ class Forgetting(Aim):
 
     @property
     def name(self) -> str:
-        """Of the class."""
+        """What the class is called."""
         return repr(self.of.held.name(self.label))
 
     @property
@@ -64,7 +64,7 @@ class Forgetting(Aim):
         return self.labels(rows) == self.label
 
     def entries(self) -> dict[str, Any]:
-        """Of the record."""
+        """What goes into the record."""
         rows = self.parts.attribute
         named = {"decrease": [self.of.held.name(self.label)]}
         return {"decrease": rows[self.own(rows)].tolist(), "classes": named}

@@ -82,7 +82,7 @@ class Lifting(Aim):
         return [group for group, share in found.items() if share < mean] or [min(found, key=found.__getitem__)]
 
     def entries(self) -> dict[str, Any]:
-        """Of the record."""
+        """What goes into the record."""
         rows = self.parts.attribute
         return {"increase": rows[torch.isin(self.groups[rows], torch.tensor(self.failing))].tolist()}
 
@@ -142,7 +142,7 @@ class Lifting(Aim):
         return self.verdict(self.of.see(model, self.parts.choose))
 
     def verdict(self, seen: Seen) -> Verdict:
-        """Of what a model makes of the examples to choose on."""
+        """Judges by what a model makes of the examples to choose on."""
         part, was = self.parts.choose, self.of.right(self.before["choose"])
         now = self.of.right(seen)
         z = margin(len(RULES_TRIED))

@@ -81,7 +81,7 @@ class Matching(Aim):
 
     @cached_property
     def start(self) -> tuple[Seen, Seen]:
-        """Of the pairs, clean and triggered, before the edit."""
+        """What the model as it was makes of the pairs, clean and triggered."""
         return self._both(self.of.model, self.pairs)
 
     def _both(self, model: nn.Module, pairs: tuple[Any, Any]) -> tuple[Seen, Seen]:
@@ -125,7 +125,7 @@ class Matching(Aim):
         return torch.stack(found).mean()
 
     def figures(self, model: nn.Module) -> dict[str, Figure]:
-        """Of the pairs to judge on."""
+        """What the pairs to judge on say."""
         before, after = self._both(self.of.model, self.judged), self._both(model, self.judged)
         was, now = ([self.of.right(seen) for seen in both] for both in (before, after))
         found = {

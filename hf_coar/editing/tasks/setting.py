@@ -55,7 +55,7 @@ class Setting:
 
     @property
     def boundary(self) -> float:
-        """Of the output.
+        """Where right turns into wrong.
 
         Raises:
             CoarError: it has none.

@@ -49,7 +49,7 @@ class Steering(Aim):
         return f"moves the targets the right way and keeps the others within {self.others_within:.3g}"
 
     def entries(self) -> dict[str, Any]:
-        """Of the record."""
+        """What goes into the record."""
         rows = self.parts.attribute
         sides = {"increase": 1, "decrease": -1}
         return {side: rows[self.signs[rows] == sign].tolist() for side, sign in sides.items()}
