@@ -340,7 +340,7 @@ def test_a_call_of_ones_own_is_named_by_a_flag(tmp_path):
 
 def test_edits_by_task(tmp_path):
     """A class of the demo's model, with figures; and flags that do not go together."""
-    words = ["edit", MODEL, IMAGES, "--split", "train[:700]", "--forget", "label=bag", "--out", tmp_path / "m"]
+    words = ["edit", MODEL, IMAGES, "--split", "train[:500]", "--forget", "label=bag", "--out", tmp_path / "m"]
     code, out, err = hf_coar(*words, "--others-within", "4%", "--json")
     assert code == 0, err
     found = json.loads(out)

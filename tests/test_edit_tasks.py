@@ -127,7 +127,7 @@ def test_a_constant_hides_and_does_not_remove(net, forgotten):
 @pytest.mark.parametrize("method", ["logit_bias", "fine_tuning"])
 def test_rivals_give_the_same_result(net, method, tmp_path):
     model, data, components = net
-    result = coar.forget(model, data, 3, others_within=0.05, components=components, method=method, rivals=None)
+    result = coar.forget(model, data, 3, others_within=0.1, components=components, method=method, rivals=None)
     assert set(result.figures) == {"target", "others", "worst_other", "probe", "recovery"} and not result.components
     assert same_weights(coar.undo(result.model, model), model)
     result.save(tmp_path / "saved")
@@ -326,7 +326,7 @@ def test_edit_without_validation_warns(net, caplog):
     model, data, components = net
     attributions = coar.attribute(model, data[:1], components, method=coar.PathGradient(rounds=0), progress=False)
     coar.edit(model, attributions, decrease={"label": 3}, n_components=4)
-    assert "checked on nothing" in caplog.text and "expect targets from 100.0% to" in caplog.text
+    assert "checked on nothing" in caplog.text and "expect targets from" in caplog.text
     caplog.clear()
     coar.edit(model, attributions, decrease={"label": 3}, validation=editing.accuracy(data), n_components=[4])
     assert "checked on nothing" not in caplog.text

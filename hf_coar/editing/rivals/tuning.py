@@ -7,7 +7,7 @@ from hf_coar.editing.tasks.aims import Aim, changed_copy, note_changed, rival
 from hf_coar.editing.tasks.walking import Verdict
 from hf_coar.errors import UnsatisfiedError
 
-RATES = (1e-5, 1e-4, 1e-3)
+RATES = (1e-5, 1e-4, 1e-3, 5e-3)
 CHECKPOINTS = (1, 2, 4, 8, 16, 32)
 
 
