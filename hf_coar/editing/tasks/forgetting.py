@@ -17,7 +17,7 @@ from hf_coar.editing.tasks.figures import Figure
 from hf_coar.editing.tasks.held import check_limits, divided
 from hf_coar.editing.tasks.looking import Seen
 from hf_coar.editing.tasks.setting import BATCH, EditResult, Setting
-from hf_coar.editing.tasks.walking import Point, Verdict, margin
+from hf_coar.editing.tasks.walking import WALK, Point, Verdict, margin
 from hf_coar.models.outputs import Output
 
 RULE = "covariance"
@@ -112,11 +112,10 @@ class Forgetting(Aim):
         """What the examples to choose on say of a model."""
         own, seen = self.own(self.parts.choose), self.of.see(model, self.parts.choose)
         was, now = self.of.right(self.before["choose"]), self.of.right(seen)
-        z = margin(1)
         target, error = fig.share_and_error(now[own])
         lost, lost_error = fig.fall(was[~own], now[~own])
-        spent = max(lost + z * lost_error - self.others_within, self._worst(was, now, own) - WORST_WITHIN)
-        missing = target + z * error - self.at_most
+        spent = max(lost + margin(WALK) * lost_error - self.others_within, self._worst(was, now, own) - WORST_WITHIN)
+        missing = target + error - self.at_most
         return Verdict(target, float(now[~own].float().mean()), missing, spent, -self._back(seen))
 
     def _worst(self, was: Tensor, now: Tensor, own: Tensor) -> float:

@@ -15,7 +15,7 @@ from hf_coar.editing.tasks.figures import Figure, Figures
 from hf_coar.editing.tasks.held import Held, Parts, check_enough, check_limits, divided, indices_of
 from hf_coar.editing.tasks.looking import Looker
 from hf_coar.editing.tasks.setting import BATCH, EditResult, Setting
-from hf_coar.editing.tasks.walking import Point, Verdict, margin
+from hf_coar.editing.tasks.walking import WALK, Point, Verdict, margin
 from hf_coar.errors import CoarError
 from hf_coar.masking import MaskedModel
 from hf_coar.models import tasks
@@ -81,7 +81,7 @@ class Steering(Aim):
         moved = ((seen.values - was.values) * signs)[signs != 0]
         error = float(moved.std()) / len(moved) ** 0.5
         lost, lost_error, others = self._lost(was.values[signs == 0], seen.values[signs == 0])
-        spent = lost + margin(1) * lost_error - self.others_within
+        spent = lost + margin(WALK) * lost_error - self.others_within
         return Verdict(float(moved.mean()), others, error - float(moved.mean()), spent, float(moved.mean()))
 
     def _lost(self, was: Tensor, now: Tensor) -> tuple[float, float, float]:

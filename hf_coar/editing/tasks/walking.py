@@ -16,6 +16,7 @@ from hf_coar.masking import MaskedModel
 logger = logging.getLogger(__name__)
 
 STEP_FRACTION = 0.01  # of the components go before the others are ranked anew; fewer where the allowance ends
+WALK = 4  # independent candidates that a walk counts for: most of what one model on it lacks, the next one lacks, too
 MOST_TRIED = 24  # models measured on a walk, whatever is left of the allowance
 
 
@@ -62,12 +63,12 @@ class Point:
 Judge = Callable[[nn.Module], Verdict]
 
 
-def margin(n_walks: int) -> float:
-    """Standard errors that are kept from every limit: one, and more the more walks there are to choose from.
+def margin(n_candidates: int) -> float:
+    """Standard errors that are kept from a limit: one, and more the more models there are to choose from.
 
     The best of m equal ones looks better than it is by about sqrt(2 log m) of them.
     """
-    return math.sqrt(1 + 2 * math.log(max(1, n_walks)))
+    return math.sqrt(1 + 2 * math.log(max(1, n_candidates)))
 
 
 def walk(
