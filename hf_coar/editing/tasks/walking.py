@@ -91,6 +91,7 @@ def walk(
     n_all = len(masked)
     most = max(1, int(LARGEST_FRACTION * n_all)) if most is None else most
     size = max(1, round(STEP_FRACTION * n_all)) if step is None else step
+    smallest = max(1, size // 4)  # smaller ones bring little, and cost as much
     points: list[Point] = []
     kept, ablated = torch.ones(n_all, dtype=torch.bool), torch.empty(0, dtype=torch.long)
     while size and len(ablated) < most and len(points) < tried:
@@ -104,7 +105,7 @@ def walk(
                 ablated = further
                 kept[ablated] = False
                 break
-            size //= 2
+            size = size // 2 if size // 2 >= smallest else 0
     return points
 
 
