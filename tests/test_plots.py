@@ -258,6 +258,17 @@ def test_top_components_shows_all_where_there_are_few():
     assert "(unit of your own)" in axes.get_xlabel()
 
 
+def test_edit_frontier_shows_the_way_the_choice_and_the_rivals():
+    way = [(4, 0.9, 0.93), (8, 0.4, 0.92), (12, 0.0, 0.9)]
+    figure = plots.edit_frontier(way, (0.02, 0.91), (0.98, 0.93), {"logit bias": (0.0, 0.93)}, target_name="bags")
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axes_of(figure).get_lines()}
+    assert lines["edited"] == [[2.0, 91.0]] and lines["logit bias"] == [[0.0, 93.0]]
+    assert lines["on the way (examples to choose on)"] == [[90.0, 93.0], [40.0, 92.0], [0.0, 90.0]]
+    for wrong in ([], [(4, 1.2, 0.5)]):
+        with pytest.raises(CoarError):
+            plots.edit_frontier(wrong, (0.02, 0.91), (0.98, 0.93))
+
+
 def test_edit_sweep_marks_the_choice():
     figure = plots.edit_sweep([10, 0, 5], [0.9, 0.4, 0.8], [0.7, 0.9, 0.85], chosen=5, target_name="shirts")
     axes = axes_of(figure)

@@ -15,6 +15,7 @@ from hf_coar.plots.contributions import contribution_by_layer, contribution_heat
 from hf_coar.plots.costs import cost_against_correlation, cost_to_reach
 from hf_coar.plots.edits import class_accuracies, edit_sweep, group_accuracies
 from hf_coar.plots.fidelity import correlation_by_fraction, predicted_against_measured
+from hf_coar.plots.frontiers import edit_frontier
 
 __all__ = [
     "class_accuracies",
@@ -23,6 +24,7 @@ __all__ = [
     "correlation_by_fraction",
     "cost_against_correlation",
     "cost_to_reach",
+    "edit_frontier",
     "edit_sweep",
     "group_accuracies",
     "predicted_against_measured",
