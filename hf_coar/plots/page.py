@@ -276,7 +276,7 @@ def _next(attributions: Attributions, evaluated: bool) -> _Section:
     label = labelled.label_name(attributions, 0)
     known = label in labels.label_names(attributions.provenance)
     target = shlex.quote(f"label={label}") if known else "label=3"
-    lines += [f"# in a shell: hf-coar edit FOLDER --decrease {target} --n-components 20 --out edited"]
+    lines += [f"# in a shell: hf-coar edit FOLDER --decrease {target} --out edited"]
     return _Section("What next", code="\n".join(lines))
 
 
