@@ -116,9 +116,10 @@ class Forgetting(Aim):
         was, now = self.of.right(self.before["choose"]), self.of.right(seen)
         target, error = fig.share_and_error(now[own])
         lost, lost_error = fig.fall(was[~own], now[~own])
-        spent = max(lost + margin(WALK) * lost_error - self.others_within, self._worst(was, now, own) - WORST_WITHIN)
-        missing = target + error - self.at_most
-        return Verdict(target, float(now[~own].float().mean()), missing, spent, -self._back(seen))
+        spent = max(lost + lost_error - self.others_within, self._worst(was, now, own) - WORST_WITHIN)
+        safe = lost + margin(WALK) * lost_error <= self.others_within
+        merit = -self._back(seen) if safe else -1 - lost
+        return Verdict(target, float(now[~own].float().mean()), target + error - self.at_most, spent, merit)
 
     def _worst(self, was: Tensor, now: Tensor, own: Tensor) -> float:
         """What the other class that fares worst has lost beyond a standard error."""

@@ -20,7 +20,7 @@ from hf_coar.editing.tasks.figures import Figure
 from hf_coar.editing.tasks.held import LEAST, Held, check_limits, divided
 from hf_coar.editing.tasks.looking import Seen
 from hf_coar.editing.tasks.setting import BATCH, EditResult, Setting
-from hf_coar.editing.tasks.walking import WALK, Point, Verdict, margin
+from hf_coar.editing.tasks.walking import Point, Verdict, margin
 from hf_coar.errors import CoarError
 from hf_coar.models.outputs import Output
 
@@ -145,7 +145,7 @@ class Lifting(Aim):
         """Judges by what a model makes of the examples to choose on."""
         part, was = self.parts.choose, self.of.right(self.before["choose"])
         now = self.of.right(seen)
-        z = margin(WALK * len(RULES_TRIED))
+        z = margin(len(RULES_TRIED))
         lost, error = fig.fall(was, now)
         groups = self.groups[part]
         # The lower bound of the group that fares worst: groups of few examples look good or bad by chance.

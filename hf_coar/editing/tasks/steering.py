@@ -81,8 +81,9 @@ class Steering(Aim):
         moved = ((seen.values - was.values) * signs)[signs != 0]
         error = float(moved.std()) / len(moved) ** 0.5
         lost, lost_error, others = self._lost(was.values[signs == 0], seen.values[signs == 0])
-        spent = lost + margin(WALK) * lost_error - self.others_within
-        return Verdict(float(moved.mean()), others, error - float(moved.mean()), spent, float(moved.mean()))
+        mean, spent = float(moved.mean()), lost + lost_error - self.others_within
+        safe = lost + margin(WALK) * lost_error <= self.others_within
+        return Verdict(mean, others, error - mean, spent, mean if safe else -1 - lost)
 
     def _lost(self, was: Tensor, now: Tensor) -> tuple[float, float, float]:
         """By how much the rest is worse, the standard error of that, and how it is."""
