@@ -36,7 +36,14 @@ class CorruptFileError(CoarError):
 
 
 class UnsatisfiedError(CoarError):
-    """No candidate of an edit satisfies the constraints."""
+    """No candidate of an edit satisfies the constraints.
+
+    Attributes:
+        best: what comes nearest (`editing.tasks.walking.Point`): it reaches the target and costs too much, or else
+            costs little enough and reaches less; None where nothing was measured that does either.
+    """
+
+    best: object = None
 
 
 class NonFiniteOutputError(CoarError):

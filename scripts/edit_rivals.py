@@ -1,6 +1,7 @@
 """Edits by task beside all their rivals, on networks trained with the run's own seed: `coar.forget` and its like.
 
     python scripts/edit_rivals.py forget --seeds 20 21 22 23 24
+    python scripts/edit_rivals.py removal --seeds 20 21 22 23 24
     python scripts/edit_rivals.py fix --seeds 20 21 22 23 24
     python scripts/edit_rivals.py lift --seeds 20 21 22 23 24
     python scripts/edit_rivals.py match --seeds 20 21 22 23 24 --trigger patch
@@ -29,9 +30,18 @@ import torch
 from torch import Tensor, nn
 
 import hf_coar as coar
+from hf_coar.editing.tasks.aims import carried_out
+from hf_coar.editing.tasks.forgetting import Forgetting
+from hf_coar.editing.tasks.held import divided
+from hf_coar.editing.tasks.setting import Setting
 from hf_coar.errors import UnsatisfiedError
 
-KINDS = ("forget", "fix", "lift", "match")
+KINDS = ("forget", "removal", "fix", "lift", "match")
+# What is attributed beside the class's margin, so that more than its logit goes.
+CONTRASTS = {
+    "margin": (), "and the claim": ("claim",), "and its place in the features": ("features",),
+    "and both": ("claim", "features"),
+}  # fmt: skip
 N_TRAINING, EPOCHS, N_DATA = 12_000, 4, 4000
 N_CLASSES_EACH, N_WRONG_EACH, N_PAIRS, N_DRAWS = 2, 5, 10, 2
 OURS = "ablation"
@@ -64,10 +74,11 @@ def triggered(images: Tensor, kind: str) -> Tensor:
 
 def edits(args: argparse.Namespace, kind: str, seed: int) -> Iterator[tuple[str, Any]]:
     """(name, what makes the edit) of one seed."""
-    if kind == "forget":
+    if kind in ("forget", "removal"):
         model, data = classifier(args, seed)
         for label in ((seed + 5 * place) % 10 for place in range(N_CLASSES_EACH)):
-            yield f"class {label}", lambda c=label, **how: coar.forget(model, data, c, **how)
+            make = coar.forget if kind == "forget" else removed
+            yield f"class {label}", lambda c=label, make=make, **how: make(model, data, c, **how)
     elif kind == "fix":
         model, data = classifier(args, seed)
         wrong = (common.output_of(model, data) < 0).nonzero()[:, 0]
@@ -82,6 +93,14 @@ def edits(args: argparse.Namespace, kind: str, seed: int) -> Iterator[tuple[str,
         yield "all", lambda **how: coar.lift(model, data, groups[rows], **how)
     else:
         yield from _backdoors(args, seed)
+
+
+def removed(model: nn.Module, data: Any, label: int, method: str, rivals: None) -> Any:
+    """`coar.forget` with something else attributed, `method` being one of `CONTRASTS`."""
+    of = Setting.of(model, data, None)
+    parts = divided(of.held.labels, of.held.labels == label, 0, f"label {label}")
+    aim = Forgetting(of, parts, label, 0.015, 0.1, CONTRASTS[method])
+    return carried_out(aim, OURS, rivals)
 
 
 def _backdoors(args: argparse.Namespace, seed: int) -> Iterator[tuple[str, Any]]:
@@ -117,12 +136,13 @@ def run(args: argparse.Namespace, kind: str, seed: int) -> None:
     for name, edit in edits(args, kind, seed):
         started, rivals = time.process_time(), {}
         try:
-            result = edit(method=OURS, rivals=None)
+            result = edit(method="margin" if kind == "removal" else OURS, rivals=None)
             ours, count = result.figures.to_json(), len(result.components)
         except UnsatisfiedError as error:
             ours, count = {}, str(error)
         seconds = time.process_time() - started
-        for rival in coar.editing.rivals.rivals_of(kind):
+        others = list(CONTRASTS)[1:] if kind == "removal" else coar.editing.rivals.rivals_of(kind)
+        for rival in others:
             try:
                 rivals[rival] = edit(method=rival, rivals=None).figures.to_json()
             except UnsatisfiedError:
@@ -163,7 +183,7 @@ def _section(kind: str, runs: list[dict]) -> str:
     rows = [["before", "", *(_cell(column) for column in starts)]]
     for name in names:
         made = [edit for edit in edits_ if edit["methods"].get(name)]
-        low = ("probe", "recovery", *(("target",) if kind == "forget" else ()))
+        low = ("probe", "recovery", *(("target",) if kind in ("forget", "removal") else ()))
         cells = [_cell([_value(e, name, key, "after") for e in made], max if key in low else min) for key in keys]
         rows.append([f"**{name}**" if name == OURS else name, f"{len(made)} of {len(edits_)}", *cells])
     seeds = ", ".join(str(one["seed"]) for one in runs)
