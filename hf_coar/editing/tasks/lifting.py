@@ -26,6 +26,8 @@ from hf_coar.models.outputs import Output
 
 RULES_TRIED = ("welch", "covariance")
 TEMPERATURE = 2.0
+STEP_FRACTION = 0.02  # of the components: a tenth or more of them go, and two walks at 1 in 100 take minutes
+MOST_TRIED = 12  # models measured on a walk
 REFITTED = 4  # models on the way whose last layer is fitted anew, beside the one with nothing ablated
 _NONE = torch.empty(0, dtype=torch.long)
 
@@ -88,7 +90,8 @@ class Lifting(Aim):
 
     def points(self) -> list[Point]:
         """A walk by either rule, on probabilities that are softened."""
-        points = [point for rule in RULES_TRIED for point in self.walked(rule)]
+        step = max(1, round(STEP_FRACTION * len(self.of.masked)))
+        points = [point for rule in RULES_TRIED for point in self.walked(rule, step=step, tried=MOST_TRIED)]
         if self.refit is None:
             return points
         # The layer is fitted to few of them: what ranks high without it does so with it.
