@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -281,7 +282,7 @@ def test_regular_mode_the_command_line_and_shards_that_replace_others(folder, de
         assert 0 < difference < 0.02
         names = set(server.files("me/regular"))
         assert "attributions.safetensors" not in names and "run.json" not in names
-        assert "attributions-00001-of-00002.safetensors" in names
+        assert any(re.fullmatch(r"attributions-00001-of-0000[2-9]\.safetensors", name) for name in names)
         assert not server.repos["me/regular"].lfs
         config = json.loads(server.files("me/regular")["config.json"])
         assert config["model"]["id"] == "model" and config["data"]["id"] == "images.parquet"  # no local path is told

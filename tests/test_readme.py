@@ -17,7 +17,8 @@ def test_snippet_with_its_output_comes_early():
 
 
 def test_file_map_is_the_tree():
-    listing = re.search(r"```text\n(hf_coar/\n.*?)```", README, flags=re.DOTALL)[1]
+    contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    listing = re.search(r"```text\n(hf_coar/\n.*?)```", contributing, flags=re.DOTALL)[1]
     named = set(re.findall(r"^  (\S+)", listing, flags=re.MULTILINE))
     tree = {path.name for path in (ROOT / "hf_coar").glob("*.py")} - {"__init__.py", "__main__.py"}
     tree |= {f"{path.parent.name}/" for path in (ROOT / "hf_coar").glob("*/__init__.py")}

@@ -21,12 +21,13 @@ the ablations move x would be right for a single pass; over many passes a narrow
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from hf_coar.masking import FiredGroups
 
@@ -44,10 +45,21 @@ _SAME = frozenset({"contiguous", "to", "float", "dropout", "type_as", "clone"})
 
 @dataclass(frozen=True)
 class _Contribution:
-    """One group's gated part of a tensor: tensor = ... + level * part; `level` remembers the gates it came from."""
+    """One group's gated part of a tensor: tensor = ... + level * part; `level` remembers the gates it came from.
 
-    part: Tensor
+    The part is (plain - end) * scale. It is made where it is wanted: what it is made of is there anyway, for the
+    derivatives to the gates, and most parts are never wanted.
+    """
+
+    plain: Tensor
+    end: Tensor | None
     level: Tensor
+    scale: Any = None
+
+    def part(self) -> Tensor:
+        """The part itself, made anew."""
+        part = self.plain if self.end is None else self.plain - self.end
+        return part if self.scale is None else part * self.scale
 
 
 class DeltaReads:
@@ -80,26 +92,26 @@ class _Tracker(TorchFunctionMode):
     def __init__(self, reads: DeltaReads, smoothing: float) -> None:
         super().__init__()
         self.reads, self.smoothing = reads, smoothing
-        self._tracked: dict[int, tuple[Tensor, list[_Contribution]]] = {}
+        # By tensor, as long as somebody holds it: what nobody reads any more takes its contributions with it.
+        self._tracked: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self.paused = 0
 
-    def observe(self, gated: Tensor, part: Tensor, level: Tensor) -> None:
-        """A gate was applied: gated = bias + level * part."""
-        self._track(gated, [*self.contributions(gated), _Contribution(part.detach(), level)])
+    def observe(self, gated: Tensor, plain: Tensor, end: Tensor | None, level: Tensor) -> None:
+        """A gate was applied: gated = end + level * (plain - end)."""
+        end = None if end is None else end.detach()
+        self._track(gated, [*self.contributions(gated), _Contribution(plain.detach(), end, level)])
 
     def contributions(self, tensor: Any) -> list[_Contribution]:
         """What is tracked in a tensor."""
-        entry = self._tracked.get(id(tensor))
-        return entry[1] if entry is not None else []
+        return self._tracked.get(tensor, []) if isinstance(tensor, Tensor) else []
 
     def concerns(self, x: Tensor) -> bool:
         """Whether an element-wise function of x is not to run as usual."""
         return bool(self.contributions(x)) or (self.smoothing > 0 and x.requires_grad)
 
     def _track(self, tensor: Tensor, contributions: list[_Contribution]) -> None:
-        # The tensor itself is held, so that its id is not given to another one while this is alive.
         if contributions:
-            self._tracked[id(tensor)] = (tensor, contributions)
+            self._tracked[tensor] = contributions
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -136,26 +148,23 @@ class _Tracker(TorchFunctionMode):
     def _scaled(self, tensor: Tensor, scale: Any) -> list[_Contribution]:
         if scale is None:
             return []
-        return [_Contribution(c.part * scale, c.level) for c in self.contributions(tensor)]
+        return [replace(c, scale=scale if c.scale is None else c.scale * scale) for c in self.contributions(tensor)]
 
     def through(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Run an element-wise function, smoothed if asked for, and correct the reads when the gradient comes back."""
         contributions = self.contributions(x)
+        followed = _Followed(function, x.detach(), self.smoothing, contributions, self.reads)
         self.paused += 1
         try:
-            slope = _mean_slope(function, x.detach(), self.smoothing) if self.smoothing else _slope(function, x)
-            excesses = _excesses(function, x.detach(), slope, contributions)
-            value = _with_slope(function, x, slope) if self.smoothing and x.requires_grad else function(x)
+            if self.smoothing and x.requires_grad:
+                return followed.smoothed(x)
+            if contributions:
+                followed.x = x.detach().clone()  # the function may write into it
+            value = function(x)
         finally:
             self.paused -= 1
         if value.requires_grad and contributions:
-            reads = self.reads  # not self: a tensor that holds its tracker would hold itself
-
-            def correct(gradient: Tensor) -> None:
-                for contribution, excess in zip(contributions, excesses, strict=True):
-                    reads.add(contribution.level, gradient * excess)
-
-            value.register_hook(correct)
+            value.register_hook(followed.correct)
         return value
 
     def forget(self) -> None:
@@ -185,40 +194,71 @@ def _mean_slope(function: Callable[[Tensor], Tensor], x: Tensor, smoothing: floa
 _SMALL = 1e-6
 
 
+class _Followed:
+    """An element-wise function with all that its backward pass wants; slopes and excesses are made there, and not kept.
+
+    Attributes:
+        function: element-wise.
+        x: what goes into it.
+        smoothing: of its slope, see `followed`.
+        contributions: to x.
+        reads: what is corrected. It does not hold its tracker: a tensor would hold itself.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[Tensor], Tensor],
+        x: Tensor,
+        smoothing: float,
+        contributions: list[_Contribution],
+        reads: DeltaReads,
+    ) -> None:
+        self.function, self.x, self.smoothing = function, x, smoothing
+        self.contributions, self.reads = contributions, reads
+
+    def smoothed(self, x: Tensor) -> Tensor:
+        """function(x), in place if it is, with its mean slope."""
+        self.x = x.detach().clone()
+        with torch.no_grad():
+            copy = self.x.clone()
+            value = self.function(copy)
+        result = _WithSlope.apply(x, value, self)
+        return x.copy_(result) if value.data_ptr() == copy.data_ptr() else result
+
+    def slope(self) -> Tensor:
+        """The slope that the backward pass takes."""
+        return _mean_slope(self.function, self.x, self.smoothing) if self.smoothing else _slope(self.function, self.x)
+
+    def correct(self, gradient: Tensor, slope: Tensor | None = None) -> None:
+        """Adds to the reads by how much the exact difference of every contribution exceeds slope × part."""
+        slope = self.slope() if slope is None else slope
+        for contribution in self.contributions:
+            self.reads.add(contribution.level, gradient * _excess(self.function, self.x, slope, contribution))
+
+
 class _WithSlope(torch.autograd.Function):
     """A value that was computed without gradients, and the slope that it is to have."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, value: Tensor, slope: Tensor) -> Tensor:
-        ctx.save_for_backward(slope)
+    def forward(ctx: Any, x: Tensor, value: Tensor, followed: _Followed) -> Tensor:
+        ctx.followed = followed
         return value
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        (slope,) = ctx.saved_tensors
+        slope = ctx.followed.slope()
+        ctx.followed.correct(gradient, slope)
         return gradient * slope, None, None
 
 
-def _with_slope(function: Callable[[Tensor], Tensor], x: Tensor, slope: Tensor) -> Tensor:
-    """function(x), in place if it is, with another slope."""
-    with torch.no_grad():
-        original = x.detach().clone()
-        value = function(original)
-    result = _WithSlope.apply(x, value, slope)
-    return x.copy_(result) if value.data_ptr() == original.data_ptr() else result
-
-
-def _excesses(
-    function: Callable[[Tensor], Tensor], x: Tensor, slope: Tensor, contributions: list[_Contribution]
-) -> list[Tensor]:
-    """By how much the exact difference exceeds slope × part, for every contribution."""
-    with torch.no_grad():
-        return [
-            function(torch.addcmul(x, c.part, 1 - c.level.detach()))
-            .sub_(function(torch.addcmul(x, c.part, c.level.detach(), value=-1)))
-            .addcmul_(slope, c.part, value=-1)
-            for c in contributions
-        ]
+@torch.no_grad()
+def _excess(function: Callable[[Tensor], Tensor], x: Tensor, slope: Tensor, contribution: _Contribution) -> Tensor:
+    part, level = contribution.part(), contribution.level.detach()
+    return (
+        function(torch.addcmul(x, part, 1 - level))
+        .sub_(function(torch.addcmul(x, part, level, value=-1)))
+        .addcmul_(slope, part, value=-1)
+    )
 
 
 def _batch_norm_scale(

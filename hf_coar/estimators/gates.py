@@ -83,7 +83,8 @@ class GatePasses:
         leaves = [torch.ones(count, size, device=device, requires_grad=True) for size in self._sizes]
         energies = DeltaReads()
 
-        def note(gated: Tensor, part: Tensor, level: Tensor) -> None:
+        def note(gated: Tensor, plain: Tensor, end: Tensor | None, level: Tensor) -> None:
+            part = plain if end is None else plain - end
             energy = part.detach().float().square().sum_to_size(level.shape)
             # Half precision ends at 65,504; such a row is an outlier all the same.
             energies.add(level, energy.clamp_max(torch.finfo(level.dtype).max / 64).to(level.dtype))

@@ -42,8 +42,9 @@ class FiredGroups:
         self.expected = {group.parameter: group for group in groups if not group.routed}
         self.seen: set[str] = set()
         self.ran = False
-        # Where it is set: called with (gated output, what the gate multiplied, gates as they were spread over it).
-        self.observe: Callable[[Tensor, Tensor, Tensor], None] | None = None
+        # Where it is set: called with (gated output, the same ungated, what it is at gates of zero or None for zero,
+        # gates as they were spread over it).
+        self.observe: Callable[[Tensor, Tensor, Tensor | None, Tensor], None] | None = None
         self._model = type(model).__name__
 
     def __call__(self, group: Group) -> None:

@@ -163,7 +163,7 @@ def gate_outputs(name: str, module: nn.Module, pairs: Pairs, state: Pass) -> Cal
             output = _apply(rows, plain, bias)
             state.fired(group)
             if state.fired.observe is not None:
-                state.fired.observe(output, plain if bias is None else plain - bias, rows)
+                state.fired.observe(output, plain, bias, rows)
         return output
 
     # Before the user's hooks: what they return is not what the weight produced.

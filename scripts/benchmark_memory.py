@@ -1,0 +1,128 @@
+"""How much memory a default gate pass takes beside a plain forward and backward pass.
+
+    python scripts/benchmark_memory.py            # all models, prints a table
+    python scripts/benchmark_memory.py --write    # also writes scripts/results/memory.md
+
+Every figure is of a process of its own: the growth of the peak of its resident memory (Linux) while the second pass of
+a batch runs, over what it held before. Weights are random. The pass is what `PathGradient` does by default: a gate for
+every component of every example, exact differences, smoothed slopes.
+"""
+
+import argparse
+import gc
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from hf_coar import find_components
+from hf_coar.estimators.gates import GatePasses
+from hf_coar.masking import MaskedModel
+from hf_coar.models import outputs
+from hf_coar.storage import files
+
+RESULTS = Path(__file__).parent / "results" / "memory.md"
+MODELS = ("vit_small", "resnet50", "gpt2", "llama")
+_HEAD = """\
+# Memory of a gate pass beside a plain forward and backward pass
+
+{doc}
+Machine: two CPU cores, one thread, float32. An accelerator: not run.
+
+| model | batch | plain, MiB | gate pass, MiB | ratio (≤ 2.2) |
+|---|---|---|---|---|
+{rows}
+"""
+
+
+def build(name: str) -> tuple[torch.nn.Module, dict[str, torch.Tensor], str]:
+    """A model of this name, a batch, and the output."""
+    torch.manual_seed(0)
+    if name in ("vit_small", "resnet50"):
+        import timm
+
+        size, count = (112, 16) if name == "vit_small" else (160, 8)
+        settings = {"img_size": 112, "depth": 6} if name == "vit_small" else {}
+        model = timm.create_model("vit_small_patch16_224" if settings else name, num_classes=10, **settings)
+        labels = torch.zeros(count, dtype=torch.int64)
+        return model, {"x": torch.randn(count, 3, size, size), "labels": labels}, "margin"
+    import transformers
+
+    if name == "gpt2":
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=4))
+    else:
+        sizes = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6, "num_attention_heads": 8}
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=4000, **sizes))
+    return model, {"input_ids": torch.randint(0, 4000, (8, 64))}, "token_margin"
+
+
+def growth(run: Callable[[], None]) -> float:
+    """By how many MiB the peak of resident memory exceeds what was held before."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts anew
+    before = _status("VmRSS")
+    run()
+    return (_status("VmHWM") - before) / 1024
+
+
+def _status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(key)).split()[1])
+
+
+def measure(name: str, what: str) -> float:
+    """MiB of a plain pass or of a gate pass."""
+    torch.set_num_threads(1)
+    model, batch, output = build(name)
+    model.eval().requires_grad_(False)
+    output = outputs.get(output)
+    if what == "plain":
+        weight = model.get_input_embeddings().weight if name in ("gpt2", "llama") else batch["x"]
+
+        def run() -> None:
+            weight.requires_grad_()
+            torch.autograd.grad(output.of(model, batch).sum(), weight)
+    else:
+        passes = GatePasses(MaskedModel(model, find_components(model)), output, delta=True)
+        count, size = len(next(iter(batch.values()))), len(passes.masked)
+        passes.begin_batch()
+
+        def run() -> None:
+            passes(batch, torch.rand(count, size), smoothing=0.6)
+
+    run()
+    return growth(run)
+
+
+def main() -> None:
+    """Measure each in a process of its own, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--one", nargs=2, metavar=("MODEL", "WHAT"), help=argparse.SUPPRESS)
+    parser.add_argument("--write", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.one:
+        print(measure(*arguments.one))
+        return
+    # Large tensors have pages of their own, which go back at once.
+    settings = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    rows = []
+    for name in arguments.models:
+        both = [
+            float(subprocess.run([sys.executable, __file__, "--one", name, what], env=settings, check=True,
+                                 capture_output=True, text=True).stdout.split()[-1])
+            for what in ("plain", "gates")
+        ]  # fmt: skip
+        count = len(next(iter(build(name)[1].values())))
+        rows.append(f"| {name} | {count} | {both[0]:.0f} | {both[1]:.0f} | {both[1] / both[0]:.2f} |")
+        print(rows[-1], flush=True)
+    if arguments.write:
+        text = _HEAD.format(doc=__doc__.split("\n", 1)[1].strip(), rows="\n".join(rows))
+        files.write_bytes(RESULTS, text.encode())
+
+
+if __name__ == "__main__":
+    main()
