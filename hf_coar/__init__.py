@@ -54,3 +54,8 @@ __all__ = [
     "tasks",
     "undo",
 ]
+
+
+def __dir__() -> list[str]:
+    """What people call; the rooms that it is made of are modules all the same."""
+    return [*__all__, "__doc__", "__version__"]

@@ -237,3 +237,9 @@ def test_warnings_are_on_the_card_and_shown_as_text(tmp_path):
     card = (tmp_path / "README.md").read_text()
     assert f"**Take care:** {escaping.for_markdown('only 3 % of the decisions <b>are</b> left')}" in card
     assert "<b>" not in card
+
+
+def test_the_card_says_what_the_examples_are():
+    text = cards.attributions_card(CONFIG, 12, examples="12; Bag 7, <b>5</b>; 91.7 % right with everything in place")
+    assert "| examples | 12; Bag 7, &lt;b&gt;5&lt;/b&gt;; 91.7 % right with everything in place |" in text
+    assert "| examples | 12 |" in cards.attributions_card(CONFIG, 12)

@@ -15,7 +15,6 @@ from hf_coar.components.groups import Group
 from hf_coar.data import Identity
 from hf_coar.errors import CoarError
 from hf_coar.judging.evaluation import Report, bootstrap_interval
-from hf_coar.plots import canvas
 from hf_coar.runs.fidelity import correlation
 
 figures = pytest.importorskip("matplotlib.figure")
@@ -185,7 +184,7 @@ def test_contribution_by_layer_has_a_bar_a_module():
     axes = axes_of(figure)
     means = [part.abs().mean().item() for part in attributions.weights.split([4, 6, 5], 1)]
     assert [bar.get_width() for bar in axes.patches] == pytest.approx(means)
-    assert row_labels(axes) == ["stem.conv", "blocks.0.attn", "blocks.0.mlp"]
+    assert row_labels(axes) == ["stem.conv", "L0 attn", "L0 mlp"]
     assert legend_labels(figure) == ["filter", "neuron", "input feature", "estimation error alone"]
     assert len({bar.get_facecolor() for bar in axes.patches}) == len({bar.get_hatch() for bar in axes.patches}) == 3
     assert "(logits)" in axes.get_xlabel()
@@ -218,23 +217,12 @@ def test_a_hundred_modules_stay_readable():
     figure = plots.contribution_by_layer(make_attributions(groups))
     axes = axes_of(figure)
     assert len(axes.patches) == len(set(row_labels(axes))) == 100
-    assert row_labels(axes)[1] == "0.attention.output.dense" and axes.get_ylabel() == "in vit.encoder.layer"
+    assert row_labels(axes)[1] == "L0 attention.output.dense"
     assert figure.get_figheight() < 15
     figure.draw_without_rendering()
     boxes = [label.get_window_extent() for label in axes.get_yticklabels()]
     assert all(upper.y0 >= lower.y1 - 1 for upper, lower in pairwise(boxes))
     assert min(box.x0 for box in boxes) >= 0
-
-
-def test_long_names_keep_their_numbers_and_their_last_word():
-    layers = [f"vit.encoder.layer.{i}.attention.attention.query" for i in (0, 11)]
-    short, prefix = canvas.short_names(["vit.embeddings.patch_embeddings.projection", *layers])
-    assert prefix == "vit"
-    assert short == ["e.patch_embeddings.projection", "e.l.0.a.attention.query", "e.l.11.a.attention.query"]
-    assert canvas.short_names(["conv1", "layer1.0.conv1"]) == (["conv1", "layer1.0.conv1"], "")
-    assert canvas.short_names(["head.fc"]) == (["head.fc"], "")
-    alike = ["a" * 20 + letter + "b" * 20 for letter in "xy"]
-    assert canvas.short_names(alike) == (alike, "")
 
 
 @pytest.mark.parametrize("with_errors", [True, False])
@@ -244,7 +232,7 @@ def test_top_components_are_ranked(with_errors):
     axes = axes_of(figure)
     order = attributions.weights[3].abs().argsort(descending=True)[:6].tolist()
     assert [bar.get_width() for bar in axes.patches] == pytest.approx(attributions.weights[3, order].tolist())
-    assert row_labels(axes) == [str(attributions.components[index]) for index in order]
+    assert row_labels(axes) == [attributions.components.names.name(index) for index in order]
     assert all(bool(bar.get_hatch()) == (bar.get_width() < 0) for bar in axes.patches)
     assert len(axes.containers) == 6 + with_errors  # one container a bar, and one of all errors
     assert ("standard error" in axes.get_xlabel()) == with_errors
@@ -305,7 +293,7 @@ def test_the_heat_map_has_a_cell_a_layer_and_kind():
     attributions = make_attributions(blocks())
     figure = plots.contribution_heat_map(attributions, examples=[0, 2])
     axes = axes_of(figure)
-    assert row_labels(axes) == ["stem.conv", "blocks.0", "blocks.1", "blocks.2"]
+    assert row_labels(axes) == ["stem.conv", "L0", "L1", "L2"]
     columns = [label.get_text() for label in axes.get_xticklabels()]
     assert columns == ["itself", "attn.qkv", "mlp.fc1", "mlp.experts.*.up"]
     table = torch.as_tensor(axes.images[0].get_array().filled(torch.nan))

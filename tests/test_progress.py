@@ -54,6 +54,35 @@ def test_units_that_were_there_do_not_count_for_the_rate(clock):
     assert bar.line() == "masked passes: 41/50 units (82 %), 6 units/min, 90 s left".replace("90 s", duration(90))
 
 
+def test_the_bar_and_the_log_move_within_a_unit(clock):
+    log, screen = StringIO(), Terminal()
+    with Progress("gate paths", every=30, stream=log) as bar, Progress("gate paths", stream=screen) as drawn:
+        for one in (bar, drawn):
+            one.total = 2
+            one.expect(40)
+        for _ in range(50):  # ten more than expected
+            clock.now += 2
+            bar.passed()
+            drawn.passed()
+        assert drawn._bar.n == pytest.approx(0.99)
+        bar.update()
+        drawn.update()
+        assert drawn._bar.n == pytest.approx(1)
+    lines = log.getvalue().splitlines()
+    assert lines[0] == "gate paths: 0/2 units (19 %), 45 units/h, 2 min left"
+    assert lines[-1].startswith("gate paths: 1/2 units (50 %)") and "1/2 units" in screen.getvalue()
+
+
+def test_a_run_tells_of_every_pass(demo_pair, monkeypatch):
+    import hf_coar as coar
+
+    model, data = demo_pair
+    seen = []
+    monkeypatch.setattr(Progress, "passed", lambda bar: seen.append(bar._expected))
+    coar.attribute(model, data.select(range(4)), method=coar.PathGradient(rounds=2, max_outliers=0), progress=False)
+    assert len(seen) == 20 and set(seen) == {20.0}  # 2 rounds of 10 passes at 5 %
+
+
 def test_a_stream_of_unknown_length(clock):
     bar = Progress("passes", stream=StringIO())
     clock.now += 4

@@ -63,9 +63,9 @@ def test_both_pages_say_the_figures(written):
     for text in (Page(path.read_text(encoding="utf-8")).text, (folder / "report.md").read_text(encoding="utf-8")):
         for fraction, value in evaluation.correlation.items():
             assert f"{value:.3f}" in text and f"{100 * fraction:.3g} %" in text
-        best = attributions.components[int(attributions.weights.abs().mean(0).argmax())]
+        best = attributions.components.names.name(int(attributions.weights.abs().mean(0).argmax()))
         worst = int(evaluation.per_example[0.05].argmin())
-        assert str(best) in text and "120" in text and f"{evaluation.per_example[0.05][worst]:.3f}" in text
+        assert best in text and "120" in text and f"{evaluation.per_example[0.05][worst]:.3f}" in text
         assert f"{attributions.stability():.3f}" in text
 
 

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_coar.attributions import rows
+from hf_coar.attributions import looks, rows
 from hf_coar.attributions.forecast import Forecast
+from hf_coar.attributions.looking import Looking
 from hf_coar.attributions.predicting import Known, Outcome
 from hf_coar.attributions.provenance import Provenance
 from hf_coar.attributions.rows import Rows
@@ -22,7 +23,7 @@ _BLOCK = 32  # examples whose rows are read together
 _TOLD = ("class", "library", "id", "revision", "dtype", "n_parameters")
 
 
-class Attributions(Saved):
+class Attributions(Looking, Saved):
     """How much every component contributes to every example's output.
 
     At the fitted fraction the output of example e, when the components outside `kept` are ablated, is about
@@ -113,9 +114,8 @@ class Attributions(Saved):
         return self._matrices["weights"].shape[0]
 
     def __repr__(self) -> str:
-        """Such as `Attributions(200 examples, 832 components, output 'margin')`."""
-        output = self.provenance.output
-        return f"Attributions({len(self)} examples, {len(self.components)} components, output {output!r})"
+        """Two lines: sizes and output; model, data and fidelity."""
+        return looks.attributions_text(self)
 
     @property
     def labels(self) -> Tensor:

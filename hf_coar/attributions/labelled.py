@@ -14,22 +14,8 @@ def label_name(attributions: Attributions, example: int) -> str:
 
 
 def with_label(attributions: Attributions, label: int | str) -> list[int]:
-    """The examples of a class, by its name or number.
-
-    Args:
-        attributions: of the examples.
-        label: name or number.
-
-    Raises:
-        CoarError: no such class, or no example of it; the message says which there are.
-    """
-    wanted = labels.label_of(attributions.provenance, label)
-    found = (attributions.labels == wanted).nonzero().flatten().tolist()
-    if not found:
-        present = sorted(set(attributions.labels.tolist()) - {-1})
-        named = [labels.label_name(attributions.provenance, one) for one in present[:30]]
-        raise CoarError(f"no example has the label {label!r}; the examples have {', '.join(named) or 'no labels'}")
-    return found
+    """The examples of a class, by its name or number, see `Attributions.with_label`."""
+    return attributions.with_label(label)
 
 
 def chosen(attributions: Attributions, examples: Any) -> Any:

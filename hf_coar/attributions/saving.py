@@ -19,7 +19,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
-from hf_coar.attributions import artefact, rows
+from hf_coar.attributions import artefact, looks, rows
 from hf_coar.attributions.forecast import Forecast
 from hf_coar.attributions.provenance import Provenance
 from hf_coar.attributions.rows import Rows
@@ -173,7 +173,9 @@ class Saved:
                 f"{artefact.PICTURES}/{picture.name}" for picture in (there / artefact.PICTURES).glob("*.png")
             )
             of = provenance.to_json()
-            card = cards.attributions_card(of, len(self), source, evaluation, self.stability(), pictures)
+            card = cards.attributions_card(
+                of, len(self), source, evaluation, self.stability(), pictures, looks.examples_text(self)
+            )
             files.write_bytes(folder / hub.CARD, card.encode())
         results = cards.evaluation_yaml(provenance.data, evaluation)
         if results is not None:

@@ -1,14 +1,15 @@
 """What a component is: a slice of a model's parameters, and where a gate on it acts during a forward pass."""
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_coar.components import summary
+from hf_coar.components.names import Names, indices, place
 from hf_coar.errors import CoarError, CorruptFileError
 
 GRANULARITIES = ("unit", "input", "head", "expert", "module")
@@ -104,10 +105,7 @@ class Component:
 
     def __str__(self) -> str:
         """Such as `layer1.0.conv1 filter 17`."""
-        group = self.group
-        # A module with several matrices does not tell which one it is; the parameter does.
-        place = group.module if group.site in ("output", "input") else group.parameter.removesuffix(".weight")
-        return f"{place} {group.kind} {self.position}".strip()
+        return f"{place(self.group)} {self.group.kind} {self.position}".strip()
 
 
 @dataclass(frozen=True)
@@ -140,6 +138,29 @@ class Components:
     def __repr__(self) -> str:
         """Such as `Components(832 in 14 groups, granularity 'unit')`."""
         return f"Components({len(self)} in {len(self.groups)} groups, granularity {self.granularity!r})"
+
+    @functools.cached_property
+    def names(self) -> Names:
+        """The names that people read, such as `L2 mlp.up 1265`; made when they are first asked for."""
+        return Names(self)
+
+    def indices(self, which: Any) -> list[int]:
+        """The indices of components that are given by index or by name; each once, in the order given.
+
+        Args:
+            which: one or several of: an index; a name, short or full (`"L7 head 3"`, `"layer1.0.conv1 filter 17"`); the
+                name of a matrix, a layer or a head, which means all its components (`"L7"`, `"layer1.0.conv1"`).
+
+        Raises:
+            CoarError: no such component; the message says what is near.
+        """
+        return indices(self, which)
+
+    def kept_without(self, which: Any) -> Tensor:
+        """The mask that ablates these components and no others, bool [components]; see `indices`."""
+        kept = torch.ones(len(self), dtype=torch.bool)
+        kept[self.indices(which)] = False
+        return kept
 
     def __len__(self) -> int:
         """How many components."""
@@ -197,28 +218,6 @@ class Components:
         if not (low >= 0 and high <= 1):  # also False for NaN
             raise CoarError(f"gates run from {low} to {high}; they must lie in 0 (ablated) … 1 (in place)")
         return kept
-
-    def indices(self, which: Any) -> list[int]:
-        """Indices of components given by index or by name, such as `"layer1.0.conv1 filter 17"`; one or several.
-
-        Raises:
-            CoarError: no such component.
-        """
-        if isinstance(which, str | int) or not hasattr(which, "__iter__"):
-            which = [which]
-        which = which.tolist() if isinstance(which, Tensor) else list(which)
-        names: dict[str, int] = {}
-        if any(isinstance(entry, str) for entry in which):
-            names = {str(component): component.index for component in self}
-        found = []
-        for entry in which:
-            index = names.get(entry) if isinstance(entry, str) else entry
-            is_index = isinstance(index, Integral) and not isinstance(index, bool)
-            if not is_index or not -len(self) <= index < len(self):
-                known = f"from 0 to {len(self) - 1}, or its name, such as {str(self[0])!r}"
-                raise CoarError(f"no component {entry!r}; give its index, {known}")
-            found.append(int(index) % len(self))
-        return found
 
     def regroup(self, by: str) -> tuple[list[str], Tensor]:
         """To which layer, module or attention head each component belongs.

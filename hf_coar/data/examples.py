@@ -10,11 +10,12 @@ from torch import Tensor
 from hf_coar.data import order
 from hf_coar.data.batches import Batch, as_batch, size
 from hf_coar.errors import CoarError, DataError
+from hf_coar.storage import cards
 
 _BATCH_SIZE = 32
 
 
-@dataclass
+@dataclass(repr=False)
 class Examples:
     """A data set with the preprocessing of a model: iterating yields batches, every time from the start.
 
@@ -47,6 +48,17 @@ class Examples:
             TypeError: the data set is a stream of unknown length.
         """
         return -(-len(self.dataset) // self.batch_size)
+
+    def __repr__(self) -> str:
+        """Two lines: how many examples of what, and their columns."""
+        count = f"{len(self.dataset):,}" if hasattr(self.dataset, "__len__") else "a stream of"
+        of = [str(part) for part in (cards.public_name(self.description), self.description.get("split")) if part]
+        columns = ", ".join(getattr(self.dataset, "column_names", None) or ["unknown"])
+        names = [str(name) for name in self.description.get("label_names") or ()]
+        more = ", …" if len(names) > 6 else ""
+        classes = f"; {len(names)} classes: {', '.join(names[:6])}{more}" if names else ""
+        first = f"Examples({count} examples of {', '.join(of) or 'a data set'}, {self.batch_size} a batch"
+        return f"{first},\n         columns {columns}{classes})"
 
     def with_batch_size(self, batch_size: int) -> "Examples":
         """These examples in batches of another size."""

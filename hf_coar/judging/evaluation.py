@@ -104,6 +104,18 @@ class Report:
             ],
         }
 
+    def __repr__(self) -> str:
+        """Two lines: correlations and slopes; on what."""
+        figures = [
+            f"{mean:.3f} at {100 * fraction:.3g} %, slope {self.slope[fraction]:.2f}"
+            for fraction, mean in self.correlation.items()
+        ]
+        n = len(next(iter(self.per_example.values()), ()))
+        known = "" if self.mean_reliability is None else f", reliability {self.mean_reliability:.3f}"
+        return (
+            f"Report(correlation {'; '.join(figures)},\n       {n:,} examples, {self.n_masks} masks a fraction{known})"
+        )
+
     def __str__(self) -> str:
         """A small table."""
         lines = [f"{'ablated':>8}  {'correlation':>11}  {'95 % interval':>15}  {'slope':>6}  {'output':>7}  decisions"]

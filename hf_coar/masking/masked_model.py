@@ -157,7 +157,9 @@ class MaskedModel:
 
 
 @contextmanager
-def ablate(model: nn.Module, components: Components, kept: Any, how: str = "auto") -> Iterator[nn.Module]:
+def ablate(
+    model: nn.Module, components: Components, kept: Any = None, how: str = "auto", *, without: Any = None
+) -> Iterator[nn.Module]:
     """Inside the `with` block the model runs with components ablated; afterwards it is as it was, whatever happens.
 
     Args:
@@ -167,18 +169,21 @@ def ablate(model: nn.Module, components: Components, kept: Any, how: str = "auto
             batch. True or 1 = left in place, False or 0 = ablated; a float between is the fraction that stays.
         how: "hooks", "weights" (only for [components]), or "auto": weights for one mask, hooks for one mask an example
             and for weights that cannot be changed (quantised, offloaded).
+        without: in the place of `kept`, the components to ablate, by index or name, see `Components.indices`.
 
     Yields:
         The model. With one mask an example, the first batch of a new shape is preceded by two runs on two and three of
         its examples, which show where the examples are in what each module sees.
 
     Raises:
-        CoarError: a wrong shape or gates outside 0 … 1; a module with gates that did not run as a module; a batch that
-            the rows do not fit; a weight that cannot be changed.
+        CoarError: a wrong shape or gates outside 0 … 1; `kept` and `without`, or neither; no such component; a module
+            with gates that did not run as a module; a batch that the rows do not fit; a weight that cannot be changed.
         ModelMismatchError: the components are not this model's.
         ModelError: another thread or task holds the model: it has ablated components of it, or runs it.
     """
-    kept = components.check_kept(kept)
+    if (kept is None) == (without is None):
+        raise CoarError("give kept=[True, False, …], or without=[names or indices], and not both")
+    kept = components.kept_without(without) if kept is None else components.check_kept(kept)
     with MaskedModel(model, components).ablated(kept, how):
         yield model
 

@@ -36,6 +36,26 @@ def forward_names(model: nn.Module) -> tuple[frozenset[str], bool]:
     return _forward_parameters(type(wrapped(model)))
 
 
+_LISTENER: ContextVar[Callable[[], None] | None] = ContextVar("hf_coar_listener", default=None)
+
+
+@contextmanager
+def heard(listener: Callable[[], None]) -> Iterator[None]:
+    """Inside the block `listener` is called after every forward pass whose output is taken, see `outputs.Output.of`."""
+    token = _LISTENER.set(listener)
+    try:
+        yield
+    finally:
+        _LISTENER.reset(token)
+
+
+def tell() -> None:
+    """A forward pass is done."""
+    listener = _LISTENER.get()
+    if listener is not None:
+        listener()
+
+
 def call(model: nn.Module, batch: Mapping[str, Any], without: Collection[str] = TARGETS) -> Any:
     """Run the model on a batch, first axis = example: all that its forward returns.
 

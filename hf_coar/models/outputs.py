@@ -72,6 +72,7 @@ class Output:
             CoarError: the function returned another shape.
         """
         found = (self.call or calling.call)(model, batch)
+        calling.tell()
         if self.takes == "logits":
             found = calling.logits_of(found, type(model).__name__)
         return self(found, batch)

@@ -190,42 +190,6 @@ def limits(*sides: Any) -> tuple[float, float]:
     return low - pad, high + pad
 
 
-def short_names(modules: Sequence[str]) -> tuple[list[str], str]:
-    """Modules without the part that all share, long ones abbreviated, and that part."""
-    parents = [module.split(".")[:-1] for module in modules]
-    shared = 0
-    while all(len(parts) > shared and parts[shared] == parents[0][shared] for parts in parents):
-        shared += 1
-    if len(set(modules)) == 1:
-        shared = 0
-    rest = [".".join(module.split(".")[shared:]) for module in modules]
-    # `encoder.layer.11.` in all of them or in none
-    if any(len(name) > LABEL_LENGTH for name in rest if leading_words(name)):
-        rest = [abbreviated(name, leading_words(name)) for name in rest]
-    short = [fitted(name) for name in rest]
-    return (short if len(set(short)) == len(set(rest)) else rest), ".".join(parents[0][:shared])
-
-
-def leading_words(name: str) -> int:
-    """How many words stand before the first number; 0 if there is none."""
-    numbers = [place for place, word in enumerate(name.split(".")) if word.isdigit()]
-    return numbers[0] if numbers else 0
-
-
-def abbreviated(name: str, n_words: int) -> str:
-    """`encoder.layer.11.attention.query` as `e.l.11.attention.query`: the first words as initials, numbers in full."""
-    words = name.split(".")
-    return ".".join([word if word.isdigit() else word[:1] for word in words[:n_words]] + words[n_words:])
-
-
-def fitted(name: str) -> str:
-    """A module's name, abbreviated no more than it must be."""
-    n_words = 0
-    while len(abbreviated(name, n_words)) > LABEL_LENGTH and n_words < name.count("."):
-        n_words += 1
-    return shortened(abbreviated(name, n_words), LABEL_LENGTH)
-
-
 def shortened(text: str, length: int) -> str:
     """The text with its middle left out if it is longer."""
     if len(text) <= length:

@@ -43,7 +43,9 @@ def contribution_by_layer(attributions: Attributions, examples: Sequence[int] | 
     if not members:
         raise CoarError("the attributions have no components, so there is nothing to draw")
     modules, kinds = [module for module, _ in members], list(dict.fromkeys(kind for _, kind in members))
-    short, prefix = canvas.short_names(modules)
+    names, _ = attributions.components.regroup("module")
+    called = dict(zip(names, attributions.components.names.of("module"), strict=True))
+    short = [called[module] for module in modules]
     values = [float(sizes[indices].mean()) for indices in members.values()]
 
     figure, axes = canvas.new_of_rows(len(members))
@@ -66,8 +68,6 @@ def contribution_by_layer(attributions: Attributions, examples: Sequence[int] | 
         canvas.legend_below(figure, axes, keys)
     each = kinds[0] if len(kinds) == 1 else "component"
     axes.set_xlabel(f"mean absolute attribution per {each}{canvas.unit(attributions)}")
-    if prefix:
-        axes.set_ylabel(f"in {canvas.plain(prefix)}")
     largest = short[max(range(len(values)), key=values.__getitem__)]
     layers = canvas.count(len(set(modules)), "layer")
     detail = f"{canvas.count(len(attributions.components), each)} in {layers}, input at the top; "
@@ -103,7 +103,7 @@ def contribution_heat_map(attributions: Attributions, examples: Sequence[int] | 
     for (layer, column), indices in cells.items():
         table[layers.index(layer), columns.index(column)] = sizes[indices].mean()
 
-    short, prefix = canvas.short_names(layers)
+    short = [attributions.components.names.layer(layer) for layer in layers]
     width = min(14.0, max(4.2, 2.2 + 0.75 * len(columns)))
     figure, axes = canvas.new(1.9 + max(3, len(layers)) * max(canvas.row(len(layers)), 0.2), width)
     from matplotlib.colors import LinearSegmentedColormap
@@ -121,14 +121,12 @@ def contribution_heat_map(attributions: Attributions, examples: Sequence[int] | 
         label.set_horizontalalignment("right" if len(columns) > 1 else "center")
         label.set_rotation_mode("anchor")
     axes.spines[["left", "bottom"]].set_visible(False)
-    if prefix:
-        axes.set_ylabel(f"in {canvas.plain(prefix)}")
     bar = figure.colorbar(image, ax=axes, shrink=0.9, pad=0.02)
     bar.set_label(f"mean absolute attribution\nper {kind}{canvas.unit(attributions)}", color=canvas.INK, fontsize=8.5)
     bar.ax.tick_params(labelsize=8, colors=canvas.INK)
     bar.outline.set_visible(False)
     at = int(table.nan_to_num(-1).argmax())
-    most = f"{layers[at // len(columns)]} {columns[at % len(columns)]}".removesuffix(f" {_ITSELF}")
+    most = f"{short[at // len(columns)]} {columns[at % len(columns)]}".removesuffix(f" {_ITSELF}")
     detail = f"{canvas.count(len(attributions.components), kind)}, input at the top; "
     canvas.title(figure, f"Contribution per {kind}: largest in {most}", detail + canvas.of(chosen, len(attributions)))
     return figure
@@ -183,7 +181,6 @@ def top_components(attributions: Attributions, example: int, n: int = 15) -> Fig
     order = weights.abs().argsort(descending=True, stable=True)[:n].tolist()
     if not order:
         raise CoarError("the attributions have no components, so there is nothing to draw")
-    top = [attributions.components[index] for index in order]
 
     figure, axes = canvas.new_of_rows(len(order))
     for place, index in enumerate(order):
@@ -197,12 +194,7 @@ def top_components(attributions: Attributions, example: int, n: int = 15) -> Fig
             ecolor="black", elinewidth=1, capsize=2,
         )  # fmt: skip
     axes.axvline(0, color=canvas.INK, linewidth=0.8)
-    modules = list(dict.fromkeys(group.module for group in attributions.components.groups))
-    short, prefix = canvas.short_names(modules)
-    names = dict(zip(modules, short, strict=True))
-    canvas.rows(axes, [f"{names[c.group.module]} {c.group.kind} {c.position}" for c in top])
-    if prefix:
-        axes.set_ylabel(f"in {canvas.plain(prefix)}")
+    canvas.rows(axes, [attributions.components.names.name(index) for index in order])
     axes.grid(axis="x", color=canvas.FAINT, linewidth=0.5)
     bars = "" if errors is None else ", ± 1 standard error"
     axes.set_xlabel(f"attribution{canvas.unit(attributions)}{bars}")

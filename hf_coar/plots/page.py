@@ -19,7 +19,7 @@ from string import Template
 from typing import Any
 
 from hf_coar import plots
-from hf_coar.attributions import Attributions, artefact, labelled
+from hf_coar.attributions import Attributions, artefact, labelled, looks
 from hf_coar.errors import CoarError
 from hf_coar.judging.evaluation import Report
 from hf_coar.plots.canvas import Figure
@@ -110,6 +110,8 @@ def _tiles(attributions: Attributions, evaluation: Report | None) -> list[tuple[
         ("output", str(provenance.output)),
         ("passes an example", "unknown" if provenance.cost is None else f"{provenance.cost:g}"),
     ]
+    right = looks.accuracy(attributions)
+    tiles += [] if right is None else [("right, all in place", f"{100 * right:.1f} %")]
     tiles += [] if stability is None else [("reliability", f"{stability:.3f}")]
     checked = provenance.checked or {}
     if isinstance(left := checked.get("decisions"), int | float) and provenance.ablated_fraction:
@@ -203,7 +205,7 @@ def _where(attributions: Attributions) -> _Section:
     rows = []
     for index in sizes.argsort(descending=True, stable=True)[:_TOP].tolist():
         error = [] if errors is None else [f"{errors[index]:.3g}"]
-        rows.append([str(attributions.components[index]), f"{sizes[index]:.3g}", f"{means[index]:+.3g}", *error])
+        rows.append([attributions.components.names.name(index), f"{sizes[index]:.3g}", f"{means[index]:+.3g}", *error])
     head = ["component", "mean |attribution|", "mean attribution", *([] if errors is None else ["standard error"])]
     layers, index = attributions.components.regroup("layer")
     modules = {(group.module, group.kind) for group in attributions.components.groups}
@@ -252,6 +254,7 @@ def _settings(attributions: Attributions) -> _Section:
         "model": _joined(cards.public_name(model), model.get("revision"), model.get("class"), model.get("library")),
         "fingerprint of its weights": str(model.get("fingerprint"))[:16],
         "data": _joined(cards.public_name(data), data.get("revision"), data.get("split")) or "batches of tensors",
+        "examples": looks.examples_text(attributions),
         "granularity": attributions.components.granularity,
         "output": f"{of.output}, in {of.unit_text}",
         "method": _joined(*(f"{key} {value}" if key != "name" else str(value) for key, value in of.method.items())),

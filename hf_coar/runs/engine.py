@@ -19,7 +19,7 @@ from hf_coar import data as data_module
 from hf_coar import models
 from hf_coar.data import Identity
 from hf_coar.errors import CoarError, DataError
-from hf_coar.models import is_out_of_memory
+from hf_coar.models import calling, is_out_of_memory
 from hf_coar.runs import workers
 from hf_coar.runs.outbox import SHORT, Outbox
 from hf_coar.runs.progress import Progress, duration
@@ -107,6 +107,7 @@ def run(
         placed(model, state.device) as device,
         autocast(device, options.dtype),
         Progress(what, progress and options.progress and state.is_main_process) as bar,
+        calling.heard(bar.passed),
     ):
         by_hand = team.count > 1 and (options.worker or os.environ.get(workers.WORKER))
         job = _Job(store, chunks, parts, compute, device, team, options.strict, what, bar, Outbox(store))
@@ -248,6 +249,8 @@ class _Job:
             if missing and pieces is None:
                 pieces = self._read(chunk)
                 missing = self.store.missing(part.name, chunk.start, chunk.stop)  # without those that cannot be read
+            # What goes backward as well counts as three passes, and is one that is heard of.
+            self.bar.expect(part.cost / (3 if part.differentiates else 1) * len(missing) * len(pieces or ()))
             for first, last in missing:
                 self._do_stretch(part, pieces, first, last)
             self.bar.update(part.cost * (chunk.stop - chunk.start), computed=bool(missing))

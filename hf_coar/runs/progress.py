@@ -9,6 +9,7 @@ from typing import Any, TextIO
 from hf_coar.runs import tracking
 
 EVERY = 30.0  # seconds between two lines in a log file
+_BAR = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}{postfix}]"  # a part of a unit is no count to show
 
 
 class Progress:
@@ -32,6 +33,7 @@ class Progress:
         self.what, self.shown, self.every = what, shown, every
         self.stream = stream or sys.stderr
         self.n, self._computed = 0, 0
+        self._expected, self._passed = 0.0, 0  # forward passes within the unit that is under way
         self._total: int | None = None
         self._bar = _bar(what, self.stream) if shown and interactive(self.stream) else None
         self._begun = self._said = self._last = time.monotonic()
@@ -45,8 +47,26 @@ class Progress:
     def total(self, total: int | None) -> None:
         self._total = total
         if self._bar is not None:
-            self._bar.total = total
+            self._bar.total, self._bar.bar_format = total, _BAR if total else None
             self._bar.refresh()
+
+    def expect(self, passes: float) -> None:
+        """A stretch of work begins that takes about so many forward passes of the model; `passed` counts them."""
+        self._expected, self._passed = passes, 0
+
+    def passed(self) -> None:
+        """One more forward pass is done; a unit may take minutes, and the bar moves within it."""
+        before = self._within
+        self._passed += 1
+        if self._bar is not None:
+            self._bar.update(self._within - before)
+        elif self.shown and (now := time.monotonic()) - self._said >= self.every:
+            self._say(now)
+
+    @property
+    def _within(self) -> float:
+        """How much of the unit that is under way is done; how many passes it takes is only about known."""
+        return min(0.99, self._passed / self._expected) if self._expected else 0.0
 
     def update(self, passes: float = 0.0, computed: bool = True) -> None:
         """One more unit is done.
@@ -55,7 +75,8 @@ class Progress:
             passes: forward passes of one example that the unit stands for.
             computed: just now; False for a unit that was there already, which the rate leaves out.
         """
-        now = time.monotonic()
+        now, within = time.monotonic(), self._within
+        self.expect(0)
         tracking.current().unit(passes, max(now - self._last, 1e-9) if computed else 0.0)
         self.n += 1
         if computed:
@@ -65,20 +86,23 @@ class Progress:
         self._last = now
         if self._bar is not None:
             self._bar.initial += not computed  # tqdm's rate leaves these out
-            self._bar.update()
+            self._bar.set_postfix_str(f"{self.n}/{self._total or '?'} units", refresh=False)
+            self._bar.update(1 - within)
         elif self.shown and now - self._said >= self.every:
             self._say(now)
 
     def line(self, now: float | None = None) -> str:
         """Such as `gate paths: 12/64 units (19 %), 3.2 units/min, 16 min left`."""
         elapsed = (time.monotonic() if now is None else now) - self._begun
-        of = f"{self.n}/{self._total} units ({self.n / self._total:.0%})" if self._total else f"{self.n} units"
+        done = self.n + self._within
+        of = f"{self.n}/{self._total} units ({done / self._total:.0%})" if self._total else f"{self.n} units"
         parts = [f"{self.what}: {of.replace('%', ' %')}"]
-        if self._computed and elapsed > 0:
-            rate = self._computed / elapsed
+        computed = self._computed + self._within
+        if computed and elapsed > 0:
+            rate = computed / elapsed
             parts.append(_rate(rate))
             if self._total and self.n < self._total:
-                parts.append(f"{duration((self._total - self.n) / rate)} left")
+                parts.append(f"{duration((self._total - done) / rate)} left")
         if not (self._total and self.n < self._total):
             parts.append(f"{duration(elapsed)} in all")
         return ", ".join(parts)
@@ -87,7 +111,7 @@ class Progress:
         """Say the last state; the line of a bar stays."""
         if self._bar is not None:
             self._bar.close()
-        elif self.shown and self.n:
+        elif self.shown and (self.n or self._passed):
             self._say(time.monotonic())
 
     def _say(self, now: float) -> None:

@@ -20,7 +20,7 @@ from hf_coar.storage.cards.pieces import (
     yaml_head,
 )
 from hf_coar.storage.cards.results import fidelity_table
-from hf_coar.storage.escaping import all_for_markdown, code_span
+from hf_coar.storage.escaping import all_for_markdown, code_span, for_markdown
 
 
 def attributions_card(
@@ -30,6 +30,7 @@ def attributions_card(
     evaluation: Mapping[str, Any] | None = None,
     stability: float | None = None,
     pictures: Sequence[str] = (),
+    examples: str = "",
 ) -> str:
     """The card of attributions, as Markdown.
 
@@ -40,6 +41,7 @@ def attributions_card(
         evaluation: `Report.to_json()` of an evaluation on fresh masks.
         stability: `Attributions.stability()`.
         pictures: paths of pictures, relative to the card.
+        examples: what they are: labels, accuracy.
     """
     model, data = mapping(config, "model"), mapping(config, "data")
     metadata = {"library_name": "hf_coar", "tags": ["coar", "component-attribution", "interpretability"]}
@@ -55,6 +57,7 @@ def attributions_card(
         model_line=model_line(model),
         data_line=data_line(data),
         n_examples=f"{n_examples:,}",
+        examples_line=for_markdown(examples or f"{n_examples:,}"),
         n_components=f"{config.get('n_components') or 0:,}",
         granularity=f"granularity *{config.get('granularity')}*",
         components_line=f"{config.get('n_components') or 0:,}, granularity {config.get('granularity')}; listed in "
