@@ -35,6 +35,10 @@ class CorruptFileError(CoarError):
         super().__init__(message if len(message) <= self._LONGEST else message[: self._LONGEST] + " …")
 
 
+class BudgetError(CoarError):
+    """A budget that affords not even the smallest run."""
+
+
 class UnsatisfiedError(CoarError):
     """No candidate of an edit satisfies the constraints.
 

@@ -20,6 +20,9 @@ printf '%s\\n' "${{COMPREPLY[@]}}"
 """
 
 
+_VERBS = {"run", "components", "attribute", "evaluate", "show", "edit", "explore", "push", "demo", "completion"}
+
+
 @pytest.fixture(scope="module")
 def scripts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("completion")
@@ -39,7 +42,7 @@ def pressed(scripts, words):
     ("words", "expected"),
     [
         ("a", {"attribute"}),
-        ("''", {"components", "attribute", "evaluate", "edit", "explore", "push", "demo", "completion"}),
+        ("''", _VERBS),
         ("attribute --rou", {"--rounds"}),
         ("attribute --granularity ''", {"unit", "input", "head", "expert", "module"}),
         ("attribute x y --method weight", {"weight_norm"}),

@@ -196,7 +196,7 @@ def test_many_matrices_are_drawn_layer_by_layer():
     components = coar.find_components(nn.ModuleDict({"layers": nn.ModuleList(Block() for _ in range(40))}))
     weights = torch.randn(len(components))
     strips = pieces.strips(components, weights)
-    assert len(components.groups) == 80 and [strip.name for strip in strips[:2]] == ["layers.0", "layers.1"]
+    assert len(components.groups) == 80 and [strip.name for strip in strips[:2]] == ["L0", "L1"]
     assert len(strips) == 40 and torch.equal(torch.cat([strip.values for strip in strips]), weights)
 
 
@@ -219,12 +219,13 @@ def test_small_numbers_are_written_with_a_power_of_ten(largest, factor, said):
 def test_a_component_shows_whom_it_helps_and_hurts(source):
     html = components_tab.component(source, View(component=100, ticked=(5, 100)))
     checked(html)
+    assert "Untick it" in html and "Ablate the 2 ticked" in html
     weights = source.attributions.weights[:, 100]
+    html = html[html.index("Most helped") :]
     cards = re.findall(r'coar-card" data-act="example" data-value="(\d+)"', html)
     n_helped = min(8, int((weights > 0).sum()))
     assert [int(card) for card in cards[:n_helped]] == weights.topk(n_helped).indices.tolist()
     assert int(cards[-1]) in weights.topk(8, largest=False).indices.tolist()
-    assert "Untick it" in html and "Ablate the 2 ticked" in html
 
 
 def test_the_list_of_components_is_by_size_within_a_layer(source):
@@ -261,7 +262,8 @@ def test_components_are_searched_by_name_and_by_number(source, words, pattern):
 
 def test_the_strongest_component_is_looked_at_first(source):
     strongest = int(source.attributions.weights.abs().mean(0).argmax())
-    assert strongest != 0 and f"<h2>{source.components[strongest]}</h2>" in components_tab.component(source, View())
+    title = f'<h2 title="{source.components[strongest]}">{source.components.names.name(strongest)}</h2>'
+    assert strongest != 0 and title in components_tab.component(source, View())
     assert listed(components_tab.component_list(source, View()))[0] == strongest
 
 
@@ -436,7 +438,7 @@ def test_a_tab_is_one_class_that_registers_itself(source, monkeypatch):
             return {self.shown: f"<b>{view.k}</b> of {self.source.unit}"}
 
     made = page.Page(source)
-    assert list(made.tabs) == ["examples", "components", "edit", "own", "weights"]
+    assert list(made.tabs) == ["examples", "layers", "components", "edit", "own", "weights"]
     drawn = made.shown(View(view="weights", k=3), View())
     assert drawn[made.query] == "view=weights&k=3" and drawn[made.tabs["weights"].shown] == "<b>3</b> of logits"
     assert made.tabs["weights"].shown.postprocess("<b>") == "&lt;b&gt;"

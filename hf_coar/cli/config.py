@@ -31,10 +31,20 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse
     Raises:
         CoarError: a file that cannot be read, is for another verb, or has unknown keys or values.
     """
+    arguments = with_verb(parser, arguments)
     path = _path(arguments)
     if path is not None and (verb := _verb(parser, arguments)) is not None:
         _apply(verb, _read(path), path)
     return parser.parse_args(arguments)
+
+
+def with_verb(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> list[str]:
+    """`hf-coar MODEL DATA` without a verb means `run`; a verb that is only misspelled is not taken for a model."""
+    verbs = next(a.choices for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    two = len(arguments) > 1 and not any(word.startswith("-") for word in arguments[:2])
+    if not two or arguments[0] in verbs or difflib.get_close_matches(arguments[0], verbs, 1, 0.75):
+        return list(arguments)
+    return ["run", *arguments]
 
 
 def _path(arguments: Sequence[str]) -> Path | None:

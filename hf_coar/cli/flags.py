@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from hf_coar import __version__, demo, editing
-from hf_coar.cli import completion, config, methods, terminal, verbs
+from hf_coar.attributions import looking
+from hf_coar.cli import completion, config, methods, showing, terminal, verbs
 from hf_coar.components import GRANULARITIES
 from hf_coar.models import outputs
 from hf_coar.runs.tracking import TRACKERS
@@ -59,13 +60,40 @@ def parser() -> argparse.ArgumentParser:
     )
     whole.add_argument("--version", action="version", version=f"hf-coar {__version__}")
     each = whole.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for add in (_components, _attribute, _evaluate, _edit, _explore, _push, _demo):
+    for add in (_run, _components, _attribute, _evaluate, _show, _edit, _explore, _push, _demo):
         add(each)
     _completion(each, whole)
     return whole
 
 
 # ------------------------------------------------------------------------------------------------------------ verbs
+
+
+def _run(each: Any) -> None:
+    verb = _verb(
+        each, "run", verbs.run, "attribute within a minute, evaluate, report: what `hf-coar MODEL DATA` alone does",
+        "hf-coar run timm/resnet18.a1_in1k imagenet-1k", "MODEL DATA [flags]",
+    )  # fmt: skip
+    _model_flags(verb)
+    verb.add_argument("data", help="Hub id, folder or file of the data set")
+    _data_flags(verb)
+    _component_flags(verb)
+    _method_flags(verb, "folder of the run, which resumes (default runs/MODEL-DATA)", budget="40 s")
+    _running_flags(verb)
+    _overwrite_flag(verb)
+
+
+def _show(each: Any) -> None:
+    verb = _verb(
+        each, "show", showing.show, "show attributions in the terminal: the strongest components, of whatever you name",
+        "hf-coar show runs/resnet18 --component 'stage3.1 conv2 7'", "ATTRIBUTIONS [flags]",
+    )  # fmt: skip
+    verb.add_argument("attributions", help="folder or Hub id of attributions")
+    verb.add_argument("--example", type=int, metavar="N", help="of one example, by its row")
+    verb.add_argument("--label", help="of the examples of a class, by name or number")
+    verb.add_argument("--component", metavar="NAME", help="one component over all examples; or a layer, matrix, head")
+    verb.add_argument("--by", choices=looking.BY, default="unit", help="sums over these (default %(default)s)")
+    verb.add_argument("--k", type=int, default=10, help="how many (default %(default)s)")
 
 
 def _components(each: Any) -> None:
@@ -175,6 +203,7 @@ def _explore(each: Any) -> None:
         "--allow-host", nargs="+", default=(), metavar="NAME", help="further names that it answers to, as of a proxy"
     )
     verb.add_argument("--export", metavar="FOLDER", help="serve nothing; write a folder that a Space of the Hub runs")
+    verb.add_argument("--html", metavar="FILE", help="serve nothing; write one page that needs no server, to share")
 
 
 def _push(each: Any) -> None:
@@ -304,14 +333,19 @@ def _component_flags(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--exclude", nargs="+", metavar="GLOB", help="no modules that match")
 
 
-def _method_flags(verb: argparse.ArgumentParser) -> None:
+def _method_flags(verb: argparse.ArgumentParser, out: str = "", budget: str | None = None) -> None:
     verb = verb.add_argument_group("method")
     verb.add_argument(
         "--output", default="auto", help=f"one of {', '.join(outputs.names())}; by default what the model's task has"
     )
     _call_flag(verb)
-    verb.add_argument("--budget", help="forward passes an example, or a time ('20 min'): decides rounds or masks")
+    default = f" (default {budget})" if budget else ""
+    verb.add_argument(
+        "--budget",
+        default=budget,
+        help=f"forward passes an example, or a time ('20 min'): decides rounds, masks{default}",
+    )
     methods.add_flags(verb)
     verb.add_argument("--ablated-fraction", type=float, help="default: the largest of some that leaves a model")
     verb.add_argument("--seed", type=int, default=0, help="of all draws (default %(default)s)")
-    verb.add_argument("--out", required=True, help="folder of the run, which resumes")
+    verb.add_argument("--out", required=not out, help=out or "folder of the run, which resumes")

@@ -11,7 +11,7 @@ from hf_coar import api as pipeline
 from hf_coar import demo, models
 from hf_coar import explore as explorer
 from hf_coar.attributions import Attributions, folders
-from hf_coar.cli import completion, config, editing, methods, terminal
+from hf_coar.cli import completion, config, editing, methods, terminal, whole
 from hf_coar.components import Components, find_components
 from hf_coar.data import Chunks, rows
 from hf_coar.editing import edited as edited_model
@@ -105,12 +105,26 @@ def evaluate(args: argparse.Namespace) -> str:
     return f"{terminal.bold(head, sys.stdout)}\n{rest}" + (f"\nreport: {page}" if page else "")
 
 
+def run(args: argparse.Namespace) -> str:
+    """The sensible whole, within a budget."""
+    return whole.run(args, editing.sources(args), _running(args))
+
+
 edit = editing.edit
 
 
 def explore(args: argparse.Namespace) -> str:
     """Serve the explorer until Ctrl-C, or write it into a folder."""
     sources = {"model": args.model, "data": args.data, "revision": args.revision}
+    if args.html is not None:
+        call = config.imported(args.call, "--call")
+        page = explorer.share(
+            args.attributions, args.html, **sources, trust_remote_code=args.trust_remote_code, call=call
+        )
+        size = page.stat().st_size
+        if args.json:
+            return json.dumps({"page": str(page), "bytes": size}, indent=2)
+        return f"saved {page} ({size / 1e6:.1f} MB); it needs no server, and can be sent as it is"
     if args.export is not None:
         folder = explorer.export(args.attributions, args.export, **sources)
         if args.json:

@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, ClassVar, Self
 
-from hf_coar.errors import CoarError
+from hf_coar.errors import BudgetError, CoarError
 from hf_coar.runs.engine import Part
 from hf_coar.runs.problem import Fit, Problem, Size
 from hf_coar.storage.registry import Registry
@@ -77,10 +77,10 @@ class Estimator(ABC):
         return self
 
     def check_affordable(self, passes: float, size: Size) -> None:
-        """Raises `CoarError` if it costs more than so many forward passes an example."""
+        """Raises `BudgetError` if it costs more than so many forward passes an example."""
         cost = self.cost(size)
         if cost > passes:
-            raise CoarError(
+            raise BudgetError(
                 f"a budget of {passes:.4g} forward passes an example is too small: {self!r} costs {cost:g} at "
                 f"ablated_fraction={size.ablated_fraction:g}; give more, take fewer examples, or another method"
             )

@@ -202,14 +202,13 @@ def _cells(strip: Strip) -> tuple[Tensor, Tensor]:
 def _strip_row(
     strip: Strip, values: Tensor, chosen: Tensor, top: float, widest: int, total: float, largest: float
 ) -> Html:
-    name = strip.name if len(strip.name) <= 26 else "…" + strip.name[-25:]  # its end tells more than its beginning
     return html(
-        '<div class="coar-heat-row"><span class="coar-heat-name" title="{whole}">{name}</span>'
+        '<div class="coar-heat-row"><span class="coar-heat-name">{whole}</span>'
         '<span class="coar-strip" style="width:{width:.1f}%" data-name="{whole}" data-values="{values}" '
         'data-first="{first}" data-components="{chosen}"><img alt="" src="{image}"></span>'
         '<span class="coar-total"><span class="coar-total-bar coar-{sign}" style="width:{part:.1f}%"></span>{total}'
         "</span></div>",
-        whole=strip.name, name=name, width=max(6.0, 100 * len(values) / widest), first=strip.first,
+        whole=strip.name, width=max(6.0, 100 * len(values) / widest), first=strip.first,
         values=json.dumps([float(f"{value:.4g}") for value in values.tolist()]), chosen=json.dumps(chosen.tolist()),
         image=_strip_image(values, top), sign=_sign(total), part=45 * abs(total) / largest,
         total=number(total, digits(largest)),

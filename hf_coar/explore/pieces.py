@@ -158,34 +158,18 @@ def attribution(source: Source, weights: Tensor, errors: Tensor | None) -> Html:
 def strips(components: Components, weights: Tensor) -> list[Strip]:
     """Rows of a heat map: the matrices, or the layers where there are many matrices."""
     if len(components.groups) <= _MOST_STRIPS:
-        skip = len(_common_prefix(components))
-        names = [group.parameter.removesuffix(".weight") or group.module for group in components.groups]
-        spans = zip(names, components.spans(), strict=True)
-        return [Strip(name[skip:], start, weights[start:stop]) for name, (_, start, stop) in spans]
-    names, index = components.regroup("layer")
+        spans = zip(components.names.labels, components.spans(), strict=True)
+        return [Strip(name, start, weights[start:stop]) for name, (_, start, stop) in spans]
+    names, (_, index) = components.names.of("layer"), components.regroup("layer")
     bounds = [0, *(torch.nonzero(index.diff())[:, 0] + 1).tolist(), len(index)]
     return [Strip(names[int(index[a])], a, weights[a:b]) for a, b in pairwise(bounds)]
 
 
-def _common_prefix(components: Components) -> str:
-    """With what the names of all matrices begin, up to a dot, such as `transformer.`; nobody needs to read it."""
-    every = [group.parameter.split(".") for group in components.groups]
-    n = 0
-    while all(len(parts) > n + 2 and parts[n] == every[0][n] for parts in every):
-        n += 1
-    n -= n > 0 and all(parts[n].isdigit() for parts in every)  # a number needs the word before it
-    return "".join(f"{part}." for part in every[0][:n])
-
-
 def component_button(source: Source, index: int, current: bool = False) -> Html:
-    """A button that opens a component; its number is readable however narrow the column."""
-    name = str(source.components[index])
-    place, _, rest = name.removeprefix(_common_prefix(source.components)).partition(" ")
-    inner = html(
-        '<span class="coar-place"><bdi>{}</bdi></span> <span class="coar-position">{}</span>', place, rest
-    )  # fmt: skip
-    more = html('{} title="{}"', html(' aria-current="true"') if current else "", name)
-    return button("component", index, inner, "coar-link coar-name", name, more)
+    """A button that opens a component: its short name, and its full one where the pointer rests on it."""
+    name, full = source.components.names.name(index), str(source.components[index])
+    more = html('{} title="{}"', html(' aria-current="true"') if current else "", full)
+    return button("component", index, name, "coar-link coar-name", name, more)
 
 
 def ranked(source: Source, weights: Tensor, errors: Tensor | None, ticked: Sequence[int] | None = None) -> Html:
@@ -208,7 +192,7 @@ def _ranked_row(
     if ticked is not None:
         box = html(
             '<input type="checkbox" data-act="tick" data-value="{}" aria-label="ablate {}"{}> ',
-            i, source.components[i], " checked" if i in ticked else "",
+            i, source.components.names.name(i), " checked" if i in ticked else "",
         )  # fmt: skip
     factor, _ = drawing.scale(largest)
     places = drawing.digits(factor * largest)

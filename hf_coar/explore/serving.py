@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ from typing import Any
 from hf_coar.attributions import Attributions
 from hf_coar.errors import CoarError
 from hf_coar.explore import guard, style
+from hf_coar.explore.measuring import measured_rows
 from hf_coar.explore.page import Page, gradio
-from hf_coar.explore.source import open_source
+from hf_coar.explore.source import Source, open_source
 from hf_coar.models.calling import Call
 from hf_coar.models.outputs import Output, OutputFunction
 
@@ -68,7 +70,7 @@ def launch(
         DataError: other data than were attributed.
     """
     gr = gradio()
-    page = Page(open_source(attributions, model, data, revision, trust_remote_code, output, call))
+    page = Page(source := open_source(attributions, model, data, revision, trust_remote_code, output, call))
     fonts = ["system-ui", "sans-serif"]
     theme = gr.themes.Default(primary_hue="blue", neutral_hue="slate", font=fonts, font_mono=["monospace"])
     door = guard.Door.of(host, hosts, share, notebook=gr.utils.ipython_check())
@@ -82,12 +84,36 @@ def launch(
     except OSError as error:
         raise CoarError(f"cannot serve at {host}:{port or '7860 …'}: {error}; give another port") from error
     address = Address(public or local)
-    address.close = page.blocks.close
+    closed = threading.Event()
+    warming = threading.Thread(target=_warm, args=(source, closed))
+    warming.start()
+
+    def close() -> None:
+        closed.set()
+        page.blocks.close()
+        warming.join()
+
+    address.close = close
     if share:
         logger.warning("explorer: whoever knows %s can use this machine to run the model, until Ctrl-C", address)
     # What Gradio says on Ctrl-C is not the caller's output.
     with contextlib.suppress(KeyboardInterrupt), contextlib.redirect_stdout(sys.stderr):
         logger.info("explorer: %s (Ctrl-C ends it)", address)
         if block:
-            page.blocks.block_thread()
+            try:
+                page.blocks.block_thread()
+            finally:
+                closed.set()
     return address
+
+
+def _warm(source: Source, closed: threading.Event) -> None:
+    """What every visitor needs, while nobody waits for it: predictions, a batch at a time, and sizes of weights."""
+    try:
+        source.sizes()
+        for chunk in source.chunks(measured_rows(source)):
+            if closed.is_set() or not threading.main_thread().is_alive():  # the program ends
+                return
+            source.predictions(chunk)
+    except CoarError as error:  # whoever looks is told
+        logger.debug("explorer: %s", error)

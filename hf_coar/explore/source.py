@@ -76,6 +76,7 @@ class Source:
         self._batches: OrderedDict[tuple[int, ...], dict[str, Any]] = OrderedDict()
         self._predicted: dict[int, Outcome] = {}
         self._sizes: Tensor | None = None
+        self.acts: Any = None  # what `acts.of` found, kept
         self.class_names = self._named_classes()
         self._check_examples()
 
@@ -139,8 +140,9 @@ class Source:
 
     @functools.cached_property
     def names(self) -> list[str]:
-        """The components' names, ready for searching."""
-        return [str(one).casefold() for one in self.components]
+        """The components' names, short and full, ready for searching."""
+        short = self.components.names.all()
+        return [f"{name} {full}".casefold() for name, full in zip(short, map(str, self.components), strict=True)]
 
     # ------------------------------------------------------------------------------------------------------ examples
 

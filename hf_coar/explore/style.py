@@ -38,6 +38,19 @@ CSS = """
 .coar .coar-mark { font-weight: 600; border-radius: 4px; padding: 0 .3rem; align-self: start; color: #fff; }
 .coar .coar-mark-lower { background: #b34e00; } .coar .coar-mark-higher { background: #0072b2; }
 .coar .coar-mark-spared { background: #666; }
+.coar .coar-layers td:nth-child(2), .coar .coar-layers thead th:nth-child(2) { text-align: right; }
+.coar .coar-layers .coar-track { width: min(300px, 20vw); }
+.coar .coar-heads-row { display: grid; grid-template-columns: minmax(4rem, 9rem) 1fr; gap: .6rem; align-items: center;
+  font-size: .8rem; margin: 2px 0; } .coar .coar-heads-row > span:first-child { text-align: right; }
+.coar .coar-heads { display: flex; flex-wrap: wrap; gap: 2px; }
+.coar .coar-head { border: 1px solid var(--coar-line); border-radius: 3px; min-width: 1.9rem; padding: .15rem .2rem;
+  background: color-mix(in srgb, var(--coar-pos) var(--share), transparent); font-size: .75rem; }
+.coar .coar-acts { grid-template-columns: repeat(auto-fill, minmax(104px, 1fr)); }
+.coar .coar-seen { position: relative; display: block; line-height: 0; }
+.coar .coar-card .coar-seen .coar-image { width: 100%; aspect-ratio: auto; border-radius: 4px; }
+.coar .coar-box { position: absolute; border: 2px solid #ffd400; outline: 1px solid #000; border-radius: 3px; }
+.coar .coar-context { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .9rem; }
+.coar mark.coar-here { background: #ffd400; color: #000; border-radius: 3px; padding: 0 .1em; }
 .coar .coar-crisp { image-rendering: pixelated; }
 .coar .coar-image { display: block; margin: 0; }
 .coar .coar-top { display: grid; grid-template-columns: 150px 1fr; gap: 1.1rem; align-items: start; }
@@ -63,10 +76,8 @@ CSS = """
 .coar .coar-narrow { max-width: 26rem; }
 .coar .coar-numbers td, .coar .coar-numbers thead th + th { text-align: right; }
 .coar .coar-pick { display: flex; gap: .45rem; align-items: center; }
-.coar .coar-name { display: flex; gap: .3em; min-width: 0; max-width: 100%; white-space: nowrap; }
-.coar .coar-place { overflow: hidden; text-overflow: ellipsis; direction: rtl; }
-.coar ol { margin: 0; padding-left: 2rem; } .coar ol .coar-name { display: inline-flex; }
-.coar .coar-position { flex: none; }
+.coar .coar-name { min-width: 0; overflow-wrap: anywhere; }
+.coar ol { margin: 0; padding-left: 2rem; }
 .coar .coar-pick input { flex: none; }
 .coar table.coar-listed { table-layout: fixed; } .coar .coar-listed th:nth-child(1) { width: 52%; }
 .coar .coar-listed th:nth-child(2) { width: 20%; } .coar .coar-listed .coar-track { width: 100%; }
@@ -99,8 +110,7 @@ CSS = """
   align-items: center; min-height: 18px; }
 .coar .coar-heat-head { color: var(--coar-faint); font-size: .78rem; } .coar .coar-heat-head span:last-child {
   text-align: right; }
-.coar .coar-heat-name { font-size: .8rem; text-align: right; white-space: nowrap; overflow: hidden;
-  text-overflow: ellipsis; }
+.coar .coar-heat-name { font-size: .8rem; text-align: right; overflow-wrap: anywhere; line-height: 1.15; }
 .coar .coar-strip { display: block; height: 14px; outline: 1px solid var(--coar-line); cursor: pointer; }
 .coar .coar-strip img { width: 100%; height: 100%; image-rendering: pixelated; display: block; margin: 0;
   max-width: none; }

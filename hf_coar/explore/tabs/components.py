@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hf_coar.explore import columns, drawing, pieces
+from hf_coar.explore import acts, columns, drawing, pieces
 from hf_coar.explore.columns import Progress, no_progress
 from hf_coar.explore.drawing import Html, button, figure, heading, html, joined, note, number, wrapped
 from hf_coar.explore.source import Source
@@ -29,14 +29,14 @@ class Components(Tab):
     def build(self) -> None:
         """What is searched above, a list of it on the left, one component on the right."""
         gr, source, page = self.gr, self.source, self.page
-        names, _ = source.components.regroup("layer")
+        layers = zip(source.components.names.of("layer"), source.components.regroup("layer")[0], strict=True)
         with gr.Row():
             self.find = gr.Textbox(
-                label="Search by name or number", placeholder=str(source.components[0]), max_lines=1,
+                label="Search by name or number", placeholder=source.components.names.name(0), max_lines=1,
                 max_length=_LONGEST_SEARCH, elem_id="find", min_width=120,
             )  # fmt: skip
             self.layer = gr.Dropdown(
-                [("all", ""), *((name or "(the model itself)", name) for name in names)], value="", label="Layer",
+                [("all", ""), *layers], value="", label="Layer",
                 elem_id="layer", min_width=120,
             )  # fmt: skip
             self.sets("layer", self.layer)
@@ -99,14 +99,15 @@ def component(source: Source, view: View, progress: Progress = no_progress) -> H
         figure(f"{int((weights > 0).sum()):,} of {len(weights):,}", "examples, that it helps"),
     ]
     return wrapped(
-        html("<h2>{}</h2>", one),
+        html('<h2 title="{}">{}</h2>', one, source.components.names.name(view.component)),
         note(f"{group.kind} {one.position + 1} of {group.size} in {group.parameter}"),
         html('<div class="coar-figures">{}</div><div class="coar-pager">{}</div>', joined(figures), joined(choices)),
+        acts.strongest(source, view.component, progress),
+        _extremes(source, weights, error, "Most helped", "keeping it raises their output most", True),
+        _extremes(source, weights, error, "Most hurt", "ablating it would raise their output most", False),
         heading("Its weight over the examples"),
         drawing.histogram(weights, source.unit),
         _by_class(source, weights),
-        _extremes(source, weights, error, "Most helped", "keeping it raises their output most", True),
-        _extremes(source, weights, error, "Most hurt", "ablating it would raise their output most", False),
     )
 
 

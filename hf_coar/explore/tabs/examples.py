@@ -174,7 +174,7 @@ def _of_example(source: Source, view: View, components: Sequence[int], found: Ch
         ),
         figure(number(after, places), f"measured, {unit}"),
     ]
-    names = ", ".join(str(source.components[i]) for i in components[:_NAMED])
+    names = ", ".join(source.components.names.name(i) for i in components[:_NAMED])
     names += f" and {len(components) - _NAMED} more" if len(components) > _NAMED else ""
     statement = '<p class="coar-statement">Example {} with {} ablated{}.</p><div class="coar-figures">{}</div>{}'
     return html(statement, view.example, drawing.count(components), said, joined(figures), note(f"ablated: {names}"))

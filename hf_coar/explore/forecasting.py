@@ -1,0 +1,72 @@
+"""Forecasts as numbers for a page without a server: what `Attributions.without` computes with, for some components.
+
+The page has the same few lines as `attributions.forecast` in JavaScript; a test compares the two.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_coar.attributions import Attributions
+from hf_coar.attributions.forecast import Forecast
+
+LEVEL = 0.95
+
+
+def arrays(attributions: Attributions, components: Sequence[int], rows: Sequence[int]) -> dict[str, Any]:
+    """JSON values, one entry an example: weights of the components and, with a forecast, what it adds to them."""
+    index, forecast = torch.tensor(list(components)), attributions.forecast
+    found: dict[str, Any] = {"n": len(attributions.components), "weights": []}
+    if forecast is not None:
+        found |= {name: [] for name in ("singles", "squares", "total", "sum")}
+        found |= {"fraction": attributions.provenance.ablated_fraction, "calibration": _calibration(forecast)}
+        found |= _pairs(forecast, list(components), rows)
+    for row in rows:
+        weights = attributions.row(row)
+        found["weights"].append(_short(weights[index]))
+        if forecast is not None:
+            errors = attributions.row(row, "standard_errors") if attributions.has_standard_errors else None
+            for name, value in _of_row(forecast, row, weights, errors, index).items():
+                found[name].append(value)
+    return found
+
+
+def _of_row(
+    forecast: Forecast, row: int, weights: Tensor, errors: Tensor | None, index: Tensor
+) -> dict[str, list[float] | float]:
+    """Single effects, what norms are made of, and sums over all components, as `Forecast.drops` and `norms` have."""
+    effects, flipped, ratio = forecast.effects[row], forecast.flipped, forecast.ratio
+    singles = (ratio * weights).index_copy(0, flipped, effects)
+    squares = weights.square() * max(1.0, ratio**2)
+    squares = squares.index_copy(0, flipped, torch.maximum(weights[flipped].square(), effects.square()))
+    squares = squares if errors is None else squares + errors.square()
+    excess = effects - ratio * weights[flipped]
+    return {
+        "singles": _short(singles[index]), "squares": _short(squares[index]),
+        "total": float((1 - ratio) * weights.sum() - excess.sum()), "sum": float(weights.sum().abs()),
+    }  # fmt: skip
+
+
+def _pairs(forecast: Forecast, components: list[int], rows: Sequence[int]) -> dict[str, Any]:
+    """Interactions of the pairs among the components; `paired` says that pairs were measured at all."""
+    if not len(forecast.pairs):
+        return {"paired": False}
+    place = {component: i for i, component in enumerate(components)}
+    there = [k for k, (i, j) in enumerate(forecast.pairs.tolist()) if i in place and j in place]
+    pairs = [[place[i], place[j]] for i, j in forecast.pairs[there].tolist()]
+    return {"paired": True, "pairs": pairs, "together": [_short(forecast.interactions[row][there]) for row in rows]}
+
+
+def _calibration(forecast: Forecast) -> dict[str, Any] | None:
+    """The limits, and the score of an interval of 95 %; None where nothing was checked."""
+    known = forecast.calibration
+    if known is None:
+        return None
+    score = known.quantile(LEVEL) if known.knows(LEVEL) else None
+    return {"limits": list(known.limits), "level": known.level, "spread": list(known.spread), "score": score}
+
+
+def _short(values: Tensor) -> list[float]:
+    return [float(f"{value:.5g}") for value in values.tolist()]
