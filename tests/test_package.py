@@ -129,3 +129,15 @@ def test_the_run_of_the_floors_names_tests_that_are_there():
     text = (ROOT / "scripts" / "check_floors.sh").read_text(encoding="utf-8")
     names = re.search(r"matter=\(([^)]*)\)", text)[1].split()
     assert names and all((ROOT / "tests" / f"test_{name}.py").is_file() for name in names)
+
+
+def test_the_version_has_one_place():
+    import yaml
+
+    import hf_coar
+
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == hf_coar.__version__
+    assert {"cff-version", "title", "message", "authors", "license", "preferred-citation"} <= set(citation)
+    setup = (ROOT / "setup.cfg").read_text(encoding="utf-8")
+    assert "version = attr: hf_coar.__version__" in setup and hf_coar.__version__ not in setup
