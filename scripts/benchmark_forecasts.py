@@ -25,9 +25,12 @@ from hf_coar.attributions import Attributions
 from hf_coar.estimators import checking
 from hf_coar.masking import MaskedModel
 from hf_coar.models import outputs
+from hf_coar.runs import fidelity, sampling
 
 logger = logging.getLogger("benchmark_forecasts")
 
+RESULTS = Path(__file__).parent / "results" / "forecasts.json"
+MASK_SEED = 12_345
 SIZES = (1 / 16, 1 / 4, 1 / 2, 1, 2)  # of the fitted fraction
 N_SETS = 40
 
@@ -48,21 +51,21 @@ def linear(found: Attributions) -> Attributions:
 
 
 def by_size(found: Attributions, model: nn.Module, batches: Any, n_masks: int) -> list[dict[str, float]]:
-    """Figures at every size that ablates something."""
+    """Figures at every size that ablates something; linear predictions are judged on the same masks."""
     fitted, count = found.provenance.ablated_fraction, len(found.components)
     fractions = [fitted * size for size in SIZES if fitted * size * count >= 1]
+    report = coar.evaluate(
+        found, model, batches, fractions=fractions, n_masks=n_masks, seed=MASK_SEED, progress=False
+    )  # fmt: skip
     rows = []
-    reports = {
-        name: coar.evaluate(each, model, batches, fractions=fractions, n_masks=n_masks, seed=12_345, progress=False)
-        for name, each in (("linear", linear(found)), ("forecast", found))
-    }
     for fraction in fractions:
-        row: dict[str, float] = {"fraction": fraction}
-        for name, report in reports.items():
-            miss = (report.predicted[fraction] - report.measured[fraction]).abs().mean()
-            row |= {f"{name} correlation": report.correlation[fraction], f"{name} slope": report.slope[fraction]}
-            row[f"{name} miss"] = float(miss)
-        row["spread"] = float(report.measured[fraction].std(0).mean())
+        kept = sampling.Masks(count, fraction, n_masks, MASK_SEED, sampling.EVALUATION).rows(0, n_masks)
+        measured = report.measured[fraction]
+        row: dict[str, float] = {"fraction": fraction, "spread": float(measured.std(0).mean())}
+        for name, predicted in (("linear", linear(found).predict(kept)), ("forecast", report.predicted[fraction])):
+            row[f"{name} correlation"] = float(fidelity.correlation(predicted, measured).nanmean())
+            row[f"{name} slope"] = fidelity.slope(predicted, measured)
+            row[f"{name} miss"] = float((predicted - measured).abs().mean())
         rows.append(row)
     return rows
 
@@ -87,6 +90,47 @@ def coverage(found: Attributions, model: nn.Module, batches: Any, level: float) 
     return figures | {f"{kind} half width": float(torch.cat(values).mean()) for kind, values in half.items()}
 
 
+def tables(known: list[dict[str, Any]]) -> str:
+    """What was measured as Markdown, means over the seeds of each model."""
+    lines = [
+        "Means over seeds; made by `scripts/benchmark_forecasts.py`, whose masks and sets no fit has seen.",
+        "",
+        "| model, cost | ablated | linear: correlation, slope, miss | forecast: correlation, slope, miss | spread |",
+        "|---|---|---|---|---|",
+    ]
+    for (model, fraction), rows in _grouped(known, "model", "fraction").items():
+        mean = _mean(rows)
+        figures = [
+            ", ".join(f"{mean[f'{name} {what}']:.{n}f}" for what, n in (("correlation", 3), ("slope", 2), ("miss", 2)))
+            for name in ("linear", "forecast")
+        ]
+        lines.append(
+            f"| {model}, {mean['cost']:.0f} | {fraction:.2%} | {figures[0]} | {figures[1]} | {mean['spread']:.2f} |"
+        )
+    lines += ["", "| model | level | random sets inside, half width | strongest sets inside, half width |"]
+    lines += ["|---|---|---|---|"]
+    for (model, level), rows in _grouped(known, "model", "level").items():
+        mean = _mean(rows)
+        figures = [
+            f"{mean[f'{kind} inside']:.3f}, {mean[f'{kind} half width']:.2f}" for kind in ("random", "strongest")
+        ]
+        lines.append(f"| {model} | {level:g} | {figures[0]} | {figures[1]} |")
+    return "\n".join(lines) + "\n"
+
+
+def _grouped(known: list[dict[str, Any]], *keys: str) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in known:
+        if all(key in row for key in keys):
+            groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return groups
+
+
+def _mean(rows: list[dict[str, Any]]) -> dict[str, float]:
+    numbers = [key for key, value in rows[0].items() if isinstance(value, int | float)]
+    return {key: sum(row[key] for row in rows) / len(rows) for key in numbers}
+
+
 def main() -> None:
     """Measure one model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -99,7 +143,7 @@ def main() -> None:
     parser.add_argument("--granularity", default="unit")
     parser.add_argument("--n-masks", type=int, default=100)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--out", type=Path, default=Path("forecasts.json"))
+    parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     known = json.loads(args.out.read_text()) if args.out.exists() else []
@@ -118,6 +162,7 @@ def main() -> None:
             known.append({"model": args.model, "seed": seed, "cost": found.provenance.cost, **row})
             logger.info("%s", known[-1])
         args.out.write_text(json.dumps(known, indent=1) + "\n")
+        args.out.with_suffix(".md").write_text(tables(known))
 
 
 if __name__ == "__main__":
