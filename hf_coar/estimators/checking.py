@@ -86,7 +86,7 @@ def measured_sets(problem: Problem, sets: Sets, weights: Tensor, count: int) -> 
         with torch.no_grad():
             for number in range(part.start, part.stop):
                 kept = torch.stack([sets.kept(weights[_row(i, skipped)], i, number) for i in examples])
-                kept = kept.to(next(iter(batch.values())).device)
+                kept = kept.to(data_module.device_of(batch))
                 with problem.masked.ablated(kept, how="hooks"):
                     found.append(problem.output.of(problem.masked.model, batch).cpu())
         return {"outputs": torch.stack(found, dim=1)}

@@ -248,6 +248,8 @@ def _of_shared_passes(problem: Problem, method: Estimator | None) -> tuple[Estim
     said = f"all {count} examples of a batch share a pass, unless each has gates of its own: passes a batch are {said}"
     if method is not None and cheaper is not method:
         logger.warning("%s; method=%r is the cheaper one", said, cheaper.name)
+    elif method is not None:
+        logger.info("%s", said)
     return method or cheaper, said
 
 
