@@ -18,7 +18,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
 # Chromium's driver: the tests that need it are opt-in, and its browsers come by version.
-EXTRAS = ("plots", "explore", "completion", "diffusion", "adapters", "docs", "test")
+EXTRAS = ("plots", "explore", "completion", "diffusion", "adapters", "graphs", "docs", "test")
 
 
 def direct(setup: Path = ROOT / "setup.cfg") -> list[Requirement]:

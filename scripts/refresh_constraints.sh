@@ -10,7 +10,7 @@ for python in python3.11 python3.12 python3.13; do
   "$python" -c "" 2>/dev/null || { echo "$python is not here; not tried" && continue; }
   echo "$python: looking for the versions of all requirements ..."
   "$python" -m pip install --quiet --dry-run --ignore-installed --only-binary :all: --disable-pip-version-check \
-    --constraint .venv-newest/constraints.txt ".[plots,explore,completion,diffusion,adapters,docs,test]"
+    --constraint .venv-newest/constraints.txt ".[plots,explore,completion,diffusion,adapters,graphs,docs,test]"
 done
 mv .venv-newest/constraints.txt scripts/constraints.txt
 echo "scripts/constraints.txt is new; look at what changed with git diff"

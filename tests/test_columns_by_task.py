@@ -154,7 +154,6 @@ WRONG = {
     "nothing under the mask": ("masked_lm", [{"text": "a [MASK] film"}], {}, "says what is under it"),
     "an answer of two": ("masked_lm", [{"text": "a [MASK]", "answer": "dull film"}], {}, "no single token"),
     "no target": ("seq2seq", [{"text": "a film", "extra": "it"}], {}, "known as the target"),
-    "no second text": ("embedding", [{"text": "a film"}], {}, "known as the pair"),
     "a role of another task": ("tokens", [{"tokens": ["a"], "tags": [0]}], {"columns": {"prompt": "tokens"}}, "prompt"),
     "an answer that is its foil": ("causal_lm", [{"prompt": "a", "answer": "it", "foil": "it"}], {}, "another foil"),
 }  # fmt: skip
@@ -166,6 +165,13 @@ def test_columns_that_do_not_serve_are_told(what, tmp_path):
     with pytest.raises(DataError, match=words):
         _, data = loaded(tmp_path, name, rows, **more)
         next(iter(data))
+
+
+def test_an_encoder_reads_one_text_where_there_is_no_second(tmp_path):
+    model, data = loaded(tmp_path, "embedding", [{"text": "a film"}])
+    assert next(iter(data))["input_ids"].tolist() == [ids("a film")]
+    with pytest.raises(DataError, match="pair_input_ids"):
+        attributed(model, data)
 
 
 def test_columns_are_named_and_remembered(tmp_path):
@@ -238,7 +244,24 @@ def candidates_case():
     return name, columns, processor, "margin"
 
 
-@pytest.mark.parametrize("make", [objects_case, masks_case, depths_case, captions_case, candidates_case])
+def conversations_case():
+    words = tokenizer(closing=False)
+    words.add_tokens([f"word {place}" for place in range(len(words), 39)])  # the model's own place of the image
+    words.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    processor = tf.LlavaProcessor(
+        tf.CLIPImageProcessor(size=SIZE, crop_size=SIZE),
+        words,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+    columns = {"image": PICTURES, "question": ["is it dull", "is it"], "answer": ["very dull", "fine"]}
+    return "image_text", columns, processor, "token_margin"
+
+
+@pytest.mark.parametrize(
+    "make", [objects_case, masks_case, depths_case, captions_case, candidates_case, conversations_case]
+)
 def test_columns_of_images_become_what_the_task_needs(make, tmp_path):
     name, columns, processor, output = make()
     model, data = coar.load(made(name)[0], stored(tmp_path, columns), preprocessor=processor)
@@ -252,6 +275,10 @@ def test_columns_of_images_become_what_the_task_needs(make, tmp_path):
         assert batch["labels"][0].tolist() == (torch.arange(1024).view(32, 32) // 400).tolist()
     elif name == "depth":
         assert torch.allclose(batch["labels"][1], torch.from_numpy(np.array(columns["depth"][1])))
+    elif name == "image_text":
+        answers = [row[row != -100].tolist() for row in batch["labels"]]
+        assert answers == [ids("very dull", False), ids("fine", False)]
+        assert (batch["input_ids"] == processor.tokenizer.convert_tokens_to_ids("<image>")).sum(1).tolist() == [16, 16]
     elif output == "margin":
         assert batch["input_ids"].shape[:2] == (2, 2) and batch["labels"].tolist() == [1, 0]
 

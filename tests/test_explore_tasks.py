@@ -15,6 +15,7 @@ from hf_coar.explore.tab import View
 from hf_coar.explore.tabs import components as components_tab
 from hf_coar.explore.tabs import edit, examples
 from hf_coar.models import tasks
+from hf_coar.plots import page
 
 
 def attributed(model, data, output, **more):
@@ -59,6 +60,18 @@ def test_every_task_can_be_looked_at(name):
         checked(html)
     assert f"{output.name}, what is attributed" in examples.example(source, view)
     assert not source.takes_own and source.n_classes == (0 if "labels" not in batch else source.n_classes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_every_task_has_a_report_and_a_card(name, tmp_path):
+    model, batch = made(name)
+    output = tasks.bind(model, batch=batch)
+    attributions = attributed(model, [batch], output)
+    page.write_first(tmp_path, attributions)
+    attributions.save_pretrained(tmp_path)
+    for file in ("report.html", "report.md", "README.md"):
+        assert output.name in (tmp_path / file).read_text()
 
 
 PREDICTED = {

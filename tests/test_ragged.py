@@ -16,6 +16,10 @@ from hf_coar import data as data_module
 from hf_coar import models
 from hf_coar.errors import DataError
 from hf_coar.estimators import choosing
+from hf_coar.explore import measuring
+from hf_coar.explore.source import open_source
+from hf_coar.explore.tab import View
+from hf_coar.explore.tabs import examples
 from hf_coar.models import ragged
 
 NODES, EDGES = 5, 3  # values of a node, of an edge
@@ -158,6 +162,18 @@ def test_graphs_are_attributed_evaluated_and_edited():
     assert after < before
     with pytest.raises(DataError, match="not those of before"):
         coar.evaluate(attributions, model, DataLoader(graphs((3, 6, 4, 8, 5, 7)), batch_size=4), progress=False)
+
+
+def test_graphs_are_shown_in_the_explorer():
+    model, data = made("gin"), [Batch.from_data_list(graphs()), Batch.from_data_list(graphs((5, 7)))]
+    components = coar.find_components(model, exclude=["head"])
+    attributions = coar.attribute(model, data, components, method=coar.PathGradient(rounds=0), progress=False)
+    source = open_source(attributions, model, data)
+    found = measuring.what_if(source, [0, 3], range(6))
+    assert torch.equal(
+        found.before.classes, torch.cat([models.logits(model, data_module.as_batch(one)).argmax(1) for one in data])
+    )
+    assert "edge_index" in examples.example(source, View(example=4)) and float(found.measured.abs().max()) > 0
 
 
 # ------------------------------------------------------------------------------------------------------------ patches

@@ -269,10 +269,15 @@ def n_passes(model, run):
 def test_a_heads_own_loss_takes_one_pass_where_that_is_the_same(name, passes):
     """Two texts of a batch have other numbers of labels; the matching of objects is each image's own."""
     model, batch = made(name)
-    output = tasks.bind(model, "own_loss", batch=batch)
+    model, output = copy.deepcopy(model), tasks.bind(model, "own_loss", batch=batch)
     with torch.no_grad():
+        with coar.ablate(
+            model, coar.find_components(model), some_masks(len(coar.find_components(model)))[[0, 1, 2, 0]]
+        ):
+            output.of(model, batch)  # where the examples are is looked at in the middle of it
         output.of(model, rows(batch)[0])
         output.of(model, {key: value[:2] for key, value in batch.items()})
+        output.of(model, batch)  # another batch is looked at first
         assert n_passes(model, lambda: output.of(model, batch)) == passes
         found = output.of(model, batch)
         alone = torch.stack([-model(**row).loss for row in rows(batch)])
@@ -282,3 +287,30 @@ def test_a_heads_own_loss_takes_one_pass_where_that_is_the_same(name, passes):
     together = masked(model, components, output, batch, kept)
     each = [masked(model, components, output, batch, row)[i] for i, row in enumerate(kept)]
     assert together.tolist() == pytest.approx(torch.stack(each).tolist(), rel=1e-3, abs=1e-3)
+
+
+class Selecting(torch.nn.Module):
+    """Its loss is of the places that are attended, all examples' one after the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = torch.nn.Linear(3, 1)
+
+    def forward(self, x, attention_mask, labels=None):
+        logits, there = self.inner(x)[..., 0], attention_mask.bool()
+        loss = torch.nn.functional.mse_loss(logits[there], labels[there])
+        return type("Found", (), {"loss": loss, "logits": logits})()
+
+
+def test_a_loss_that_selects_places_is_taken_alone_as_soon_as_the_examples_differ():
+    torch.manual_seed(0)
+    model, output = Selecting(), coar.outputs.get("own_loss")
+    batch = {"x": torch.randn(4, 6, 3), "attention_mask": torch.ones(4, 6), "labels": torch.randn(4, 6)}
+    other = {**batch, "attention_mask": torch.ones(4, 6)}
+    other["attention_mask"][0, 4:] = other["attention_mask"][1, :2] = 0
+    other["attention_mask"][2, 5:], other["attention_mask"][3, :3] = 0, 0  # 4 + 4 + 5 + 3 places: 16 of 4 examples
+    with torch.no_grad():
+        for each, passes in ((batch, None), (batch, 1), (other, None), (other, 4)):
+            alone = [-float(model(**row).loss) for row in rows(each)]
+            assert output.of(model, each).tolist() == pytest.approx(alone, rel=1e-5)
+            assert passes in (None, n_passes(model, lambda each=each: output.of(model, each)))

@@ -75,18 +75,21 @@ def _answers(reading: Reading) -> Preparation:
 
     def make(tokenizer: Any, rows: Sequence[Row]) -> Batch:
         prompts = of(rows, prompt)
-        sides = [_following(prompts, of(rows, column)) for column in (answer, foil) if column is not None]
+        sides = [
+            [following(*pair) for pair in zip(prompts, of(rows, column), strict=True)]
+            for column in (answer, foil)
+            if column is not None
+        ]
         limit = min(reading.max_length, tokenizer.model_max_length)
         return tasks.encode_answers(tokenizer, prompts, *sides, max_length=limit, decoder=decoder)
 
     return tokenized(reading, "prompt", make)
 
 
-def _following(prompts: Sequence[str], answers: Sequence[str]) -> list[str]:
-    """Answers with the space between two words, where the data leave it out and the script has one."""
-    return [
-        " " + b if a and b and _is_word(a[-1]) and _is_word(b[0]) else b for a, b in zip(prompts, answers, strict=True)
-    ]
+def following(prompt: str, answer: str) -> str:
+    """An answer with the space between two words, where the data leave it out and the script has one."""
+    joined = prompt and answer and _is_word(prompt[-1]) and _is_word(answer[0])
+    return " " + answer if joined else answer
 
 
 def _is_word(letter: str) -> bool:
@@ -338,7 +341,10 @@ _register("question and context", (QUESTION, CONTEXT, ANSWERS), by_head("questio
 _register("choices", (STEM, CHOICES, PLACE), by_head("multiple_choice"), _choices)
 _register("words with tags", (WORDS, TAGS), by_head("token_classification"), _tags)
 _register("masked text", (TEXT, ANSWER), by_head("masked_lm"), _masked, optional=("answer",))
-_register("two texts", (TEXT, PAIR), by_head("embedding"), _both, by_names)
+_register(
+    "two texts", (TEXT, PAIR), by_head("embedding"), _both, by_names, instead=True,
+    there=lambda model, table: len(table.fitting(TEXT)) > 1,
+)  # fmt: skip
 _register("preference", (CHOSEN, REJECTED), _gives_one_number, _preferences, labels=False, instead=True)
 
 

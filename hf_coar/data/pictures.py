@@ -13,8 +13,9 @@ from hf_coar.data.batches import Batch
 from hf_coar.data.columns import Role, is_image, is_text, is_texts
 from hf_coar.data.images import IMAGE, decoded
 from hf_coar.data.kinds import KINDS, Kind, Preparation, Reading, by_head, by_roles
-from hf_coar.data.language import PLACE, which
+from hf_coar.data.language import ANSWER, PLACE, following, which
 from hf_coar.errors import DataError
+from hf_coar.models.outputs import IGNORED_LABEL
 
 Row = Mapping[str, Any]
 
@@ -150,13 +151,56 @@ def _captions(reading: Reading) -> Preparation:
     return _preparation(reading, make)
 
 
-for _name, _role, _task, _build in (
-    ("image and objects", OBJECTS, ("object_detection",), _objects),
-    ("image and mask", MASK, ("semantic_segmentation", "universal_segmentation"), _masks),
-    ("image and depth", DEPTH, ("depth_estimation",), _depths),
-    ("image and image", TRUE, ("image_to_image",), _images),
-    ("image and text", CAPTION, ("zero_shot_image_classification",), _captions),
+def _conversations(reading: Reading) -> Preparation:
+    """An image, what is asked, and the answer, whose tokens are labelled; without an answer, the text itself."""
+    processor, (image, text) = _processor(reading, whole=True), (reading.columns[role] for role in ("image", "text"))
+    answer = reading.columns.get("answer")
+
+    def make(rows: Sequence[Row]) -> Batch:
+        asked, pictures = [_asked(processor, row[text]) for row in rows], _pictures(rows, image)
+        whole = [a + following(a, row[answer]) for a, row in zip(asked, rows, strict=True)] if answer else asked
+        found = dict(processor(text=whole, images=pictures, padding=True, return_tensors="pt"))
+        ids, attended = found["input_ids"], found["attention_mask"].bool()
+        special = [token for token in processor.tokenizer.all_special_ids if token is not None]
+        placeholder = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+        told = attended & ~torch.isin(ids, torch.tensor([*special, placeholder]))
+        if answer:
+            told &= torch.stack(
+                [_last(attended[i], _length(processor, asked[i], pictures[i])) for i in range(len(rows))]
+            )
+        return {**found, "labels": ids.where(told, IGNORED_LABEL)}
+
+    return _preparation(reading, make)
+
+
+def _asked(processor: Any, text: str) -> str:
+    """What is asked with the place of its image, as the model was trained to be asked."""
+    if processor.image_token in text:
+        return text
+    if getattr(processor, "chat_template", None):
+        content = [{"type": "image"}, {"type": "text", "text": text}]
+        return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    return f"{processor.image_token} {text}"
+
+
+def _length(processor: Any, text: str, image: Any) -> int:
+    return processor(text=[text], images=[image], return_tensors="pt")["input_ids"].shape[1]
+
+
+def _last(attended: Tensor, without: int) -> Tensor:
+    """The attended places but for so many at the beginning."""
+    return attended & (attended.long().cumsum(0) > without)
+
+
+ASKED = Role("text", is_text, ("question", "prompt", "text", "instruction", "caption"), "what is asked")
+
+for _name, _roles, _optional, _tasks, _build in (
+    ("image and objects", (IMAGE, OBJECTS), (), ("object_detection",), _objects),
+    ("image and mask", (IMAGE, MASK), (), ("semantic_segmentation", "universal_segmentation"), _masks),
+    ("image and depth", (IMAGE, DEPTH), (), ("depth_estimation",), _depths),
+    ("image and image", (IMAGE, TRUE), (), ("image_to_image",), _images),
+    ("image and text", (IMAGE, CAPTION, PLACE), ("label",), ("zero_shot_image_classification",), _captions),
+    ("image and answer", (IMAGE, ASKED, ANSWER), ("answer",), ("image_text_lm",), _conversations),
 ):
-    _roles, _optional = ((IMAGE, _role, PLACE), ("label",)) if _role is CAPTION else ((IMAGE, _role), ())
     _choose = by_roles(_roles, _optional)
-    KINDS.add(_name, Kind(_name, _roles, by_head(*_task), _choose, _build, lazy=("image",), optional=_optional))
+    KINDS.add(_name, Kind(_name, _roles, by_head(*_tasks), _choose, _build, lazy=("image",), optional=_optional))

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from hf_coar import models
 from hf_coar.errors import CoarError, ModelError
 from hf_coar.masking.places import PLAIN, SHARED, UNKNOWN, Call, Layout, Layouts, Packed, Place
+from hf_coar.models import calling
 from hf_coar.models.ragged import Packing
 
 _PAIR, _TRIPLE = (0, 1), (0, 1, 0)
@@ -344,6 +345,6 @@ def _two_rows(leaves: Sequence[Any], divided: Sequence[bool], n_examples: int) -
 def _undisturbed(model: nn.Module, leaves: Sequence[Any]) -> Iterator[None]:
     """Evaluation mode, no gradients; state and random numbers afterwards as if nothing had run."""
     devices = list({leaf.device for leaf in leaves if isinstance(leaf, Tensor) and leaf.device.type == "cuda"})
-    with models.state_kept(model), torch.no_grad(), torch.random.fork_rng(devices=devices):
+    with calling.probing(), models.state_kept(model), torch.no_grad(), torch.random.fork_rng(devices=devices):
         model.eval()
         yield

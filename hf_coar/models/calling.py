@@ -124,19 +124,39 @@ _ALONE: ContextVar[int | None] = ContextVar("alone", default=None)
 
 def alone(model: nn.Module, batch: Mapping[str, Any], run: Call) -> list[Any]:
     """What `run` (model, batch) makes of every example of a batch by itself; masks know which example it is."""
-    found = []
-    for index in range(n_examples(batch)):
-        token = _ALONE.set(index)
-        try:
-            found.append(run(model, row(batch, index)))
-        finally:
-            _ALONE.reset(token)
-    return found
+    return [one_alone(model, batch, run, index) for index in range(n_examples(batch))]
+
+
+def one_alone(model: nn.Module, batch: Mapping[str, Any], run: Call, index: int) -> Any:
+    """What `run` (model, batch) makes of one example of a batch by itself."""
+    token = _ALONE.set(index)
+    try:
+        return run(model, row(batch, index))
+    finally:
+        _ALONE.reset(token)
 
 
 def example_alone() -> int | None:
     """The number of the example that the model is running on, inside `alone`."""
     return _ALONE.get()
+
+
+_PROBING: ContextVar[bool] = ContextVar("probing", default=False)
+
+
+@contextmanager
+def probing() -> Iterator[None]:
+    """Inside the block the model runs on a few of the examples of its batch, to see where they are."""
+    token = _PROBING.set(True)
+    try:
+        yield
+    finally:
+        _PROBING.reset(token)
+
+
+def is_probing() -> bool:
+    """Whether the model runs on other examples than those of the batch that it was given."""
+    return _PROBING.get()
 
 
 _OWN_GATES: ContextVar[bool] = ContextVar("own_gates", default=False)

@@ -1,7 +1,7 @@
 """A head's own loss of every example in one pass of all: the library's losses keep the examples apart while it runs."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -31,7 +31,7 @@ class _Apart(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Every torch function comes by here."""
         kwargs = kwargs or {}
-        if func not in _SIGNATURES:
+        if func not in _SIGNATURES or calling.is_probing():
             return func(*args, **kwargs)
         bound = _SIGNATURES[func].bind(*args, **kwargs)
         bound.apply_defaults()
@@ -45,14 +45,16 @@ class _Apart(TorchFunctionMode):
         return torch.where(real, each, 0.0).sum(1) / real.sum(1)
 
 
-_KNOWN: WeakKeyDictionary[nn.Module, dict[tuple[str, ...], bool]] = WeakKeyDictionary()
+Batch = Mapping[str, Any]
+_KNOWN: WeakKeyDictionary[nn.Module, dict[tuple[str, ...], Any]] = WeakKeyDictionary()  # the last batch, or False
 
 
-def losses(model: nn.Module, batch: Mapping[str, Any], loss_of: Call) -> Tensor:
+def losses(model: nn.Module, batch: Batch, loss_of: Call) -> Tensor:
     """The loss of every example by itself, float32 [examples].
 
-    In one pass, where that gives what every example gives alone, which is tried once for a model and the entries of its
-    batches; heads that mix examples or draw random numbers run once an example.
+    In one pass, where that gives what every example gives alone: all of the first batch are compared, and of every
+    other batch the last example, which is off as soon as any one before it has more or fewer targets than its share.
+    Heads that mix examples or draw random numbers run once an example.
 
     Args:
         model: any module.
@@ -60,21 +62,31 @@ def losses(model: nn.Module, batch: Mapping[str, Any], loss_of: Call) -> Tensor:
         loss_of: (model, batch) -> the loss of a batch, a number, or [examples] where the library's losses are.
     """
 
-    def alone() -> Tensor:
-        return torch.stack([one.mean() for one in calling.alone(model, batch, loss_of)])
+    def alone(model: nn.Module, batch: Batch) -> Tensor:
+        return loss_of(model, batch).mean()
 
     n, known, names = calling.n_examples(batch), _KNOWN.setdefault(model, {}), tuple(sorted(batch))
-    if n == 1 or known.get(names) is False:
-        return alone()
-    together = _together(model, batch, loss_of, n)
-    if names in known and together is not None:
-        return together
-    each = alone()
-    known[names] = together is not None and _alike(together, each)
+    together = _together(model, batch, loss_of, n) if n > 1 and known.get(names) is not False else None
+    if together is not None and names in known:
+        if known[names] == _seen(batch):
+            return together
+        with torch.no_grad():
+            last = calling.one_alone(model, batch, alone, n - 1)
+        if _alike(together[-1], last):
+            known[names] = _seen(batch)
+            return together
+    each = torch.stack(calling.alone(model, batch, alone))
+    if n > 1:
+        known[names] = _seen(batch) if together is not None and _alike(together, each) else False
     return each
 
 
-def _together(model: nn.Module, batch: Mapping[str, Any], loss_of: Callable[..., Tensor], n: int) -> Tensor | None:
+def _seen(batch: Batch) -> list[tuple]:
+    """By what one batch after the other is known again."""
+    return [(value.data_ptr(), *value.shape) for value in batch.values() if isinstance(value, Tensor)]
+
+
+def _together(model: nn.Module, batch: Batch, loss_of: Call, n: int) -> Tensor | None:
     try:
         with _Apart(n):
             found = loss_of(model, batch)
