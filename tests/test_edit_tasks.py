@@ -327,6 +327,11 @@ def test_edit_without_validation_warns(net, caplog):
     attributions = coar.attribute(model, data[:1], components, method=coar.PathGradient(rounds=0), progress=False)
     coar.edit(model, attributions, decrease={"label": 3}, n_components=4)
     assert "checked on nothing" in caplog.text and "expect targets from" in caplog.text
+    assert "within" not in caplog.text, "nothing was measured"
+    caplog.clear()
+    checked = coar.attribute(model, data[:1], components, method=coar.PathGradient(2), progress=False)
+    coar.edit(model, checked, decrease={"label": 3}, n_components=4)
+    assert "right, others from" in caplog.text and caplog.text.count("within") == 2
     caplog.clear()
     coar.edit(model, attributions, decrease={"label": 3}, validation=editing.accuracy(data), n_components=[4])
     assert "checked on nothing" not in caplog.text

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 Examples = Sequence[int] | Sequence[Sequence[int]] | Tensor | str | Sequence[str] | Mapping[str, Any]
 Attribute = Callable[[nn.Module], Attributions]  # attributes the model that it is given, always the same examples
 
+_LEVEL = 0.95  # of the interval of what is expected
 N_COMPONENTS = 10  # where neither a number nor a validation is given
 _NONE = torch.empty(0, dtype=torch.long)  # of the components
 
@@ -79,11 +80,14 @@ def _sides(
     reference = _indices(reference)
     _check_indices(n_examples, _joined(raised), _joined(lowered), reference)
     weights = attributions.weights
-    of_reference = weights[reference].double()
+    of_reference, known = weights[reference].double(), attributions.forecast
+    in_place = (
+        attributions.bias[reference].double() + of_reference.sum(1) if known is None else known.unablated[reference]
+    )
     return Sides(
         [(sign, weights[one].double()) for sign, sets in ((1, raised), (-1, lowered)) for one in sets],
         of_reference,
-        attributions.bias[reference].double() + of_reference.sum(1),
+        in_place.double(),
         _boundary(attributions),
     )
 
@@ -407,19 +411,24 @@ def _tell_unchecked(
     attributions: Attributions, made: _Made, sides: tuple[Examples | None, Examples | None, Sequence[int] | None]
 ) -> None:
     """Warns that nothing but the attributions speaks for an edit, and says what these expect of it."""
-    weights, boundary = attributions.weights, _boundary(attributions)
-    before = attributions.bias + weights.sum(1)
-    after = before - (1 - made.best.gate) * weights[:, made.ablated].sum(1)
+    boundary, level = _boundary(attributions), _LEVEL if attributions.has_intervals(_LEVEL) else None
+    expected = attributions.without(made.ablated, level=level)
+    known = [end for end in (expected.after, expected.low, expected.high) if end is not None]
+    # A gate leaves a part in place.
+    before, ends = expected.before, [expected.before + (1 - made.best.gate) * (end - expected.before) for end in known]
     targets = _joined([*_sets(sides[0]), *_sets(sides[1])])
-    others = torch.ones(len(weights), dtype=torch.bool)
+    others = torch.ones(len(attributions), dtype=torch.bool)
     others[targets] = False
     others = others.nonzero()[:, 0].tolist() if sides[2] is None else sides[2]
 
     def said(rows: Sequence[int]) -> str:
-        both = [values[list(rows)] for values in (before, after)]
-        if boundary is None:
-            return " to ".join(f"{float(one.mean()):.3g}" for one in both) + f" {attributions.provenance.unit}"
-        return " to ".join(f"{float((one > boundary).float().mean()):.1%}" for one in both) + " right"
+        def mean(values: Tensor) -> str:
+            values = values[list(rows)]
+            return f"{float(values.mean()):.3g}" if boundary is None else f"{(values > boundary).float().mean():.1%}"
+
+        what = attributions.provenance.unit if boundary is None else "right"
+        between = f" (within {mean(ends[1])} to {mean(ends[2])})" if level else ""
+        return f"{mean(before)} to {mean(ends[0])}{between} {what}"
 
     logger.warning(
         "this edit was checked on nothing: %d components by rule %s. The attributions that chose them expect targets "
