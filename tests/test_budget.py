@@ -64,8 +64,8 @@ def test_flips_and_checks_go_before_rounds():
     assert [method.check_masks for method in chosen] == [0, None]
 
 
-def test_a_budget_below_two_rounds_is_for_one_pass():
-    assert [coar.PathGradient().sized(passes, Size(9, 0.05)).rounds for passes in (3, 59)] == [0, 0]
+def test_a_budget_below_two_rounds_is_for_single_passes():
+    assert [coar.PathGradient().sized(passes, Size(9, 0.05)).passes for passes in (3, 59, 60)] == [1, 19, None]
 
 
 @pytest.mark.parametrize(
