@@ -5,13 +5,13 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import same_state, state_of
+from conftest import build_net, same_state, state_of
 from torch import nn
 
 import hf_coar as coar
 from hf_coar import editing, models
-from hf_coar.editing.tasks import fixing, held, matching, probing, walking
-from hf_coar.editing.tasks.looking import Seen
+from hf_coar.editing.tasks import fixing, held, matching, probing, refitting, walking
+from hf_coar.editing.tasks.looking import Looker, Seen
 from hf_coar.errors import CoarError, UnsatisfiedError
 
 N_CLASSES, WIDTH = 5, 12
@@ -335,3 +335,23 @@ def test_edit_without_validation_warns(net, caplog):
     caplog.clear()
     coar.edit(model, attributions, decrease={"label": 3}, validation=editing.accuracy(data), n_components=[4])
     assert "checked on nothing" not in caplog.text
+
+
+@pytest.mark.parametrize("name", ["bert", "timm_vit"])
+def test_other_architectures(name):
+    """Heads of transformers and timm are found; the layer before them is looked at and refitted."""
+    net = build_net(name)
+    whole = {key: value.repeat(20, *[1] * (value.dim() - 1)) for key, value in net.batch.items()}
+    generator = torch.Generator().manual_seed(0)
+    for key, value in whole.items():
+        if value.is_floating_point():
+            whole[key] = torch.randn(value.shape, generator=generator)
+        elif key == "input_ids":
+            whole[key] = torch.randint(1, 40, value.shape, generator=generator)
+    data = [{key: value[i : i + 16] for key, value in whole.items()} for i in range(0, 80, 16)]
+    result = coar.steer(net.model, data, decrease=range(40), others_within=0.9, output="margin")
+    assert result.figures["target"].change < 0 and len(result.components) > 0
+    held_, looker = held.Held.read(net.model, data), Looker.of(net.model, data[0])
+    seen = looker.look(net.model, held_.at(range(80), 64))
+    assert refitting.reads(net.model.get_submodule(looker.head), seen)
+    assert seen.features.shape == (80, 32) and len(seen.logits) == 80

@@ -99,10 +99,17 @@ class Lifting(Aim):
         some = [Point(_NONE, ranked[0].rule, ranked[0].verdict), *ranked[:REFITTED]]
         return [*points, *(self.refitted(one.ablated, f"{one.rule}, last layer refitted") for one in some)]
 
+    @property
+    def can_refit(self) -> bool:
+        """Whether the last layer is known, and gives the logits of what it reads."""
+        return self.of.looker.head is not None and refitting.reads(
+            self.of.model.get_submodule(self.of.looker.head), self.before["choose"]
+        )
+
     def refitted(self, ablated: Tensor, rule: str) -> Point:
         """The model without some components, int64 [any], and with the last layer that does best on other examples."""
         name = self.of.looker.head
-        if name is None:
+        if not self.can_refit:
             raise CoarError(f"no linear layer of the {type(self.of.model).__name__} is known to give its logits")
         with self.of.masked.ablated(kept_without(len(self.of.masked), ablated)) as model:
             seen, choose = (self.of.see(model, rows) for rows in (self.parts.attribute, self.parts.choose))
@@ -257,4 +264,5 @@ def lift(
     numbers = groups_of(of.held, data, groups)
     targets = numbers == int(numbers[0])  # every group is divided alike, and each is large enough
     parts = divided(numbers, targets, seed, "a group")
-    return carried_out(Lifting(of, parts, numbers, average_within, refit if of.looker.head else None), method, rivals)
+    aim = Lifting(of, parts, numbers, average_within, refit)
+    return carried_out(aim if aim.can_refit else replace(aim, refit=None), method, rivals)

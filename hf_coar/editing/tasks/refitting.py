@@ -15,6 +15,14 @@ _STEPS = 100  # of L-BFGS
 Layer = tuple[Tensor, Tensor | None]  # weight [classes, features] and bias [classes]
 
 
+def reads(head: nn.Linear, seen: Seen) -> bool:
+    """Whether a layer gives the logits from the features: not where it runs at every position and one is picked."""
+    if seen.features is None or seen.logits is None:
+        return False
+    weight, bias = (None if one is None else one.detach().float().cpu() for one in (head.weight, head.bias))
+    return torch.allclose(F.linear(seen.features, weight, bias), seen.logits, rtol=1e-3, atol=1e-3)
+
+
 def candidates(
     head: nn.Linear, seen: Seen, labels: Tensor, strata: Tensor, choose: Seen
 ) -> Iterator[tuple[Layer, Tensor]]:
