@@ -9,7 +9,7 @@
 
 A minute or two a seed with one thread, most of it training. Nothing is set here: the calls have their defaults, and
 rivals their own settings in `hf_coar/editing/rivals`, chosen by the same examples and under the same limits. Figures
-are from test images that chose nothing. Every seed writes `runs/edits/rivals/TASK-SEED.json` when it is done; `table`
+are from test images that chose nothing. Every edit adds to `runs/edits/rivals/TASK-SEED.json`; `table`
 writes `scripts/results/edits/rivals.md` of what there is. Fashion-MNIST: `--fashion-mnist FOLDER` with the raw files.
 """
 
@@ -42,8 +42,8 @@ CONTRASTS = {
     "margin": (), "and the claim": ("claim",), "and its place in the features": ("features",),
     "and both": ("claim", "features"),
 }  # fmt: skip
-N_TRAINING, EPOCHS, N_DATA = 12_000, 4, 4000
-N_CLASSES_EACH, N_WRONG_EACH, N_PAIRS, N_DRAWS = 2, 5, 10, 2
+N_TRAINING, EPOCHS, N_DATA = 12_000, 4, 3000
+N_CLASSES_EACH, N_WRONG_EACH, N_PAIRS, N_DRAWS = 2, 4, 10, 2
 OURS = "ablation"
 SHOWN = ("target", "others", "worst_other", "probe", "recovery", "neighbours")
 
@@ -131,7 +131,7 @@ def _side(images: Tensor, labels: Tensor, kind: str | None) -> list[dict[str, Te
 
 
 def run(args: argparse.Namespace, kind: str, seed: int) -> None:
-    """One seed: every edit and all its rivals, written when all are done."""
+    """One seed: every edit and all its rivals, written after each."""
     found = []
     for name, edit in edits(args, kind, seed):
         started, rivals = time.process_time(), {}
@@ -149,6 +149,10 @@ def run(args: argparse.Namespace, kind: str, seed: int) -> None:
                 rivals[rival] = {}
         found.append({"edit": name, "n_components": count, "seconds": seconds, "methods": {OURS: ours, **rivals}})
         common.logger.info("%s, seed %d, %s: %s", kind, seed, name, _short(found[-1]["methods"]))
+        _write(args, kind, seed, found)
+
+
+def _write(args: argparse.Namespace, kind: str, seed: int, found: list[dict]) -> None:
     suffix = f"-{args.trigger}" if kind == "match" else ""
     path = args.runs / "rivals" / f"{kind}{suffix}-{seed}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
