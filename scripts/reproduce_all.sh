@@ -35,6 +35,14 @@ $python scripts/edit_forget_class.py --fashion-mnist "$images" "${models[@]}" --
 $python scripts/edit_subgroup.py --fashion-mnist "$images" --first-seed 3
 $python scripts/edit_backdoor.py --fashion-mnist "$images" --first-seed 6
 $python scripts/edit_typographic.py --fashion-mnist "$images" --first-seed 3
+# The edits by task beside all their rivals, on networks of their own.
+for kind in forget removal fix lift match; do
+    $python scripts/edit_rivals.py "$kind" --fashion-mnist "$images" --seeds 20 21 22 23 24
+done
+for trigger in blended waves; do
+    $python scripts/edit_rivals.py match --fashion-mnist "$images" --seeds 20 21 22 23 24 --trigger "$trigger"
+done
+$python scripts/edit_rivals.py table
 for task in passage code; do
     $python scripts/edit_language_model.py "$task" --moby-dick "$novel" --model runs/models/smollm2 \
         --first-seed 3

@@ -17,6 +17,7 @@ import edit_common as common  # noqa: E402
 import edit_fix_error  # noqa: E402
 import edit_forget_class  # noqa: E402
 import edit_language_model  # noqa: E402
+import edit_rivals  # noqa: E402
 import edit_subgroup  # noqa: E402
 import edit_tasks as tasks  # noqa: E402
 import edit_typographic  # noqa: E402
@@ -112,6 +113,30 @@ def test_typographic(args):
     assert ours["attacked"] + ours["clean"] > random["attacked"] + random["clean"] + 5
     edit_typographic.report(args, [found], 0.0)
     check_files(args, "typographic")
+
+
+def test_the_table_of_rivals_shows_the_worst_draw(args):
+    def figures(target, recovery):
+        shares = {"target": (90.0, target), "recovery": (88.0, recovery)}
+        return {name: {"before": b / 100, "after": a / 100} for name, (b, a) in shares.items()}
+
+    found = [
+        {"edit": str(n), "n_components": 4, "seconds": 2.0, "methods": {"ablation": ours, "welch": rival}}
+        for n, (ours, rival) in enumerate([(figures(2, 50), figures(9, 80)), (figures(6, 30), {})])
+    ]
+    edit_rivals._write(args, "forget", 20, found)
+    edit_rivals.table(args)
+    text = (args.results / "rivals.md").read_text()
+    assert "| **ablation** | 2 of 2 | 4.0 (**6.0**) | 40.0 (**50.0**) |" in text
+    assert "| welch | 1 of 2 | 9.0 | 80.0 |" in text and "| before |  | 90.0 | 88.0 |" in text
+
+
+def test_triggers_cover_what_they_say():
+    images = torch.full((2, 1, 28, 28), 100, dtype=torch.uint8)
+    changed = {
+        kind: int((edit_rivals.triggered(images, kind) != images).sum()) for kind in ("patch", "blended", "waves")
+    }
+    assert changed["patch"] == 18 and changed["blended"] > 1000 and changed["waves"] > 1000
 
 
 def test_written_words_are_inside_the_picture():
