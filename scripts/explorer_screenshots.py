@@ -3,7 +3,8 @@
     python scripts/explorer_screenshots.py --out scripts/results/explorer
 
 It needs `pip install "hf_coar[explore]" playwright` and a Chromium (`playwright install chromium`, or the system's).
-One minute on two cores. Writes example.png, what_if.png, component.png, edit.png, own_input.png and dark.png.
+One minute on two cores. Writes example.png, what_if.png, component.png, edit.png, own_input.png, dark.png, and of the
+page to share share.png and share_narrow.png.
 """
 
 import argparse
@@ -23,7 +24,7 @@ WIDTH, HEIGHT = 1280, 1400
 VIEWS = {
     "example": ("view=examples&example=12&k=2&side=hurt", "#change .coar-statement"),
     "what_if": ("view=examples&example=12&k=2&side=hurt", "#change .coar-statement"),
-    "component": ("view=components&component=26", "#component-list .coar-name"),
+    "component": ("view=components&component=26", "#component .coar-acts"),
     "edit": ("view=edit&label=8&n_components=20&lower={bags}", "#edit .coar-statement"),
     "dark": ("view=examples&example=61&k=3&__theme=dark", "#change .coar-statement"),
 }
@@ -56,6 +57,16 @@ def take(browser: Any, address: str, attributions: coar.Attributions, own_image:
     page.close()
 
 
+def take_shared(browser: Any, shared: Path, out: Path) -> None:
+    """The page to share, wide and narrow."""
+    for name, width, height in (("share", WIDTH, 1000), ("share_narrow", 420, 1000)):
+        page = browser.new_page(viewport={"width": width, "height": height})
+        page.goto(shared.as_uri())
+        page.wait_for_selector("#units .unit")
+        picture(page, out / f"{name}.png")
+        page.close()
+
+
 def picture(page: Any, path: Path) -> None:
     """The page as it is seen, in a palette of 256 colours, which makes the file a third."""
     from PIL import Image
@@ -86,6 +97,8 @@ def main() -> None:
         address = explore.launch(Path(temporary) / "attributions", block=False)
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         take(browser, address, attributions, own_image, args.out)
+        shared = explore.share(Path(temporary) / "attributions", Path(temporary) / "page.html")
+        take_shared(browser, shared, args.out)
         browser.close()
         address.close()
 

@@ -79,7 +79,7 @@ def _choices(data: Any, sources: dict[str, Any]) -> Iterator[int | None]:
     if there is None or "n_examples" in sources or there <= _EXAMPLES[-1]:
         yield None
         return
-    if there <= _EXAMPLES[0]:
+    if "split" in sources or there <= _EXAMPLES[0]:
         yield None
     yield from (some for some in _EXAMPLES if some < there)
 
