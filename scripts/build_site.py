@@ -28,7 +28,7 @@ COPIED = (
     "model_cards",
     "scripts/results",
 )
-TUTORIALS = ("image_classifier", "text_classifier", "language_model", "clip", "your_own_model")
+TUTORIALS = ("image_classifier", "text_classifier", "language_model", "clip", "your_own_model", "tutorials")
 HOW_TO = ("looking", "editing", "sharing", "explorer", "command_line", "tasks", "components", "extending")
 EXPLANATION = ("how_it_works", "comparison", "results")
 REFERENCE = {
@@ -74,6 +74,8 @@ def settings(pages: Path, out: Path) -> dict[str, Any]:
             "docstring_options": {"warn_unknown_params": False, "warnings": False},
         },
     }  # fmt: skip
+    placed = {*TUTORIALS, *HOW_TO, *EXPLANATION}
+    others = tuple(sorted(page.stem for page in (ROOT / "docs").glob("*.md") if page.stem not in placed))
     results = sorted(path.relative_to(pages).as_posix() for path in (pages / "scripts" / "results").rglob("*.md"))
     return {
         "site_name": "hf_coar",
@@ -98,7 +100,7 @@ def settings(pages: Path, out: Path) -> dict[str, Any]:
         "nav": [
             {"Home": "README.md"},
             {"Tutorials": entries(TUTORIALS)},
-            {"How to": [*entries(HOW_TO), "CONTRIBUTING.md"]},
+            {"How to": [*entries(HOW_TO + others), "CONTRIBUTING.md"]},
             {"Explanation": entries(EXPLANATION)},
             {"Reference": [{title: f"reference/{module}.md"} for module, title in REFERENCE.items()]},
             {"Results": results},
