@@ -190,7 +190,7 @@ def test_components_are_ablated_by_name(loaded, made):
     with pytest.raises(CoarError, match="not both"), coar.ablate(model, made.components, kept, without=[3]):
         pass
     with (
-        pytest.raises(CoarError, match="nothing is called 'layer9 7'"),
+        pytest.raises(CoarError, match="no component 'layer9 7'"),
         coar.ablate(model, made.components, without="layer9 7"),
     ):
         pass

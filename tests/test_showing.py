@@ -89,7 +89,7 @@ def test_show_tells_of_a_component(run):  # noqa: F811
     code, out, _ = hf_coar("show", run, "--component", "stage3.1")
     assert code == 0 and "stage3.1 conv" in out
     code, _, err = hf_coar("show", run, "--component", "stage9.1")
-    assert code == 2 and "nothing is called 'stage9.1'" in err
+    assert code == 2 and "no component 'stage9.1'" in err
 
 
 def test_the_page_to_share_comes_from_the_command_line(run, tmp_path):  # noqa: F811

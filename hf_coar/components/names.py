@@ -250,8 +250,12 @@ def _named(components: "Components", name: str) -> Sequence[int]:
             f"no component {name[:80]!r}: the numbers of {start} run from 0 to {len(names.spans[start]) - 1}"
         )
     near = difflib.get_close_matches(start or words, [*names.spans, *groups], 3, 0.5)
-    meant = f"did you mean {', '.join(map(repr, near))}? " if near else ""
-    raise CoarError(f"nothing is called {name[:80]!r}; {meant}Components are called {_such_as(components)}")
+    meant = f"did you mean {', '.join(map(repr, near))}? Else " if near else ""
+    n = len(components)
+    raise CoarError(
+        f"no component {name[:80]!r}, and no matrix, layer or head; {meant}give an index, from 0 to {n - 1}, or a "
+        f"name, {_such_as(components)}"
+    )
 
 
 def _such_as(components: "Components") -> str:
