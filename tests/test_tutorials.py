@@ -35,7 +35,7 @@ def test_a_graph_network_forgets_nitro_groups():
 def test_a_diffusion_model_forgets_sevens():
     import tutorial_diffusion as tutorial
 
-    found = tutorial.run(training=900, each=6, judged=20)
+    found = tutorial.run()
     (before, others), (after, left) = (found["rates"][name] for name in list(found["rates"])[:2])
-    assert found["same"] and before > 0.6 and after < before - 0.3 and left > others - 0.2
+    assert found["same"] and before > 0.6 and after < before - 0.2 and left > others - 0.1
     assert "| the model |" in tutorial.table(found)
