@@ -14,7 +14,7 @@ from hf_coar.errors import CoarError, DataError
 from hf_coar.storage import labels as label_words
 
 # Of every class; what is left is judged on. Fewer to attribute than to choose on: weights are means over hundreds of
-# numbers, a choice by too few examples is what goes wrong (scripts/results/edits/).
+# numbers, a choice by too few examples is what goes wrong.
 ATTRIBUTED, CHOSEN_ON = 0.25, 0.35
 _MOST = (300, 800, 6000)  # examples in all that are attributed, chosen on, judged on, about
 LEAST = (4, 8, 8)  # examples of the targets to attribute, to choose on, to judge on; others as many and twice that
