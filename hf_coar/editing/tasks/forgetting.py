@@ -21,9 +21,8 @@ from hf_coar.editing.tasks.walking import WALK, Point, Verdict, margin
 from hf_coar.models.outputs import Output
 
 RULE = "covariance"
-CONTRASTS: tuple[
-    str, ...
-] = ()  # "claim" and "features" cost a pass a step each, and gave no less back (docs/editing.md)
+# "claim" and "features" cost a pass a step each, and on the demo's bags left no less that one constant gives back.
+CONTRASTS: tuple[str, ...] = ()
 WORST_WITHIN = 0.1  # what any single other class may lose beyond doubt: a neighbour is not the price of a class
 
 
