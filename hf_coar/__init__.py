@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 from hf_coar import components, estimators
 from hf_coar.api import attribute, evaluate, load, reopen
 from hf_coar.attributions import Attributions
-from hf_coar.components import Components, find_components
+from hf_coar.components import Components
 from hf_coar.editing import edit, fix, forget, lift, match, steer
 from hf_coar.editing.edited import undo
 from hf_coar.errors import CoarError
@@ -19,7 +19,7 @@ from hf_coar.estimators.regression import Regression
 from hf_coar.estimators.solvers import ARD, Lasso, Ridge
 from hf_coar.judging import stability
 from hf_coar.judging.evaluation import Report
-from hf_coar.masking import ablate
+from hf_coar.masking import Mean, Patch, Resample, Values, ablate, ablations, find_components
 from hf_coar.models import outputs, tasks
 from hf_coar.runs.engine import running
 
@@ -29,11 +29,16 @@ __all__ = [
     "CoarError",
     "Components",
     "Lasso",
+    "Mean",
+    "Patch",
     "PathGradient",
     "Regression",
     "Report",
+    "Resample",
     "Ridge",
+    "Values",
     "ablate",
+    "ablations",
     "attribute",
     "baselines",
     "components",

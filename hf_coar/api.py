@@ -12,14 +12,14 @@ from torch import nn
 from hf_coar import data as data_module
 from hf_coar import estimators, models
 from hf_coar.attributions import Attributions, Provenance
-from hf_coar.components import Components, find_components
+from hf_coar.components import Components
 from hf_coar.errors import CoarError
 from hf_coar.estimators import budget as budgets
 from hf_coar.estimators import checking, choosing
 from hf_coar.estimators.registry import Estimator
 from hf_coar.judging import evaluation
 from hf_coar.judging.evaluation import Report
-from hf_coar.masking import MaskedModel, fingerprint_of
+from hf_coar.masking import MaskedModel, find_components, fingerprint_of, paired, reopened
 from hf_coar.models import outputs
 from hf_coar.models.calling import Call
 from hf_coar.models.outputs import Output
@@ -119,7 +119,24 @@ def reopen(attributions: Attributions, **changes: Any) -> tuple[nn.Module, data_
     arguments = _loaded_with(attributions, changes)
     model, data = load(**arguments)
     selected = None if changes.get("data") else attributions.provenance.data.get("selected")
-    return model, data if selected is None else data.select(selected)
+    data = data if selected is None else data.select(selected)
+    return model, _with_partners(attributions, model, data, arguments)
+
+
+def _with_partners(attributions: Attributions, model: nn.Module, data: Any, arguments: Mapping[str, Any]) -> Any:
+    """The data with the partners whose values stand in, if such do, from where the record has them."""
+    stand_in = attributions.components.stand_in
+    if stand_in is None or not stand_in.of_partners:
+        return data
+    if stand_in.source is None and stand_in.data.get("id"):
+        of = stand_in.data
+        read = {**data_module.settings(of), "data": attributions.found(of["id"])}
+        keywords = ("batch_size", "streaming", "trust_remote_code")
+        read |= {name: arguments[name] for name in keywords if name in arguments}
+        _, others = load(model, **read)
+        others = others if of.get("selected") is None else others.select(of["selected"])
+        attributions.components = replace(attributions.components, stand_in=reopened(stand_in, others))
+    return paired(attributions.components, data)
 
 
 def reopen_model(attributions: Attributions, **changes: Any) -> nn.Module:
@@ -178,7 +195,7 @@ def attribute(
         model: any module; changed only while this runs.
         data: anything that can be iterated again and yields batches, mappings of tensors whose first axis is the
             example, or a `datasets` data set; `labels` holds the targets.
-        components: from `find_components(model)`, which is the default.
+        components: from `find_components(model)`, which is the default; they say what stands in for ablated ones.
         output: a name (`hf_coar.outputs.names()`), "auto" for the default of the model's task
             (`hf_coar.tasks.of(model)`), a function (logits, batch) -> [examples], or an `Output`, which may take all
             that the model returns.
@@ -217,6 +234,8 @@ def attribute(
     with _running(batch_size=batch_size, progress=progress, log_with=log_with) as options:
         # Components of other attributions serve as well: which weights they were found with is of no matter here.
         masked = MaskedModel(model, replace(components or find_components(model), fingerprint=None))
+        masked.check_stand_in_is_of_model()
+        data = paired(masked.components, data)
         batches = data_module.batches(data, options.batch_size)
         problem = Problem(masked, batches, preflight.bound(model, batches, output, call), ablated_fraction, seed)
         if ablated_fraction is not None:
@@ -331,6 +350,7 @@ def _provenance(problem: Problem, data: Any, method: Estimator) -> Provenance:
         data=data_module.describe(data),
         granularity=problem.components.granularity,
         n_components=len(problem.components),
+        ablation=problem.components.stand_in and problem.components.stand_in.provenance(),
         output=problem.output.name,
         unit=problem.output.unit,
         boundary=problem.output.boundary,

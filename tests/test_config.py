@@ -54,7 +54,7 @@ def test_dashes_and_nulls(tmp_path):
 
 WRONG = {
     "unknown": ({"round": 4}, ["round (did you mean rounds?)"]),
-    "unknown, nothing close": ({"xyzzy": 4}, ["no xyzzy;", "ablated_fraction, architecture, batch_size"]),
+    "unknown, nothing close": ({"xyzzy": 4}, ["no xyzzy;", "ablated_fraction, ablation, ablation_data"]),
     "type": ({"seed": 0.5}, ["seed: 0.5", "int"]),
     "choice": ({"granularity": "atom"}, ["granularity: 'atom'", "unit, input, head"]),
     "switch": ({"strict": "maybe"}, ["strict: 'maybe'", "true nor false"]),

@@ -4,23 +4,29 @@ import hashlib
 import re
 import reprlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from hf_coar.attributions.provenance import Provenance, public_record
+from hf_coar.components import Components
 from hf_coar.data import Identity
 from hf_coar.data.identity import HASH
 from hf_coar.errors import CoarError, CorruptFileError
 from hf_coar.storage import cards, files, swapping
 
-# 2: examples are known by a hash of every entry; 1: by one number, see `data.identity.signatures`.
-FORMATS = (1, 2)
+# 3: something else than zero stands in for ablated components; 2: examples are known by a hash of every entry; 1: by
+# one number, see `data.identity.signatures`.
+FORMATS = (1, 2, 3)
 WEIGHTS, CONFIG, COMPONENTS = "attributions.safetensors", "config.json", "components.json"
 MATRICES = ("weights", "standard_errors", "effects", "interactions")
+STAND_INS = "stand_ins.safetensors"
+_VALUES = "stand_ins"  # what `COMPONENTS` says of that file
 EVALUATION, PICTURES = "evaluation.json", "pictures"
 UPLOADED = ("attributions*.safetensors", CONFIG, COMPONENTS, EVALUATION, "README.md", "pictures/*.png", cards.RESULTS)
+UPLOADED += (STAND_INS,)
 
 _SHARD = re.compile(r"attributions(-\d{5}-of-\d{5})?\.safetensors")
 
@@ -139,6 +145,47 @@ def check_columns(path: Path, matrices: Mapping[str, Any], columns: Mapping[str,
         )
 
 
-def format_of(identity: Identity) -> int:
-    """The version of the format that attributions of such examples are saved in."""
-    return 2 if identity.hashes else 1
+def format_of(identity: Identity, components: Components) -> int:
+    """The version of the format that attributions of such examples and components are saved in."""
+    return 3 if components.stand_in is not None else 2 if identity.hashes else 1
+
+
+def write_components(folder: Path, components: Components) -> str:
+    """Write what the columns are, and what stands in for them; returns the checksum, which covers both."""
+    stand_in, entries = components.stand_in, components.to_json()
+    if stand_in is not None and stand_in.values is not None:
+        files.write_tensors(folder / STAND_INS, stand_in.values)
+        entries[_VALUES] = {"checksum": files.checksum(stand_in.values), "absorbed": dict(stand_in.absorbed)}
+    write_json(folder / COMPONENTS, entries)
+    return checksum(folder / COMPONENTS)
+
+
+def read_components(source: Any, known: str, provenance: Provenance) -> Components:
+    """Read what `write_components` wrote.
+
+    Args:
+        source: `hub.Source` of the files.
+        known: the checksum.
+        provenance: names the data that what stands in was made of.
+
+    Raises:
+        CorruptFileError: damaged, or not finished.
+    """
+    path = source.file(COMPONENTS)
+    if checksum(path) != known:
+        raise CorruptFileError(f"{path} is damaged or not finished: its checksum is not the recorded one")
+    entries = read_json(path)
+    components = Components.from_json(entries)
+    stand_in = components.stand_in
+    if stand_in is None:
+        return components
+    stand_in = replace(stand_in, data=dict((provenance.ablation or {}).get("data") or {}))
+    if not stand_in.of_partners:
+        values, about = files.read_tensors(source.file(STAND_INS)), entries.get(_VALUES)
+        absorbed = about.get("absorbed") if isinstance(about, Mapping) else None
+        sane = isinstance(absorbed, Mapping) and all(isinstance(name, str) for name in absorbed.values())
+        sane = sane and all(value.dtype == torch.float32 for value in values.values())
+        if not sane or files.checksum(values) != about.get("checksum"):
+            raise CorruptFileError(f"{STAND_INS} in {source.name} is not what the components were attributed with")
+        stand_in = replace(stand_in, values=values, absorbed=dict(absorbed))
+    return replace(components, stand_in=stand_in)

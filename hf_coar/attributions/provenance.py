@@ -25,6 +25,7 @@ class Provenance:
         data: how the data set is loaded again, by the keywords of `load`; its `fingerprint`.
         granularity: of the components.
         n_components: how many there are.
+        ablation: what stands in for ablated components, see `components.StandIn`; None for zero.
         output: name of the attributed output.
         unit: of its values.
         boundary: the value at which right turns into wrong; None where no value does.
@@ -49,6 +50,7 @@ class Provenance:
     data: Mapping[str, Any] = field(default_factory=dict)
     granularity: str | None = None
     n_components: int | None = None
+    ablation: Mapping[str, Any] | None = None
     output: str | None = None
     unit: str | None = None
     boundary: float | None = None
@@ -92,7 +94,10 @@ class Provenance:
 
     def public(self) -> "Provenance":
         """A provenance without the local paths that it may name."""
-        return replace(self, **{name: public_record(entry) for name, entry in self._sources().items()})
+        shown = {name: public_record(entry) for name, entry in self._sources().items()}
+        if self.ablation is not None and "data" in self.ablation:
+            shown["ablation"] = {**self.ablation, "data": public_record(self.ablation["data"])}
+        return replace(self, **shown)
 
     def _sources(self) -> dict[str, Mapping[str, Any]]:
         return {name: entry for name, entry in (("model", self.model), ("data", self.data)) if entry}
@@ -177,6 +182,7 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "model": _is_record,
     "data": _is_record,
     "granularity": _is_text,
+    "ablation": lambda value: value is None or (_is_mapping(value) and _is_record(value.get("data", {}))),
     "n_components": lambda value: type(value) is int and 0 < value < 2**40,
     "output": _is_text,
     "unit": _is_text,

@@ -4,6 +4,7 @@ attributions.safetensors    weights, bias, standard_errors, labels, hashes of th
                             forecast also unablated outputs, effects and interactions; if large,
                             attributions-00001-of-00003.safetensors and so on, each with its stretch of the examples
 components.json             what the columns are
+stand_ins.safetensors       what stands in for ablated components, if that is something else than zero
 config.json                 all that determines the numbers, and the checksums of the files above; written last
 evaluation.json             predicted against measured, if it was evaluated
 README.md                   a card
@@ -25,7 +26,7 @@ from hf_coar.attributions.provenance import Provenance
 from hf_coar.attributions.rows import Rows
 from hf_coar.components import Components
 from hf_coar.data import Identity
-from hf_coar.errors import CoarError, CorruptFileError
+from hf_coar.errors import CoarError
 from hf_coar.storage import cards, files, folders, hub, swapping
 
 logger = logging.getLogger(__name__)
@@ -81,7 +82,8 @@ class Saved:
         folder = Path(folder)
         folders.check(folder, folders.ATTRIBUTIONS, overwrite)
         evaluation = self._judged(report) or self._left_in(folder)
-        others = [*artefact.shards_in(folder), *([] if evaluation else [artefact.EVALUATION, cards.RESULTS])]
+        others = [*artefact.shards_in(folder), artefact.STAND_INS]
+        others += [] if evaluation else [artefact.EVALUATION, cards.RESULTS]
         with folders.replaced(folder, folders.ATTRIBUTIONS, overwrite, self.made_here, others) as new:
             self._write(new, ".", dtype, max_shard_size, evaluation, self.provenance, beside=folder)
 
@@ -118,17 +120,15 @@ class Saved:
         """All files into an empty folder; `beside` is the one where they will lie, with its card and pictures."""
         stored = rows.stored_dtype(dtype)
         checksums = self._save_matrices(folder, stored, max_shard_size)
-        artefact.write_json(folder / artefact.COMPONENTS, self.components.to_json())
-        checksums[artefact.COMPONENTS] = artefact.checksum(folder / artefact.COMPONENTS)
+        checksums[artefact.COMPONENTS] = artefact.write_components(folder, self.components)
         if evaluation is not None:
             weights = rows.as_rows(rows.converted(self.weights, stored))
             evaluation = {**evaluation, "of": _fingerprint(weights, self.bias)}
             artefact.write_json(folder / artefact.EVALUATION, evaluation)
         self.write_card(folder, source, provenance, evaluation, beside)
-        artefact.write_json(
-            folder / artefact.CONFIG,
-            {"hf_coar_format": artefact.format_of(self.identity), "files": checksums, **provenance.to_json()},
-        )
+        number = artefact.format_of(self.identity, self.components)
+        config = {"hf_coar_format": number, "files": checksums, **provenance.to_json()}
+        artefact.write_json(folder / artefact.CONFIG, config)
 
     def _save_matrices(self, folder: Path, dtype: torch.dtype, max_shard_size: int | str) -> dict[str, str]:
         self._check_finite()  # tensors may have been changed since they were given
@@ -217,12 +217,7 @@ class Saved:
         if source.is_local:
             artefact.check_folder(Path(name))
         checksums, provenance = artefact.read_config(source.file(artefact.CONFIG), str(name))
-        components_path = source.file(artefact.COMPONENTS)
-        if artefact.checksum(components_path) != checksums.pop(artefact.COMPONENTS):
-            raise CorruptFileError(
-                f"{components_path} is damaged or not finished: its checksum is not the recorded one"
-            )
-        components = Components.from_json(artefact.read_json(components_path))
+        components = artefact.read_components(source, checksums.pop(artefact.COMPONENTS), provenance)
         paths = [source.file(file) for file in checksums]
         matrices, columns = rows.load(paths, list(checksums.values()), artefact.MATRICES)
         artefact.check_columns(paths[0], matrices, columns)

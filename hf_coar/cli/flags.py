@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from hf_coar import __version__, demo, editing
+from hf_coar import __version__, demo, editing, masking
 from hf_coar.attributions import looking
 from hf_coar.cli import completion, config, methods, showing, terminal, verbs
 from hf_coar.components import GRANULARITIES
@@ -115,6 +115,7 @@ def _attribute(each: Any) -> None:
     verb.add_argument("data", help="Hub id, folder or file of the data set")
     _data_flags(verb)
     _component_flags(verb)
+    _ablation_flags(verb)
     _method_flags(verb)
     _running_flags(verb)
     _tracker_flag(verb)
@@ -331,6 +332,17 @@ def _component_flags(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--granularity", choices=GRANULARITIES, default="unit", help="(default %(default)s)")
     verb.add_argument("--include", nargs="+", metavar="GLOB", help="only modules that match")
     verb.add_argument("--exclude", nargs="+", metavar="GLOB", help="no modules that match")
+
+
+def _ablation_flags(verb: argparse.ArgumentParser) -> None:
+    verb = verb.add_argument_group("what stands in for an ablated component")
+    named = [name for name, kind in masking.ABLATIONS.items() if name == "zero" or kind.takes_data]
+    verb.add_argument("--ablation", choices=named, default="zero", help="(default %(default)s)")
+    verb.add_argument(
+        "--ablation-data", metavar="DATA", help="of which it is the mean, drawn or patched; by default DATA itself"
+    )
+    verb.add_argument("--ablation-split", metavar="SPLIT", help="of those; by default as of DATA")
+    verb.add_argument("--ablation-seed", type=int, metavar="SEED", help="of the draw of resample (default 0)")
 
 
 def _method_flags(verb: argparse.ArgumentParser, out: str = "", budget: str | None = None) -> None:

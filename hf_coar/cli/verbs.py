@@ -12,11 +12,12 @@ from hf_coar import demo, models
 from hf_coar import explore as explorer
 from hf_coar.attributions import Attributions, folders
 from hf_coar.cli import completion, config, editing, methods, terminal, whole
-from hf_coar.components import Components, find_components
+from hf_coar.components import Components
 from hf_coar.data import Chunks, rows
 from hf_coar.editing import edited as edited_model
 from hf_coar.errors import CoarError
 from hf_coar.estimators import PathGradient, Size, budget, choosing
+from hf_coar.masking import ABLATIONS, find_components
 from hf_coar.plots import page as report
 from hf_coar.runs import engine, workers
 from hf_coar.runs.plan import plan
@@ -41,7 +42,7 @@ def attribute(args: argparse.Namespace) -> str:
         return _planned(args, model, data)
     with engine.running(**_running(args)):
         attributions = pipeline.attribute(
-            model, data, _found(model, args), output=args.output, method=methods.chosen(args),
+            model, data, _standing_in(model, data, args), output=args.output, method=methods.chosen(args),
             ablated_fraction=args.ablated_fraction, call=config.imported(args.call, "--call"), seed=args.seed,
             out=args.out, budget=args.budget, log_with=args.log_with, overwrite=args.overwrite,
         )  # fmt: skip
@@ -165,5 +166,27 @@ def _running(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in ("worker", "dtype", "compile", "masks_together", "strict")}
 
 
-def _found(model: Any, args: argparse.Namespace) -> Components:
-    return find_components(model, args.granularity, args.include, args.exclude)
+def _found(model: Any, args: argparse.Namespace, ablation: Any = "zero") -> Components:
+    return find_components(model, args.granularity, args.include, args.exclude, ablation)
+
+
+def _standing_in(model: Any, data: Any, args: argparse.Namespace) -> Components:
+    """The components, with what the flags say stands in for them."""
+    kind = ABLATIONS[args.ablation]
+    others = {"data": args.ablation_data, "split": args.ablation_split}
+    others = {name: value for name, value in others.items() if value is not None}
+    if not kind.takes_data:
+        idle = [name for name in ("data", "split", "seed") if getattr(args, f"ablation_{name}") is not None]
+        if idle:
+            raise CoarError(f"--ablation-{idle[0]} has no effect with --ablation {args.ablation}; add --ablation mean")
+        return _found(model, args)
+    if args.ablation == "patch" and "data" not in others:
+        raise CoarError("--ablation patch needs --ablation-data, a partner for every example of the data")
+    if others:
+        _, data = pipeline.load(**{**editing.sources(args), **others, "model": model})
+    given = {} if args.ablation_seed is None else {"seed": args.ablation_seed}
+    try:
+        ablation = kind(data, **given)
+    except TypeError as error:
+        raise CoarError(f"--ablation-seed has no effect with --ablation {args.ablation}") from error
+    return _found(model, args, ablation)

@@ -2,7 +2,9 @@
 
 from hf_coar.components.discovery import find_components
 from hf_coar.components.groups import GRANULARITIES, Component, Components, Group, Skipped
+from hf_coar.components.positions import mark
 from hf_coar.components.rules import Matrix, registered, rule, rule_of
+from hf_coar.components.stand_ins import StandIn
 
 __all__ = [
     "GRANULARITIES",
@@ -11,7 +13,9 @@ __all__ = [
     "Group",
     "Matrix",
     "Skipped",
+    "StandIn",
     "find_components",
+    "mark",
     "registered",
     "rule",
     "rule_of",

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hf_coar.components import summary
 from hf_coar.components.names import Names, indices, place
+from hf_coar.components.stand_ins import StandIn
 from hf_coar.errors import CoarError, CorruptFileError
 
 GRANULARITIES = ("unit", "input", "head", "expert", "module")
@@ -39,6 +40,8 @@ class Group:
         head_block: input columns of one attention head, where the parameter is an attention's output projection.
         scope: of a shared parameter, the module around all its users, whose forward the gates enter; else None.
         guessed: nothing but the parameter's name tells its output axis from its input axis, see `unknown`.
+        at: positions or roles, where every component is one at each of them by itself, see `positions`: component i is
+            number i // n at the (i % n)-th of the n; none where a component is one at all positions.
     """
 
     module: str
@@ -57,6 +60,17 @@ class Group:
     head_block: int | None = None
     scope: str | None = None
     guessed: bool = field(default=False, compare=False)
+    at: tuple[str, ...] = ()
+
+    @property
+    def whole(self) -> bool:
+        """Whether there is one component that makes all that the module puts out, however many features that is."""
+        return self.size == max(1, len(self.at))
+
+    @property
+    def n_features(self) -> int:
+        """How many features of the gated activation the components divide."""
+        return self.size * self.block // max(1, len(self.at))
 
     @property
     def place(self) -> str:
@@ -105,7 +119,12 @@ class Component:
 
     def __str__(self) -> str:
         """Such as `layer1.0.conv1 filter 17`."""
-        return f"{place(self.group)} {self.group.kind} {self.position}".strip()
+        group = self.group
+        if not group.at:
+            return f"{place(group)} {group.kind} {self.position}".strip()
+        number, where = divmod(self.position, len(group.at))
+        at = group.at[where]
+        return f"{place(group)} {group.kind} {number} at {f'token {at}' if at.isdigit() else at}".strip()
 
 
 @dataclass(frozen=True)
@@ -128,16 +147,19 @@ class Components:
         skipped: weights that were left out, with the reason.
         fingerprint: of the weights of the model that they belong to, where they come with attributions; `ablate`
             refuses another model then.
+        stand_in: what stands in for those that are ablated; None for zero.
     """
 
     groups: tuple[Group, ...]
     granularity: str = "unit"
     skipped: tuple[Skipped, ...] = field(default=(), compare=False)
     fingerprint: str | None = field(default=None, compare=False)
+    stand_in: StandIn | None = None
 
     def __repr__(self) -> str:
         """Such as `Components(832 in 14 groups, granularity 'unit')`."""
-        return f"Components({len(self)} in {len(self.groups)} groups, granularity {self.granularity!r})"
+        ablation = f", ablation {str(self.stand_in)!r}" if self.stand_in else ""
+        return f"Components({len(self)} in {len(self.groups)} groups, granularity {self.granularity!r}{ablation})"
 
     @functools.cached_property
     def names(self) -> Names:
@@ -245,7 +267,8 @@ class Components:
 
     def to_json(self) -> dict[str, Any]:
         """A plain mapping, for `components.json`; a group's entries that are the defaults are left out."""
-        return {"granularity": self.granularity, "groups": [_stored(group) for group in self.groups]}
+        stands_in = {"ablation": dict(self.stand_in.record)} if self.stand_in else {}
+        return {"granularity": self.granularity, "groups": [_stored(group) for group in self.groups], **stands_in}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Components":
@@ -256,7 +279,8 @@ class Components:
         """
         try:
             groups = tuple(_restored(entry) for entry in value["groups"])
-            components = cls(groups, value["granularity"])
+            stand_in = StandIn.from_json(value["ablation"]) if value.get("ablation") is not None else None
+            components = cls(groups, value["granularity"], stand_in=stand_in)
         except (TypeError, KeyError, AttributeError, ValueError) as error:
             raise CorruptFileError(f"this is no list of components: {error!r}") from error
         if type(components.granularity) is not str or not groups:
@@ -282,6 +306,8 @@ def _restored(entry: Mapping[str, Any]) -> Group:
     group = Group(**{name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()})
     if min(group.size, group.block, group.stacks, group.axis + 1) < 1 or max(group.size, group.block) > 2**40:
         raise ValueError(f"a group of {group.parameter!r:.80} has size {group.size}, block {group.block}")
+    if group.at and group.size % len(group.at):
+        raise ValueError(f"a group of {group.parameter!r:.80} has size {group.size} at {len(group.at)} positions")
     return group
 
 

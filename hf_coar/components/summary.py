@@ -78,7 +78,7 @@ def _heads(components: "Components") -> tuple[list[str], Tensor]:
 def _components_a_head(group: "Group") -> int:
     """How many components of a group one head has; 0 if they belong to no head."""
     if group.kind == "head":
-        return 1
+        return max(1, len(group.at))
     reads_heads = group.head_block and group.block == 1 and group.kind == "input feature"
     return group.head_block if reads_heads else 0
 

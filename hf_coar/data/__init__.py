@@ -6,6 +6,7 @@ from hf_coar.data.examples import Chunk, Chunks, Examples, Read, batches, descri
 from hf_coar.data.identity import Identity
 from hf_coar.data.kinds import KINDS, Kind
 from hf_coar.data.loading import load_data
+from hf_coar.data.partners import joined, paired, with_partners
 
 __all__ = [
     "Batch",
@@ -21,10 +22,13 @@ __all__ = [
     "describe",
     "device_of",
     "few",
+    "joined",
     "load_data",
+    "paired",
     "rows",
     "settings",
     "size",
     "take",
     "to_device",
+    "with_partners",
 ]

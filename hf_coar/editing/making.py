@@ -15,7 +15,7 @@ from hf_coar.editing import stepwise
 from hf_coar.editing.choosing import Candidate, Constraint, Goal, choose
 from hf_coar.editing.rules import AUTO, RULES, Rule, Sides
 from hf_coar.errors import CoarError
-from hf_coar.masking import MaskedModel, fingerprint_of
+from hf_coar.masking import MaskedModel, constants, fingerprint_of
 from hf_coar.models import outputs
 
 logger = logging.getLogger(__name__)
@@ -212,6 +212,8 @@ def edit(
         for name, by in rules.items()
         for place, source in enumerate(sources)
     }
+    if validation is not None:  # else what is chosen is known at once, and its own weights tell
+        constants.check_says(model, components.groups, components.stand_in)
     models.check_saved(model, {group.parameter for group in sources[0].of_whole.components.groups})
     if any(in_steps):
         made = _in_steps(model, components, rankers, n_components, step, validation, constraint)
@@ -233,8 +235,17 @@ def with_ablated(model: nn.Module, components: Components, kept: Tensor, entries
         components: of it.
         kept: bool or float, [components].
         entries: of the record.
+
+    Raises:
+        CoarError: what stands in for them cannot be written into the weights; says why.
     """
-    edited = models.copy_with_record(model, edit=dict(entries))
+    entries, stand_in = dict(entries), components.stand_in
+    if stand_in is not None:
+        parts = zip(components.groups, kept.split(components.sizes()), strict=True)
+        shifted = constants.names(model, [group for group, gates in parts if bool((gates != 1).any())], stand_in)
+        entries["ablation"] = dict(stand_in.record)
+        entries["parameters"] = sorted({*entries.get("parameters", ()), *shifted})
+    edited = models.copy_with_record(model, edit=entries)
     MaskedModel(edited, replace(components, fingerprint=None)).ablate_for_good(kept)
     return edited
 

@@ -103,7 +103,7 @@ class GatePasses:
         kept = torch.cat([torch.full((group.size,), group.parameter not in missing) for group in groups])
         with torch.no_grad():
             plain = self.output.of(model, batch)
-            with self.masked.ablated(kept, how="weights"):
+            with self.masked.zeroing.ablated(kept, how="weights"):
                 changed = self.output.of(model, batch)
         if not torch.equal(plain, changed):
             raise ModelError(

@@ -16,7 +16,7 @@ from hf_coar import models
 from hf_coar.attributions import Attributions
 from hf_coar.errors import CoarError
 from hf_coar.judging import stability
-from hf_coar.masking import MaskedModel
+from hf_coar.masking import MaskedModel, paired
 from hf_coar.models import outputs, tasks
 from hf_coar.models.calling import Call
 from hf_coar.models.outputs import Output
@@ -159,6 +159,7 @@ def evaluate(
     masked = MaskedModel(model, attributions.components)
     options, of = engine.current(), attributions.provenance
     _check_call(of.call, call)
+    data = paired(attributions.components, data)
     batches = data_module.batches(data, options.batch_size)
     output = preflight.bound(model, batches, output or of.output or tasks.AUTO, call)
     if of.alignment is not None:

@@ -7,6 +7,7 @@ that can be divided.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,13 +19,12 @@ from hf_coar import models
 from hf_coar.components import Components, Group
 from hf_coar.errors import CoarError
 from hf_coar.masking import layout, weights
+from hf_coar.masking.partners import Partners
+from hf_coar.masking.passing import Pass, Undivided, cannot_tell
 from hf_coar.masking.places import Layout, Layouts, bound
 from hf_coar.masking.sites import (
     SITES,
     Pairs,
-    Pass,
-    Undivided,
-    cannot_tell,
     loop_over_examples,
     one_by_one,
     replace_forward,
@@ -67,7 +67,11 @@ class FiredGroups:
 
 @contextmanager
 def gated(
-    model: nn.Module, components: Components, tensors: Sequence[Tensor], gates: Sequence[Tensor]
+    model: nn.Module,
+    components: Components,
+    tensors: Sequence[Tensor],
+    gates: Sequence[Tensor],
+    partners: Partners | None = None,
 ) -> Iterator[FiredGroups]:
     """Inside the block every forward pass applies the gates, differentiably.
 
@@ -77,21 +81,21 @@ def gated(
         tensors: the weight of every group, from `weights.handles`.
         gates: one tensor a group, [size] or [examples, size]. Groups whose gates are all 1 and need no gradient get no
             hook, so that with nothing ablated the model runs as it is.
+        partners: where the values of other examples stand in.
 
     Yields:
         Which groups were reached.
     """
-    pairs = [
-        (group, gate)
-        for group, gate in zip(components.groups, gates, strict=True)
-        if gate.requires_grad or not bool((gate == 1).all())
-    ]
+    every = list(zip(components.groups, gates, strict=True))
+    pairs = [(group, gate) for group, gate in every if gate.requires_grad or not bool((gate == 1).all())]
     fired = FiredGroups(model, [group for group, _ in pairs])
+    if partners is not None and pairs:
+        pairs = every  # what the partners give is kept for the next mask, which may be of other groups
     rows = {gate.shape[0] for _, gate in pairs if gate.dim() == 2}
     if len(rows) > 1:
         raise CoarError(f"the gates have different numbers of rows: {sorted(rows)}")
     of_groups = {group.parameter: tensor for group, tensor in zip(components.groups, tensors, strict=True)}
-    state = Pass(rows.pop() if rows else None, fired, of_groups)
+    state = Pass(rows.pop() if rows else None, fired, of_groups, components.stand_in)
     with ExitStack() as stack:
         stack.enter_context(models.held(model))
         if state.n_examples is not None:
@@ -103,9 +107,31 @@ def gated(
         stack.callback(model.register_forward_hook(note_run).remove)
         for (name, site), of_site in _by_place(pairs).items():
             stack.callback(SITES[site](name, model.get_submodule(name), of_site, state))
-        if state.n_examples is not None:
+        if state.n_examples is not None or any(group.at for group, _ in pairs):
             divided = partial(_divided, model, components, tensors, pairs, state)
             stack.callback(replace_forward(model, divided))
+        if partners is not None and pairs:
+            stack.callback(replace_forward(model, partial(partners.first, state)))
+        yield fired
+
+
+@contextmanager
+def noted(
+    model: nn.Module, components: Components, tensors: Sequence[Tensor], note: Callable[[Group, Tensor, slice], None]
+) -> Iterator[FiredGroups]:
+    """Inside the block every forward pass shows what the components make (or read), with the bias, to `note`.
+
+    It is called with the group, the activation, and which of its features count.
+    """
+    pairs = [(group, torch.ones(group.size)) for group in components.groups]
+    of_groups = {group.parameter: tensor for group, tensor in zip(components.groups, tensors, strict=True)}
+    fired = FiredGroups(model, components.groups)
+    state = Pass(None, fired, of_groups)
+    state.note = note
+    with ExitStack() as stack:
+        stack.enter_context(models.held(model))
+        for (name, site), of_site in _by_place(pairs).items():
+            stack.callback(SITES[site](name, model.get_submodule(name), of_site, state))
         yield fired
 
 
@@ -148,12 +174,12 @@ def _divided(
 
     def run(*args: Any, **kwargs: Any) -> Any:
         alone = models.example_alone()
-        count = state.n_examples if alone is None else 1
+        count = (state.n_examples or _count(args, kwargs)) if alone is None else 1
         seen = probe(args, kwargs, count)
         state.fired.seen.update(seen.inert)
         packing = None if count == 1 else ragged.current()
         state.begin(bound(seen.layouts, packing))
-        loops, bypassed = _plan(pairs, seen, count)
+        loops, bypassed = _plan(pairs, seen, count, components.stand_in is not None)
         try:
             state.example = alone
             return run_with(loops, bypassed, args, kwargs, packing)
@@ -182,6 +208,11 @@ def _divided(
     return run
 
 
+def _count(args: tuple, kwargs: dict) -> int:
+    """How many examples the model is given, where the gates do not say it."""
+    return next((x.shape[0] for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.dim()), 1)
+
+
 def _watched(model: nn.Module, components: Components) -> dict[str, nn.Module]:
     """All modules with gates and all modules around them, but the model itself."""
     names = {group.place for group in components.groups}
@@ -192,7 +223,7 @@ def _watched(model: nn.Module, components: Components) -> dict[str, nn.Module]:
 
 
 def _plan(
-    pairs: Pairs, seen: layout.Probe, n_examples: int | None
+    pairs: Pairs, seen: layout.Probe, n_examples: int | None, with_values: bool
 ) -> tuple[set[str], dict[str, list[tuple[Group, Tensor]]]]:
     """What the sites themselves cannot do.
 
@@ -215,6 +246,11 @@ def _plan(
             if around is None:
                 raise cannot_tell(group)
             loops.add(around)
+        if silent and with_values:
+            raise CoarError(
+                f"the model reads {group.parameter!r} without running {group.module!r}, so that nothing but zero can "
+                "stand in there; leave it out with find_components(model, exclude=[…])"
+            )
         if silent:
             bypassed.setdefault(around, []).append((group, gate))
     return loops, bypassed
@@ -270,7 +306,7 @@ def _inert(
 
     def matters(names: set[str]) -> bool:
         kept = torch.cat([torch.full((g.size,), g.parameter not in names) for g in components.groups])
-        with weights.zeroed(model, components, kept, tensors):
+        with weights.zeroed(model, replace(components, stand_in=None), kept, tensors):
             changed = pytree.tree_leaves(run_pair())
         both = zip(plain, changed, strict=True)
         return any(isinstance(a, Tensor) and not torch.equal(a, b) for a, b in both)

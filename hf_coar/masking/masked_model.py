@@ -1,11 +1,14 @@
 """A model with its components, found once, and ablated or gated as often as wanted.
 
-*Ablation* sets a component's slice of its weight to zero; bias and normalisation stay as they are. There are three ways
-that give the same answer: the stored weights are zeroed, hooks gate what the slice produces (`gating`), or both.
+*Ablation* sets a component's slice of its weight to zero; bias and normalisation stay as they are. Or what the slice
+makes is replaced by what stands in for it (`ablations`). There are three ways that give the same answer: the stored
+weights are changed, hooks gate what the slice produces (`gating`), or both.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -14,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from hf_coar import models
-from hf_coar.components import Components
+from hf_coar.components import Components, Group
 from hf_coar.errors import CoarError, ModelMismatchError
-from hf_coar.masking import gating, weights
+from hf_coar.masking import constants, gating, weights
 from hf_coar.masking.gating import FiredGroups
+from hf_coar.masking.partners import Partners
 
 _HOW = ("auto", "hooks", "weights")
 
@@ -40,9 +44,12 @@ class MaskedModel:
         self.model, self.components = model, components
         self._tensors = weights.handles(model, components)
         self._check_fingerprint()
+        _check_stand_in(components)
+        of_partners = components.stand_in is not None and components.stand_in.of_partners
+        self._partners = Partners(components.stand_in) if of_partners else None
         self._bounds = np.cumsum([0, *components.sizes()])
         self._places = np.concatenate([np.arange(size) for size in components.sizes()])
-        self._plain = all(
+        self._plain = components.stand_in is None and all(
             group.by_weights != "never" and group.stack_axis is None and not tensor.is_meta
             and weights.normalised(model, group) is None
             for group, tensor in zip(components.groups, self._tensors, strict=True)
@@ -99,16 +106,53 @@ class MaskedModel:
     def _by_weights(self, kept: Tensor) -> bool:
         offloaded = any(tensor.device.type == "meta" for tensor in self._tensors)
         one_mask = kept.dim() == 1 and not kept.requires_grad
-        return one_mask and not offloaded and weights.editable(self.components, kept)
+        return one_mask and not offloaded and weights.editable(self.components, kept) and self._can_be_written
+
+    @cached_property
+    def _can_be_written(self) -> bool:
+        """Whether the stored tensors can say what stands in."""
+        stand_in, groups = self.components.stand_in, self.components.groups
+        return stand_in is None or not any(constants.reason_against(self.model, one, stand_in) for one in groups)
+
+    @cached_property
+    def zeroing(self) -> "MaskedModel":
+        """The model with zero in the place of whatever stands in: to ask whether a weight matters at all."""
+        if self.components.stand_in is None:
+            return self
+        return MaskedModel(self.model, replace(self.components, stand_in=None))
+
+    def check_stand_in_is_of_model(self) -> None:
+        """Raises `ModelMismatchError` if what stands in was taken of another model than this, or what it was edited of.
+
+        Inside a block of `ablate` the model is another one, and what stands in is still that of the whole.
+        """
+        taken = None if self.components.stand_in is None else self.components.stand_in.record.get("model")
+        base = (models.record(self.model).get("edit") or {}).get("base") or {}
+        if taken in (None, base.get("fingerprint")) or _FINGERPRINTS.is_masked(self.model):
+            return
+        if taken != self.fingerprint:
+            raise ModelMismatchError(
+                f"what stands in for these components was taken of a model with weights {taken[:12]}…, and the "
+                f"{type(self.model).__name__} given has weights {self.fingerprint[:12]}…; take components from "
+                "find_components(model, ablation=…)"
+            )
 
     @contextmanager
     def gated(self, gates: Sequence[Tensor]) -> Iterator[FiredGroups]:
         """Inside the block every forward pass applies the gates, differentiably, see `gating.gated`."""
-        with gating.gated(self.model, self.components, self._tensors, gates) as fired:
+        with gating.gated(self.model, self.components, self._tensors, gates, self._partners) as fired:
+            yield fired
+
+    @contextmanager
+    def noted(self, note: Callable[[Group, Tensor, slice], None]) -> Iterator[FiredGroups]:
+        """Inside the block every forward pass shows what the components make, see `gating.noted`."""
+        with gating.noted(self.model, self.components, self._tensors, note) as fired:
             yield fired
 
     def ablate_for_good(self, kept: Any) -> None:
         """Set the slices of all components that are not kept to zero, or scale them by their gate.
+
+        What stands in for them, if something does, goes into the bias.
 
         Args:
             kept: bool or float, [components].
@@ -154,6 +198,43 @@ class MaskedModel:
             if group.block > 1:
                 rows = (rows[:, None] * group.block + torch.arange(group.block, device=rows.device)).flatten()
             yield tensor.data, group.axis, rows
+
+
+TAKE_VALUES = ("output", "input", "attention output", "attention input")  # sites that show an activation
+
+
+def check_takes_values(components: Components, kind: str) -> None:
+    """Raises `CoarError` unless values can stand in for all the components: their gates must meet an activation."""
+    hidden = [group.parameter for group in components.groups if group.site not in TAKE_VALUES]
+    if hidden:
+        raise CoarError(
+            f"{kind!r} cannot stand in for the components of {', '.join(hidden[:8])} ({len(hidden)} of "
+            f"{len(components.groups)} matrices): what they make never leaves their module by itself. Leave them out "
+            "with find_components(model, exclude=[…]), or take ablation='zero'"
+        )
+
+
+def _check_stand_in(components: Components) -> None:
+    stand_in = components.stand_in
+    if stand_in is None:
+        return
+    check_takes_values(components, stand_in.name)
+    if stand_in.of_partners:
+        return
+    if stand_in.values is None:
+        raise CoarError(
+            f"the values that stand in ({stand_in}) were not read with these components; load the attributions again, "
+            "or take components from find_components(model, ablation=…)"
+        )
+    for group in components.groups:
+        values = stand_in.values.get(group.parameter)
+        wanted = group.n_features
+        there = None if values is None else values.shape[group.feature_axis] if values.dim() > 1 else len(values)
+        if there != wanted and not (group.whole and there):
+            raise ModelMismatchError(
+                f"what stands in is of other components: {wanted} values are expected for {group.parameter!r}, and "
+                f"there are {there or 'none'}; take both from one find_components(model, ablation=…)"
+            )
 
 
 @contextmanager
@@ -204,6 +285,9 @@ class _Fingerprints:
         if known[-1] is None or known[-1][0] != state:
             known[-1] = (state, models.fingerprint(model))
         return known[-1][1]
+
+    def is_masked(self, model: nn.Module) -> bool:
+        return len(self._known.get(model, ())) > 1
 
     def forget(self, model: nn.Module) -> None:
         self._known.setdefault(model, [None])[-1] = None

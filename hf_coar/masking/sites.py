@@ -1,10 +1,11 @@
 """Where gates enter a forward pass: the output or input of a module, its weight while it runs, or an attention inside.
 
-`output = bias + gate * (output - bias)`: what the ablated slice of the weight produces is scaled, the bias stays. A
-gate of 1 leaves the value bit for bit, a gate of 0 leaves the bias bit for bit (both are ends of `torch.lerp`).
+`output = end + gate * (output - end)`, where the end is what an ablated component leaves: the bias, which stays when
+the slice of the weight is zero, or what stands in for it. A gate of 1 leaves the value bit for bit, a gate of 0 leaves
+the end bit for bit (both are ends of `torch.lerp`).
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -17,105 +18,12 @@ from torch.utils import _pytree as pytree
 
 from hf_coar.components import Group
 from hf_coar.errors import CoarError
-from hf_coar.masking.places import Layout, Layouts
+from hf_coar.masking.passing import Pass, cannot_tell
+from hf_coar.masking.places import Layout
 from hf_coar.models import offloading
 from hf_coar.models.ragged import Packing
 
 Pairs = Sequence[tuple[Group, Tensor]]
-
-
-class Pass:
-    """What the sites share while gates are in: which example runs, where the examples are, which groups were reached.
-
-    Attributes:
-        n_examples: rows of the gates; None where all examples share one mask.
-        example: the example that runs now, inside a loop over examples; then its row of the gates holds for all.
-        idle: gates are off while the model is being probed.
-        layouts: from the probe.
-        weights: of the gated groups, by the parameter's name.
-        fired: called with every group whose gates were applied.
-    """
-
-    def __init__(self, n_examples: int | None, fired: Callable[[Group], None], weights: Mapping[str, Tensor]) -> None:
-        """No forward pass has begun."""
-        self.n_examples, self.fired, self.weights = n_examples, fired, weights
-        self.example: int | None = None
-        self.idle = False
-        self.layouts: Layouts = {}
-        self._runs: dict[str, int] = {}
-
-    def begin(self, layouts: Layouts) -> None:
-        """A forward pass of the whole model begins."""
-        self.layouts, self._runs = layouts, {}
-
-    def run(self, name: str) -> int:
-        """The number of this run of a module within the pass."""
-        index = self._runs.get(name, 0)
-        self._runs[name] = index + 1
-        return index
-
-    def place(self, name: str, run: int, side: str, leaf: int = 0) -> Layout | None:
-        """Where the examples are in one input or output of a module's run; None if that is not known."""
-        places = []
-        for call in self.layouts.get(name, ()):
-            of_side = getattr(call, side)
-            places.append(of_side[leaf] if leaf < len(of_side) else None)
-        if not places:
-            return None
-        same = all(place == places[0] for place in places)
-        place = places[0] if same else places[run] if run < len(places) else None
-        return place if isinstance(place, Layout) else None
-
-    def shared(self, gate: Tensor) -> Tensor | None:
-        """The gates [size] that hold for whatever runs now, or None if every example has its own."""
-        if gate.dim() == 1:
-            return gate
-        if gate.shape[0] == 1:
-            return gate[0]
-        return None if self.example is None else gate[self.example]
-
-    def spread(self, gate: Tensor, activation: Tensor, group: Group, where: Callable[[], Layout | None]) -> Tensor:
-        """Gates [size] or [examples, size] in a shape that multiplies an activation.
-
-        Raises:
-            CoarError: every example has gates of its own, and where the examples are is not known, or their number is
-                another one.
-        """
-        shared = self.shared(gate)
-        rows = (gate if shared is None else shared).to(activation.device, activation.dtype)
-        if group.block > 1 and group.size > 1:
-            rows = rows.repeat_interleave(group.block, dim=-1)
-        feature_axis = activation.dim() + group.feature_axis
-        shape = [1] * activation.dim()
-        shape[feature_axis] = rows.shape[-1]
-        if shared is not None:
-            return rows.view(shape)
-        layout = where()
-        if layout is None or layout.axis == feature_axis or layout.axis >= activation.dim():
-            raise cannot_tell(group)
-        entries = activation.shape[layout.axis]
-        if not layout.fits(entries, rows.shape[0]):
-            raise CoarError(
-                f"kept has {rows.shape[0]} rows, and {group.module!r} sees {entries} entries; "
-                "give one row an example of the batch"
-            )
-        rows = layout.spread(rows, entries)
-        shape[layout.axis] = entries
-        return (rows if layout.axis < feature_axis else rows.T).reshape(shape)
-
-
-class Undivided(CoarError):
-    """What a module sees cannot be divided into examples."""
-
-
-def cannot_tell(group: Group) -> Undivided:
-    """The error where a mask an example cannot be applied."""
-    return Undivided(
-        f"which part of what {group.module!r} sees belongs to which example cannot be told, so that every example "
-        "cannot have a mask of its own there; use one mask for all, [components], or exclude the module"
-    )
-
-
 Install = Callable[[str, nn.Module, Pairs, Pass], Callable[[], None]]
 
 
@@ -137,33 +45,15 @@ def replace_forward(module: nn.Module, make: Callable[[Callable[..., Any]], Call
     return restore
 
 
-def _bias_like(bias: Any, activation: Tensor, feature_axis: int) -> Tensor | None:
-    if not isinstance(bias, Tensor):
-        return None
-    shape = [1] * activation.dim()
-    shape[activation.dim() + feature_axis] = -1
-    return bias.to(activation.device, activation.dtype).view(shape)
-
-
-def _apply(gate: Tensor, output: Tensor, bias: Tensor | None) -> Tensor:
-    """Bias + gate * (output - bias), exact at both ends."""
-    return output * gate if bias is None else torch.lerp(bias, output, gate)
-
-
 def gate_outputs(name: str, module: nn.Module, pairs: Pairs, state: Pass) -> Callable[[], None]:
     """A forward hook."""
 
     def hook(module: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
         if state.idle:
             return None
-        run = state.run(f"{name}:output")
+        run, bias = state.run(f"{name}:output"), offloading.of_module(module, "bias")
         for group, gate in pairs:
-            bias = _bias_like(offloading.of_module(module, "bias"), output, group.feature_axis)
-            rows, plain = state.spread(gate, output, group, lambda: state.place(name, run, "outputs")), output
-            output = _apply(rows, plain, bias)
-            state.fired(group)
-            if state.fired.observe is not None:
-                state.fired.observe(output, plain, bias, rows)
+            output = state.gated(group, gate, output, lambda: state.place(name, run, "outputs"), bias, told=True)
         return output
 
     # Before the user's hooks: what they return is not what the weight produced.
@@ -180,8 +70,7 @@ def gate_inputs(name: str, module: nn.Module, pairs: Pairs, state: Pass) -> Call
         key = None if inputs else next(iter(named))
         activation = inputs[0] if key is None else named[key]
         for group, gate in pairs:
-            activation = activation * state.spread(gate, activation, group, lambda: state.place(name, run, "inputs"))
-            state.fired(group)
+            activation = state.gated(group, gate, activation, lambda: state.place(name, run, "inputs"))
         return ((activation, *inputs[1:]), named) if key is None else (inputs, {**named, key: activation})
 
     return module.register_forward_pre_hook(hook, with_kwargs=True).remove
@@ -269,20 +158,21 @@ def gate_attention(name: str, module: nn.Module, pairs: Pairs, state: Pass) -> C
         return lambda: current.gate_layers.pop()  # blocks end in the reverse order
     layers = [layer]
 
-    def project(part: str, x: Tensor, weight: Tensor, bias: Tensor | None, runs: Sequence[int], leaf: int) -> Tensor:
+    def where(passing: Pass, run: int, leaf: int) -> Callable[[], Layout | None]:
+        return partial(_positions_first, module, name, passing, run, leaf)
+
+    def project(
+        part: str, x: Tensor, weight: Tensor, bias: Tensor | None, runs: Sequence[int], leaf: int,
+        of: slice = slice(None),
+    ) -> Tensor:  # fmt: skip
         active = [(*layer, run) for layer, run in zip(layers, runs, strict=True) if not layer[1].idle]
         for by_place, passing, run in active:
             if (part, "input") in by_place:
-                group, gate = by_place[part, "input"]
-                x = x * passing.spread(gate, x, group, partial(_positions_first, module, name, passing, run, leaf))
-                passing.fired(group)
+                x = passing.gated(*by_place[part, "input"], x, where(passing, run, leaf))
         y = F.linear(x, weight, bias)
         for by_place, passing, run in active:
             if (part, "output") in by_place:
-                group, gate = by_place[part, "output"]
-                rows = passing.spread(gate, y, group, partial(_positions_first, module, name, passing, run, leaf))
-                y = _apply(rows, y, _bias_like(bias, y, -1))
-                passing.fired(group)
+                y = passing.gated(*by_place[part, "output"], y, where(passing, run, leaf), bias, of=of)
         return y
 
     def attend(
@@ -300,8 +190,9 @@ def gate_attention(name: str, module: nn.Module, pairs: Pairs, state: Pass) -> C
         elif query is key and key is value:
             projected = project("in_proj_weight", query, weight, bias, runs, 0).split(width, dim=-1)
         else:
-            whole = [project("in_proj_weight", x, weight, bias, runs, leaf) for leaf, x in enumerate(inputs)]
-            projected = [y.split(width, dim=-1)[i] for i, y in enumerate(whole)]
+            thirds = [slice(width * leaf, width * (leaf + 1)) for leaf in range(3)]
+            whole = enumerate(zip(inputs, thirds, strict=True))
+            projected = [project("in_proj_weight", x, weight, bias, runs, i, of)[..., of] for i, (x, of) in whole]
         identity = torch.eye(width, dtype=query.dtype, device=query.device)
         kwargs.update(dict.fromkeys(("q_proj_weight", "k_proj_weight", "v_proj_weight"), identity))
         mixed, attention = F.multi_head_attention_forward(

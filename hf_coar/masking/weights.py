@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
-from hf_coar.components import Components, Group
+from hf_coar.components import Components, Group, StandIn
 from hf_coar.errors import CoarError, ModelMismatchError
+from hf_coar.masking import constants
 from hf_coar.models import offloading
 
 
@@ -118,7 +119,8 @@ class NormalisedEdit:
             self.direction.copy_(self.saved[1])
 
 
-Change = Callable[[Tensor, Tensor | None], Edit | NormalisedEdit]  # of a weight, and of its length if it has one
+# Of a weight, and of its length if it has one.
+Change = Callable[[Tensor, Tensor | None], Edit | NormalisedEdit | constants.Shift]
 
 
 @dataclass
@@ -155,7 +157,7 @@ class OffloadedEdit:
             self.take_off()
 
 
-AnyEdit = Edit | NormalisedEdit | OffloadedEdit
+AnyEdit = Edit | NormalisedEdit | OffloadedEdit | constants.Shift
 
 
 def edits(model: nn.Module, components: Components, kept: Tensor, weights: Sequence[Tensor]) -> Iterator[AnyEdit]:
@@ -172,7 +174,20 @@ def edits(model: nn.Module, components: Components, kept: Tensor, weights: Seque
         values = gates[ablated].to(weight.dtype if weight.is_floating_point() else torch.float32)
         check_editable(group, bool(((values != 0) & (values != 1)).any()))
         factors = values.repeat_interleave(group.block) if bool(values.any()) else None
+        if components.stand_in is not None:  # first: it may look at the weight as it was
+            constants.check_says(model, [group], components.stand_in)
+            yield _shift(model, group, weight, components.stand_in, ablated, factors)
         yield _edit(model, group, weight, ablated, factors)
+
+
+def _shift(
+    model: nn.Module, group: Group, weight: Tensor, stand_in: StandIn, ablated: Tensor, factors: Tensor | None
+) -> AnyEdit:
+    """The edit of the bias that takes up what stands in."""
+    value = offloading.value(model, group.parameter, weight)
+    name, change = constants.shifted(model, group, value, stand_in, ablated, factors)
+    bias = tensor_of(model, name)
+    return OffloadedEdit(model, name, None, (), lambda copied, _: change(copied)) if bias.is_meta else change(bias)
 
 
 def _edit(model: nn.Module, group: Group, weight: Tensor, ablated: Tensor, factors: Tensor | None) -> AnyEdit:
@@ -223,6 +238,11 @@ def normalised(model: nn.Module, group: Group) -> parametrize.ParametrizationLis
 
 def check_editable(group: Group, fractions: bool) -> None:
     """Raises `CoarError` if the stored weight of a group may not be changed (or not by fractions)."""
+    if group.at:
+        raise CoarError(
+            f"the components of {group.parameter!r} are ones at single positions, and a weight is the same at all of "
+            "them; ablate with how='hooks'"
+        )
     if group.by_weights == "never":
         raise CoarError(
             f"the weight {group.parameter!r} is quantised or derived from others, so its slices cannot be changed; "

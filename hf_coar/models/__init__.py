@@ -7,6 +7,9 @@ interfaces (`get_classifier`, `get_output_embeddings`, `get_input_embeddings`) s
 from hf_coar.models import outputs, tasks
 from hf_coar.models.adapters import adapters, check_saved
 from hf_coar.models.calling import (
+    PARTNER,
+    POSITIONS,
+    batch_under_way,
     call,
     device_of,
     embedding_modules,
@@ -17,6 +20,7 @@ from hf_coar.models.calling import (
     n_examples,
     output_modules,
     to,
+    under_way,
 )
 from hf_coar.models.classes import Head, class_names, head
 from hf_coar.models.holding import check_usable, held, state_kept
@@ -26,7 +30,10 @@ from hf_coar.models.records import check_edit, copy_with_record, fingerprint, re
 
 __all__ = [
     "Head",
+    "PARTNER",
+    "POSITIONS",
     "adapters",
+    "batch_under_way",
     "check_saved",
     "check_edit",
     "check_usable",
@@ -55,5 +62,6 @@ __all__ = [
     "state_kept",
     "tasks",
     "to",
+    "under_way",
     "wrapped",
 ]

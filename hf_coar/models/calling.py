@@ -18,6 +18,8 @@ from hf_coar.models.libraries import library, wrapped
 Call = Callable[[nn.Module, Mapping[str, Any]], Any]
 
 TARGETS = ("labels",)  # what a batch holds for the output alone, whatever the task
+POSITIONS = "positions"  # the entry that says which token of an example plays which role
+PARTNER = "partner_"  # before the names of entries of the example whose values stand in for ablated components
 
 
 @functools.lru_cache(maxsize=32)
@@ -71,7 +73,7 @@ def call(model: nn.Module, batch: Mapping[str, Any], without: Collection[str] = 
     Raises:
         ModelError: the batch does not fit the model's forward.
     """
-    inputs = {name: value for name, value in batch.items() if name not in without}
+    inputs = {name: value for name, value in batch.items() if name not in without and not _is_about(name)}
     if not inputs:
         raise ModelError(f"the batch holds nothing but {', '.join(batch) or 'nothing'}; the model needs an input")
     names, takes_any = forward_names(model)
@@ -98,6 +100,11 @@ def call(model: nn.Module, batch: Mapping[str, Any], without: Collection[str] = 
 
 
 _BY_POSITION = ("inputs", "pixel_values")
+
+
+def _is_about(name: str) -> bool:
+    """Whether an entry says something of the example that no forward wants: its partner, or who plays which role."""
+    return name.startswith(PARTNER) or name == POSITIONS
 
 
 def n_examples(batch: Mapping[str, Any]) -> int:
@@ -129,9 +136,10 @@ def alone(model: nn.Module, batch: Mapping[str, Any], run: Call) -> list[Any]:
 
 def one_alone(model: nn.Module, batch: Mapping[str, Any], run: Call, index: int) -> Any:
     """What `run` (model, batch) makes of one example of a batch by itself."""
-    token = _ALONE.set(index)
+    token, one = _ALONE.set(index), row(batch, index)
     try:
-        return run(model, row(batch, index))
+        with under_way(one):
+            return run(model, one)
     finally:
         _ALONE.reset(token)
 
@@ -175,6 +183,24 @@ def own_gates() -> Iterator[None]:
 def gates_are_own() -> bool:
     """Whether the examples of a batch have gates of their own, so that none may share a pass of its inputs."""
     return _OWN_GATES.get()
+
+
+_UNDER_WAY: ContextVar[Mapping[str, Any] | None] = ContextVar("under_way", default=None)
+
+
+@contextmanager
+def under_way(batch: Mapping[str, Any]) -> Iterator[None]:
+    """Inside the block a model runs on this batch: masks find in it what its forward is not given."""
+    token = _UNDER_WAY.set(batch)
+    try:
+        yield
+    finally:
+        _UNDER_WAY.reset(token)
+
+
+def batch_under_way() -> Mapping[str, Any] | None:
+    """The batch that a model is running on, inside `under_way`."""
+    return _UNDER_WAY.get()
 
 
 def logits(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:

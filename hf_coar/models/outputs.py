@@ -71,7 +71,8 @@ class Output:
             ModelError: the batch does not fit the model's forward.
             CoarError: the function returned another shape.
         """
-        found = (self.call or calling.call)(model, batch)
+        with calling.under_way(batch):
+            found = (self.call or calling.call)(model, batch)
         calling.tell()
         if self.takes == "logits":
             found = calling.logits_of(found, type(model).__name__)

@@ -256,6 +256,7 @@ def _settings(attributions: Attributions) -> _Section:
         "data": _joined(cards.public_name(data), data.get("revision"), data.get("split")) or "batches of tensors",
         "examples": looks.examples_text(attributions),
         "granularity": attributions.components.granularity,
+        "what stands in for ablated ones": str(attributions.components.stand_in or "zero"),
         "output": f"{of.output}, in {of.unit_text}",
         "method": _joined(*(f"{key} {value}" if key != "name" else str(value) for key, value in of.method.items())),
         "ablated fraction": "" if of.ablated_fraction is None else f"{100 * of.ablated_fraction:g} %",

@@ -105,7 +105,7 @@ def _reached(masked: MaskedModel, output: Output, batch: data_module.Batch, leve
 def _ablated(masked: MaskedModel, output: Output, groups: Sequence[Group], batch: data_module.Batch) -> Tensor:
     names = {group.parameter for group in groups}
     kept = torch.cat([torch.full((group.size,), group.parameter not in names) for group in masked.components.groups])
-    with masked.ablated(kept):
+    with masked.zeroing.ablated(kept):
         return output.of(masked.model, batch)
 
 

@@ -21,7 +21,13 @@ logger = logging.getLogger(__name__)
 
 # What an example gives alone and in a batch differs by rounding, which half precision makes a few per cent.
 _SAME = 0.05
-_SIDES = ("foil_", "pair_", "rejected_")  # what a second run of the model gets
+_SIDES = (
+    "foil_",
+    "pair_",
+    "rejected_",
+    models.PARTNER,
+    models.calling.POSITIONS,
+)  # what a second run of the model gets
 
 
 def bound(

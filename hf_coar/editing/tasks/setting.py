@@ -13,7 +13,7 @@ from hf_coar.editing.tasks.figures import Figures
 from hf_coar.editing.tasks.held import Held, Parts
 from hf_coar.editing.tasks.looking import Looker, Seen
 from hf_coar.errors import CoarError
-from hf_coar.masking import MaskedModel, fingerprint_of
+from hf_coar.masking import MaskedModel, constants, fingerprint_of
 from hf_coar.models import tasks
 
 BATCH = 128  # examples in one pass, where the data set has smaller batches of one shape
@@ -37,6 +37,7 @@ class Setting:
         check_base(model)
         held = Held.read(model, data)
         masked = MaskedModel(model, replace(components or find_components(model), fingerprint=None))
+        constants.check_says(model, masked.components.groups, masked.components.stand_in)
         models.check_saved(model, {group.parameter for group in masked.components.groups})
         return cls(masked, held, Looker.of(model, held.batches[0], output))
 

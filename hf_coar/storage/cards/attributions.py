@@ -15,6 +15,7 @@ from hf_coar.storage.cards.pieces import (
     model_line,
     model_name,
     percent,
+    public_name,
     snippet,
     template,
     yaml_head,
@@ -61,7 +62,7 @@ def attributions_card(
         n_components=f"{config.get('n_components') or 0:,}",
         granularity=f"granularity *{config.get('granularity')}*",
         components_line=f"{config.get('n_components') or 0:,}, granularity {config.get('granularity')}; listed in "
-        "`components.json`",
+        f"`components.json`{_stands_in(mapping(config, 'ablation'))}",
         output=config.get("output"),
         unit=config.get("unit") or "its own unit",
         method=_method(mapping(config, "method")),
@@ -78,6 +79,17 @@ def attributions_card(
         citation=CITATION,
     )
     return marked(text)
+
+
+def _stands_in(ablation: Mapping[str, Any]) -> str:
+    """What an ablated component is replaced by, for a sentence; nothing for zero."""
+    if not ablation:
+        return ""
+    data = mapping(ablation, "data")
+    among = f" of {public_name(data)}" if data.get("id") else ""
+    count = ablation.get("n_examples")
+    of = f" ({count:,} examples{among})" if type(count) is int else ""
+    return f". For one that is ablated stands in: {ablation.get('name')}{of}"
 
 
 def _next_snippet(model: Mapping[str, Any], data: Mapping[str, Any]) -> str:

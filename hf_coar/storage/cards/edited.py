@@ -145,8 +145,9 @@ def _rule(edit: Mapping[str, Any]) -> str:
 
 def _ablated(edit: Mapping[str, Any]) -> str:
     """What became of the weights."""
-    gate = edit.get("gate")
-    return f"scaled by {gate:g}" if isinstance(gate, int | float) and gate else "set to zero"
+    gate, ablation = edit.get("gate"), mapping(edit, "ablation")
+    done = f"scaled by {gate:g}" if isinstance(gate, int | float) and gate else "set to zero"
+    return f"{done} (the {ablation.get('name')} of what they made went into the biases)" if ablation else done
 
 
 def _aim(edit: Mapping[str, Any]) -> str:

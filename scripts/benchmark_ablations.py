@@ -1,0 +1,198 @@
+"""What stands in for an ablated component, side by side: zero, its mean, its value for another example.
+
+    python scripts/benchmark_ablations.py demo mobilenet smollm2 --models models
+
+`demo` is the embedded network on its images; `mobilenet` (on photographs) and `smollm2` (its attention heads, on
+sequences of a novel) come from `scripts/convert_benchmark_models.py`. Means are taken over other examples than those
+that are attributed, where there are any. For every stand-in: PathGradient made at one fraction, and five sizes of fresh
+random masks, of which the table says how many decisions survive (outputs above 0 that stay there) and how well the
+attributions predict the outputs (mean correlation over the masks). Beside it, how the weights correlate with those of
+zero, and what a gate pass costs: processor time over that of zero, both measured in turns.
+
+Figures are added to `ablations.json` in `--out`, of which `ablations.md` is made.
+"""
+
+import argparse
+import json
+import logging
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import hf_coar as coar
+from hf_coar import demo, models
+from hf_coar.estimators.gates import GatePasses
+from hf_coar.masking import MaskedModel
+from hf_coar.models import tasks
+
+logger = logging.getLogger("benchmark_ablations")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, examples to attribute, others to take means of, and the sizes of the masks."""
+
+    model: nn.Module
+    data: Any
+    others: Any
+    granularity: str
+    output: str
+    fraction: float
+    sizes: tuple[float, ...]
+    rounds: int
+    n_masks: int
+
+
+def embedded(args: argparse.Namespace) -> Case:
+    """The demo's network and images."""
+    model, images = coar.load(demo.MODEL, demo.IMAGES, batch_size=64)
+    data, others = images.select(range(64)), images.select(range(200, 456))
+    return Case(model, data, others, "unit", "margin", 0.05, (0.0125, 0.025, 0.05, 0.1, 0.2), 8, args.masks)
+
+
+def mobilenet(args: argparse.Namespace) -> Case:
+    """MobileNetV2 on crops of photographs; the decisions are its own. Means are of the other crops."""
+    folder = args.models / "mobilenet"
+    model, examples = models.load_model(folder), load_file(folder / "examples.safetensors")
+    first = {name: value[::4][:8] for name, value in examples.items()}
+    rest = {name: value[[i for i in range(len(value)) if i % 4]] for name, value in examples.items()}
+    sizes = (0.0025, 0.005, 0.01, 0.02, 0.05)
+    return Case(model, [first], [rest], "unit", "margin", 0.01, sizes, 4, min(args.masks, 40))
+
+
+def smollm2(args: argparse.Namespace) -> Case:
+    """The attention heads of SmolLM2-135M on sequences of 32 tokens."""
+    folder = args.models / "smollm2"
+    model, examples = models.load_model(folder), load_file(folder / "examples.safetensors")
+    parts = [{"input_ids": examples["input_ids"][rows]} for rows in (slice(0, 8), slice(16, 32))]
+    return Case(model, parts[:1], parts[1:], "head", "token_margin", 0.1, (0.025, 0.05, 0.1, 0.2, 0.4), 8, 40)
+
+
+CASES: dict[str, Callable[[argparse.Namespace], Case]] = {"demo": embedded, "mobilenet": mobilenet, "smollm2": smollm2}
+
+
+def stand_ins(case: Case) -> dict[str, Any]:
+    """Those to compare, by name."""
+    return {"zero": "zero", "mean": coar.Mean(case.others), "resample": coar.Resample(case.others, seed=0)}
+
+
+def figures(case: Case, ablation: Any, seed: int) -> tuple[dict[str, Any], Tensor, coar.Components]:
+    """What is measured of one stand-in; the weights, float32 [examples, components]; the components."""
+    components = coar.find_components(case.model, case.granularity, ablation=ablation)
+    method = coar.PathGradient(rounds=case.rounds)
+    options = {"output": case.output, "method": method, "ablated_fraction": case.fraction, "seed": seed}
+    begun = time.process_time()
+    attributions = coar.attribute(case.model, case.data, components, progress=False, **options)
+    spent = time.process_time() - begun
+    report = coar.evaluate(
+        attributions, case.model, case.data, fractions=case.sizes, n_masks=case.n_masks, seed=seed + 1, progress=False
+    )
+    complete = attributions.bias + attributions.weights.sum(1)
+    right = complete > 0
+    found = {
+        "n_components": len(components),
+        "n_examples": len(attributions),
+        "decisions": {str(f): float((report.measured[f][:, right] > 0).float().mean()) for f in case.sizes},
+        "correlation": {str(f): report.correlation[f] for f in case.sizes},
+        "slope": {str(f): report.slope[f] for f in case.sizes},
+        "processor_seconds": round(spent, 1),
+    }
+    return found, attributions.weights, components
+
+
+def gate_pass_ratios(case: Case, components: dict[str, coar.Components], repeats: int = 7) -> dict[str, float]:
+    """Processor time of a gate pass over that of zero: the median of passes that take turns."""
+    batch = next(iter(case.data))
+    batch = {name: value[:8] for name, value in batch.items()}
+    output = tasks.bind(case.model, case.output, None, batch)
+    passes, spent = {}, {name: [] for name in components}
+    for name, of in components.items():
+        passes[name] = (GatePasses(MaskedModel(case.model, of), output, delta=True), of)
+    with models.frozen(case.model):
+        for turn in range(repeats + 1):
+            for name, (run, of) in passes.items():
+                source = of.stand_in.source if of.stand_in else None
+                given = source.joined(batch) if source is not None else batch
+                begun = time.process_time()
+                run(given, torch.full((len(next(iter(batch.values()))), len(of)), 0.95), 0.6)
+                if turn:  # the first one warms up, and finds out where the examples are
+                    spent[name].append(time.process_time() - begun)
+    medians = {name: sorted(times)[len(times) // 2] for name, times in spent.items()}
+    return {name: round(value / medians["zero"], 3) for name, value in medians.items()}
+
+
+def run(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """All stand-ins of one case."""
+    case, found, weights, components = CASES[name](args), {}, {}, {}
+    for kind, ablation in stand_ins(case).items():
+        found[kind], weights[kind], components[kind] = figures(case, ablation, args.seed)
+        logger.info("%s, %s: %s", name, kind, found[kind])
+    ratios = gate_pass_ratios(case, components)
+    for kind, entry in found.items():
+        pair = torch.stack([weights["zero"].flatten(), weights[kind].flatten()])
+        entry["weights_like_zero"] = float(torch.corrcoef(pair)[0, 1])
+        entry["gate_pass"] = ratios[kind]
+    about = {"granularity": case.granularity, "output": case.output, "fraction": case.fraction, "rounds": case.rounds}
+    return {**about, "n_masks": case.n_masks, "seed": args.seed, "machine": machine(), "stand_ins": found}
+
+
+def machine() -> str:
+    """On what the figures were measured."""
+    return f"{platform.machine()}, {torch.get_num_threads()} thread, torch {torch.__version__.split('+')[0]}"
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    lines = ["# What stands in for an ablated component", "", *(__doc__ or "").split("\n\n", 1)[1].splitlines(), ""]
+    for name, result in results.items():
+        first = next(iter(result["stand_ins"].values()))
+        sizes = list(first["decisions"])
+        lines += [
+            f"## {name}",
+            "",
+            f"{first['n_components']:,} components (granularity {result['granularity']}), {first['n_examples']} "
+            f"examples, output {result['output']}, attributed at {result['fraction']:.2%} with {result['rounds']} "
+            f"rounds, {result['n_masks']} masks a size, seed {result['seed']}; {result['machine']}.",
+            "",
+            "| stand-in | " + " | ".join(f"{float(size):.2%}" for size in sizes) + " | like zero's | gate pass |",
+            "|---|" + "---|" * (len(sizes) + 2),
+        ]
+        for kind, entry in result["stand_ins"].items():
+            cells = [
+                f"{100 * entry['decisions'][size]:.0f} % · {entry['correlation'][size]:.3f} · "
+                f"{entry['slope'][size]:.2f}"
+                for size in sizes
+            ]
+            like = f"{entry['weights_like_zero']:.2f}"
+            lines.append(f"| {kind} | {' | '.join(cells)} | {like} | {entry['gate_pass']:.2f} |")
+        lines += ["", "Cells: decisions that survive · correlation · slope of measured on predicted.", ""]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run some cases, and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", choices=[*CASES, []], help="nothing makes the table anew")
+    parser.add_argument("--models", type=Path, default=Path("models"))
+    parser.add_argument("--masks", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("scripts/results"))
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    path = args.out / "ablations.json"
+    results = json.loads(path.read_text()) if path.is_file() else {}
+    for name in args.cases:
+        results[name] = run(name, args)
+        path.write_text(json.dumps(results, indent=2) + "\n")
+    (args.out / "ablations.md").write_text(table(results))
+
+
+if __name__ == "__main__":
+    main()
