@@ -237,7 +237,9 @@ def attribute(
         masked.check_stand_in_is_of_model()
         data = paired(masked.components, data)
         batches = data_module.batches(data, options.batch_size)
-        problem = Problem(masked, batches, preflight.bound(model, batches, output, call), ablated_fraction, seed)
+        first = preflight.First(batches)
+        bound = preflight.bound(model, first, output, call)
+        problem = Problem(masked, batches, bound, ablated_fraction, seed, first=first)
         if ablated_fraction is not None:
             sampling.check_some_ablated(ablated_fraction, len(masked))
         chosen, reasons = choosing.settled(problem, chosen, budget is not None)
@@ -245,6 +247,7 @@ def attribute(
             folders.claim(folder, folders.ATTRIBUTIONS, overwrite)
             chosen, reasons = choosing.kept(folder, problem, chosen, reasons)
             chosen = chosen if budget is None else budgets.choose(chosen, budget, problem, folder)
+            first.release()
             provenance = replace(_provenance(problem, data, chosen), call=call and dotted(call))
             _tell_cost(problem, chosen)
             attributions = _attributed(problem, chosen, provenance, folder, out)
@@ -252,6 +255,8 @@ def attribute(
             if out is not None and workers.processes().is_main_process:
                 page.write_first(folder, attributions)  # first, so that the card shows its pictures
                 attributions.save_pretrained(folder)
+                if workers.team(options.worker).count == 1:  # others may be about to map them
+                    problem.store.drop_estimates()
     return attributions
 
 

@@ -1,8 +1,16 @@
 """One family of errors: every message says what is wrong, with the values, and what to do."""
 
+import re
+
+_LONG = re.compile(r"\S{300,}")  # values that come from elsewhere, and libraries' own errors, may quote all of a file
+
 
 class CoarError(ValueError):
     """Anything that the user can put right: a wrong name, shape, value, file or model."""
+
+    def __str__(self) -> str:
+        """The message, with the ends of words that are longer than any path that people have."""
+        return _LONG.sub(lambda word: f"{word[0][:120]}…{word[0][-60:]}", super().__str__())
 
 
 class NoComponentsError(CoarError):

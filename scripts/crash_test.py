@@ -7,7 +7,7 @@ tmpfs that is too small by more or less, and on one that is made read-only half-
 out).
 
     python scripts/crash_test.py                  # 300 kills, 20 disks; about 15 minutes on one core
-    python scripts/crash_test.py --write          # and the table, scripts/results/crash_test.md
+    python scripts/crash_test.py --write          # and the table, scripts/results/crash_test.md; by --only in pieces
     python scripts/crash_test.py --kills 30 --disks 4
 """
 
@@ -28,6 +28,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import hub_server
+import tables
 
 # The Hub's client reads its address when it is imported, and the tests' own settings would take it offline.
 HUB = hub_server.hub()
@@ -95,6 +97,11 @@ class Work:
     before: Callable[[Path], None] = lambda folder: None
     read: Callable[[Path], Any] | None = None
     workers: int = 1
+
+    @property
+    def on_disks(self) -> bool:
+        """Whether it is tried on small and failing disks: not where several write, or a Hub does."""
+        return self.workers == 1 and not self.name.startswith("push")
 
 
 # --------------------------------------------------------------------------------------------------------------- works
@@ -278,7 +285,7 @@ def killed(work: Work, n_kills: int, place: Path, source: random.Random) -> Tall
 def _one_kill(work: Work, folder: Path, seconds: float, source: random.Random, tally: Tally) -> bool:
     """Whether it was done before the signal came."""
     names = [f"{i}/{work.workers}" for i in range(work.workers)]
-    children = [quietly(functools.partial(work.run, folder, name)) for name in names]
+    children = [quietly(partial(work.run, folder, name)) for name in names]
     time.sleep(source.uniform(0, 1.1 * seconds))
     for child in children:
         os.kill(child, signal.SIGKILL)
@@ -413,18 +420,30 @@ def _check_refusal(work: Work, folder: Path, status: int, sides: dict[str, Any],
 
 # -------------------------------------------------------------------------------------------------------------- report
 
+HEADER = (
+    "| work | disturbed by | killed | refused | done | old, whole | new, whole | lost | minutes |",
+    "|:--|:--|--:|--:|--:|--:|--:|--:|--:|",
+)
 
-def table(rows: list[tuple[str, str, Tally]], seconds: float) -> str:
-    """As Markdown."""
-    lines = ["| work | disturbed by | killed | refused | done | old, whole | new, whole | lost |"]
-    lines.append("|---|---|--:|--:|--:|--:|--:|--:|")
-    for name, by, tally in rows:
-        cells = [tally.killed, tally.full, tally.finished, tally.old, tally.new, len(tally.lost)]
-        lines.append(f"| {name} | {by} | {' | '.join(map(str, cells))} |")
-    total = [sum(values) for values in zip(*[(t.killed, t.full, len(t.lost)) for _, _, t in rows], strict=True)]
-    lines.append(f"\n{total[0]} kills, {total[1]} refusals, {total[2]} lost; {seconds / 60:.0f} minutes.")
-    lines += [f"\n- {what}" for _, _, tally in rows for what in tally.lost[:10]]
-    return "\n".join(lines)
+
+def told(rows: list[str], work: Work, by: str, disturbed: Callable[[], Tally]) -> list[str]:
+    """Adds a line to the table; returns what was lost."""
+    begun = time.monotonic()
+    tally = disturbed()
+    cells = [tally.killed, tally.full, tally.finished, tally.old, tally.new, len(tally.lost)]
+    minutes = f"{(time.monotonic() - begun) / 60:.1f}"
+    rows.append(f"| {work.name} | {by} | {' | '.join(map(str, cells))} | {minutes} |")
+    sys.stderr.write(f"{rows[-1]}\n")
+    return tally.lost
+
+
+def mounts(place: Path) -> bool:
+    """Whether this process may mount a tmpfs."""
+    try:
+        with disk(place / "tried", 2**20):
+            return True
+    except (subprocess.CalledProcessError, OSError):
+        return False
 
 
 def main() -> None:
@@ -432,43 +451,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--kills", type=int, default=300)
     parser.add_argument("--disks", type=int, default=20, help="sizes")
-    parser.add_argument("--write", action="store_true", help=f"write {RESULT.name}")
-    parser.add_argument("--only", help="works whose names begin so")
+    parser.add_argument("--write", action="store_true", help=f"write {RESULT.name}; other rows of it stay")
+    parser.add_argument("--only", help="one work, by its name in the table")
     args = parser.parse_args()
     torch.set_num_threads(1)
     logging.disable(logging.CRITICAL)
-    started, rows = time.monotonic(), []
+    rows, lost = [], []
     with tempfile.TemporaryDirectory() as temporary:
-        todo = [work for work in works() if work.name.startswith(args.only or "")]
-        for work in todo:
+        every = works()
+        for work in (work for work in every if args.only in (None, work.name)):
             place = Path(temporary) / work.name.replace(" ", "-")
             place.mkdir()
-            rows.append(
-                (work.name, "SIGKILL", killed(work, -(-args.kills // len(todo)), place, random.Random(work.name)))
-            )
-            told(rows[-1])
-        for work in todo if os.geteuid() == 0 else ():
-            if work.name.startswith("push") or work.workers > 1:
-                continue
-            place = Path(temporary) / f"disks-{work.name.replace(' ', '-')}"
-            place.mkdir()
-            rows.append((work.name, f"{args.disks} sizes of a tmpfs", on_small_disks(work, args.disks, place)))
-            told(rows[-1])
-            rows.append((work.name, "a read-only remount", on_a_disk_that_becomes_read_only(work, place)))
-            told(rows[-1])
-    text = table(rows, time.monotonic() - started)
-    sys.stdout.write(f"{text}\n")
+            kills, source = -(-args.kills // len(every)), random.Random(work.name)
+            lost += told(rows, work, "SIGKILL", partial(killed, work, kills, place, source))
+            if work.on_disks and mounts(place):
+                by = f"{args.disks} sizes of a tmpfs"
+                lost += told(rows, work, by, partial(on_small_disks, work, args.disks, place))
+                by = "a read-only remount"
+                lost += told(rows, work, by, partial(on_a_disk_that_becomes_read_only, work, place))
+    sys.stdout.write("\n".join([*HEADER, *rows, *lost]) + "\n")
     if args.write:
-        RESULT.write_text(
-            f"# Nothing is lost\n\n    python scripts/crash_test.py --write\n\n{text}\n", encoding="utf-8"
-        )
-    if any(tally.lost for _, _, tally in rows):
+        notes = [
+            "Machine: two CPU cores, other work going on. A row is made by `--only`, or all of them at once.",
+            *lost[:10],
+        ]
+        tables.write(RESULT, "Nothing is lost", "python scripts/crash_test.py --write", HEADER, rows, notes)
+    if lost:
         sys.exit(1)
-
-
-def told(row: tuple[str, str, Tally]) -> None:
-    """Progress."""
-    sys.stderr.write(f"{row[0]}, {row[1]}: {row[2]}\n")
 
 
 if __name__ == "__main__":

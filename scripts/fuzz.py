@@ -6,7 +6,7 @@ some memory and time beyond what it had. Anything but a result or a `CoarError` 
 exception, a killed child, one that takes too long, and for a run that goes on, other numbers than it had before.
 
     python scripts/fuzz.py                            # 20,000 changes, about 20 minutes on one core
-    python scripts/fuzz.py --write                    # and the table, scripts/results/fuzz.md
+    python scripts/fuzz.py --write                    # and the table, scripts/results/fuzz.md; by --kind in pieces
     python scripts/fuzz.py --kind run --from 123 --n 1   # one change again, with its traceback
 """
 
@@ -36,6 +36,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
+import tables
 from conftest import build_net
 from test_crash import attribute
 from test_format import tiny
@@ -449,18 +450,18 @@ def _note(tally: Tally, said: dict[str, Any]) -> None:
 
 # ------------------------------------------------------------------------------------------------------------- report
 
+HEADER = (
+    "| files | changes | read | refused by a CoarError | findings | slowest, s | most memory, MB | minutes |",
+    "|:--|--:|--:|--:|--:|--:|--:|--:|",
+)
 
-def table(tallies: dict[str, Tally], seconds: float) -> str:
-    """As Markdown."""
-    lines = ["| files | changes | read | refused by a CoarError | findings | slowest, s | most memory, MB |"]
-    lines.append("|---|--:|--:|--:|--:|--:|--:|")
-    for kind, tally in tallies.items():
-        n = tally.read + tally.refused + len(tally.findings)
-        cells = [kind, n, tally.read, tally.refused, len(tally.findings), f"{tally.slowest:.2f}", tally.memory // 2**20]
-        lines.append("| " + " | ".join(f"{cell:,}" if isinstance(cell, int) else cell for cell in cells) + " |")
-    for kind, tally in tallies.items():
-        lines += [f"\n{kind} {number}: {what}" for number, what in tally.findings[:20]]
-    return "\n".join([*lines, "", f"{seconds / 60:.0f} minutes on one core."])
+
+def row(name: str, tally: Tally, seconds: float) -> str:
+    """A line of the table."""
+    n = tally.read + tally.refused + len(tally.findings)
+    counts = [f"{count:,}" for count in (n, tally.read, tally.refused, len(tally.findings))]
+    cells = [name, *counts, f"{tally.slowest:.2f}", str(tally.memory // 2**20), f"{seconds / 60:.1f}"]
+    return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
@@ -469,25 +470,31 @@ def main() -> None:
     parser.add_argument("--kind", choices=tuple(KINDS))
     parser.add_argument("--n", type=int, help=f"changes of each kind (default {SHARES})")
     parser.add_argument("--from", type=int, default=0, dest="start", help="number of the first one")
-    parser.add_argument("--write", action="store_true", help=f"write {RESULT.name}")
+    parser.add_argument("--write", action="store_true", help=f"write {RESULT.name}; rows of other kinds stay")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    started, tallies = time.monotonic(), {}
+    rows, findings = [], []
     for kind in [args.kind] if args.kind else KINDS:
-        n = args.n or SHARES[kind]
+        n, started = args.n or SHARES[kind], time.monotonic()
 
-        def told(done: int, kind: str = kind, n: int = n) -> None:
+        def told(done: int, kind: str = kind, n: int = n, started: float = started) -> None:
             sys.stderr.write(f"\r{kind} {done:,} of {n:,}; {time.monotonic() - started:.0f} s ")
 
-        tallies[kind] = fuzz(kind, range(args.start, args.start + n), told)
+        tally = fuzz(kind, range(args.start, args.start + n), told)
         sys.stderr.write("\n")
-    text = table(tallies, time.monotonic() - started)
-    sys.stdout.write(f"{text}\n")
+        whole = n == SHARES[kind] and not args.start
+        name = kind if whole else f"{kind} {args.start:,} … {args.start + n - 1:,}"
+        rows.append(row(name, tally, time.monotonic() - started))
+        findings += [f"{kind} {number}: {what}" for number, what in tally.findings[:20]]
+    sys.stdout.write("\n".join([*HEADER, *rows, "", *findings]) + "\n")
     if args.write:
-        limits = f"Each change may take {SECONDS:g} s and {MEMORY // 2**30} GiB beyond what the process had."
-        command = "    python scripts/fuzz.py --write"
-        RESULT.write_text(f"# Fuzz\n\n{command}\n\n{limits}\n\n{text}\n", encoding="utf-8")
-    if any(tally.findings for tally in tallies.values()):
+        notes = [
+            f"Each change may take {SECONDS:g} s and {MEMORY // 2**30} GiB beyond what the process had. Machine: "
+            "one of two CPU cores, other work going on. A row is made by `--kind`, or all of them at once.",
+            *findings,
+        ]
+        tables.write(RESULT, "Fuzz", "python scripts/fuzz.py --write", HEADER, rows, notes)
+    if findings:
         sys.exit(1)
 
 

@@ -1,6 +1,6 @@
 """What exact identity costs, as a share of a default run; and how far two equal forwards are apart.
 
-    python scripts/measure_identity.py [--examples 16]
+    python scripts/measure_identity.py [--examples 16] [--write]
 
 Three unlike models: the demo's images through its network, pictures through a ViT of six blocks as wide as ViT-S, and
 token sequences through a GPT-2 of four blocks of the real width. Time is the processor's, of one thread. Then every
@@ -22,6 +22,7 @@ import hf_coar as coar
 from hf_coar import models
 from hf_coar.data import Identity
 
+RESULT = Path(__file__).resolve().parent / "results" / "identity.md"
 DEMO = Path(coar.__file__).parent / "demo"
 Case = tuple[nn.Module, dict[str, Tensor], str]
 
@@ -87,9 +88,8 @@ def dropout(model: nn.Module, rate: float) -> Iterator[None]:
             hook.remove()
 
 
-def repeats(count: int) -> None:
-    """The second table."""
-    print(f"\n{'':12}{'dtype':>10}{'threads':>9}{'as it is':>12}{'dropout':>12}")
+def repeats(count: int) -> Iterator[str]:
+    """Rows of the second table."""
     for name, (build, _) in CASES.items():
         for dtype in (torch.float32, torch.bfloat16):
             model, batch, _ = build(count)
@@ -101,33 +101,48 @@ def repeats(count: int) -> None:
                 with dropout(model, 0.01):
                     dropped = apart(model, batch)
                 word = str(dtype).removeprefix("torch.")
-                print(f"{name:12}{word:>10}{threads:9}{plain:12.2g}{dropped:12.2g}", flush=True)
+                yield f"| {name} | {word} | {threads} | {plain:.2g} | {dropped:.2g} |"
+
+
+def share(name: str, n_examples: int, fraction: float) -> str:
+    """A row of the first table."""
+    build, times = CASES[name]
+    count = n_examples * times
+    model, batch, output = build(count)
+    hashing = measured(lambda: Identity.of_batch(batch), 5) / count
+    run = measured(lambda: coar.attribute(model, [batch], output=output, ablated_fraction=fraction, progress=False), 1)
+    size = sum(value.nbytes for value in batch.values()) // count
+    return f"| {name} | {size:,} | {1e6 * hashing:.1f} | {1e3 * run / count:.1f} | {hashing * count / run:.3%} |"
 
 
 def main() -> None:
-    """Measure, and print a table."""
+    """Measure, print tables, and write them."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
         "--examples", type=int, default=8, help="of the dearer two models; the demo takes four times as many"
     )
     parser.add_argument("--fraction", type=float, default=0.05)
+    parser.add_argument("--write", action="store_true", help=f"write {RESULT.name}")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    print(f"{'':12}{'bytes an example':>18}{'hashing, µs':>13}{'run, ms':>10}{'share':>9}")
-    for name, (build, times) in CASES.items():
-        count = arguments.examples * times
-        model, batch, output = build(count)
-        hashing = measured(lambda batch=batch: Identity.of_batch(batch), 5) / count
-        run = measured(
-            lambda model=model, batch=batch, output=output: coar.attribute(
-                model, [batch], output=output, ablated_fraction=arguments.fraction, progress=False
-            ),
-            1,
-        )
-        size = sum(value.nbytes for value in batch.values()) // count
-        print(f"{name:12}{size:18,}{1e6 * hashing:13.1f}{1e3 * run / count:10.1f}{hashing * count / run:9.3%}")
-    repeats(4)
+    lines: list[str] = []
+
+    def told(*more: str) -> None:
+        lines.extend(more)
+        print("\n".join(more), flush=True)
+
+    told("| model | bytes an example | hashing, µs | run, ms | share |", "|---|--:|--:|--:|--:|")
+    for name in CASES:
+        told(share(name, arguments.examples, arguments.fraction))
+    told("", "Two forwards of the same examples: the largest difference over the largest logit.", "")
+    told("| model | dtype | threads | as it is | dropout |", "|---|---|--:|--:|--:|")
+    for row in repeats(4):
+        told(row)
+    if arguments.write:
+        command = "    python scripts/measure_identity.py --write"
+        machine = "Machine: two CPU cores, times of the processor, other work going on. GPU: not run."
+        RESULT.write_text("\n\n".join(["# Exact identity", command, machine, "\n".join(lines)]) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

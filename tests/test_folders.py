@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from hf_coar import cli, demo, models
 from hf_coar.attributions.folders import add_evaluation
 from hf_coar.editing import edited
 from hf_coar.errors import CoarError
+from hf_coar.explore import export
 from hf_coar.judging import evaluation
 from hf_coar.plots import page
 from hf_coar.runs.store import Store
@@ -87,6 +89,14 @@ def evaluate(out):
     coar.evaluate(mlp_attributions(), build_net("mlp").model, data(2), n_masks=4, out=out, progress=False)
 
 
+@functools.cache
+def artefact():
+    """A folder of attributions."""
+    folder = Path(tempfile.mkdtemp())
+    tiny().save_pretrained(folder)
+    return folder
+
+
 ATTRIBUTE = ["attribute", DEMO / "model", DEMO / "images.parquet", "--split", "train[:2]", "--out"]
 WRITERS = {
     "attribute": attribute,
@@ -105,8 +115,21 @@ WRITERS = {
     "save_model of timm": lambda out: models.save_model(build_net("timm_vit").model, out),
     "demo": lambda out: demo.run(out, progress=False),
     "hf-coar attribute": lambda out: run([*ATTRIBUTE, out]),
+    "hf-coar run": lambda out: run(["run", *ATTRIBUTE[1:], out]),
     "hf-coar demo": lambda out: run(["demo", "--out", out]),
+    "hf-coar edit": lambda out: run(["edit", artefact(), "--decrease", "0", "--out", out]),
+    "hf-coar evaluate": lambda out: run(["evaluate", artefact(), "--out", out]),
+    "hf-coar explore": lambda out: run(["explore", artefact(), *EXPORTED, "--export", out]),
+    "explore.export": lambda out: export(artefact(), out, model=DEMO / "model", data=DEMO / "images.parquet"),
 }
+EXPORTED = ["--model", DEMO / "model", "--data", DEMO / "images.parquet"]
+
+
+def test_every_verb_that_writes_is_tried():
+    (verbs,) = (action.choices for action in cli.parser()._actions if isinstance(action.choices, dict))
+    flags = {name: set(verb._option_string_actions) for name, verb in verbs.items()}
+    writing = {f"hf-coar {name}" for name, known in flags.items() if known & {"--out", "--export"}}
+    assert {"hf-coar attribute", "hf-coar edit"} < writing and writing <= WRITERS.keys()
 
 
 @pytest.mark.parametrize("kind", STRANGE)

@@ -414,6 +414,12 @@ def test_report_pages_of_hostile_attributions(tmp_path):
     assert "<script>alert" not in (tmp_path / "report.html").read_text()
 
 
+def test_errors_do_not_quote_a_file():
+    path = "/a/" + "b" * 250
+    said = str(ModelError(f"{path} has the kind {'x' * 5000}end; give {[1] * 10}"))
+    assert path in said and said.endswith("xend; give [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]") and len(said) < 600
+
+
 def test_names_in_python_that_people_copy():
     assert escaping.python_name("ViTModel", "AutoModel") == "ViTModel"
     for name in (PYTHON, "class", "", "a b", None, 3, "a.b", "\u200bx"):

@@ -4,14 +4,16 @@ import datasets
 import pytest
 import torch
 from conftest import build_net
+from safetensors.torch import save_file
 from torch.utils.data import BatchSampler, DataLoader, SubsetRandomSampler, TensorDataset, WeightedRandomSampler
 
 import hf_coar as coar
 from hf_coar import data as data_module
 from hf_coar.data import Identity
-from hf_coar.data.identity import signatures
+from hf_coar.data.identity import HASH, signatures
 from hf_coar.errors import CorruptFileError, DataError, RunMismatchError
 from hf_coar.runs.store import Store
+from hf_coar.storage import files
 
 METHOD = coar.PathGradient(rounds=2)
 TEXT = {
@@ -249,6 +251,17 @@ def test_shards_of_another_run_are_refused(tmp_path):
     (tmp_path / "0" / "shards" / mixed.name).write_bytes(mixed.read_bytes())
     with pytest.raises(RunMismatchError, match="other settings"):
         attribute(batches(), tmp_path / "0")
+
+
+def test_shards_of_an_older_version_are_refused(tmp_path):
+    attribute(batches(), tmp_path)
+    path = sorted((tmp_path / "shards").iterdir())[0]
+    old = {name: value.clone() for name, value in files.read_tensors(path).items() if not name.startswith(HASH)}
+    old["signatures"] = torch.zeros(len(old["labels"]), dtype=torch.float64)
+    save_file(old, path, metadata={"sha256": files.checksum(old)})
+    with pytest.raises(RunMismatchError, match="older hf_coar"):
+        attribute(batches(), tmp_path)
+    assert path.exists()  # it may have cost days
 
 
 # --------------------------------------------------------------------------------------------------- one's own figures

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from hf_coar.attributions import rows
 from hf_coar.attributions.provenance import Provenance, public_record
 from hf_coar.components import Components
 from hf_coar.data import Identity
@@ -21,7 +22,7 @@ from hf_coar.storage import cards, files, swapping
 # one number, see `data.identity.signatures`.
 FORMATS = (1, 2, 3)
 WEIGHTS, CONFIG, COMPONENTS = "attributions.safetensors", "config.json", "components.json"
-MATRICES = ("weights", "standard_errors", "effects", "interactions")
+MATRICES = (*rows.MATRICES, "effects", "interactions")
 STAND_INS = "stand_ins.safetensors"
 _VALUES = "stand_ins"  # what `COMPONENTS` says of that file
 EVALUATION, PICTURES = "evaluation.json", "pictures"

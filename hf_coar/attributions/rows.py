@@ -7,14 +7,16 @@ and a row that is read is checked without reading the others.
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from hf_coar.errors import CoarError, CorruptFileError, NonFiniteOutputError
-from hf_coar.storage import files
+from hf_coar.storage import files, streaming
+
+MATRICES = ("weights", "standard_errors")  # of estimates; all else of them is small
 
 _ROOT, _SUFFIX, _DIGEST_SIZE = "sha256", "_row_checksums", 16
 _AT_ONCE = 64  # rows
@@ -46,6 +48,18 @@ class Rows:
         if self._whole is None:
             self._whole = (self._parts[0] if len(self._parts) == 1 else torch.cat(self._parts)).float()
         return self._whole
+
+    def mean(self, indices: Sequence[int], of: Callable[[Tensor], Tensor]) -> Tensor:
+        """The mean over some rows, float64 [columns], of what a function makes of them, a few rows at a time.
+
+        Args:
+            indices: of the rows.
+            of: float64 [rows, columns] -> the same shape, element by element.
+        """
+        total = torch.zeros(self.shape[1], dtype=torch.float64)
+        for start in range(0, len(indices), _AT_ONCE):
+            total += of(self.tensor()[list(indices[start : start + _AT_ONCE])].cpu().double()).sum(0)
+        return total / len(indices)
 
     def row(self, index: int) -> Tensor:
         """One row, float32 [columns], checked; costs what the row holds.
@@ -149,23 +163,58 @@ def save(path: Path, matrices: Mapping[str, Tensor], columns: Mapping[str, Tenso
     Raises:
         CoarError: the folder cannot be written.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    matrices = {name: matrix.detach().cpu().contiguous() for name, matrix in matrices.items()}
-    columns = {name: column.detach().cpu().contiguous() for name, column in columns.items()}
-    columns |= {name + _SUFFIX: _row_checksums(matrix) for name, matrix in matrices.items()}
+    n_rows = len(next(iter(matrices.values())))
+    starts = range(0, n_rows, _AT_ONCE)
     tensors = {**matrices, **columns}
-    root = _root({name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}, columns)
+    blocks = ({name: tensor[start : start + _AT_ONCE] for name, tensor in tensors.items()} for start in starts)
+    return write(path, n_rows, blocks, tuple(matrices))
 
-    def write(temporary: str) -> None:
-        try:
-            save_file(tensors, temporary, metadata={_ROOT: root})
-        except SafetensorError as error:  # a full disk
-            raise OSError(str(error)) from error
 
-    files.write_bytes(path, write)
-    return root
+def write(path: Path, n_rows: int, blocks: Iterable[Mapping[str, Tensor]], names: Sequence[str]) -> str:
+    """`save` of matrices and small tensors that come in blocks of some rows, of which one is in memory at a time.
+
+    Args:
+        path: the file.
+        n_rows: of all blocks together.
+        blocks: tensors by name.
+        names: of those that are matrices, if they are there; all others are small.
+
+    Returns:
+        The checksum of the file.
+
+    Raises:
+        CoarError: the folder cannot be written, or there are more or fewer rows.
+    """
+    small: dict[str, list[Tensor]] = {}
+
+    def with_checksums() -> Iterator[dict[str, Tensor]]:
+        for block in blocks:
+            found = {name: tensor.detach().cpu() for name, tensor in block.items()}
+            found |= {name + _SUFFIX: _row_checksums(found[name]) for name in names if name in found}
+            for name in found.keys() - set(names):
+                small.setdefault(name, []).append(found[name])
+            yield found
+
+    def root(kinds: streaming.Kinds) -> dict[str, str]:
+        return {_ROOT: _root(kinds, {name: torch.cat(parts) for name, parts in small.items()})}
+
+    streaming.write(path, n_rows, with_checksums(), root)
+    return recorded(path)
+
+
+def recorded(path: Path) -> str:
+    """The checksum that a file says it has.
+
+    Raises:
+        CorruptFileError: it is none that `save` wrote.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return str((file.metadata() or {})[_ROOT])
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise CorruptFileError(f"cannot read {path}: {str(error) or error!r}") from error
 
 
 def load(
@@ -228,7 +277,7 @@ def _check_shapes(path: Path, matrices: Mapping[str, Tensor], columns: Mapping[s
         raise CorruptFileError(f"{path} holds {shapes}, which are no rows with their checksums")
 
 
-def _root(kinds: Mapping[str, tuple[torch.dtype, torch.Size]], columns: Mapping[str, Tensor]) -> str:
+def _root(kinds: Mapping[str, tuple[torch.dtype, Sequence[int]]], columns: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, (dtype, shape) in sorted(kinds.items()):
         digest.update(f"{name} {dtype} {tuple(shape)}\n".encode())

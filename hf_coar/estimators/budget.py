@@ -98,7 +98,7 @@ def _affordable(method: Estimator, seconds: float, problem: Problem) -> float:
     # Every process times by itself, so that nobody waits, and never on results that are there already.
     with tempfile.TemporaryDirectory() as place, workers.alone(), engine.running(progress=False, worker=None):
         store = Store(place, {"task": "timing", "method": trial.settings()})
-        trial.fit(replace(problem, data=sample, store=store, identity=None))
+        trial.fit(replace(problem, data=sample, store=store, identity=None, first=None))
     spent = time.monotonic() - begun
     each, cost = sample.seconds_an_example, trial.cost(problem.size)
     passes = max(seconds - spent, 0.0) * team.count / n_examples * cost / each

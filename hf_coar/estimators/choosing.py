@@ -2,10 +2,9 @@
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,8 +19,7 @@ from hf_coar.estimators.path_gradient import BatchReader, PathGradient
 from hf_coar.estimators.registry import Estimator
 from hf_coar.estimators.regression import Regression
 from hf_coar.estimators.solvers import ARD
-from hf_coar.runs import checks, sampling, workers
-from hf_coar.runs.engine import placed
+from hf_coar.runs import checks, sampling
 from hf_coar.runs.problem import Problem, Size
 from hf_coar.storage import files
 
@@ -36,7 +34,6 @@ _LOOKED_AT = 8  # examples whose two rounds say how much is noise
 
 _FILE = "chosen.json"
 
-Result = TypeVar("Result")
 Reasons = dict[str, str]  # of what was chosen: "ablated_fraction", "method"
 
 
@@ -56,7 +53,7 @@ def settled(problem: Problem, method: Estimator | None, budgeted: bool) -> tuple
     """
     reasons: Reasons = {}
     try:
-        blocked = _looked(problem, lambda batch: _checked(problem, method, batch), checks.N_EXAMPLES)
+        blocked = problem.first.tried(problem.model, lambda batch: _checked(problem, method, batch), checks.N_EXAMPLES)
         if problem.ablated_fraction is None:
             problem.ablated_fraction, reasons["ablated_fraction"] = fraction(problem)
         if getattr(problem.output.call, "shares_pass", False):
@@ -130,25 +127,13 @@ def _checked(problem: Problem, method: Estimator | None, batch: data_module.Batc
     return []
 
 
-def _looked(problem: Problem, look: Callable[[data_module.Batch], Result], count: int) -> Result:
-    """What is seen on the first examples; on one, where more do not fit into memory."""
-    while True:
-        try:
-            with models.frozen(problem.model), placed(problem.model, workers.processes().device) as device:
-                return look(data_module.to_device(data_module.few(problem.data, count), device))
-        except (RuntimeError, MemoryError) as error:
-            if count == 1 or not models.is_out_of_memory(error):
-                raise
-            count = 1
-
-
 def fraction(problem: Problem) -> tuple[float, str]:
     """The largest fraction at which the model still is a model, and what was seen.
 
     A few random masks of each size on the first examples: the first size at which half of the decisions survive, or for
     outputs without a boundary, at which half is left of what all components together contribute.
     """
-    seen = _looked(problem, lambda batch: _shares_left(problem, batch), _EXAMPLES)
+    seen = problem.first.tried(problem.model, lambda batch: _shares_left(problem, batch), _EXAMPLES)
     what = "of the decisions" if problem.output.boundary is not None else "of the output"
     said = ", ".join(f"{share:.0%} at {value:.3g}" for value, share in seen)
     reason = f"ablated_fraction={seen[-1][0]:.3g}: what is left {what} under random masks is {said}"
@@ -272,4 +257,4 @@ def _reliability(path: PathGradient, problem: Problem) -> float:
             reader.next_round()
         return float(reader.sums.reliability().mean())
 
-    return _looked(problem, look, _LOOKED_AT)
+    return problem.first.tried(problem.model, look, _LOOKED_AT)

@@ -164,19 +164,17 @@ class PathGradient(Estimator):
                 return reader.contexts()
             return reader.all_rounds() if self._most_rounds else reader.single()
 
+        def estimate(reads: dict[str, Tensor]) -> dict[str, Tensor]:
+            weights, errors = self.estimate(reads, problem.components.sizes())
+            bias = reads["output"] - (weights * reads["gates"]).sum(1)
+            spent = torch.full_like(bias, self.spent(reads, 1 if self.passes else gates.blocks))
+            found = {"weights": weights, "bias": bias, "spent": spent}
+            return found if errors is None else {**found, "standard_errors": errors}
+
         # Blocks of examples are estimated one by one: all reads together take three times what comes out of them.
-        n_examples, blocks = problem.stream(part, read, "gate paths", BLOCK)
-        shape = (n_examples, len(problem.components))
-        weights, bias, errors, spent = torch.empty(shape), torch.empty(n_examples), None, 0.0
-        for number, reads in enumerate(blocks):
-            rows = slice(number * BLOCK, number * BLOCK + len(reads["output"]))
-            weights[rows], some = self.estimate(reads, problem.components.sizes())
-            bias[rows] = reads["output"] - (weights[rows] * reads["gates"]).sum(1)
-            spent += self.spent(reads, 1 if self.passes else gates.blocks) * len(reads["output"]) / n_examples
-            if some is not None:
-                errors = torch.empty(shape) if errors is None else errors
-                errors[rows] = some
-        return self._forecast(problem, Fit(weights, bias, errors, round(spent, 1)))
+        found = problem.reduce(part, read, "gate paths", BLOCK, estimate)
+        spent = round(float(found["spent"].mean()), 1)
+        return self._forecast(problem, Fit(found["weights"], found["bias"], found.get("standard_errors"), spent))
 
     def _forecast(self, problem: Problem, fit: Fit) -> Fit:
         """The fit with single effects and, if it is to be checked, an interval."""

@@ -34,9 +34,10 @@ def contribution_by_layer(attributions: Attributions, examples: Sequence[int] | 
         CoarError: examples out of range, or no matplotlib.
     """
     chosen = canvas.chosen(examples, len(attributions))
-    sizes = attributions.weights[chosen].double().abs().mean(0)
-    errors = attributions.standard_errors
-    errors = None if errors is None else errors[chosen].double().mean(0) * (2 / torch.pi) ** 0.5
+    sizes = attributions.matrix().mean(chosen, torch.abs)
+    errors = None
+    if attributions.has_standard_errors:
+        errors = attributions.matrix("standard_errors").mean(chosen, torch.abs) * (2 / torch.pi) ** 0.5
     members: dict[tuple[str, str], list[int]] = {}
     for group, start, stop in attributions.components.spans():
         members.setdefault((group.module, group.kind), []).extend(range(start, stop))
@@ -94,7 +95,7 @@ def contribution_heat_map(attributions: Attributions, examples: Sequence[int] | 
         CoarError: examples out of range, no components, or no matplotlib.
     """
     chosen = canvas.chosen(examples, len(attributions))
-    sizes = attributions.weights[chosen].double().abs().mean(0)
+    sizes = attributions.matrix().mean(chosen, torch.abs)
     if not len(sizes):
         raise CoarError("the attributions have no components, so there is nothing to draw")
     cells, kind = _cells(attributions)

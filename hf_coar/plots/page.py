@@ -18,6 +18,8 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+import torch
+
 from hf_coar import plots
 from hf_coar.attributions import Attributions, artefact, labelled, looks
 from hf_coar.errors import CoarError
@@ -198,10 +200,10 @@ def _where(attributions: Attributions) -> _Section:
     """Which layers and components contribute."""
     n_examples = len(attributions)
     some = sorted({i * n_examples // min(n_examples, _AVERAGED) for i in range(min(n_examples, _AVERAGED))})
-    weights = attributions.weights[some].double()
-    sizes, means = weights.abs().mean(0), weights.mean(0)
-    errors = attributions.standard_errors
-    errors = None if errors is None else errors[some].double().square().mean(0).sqrt()
+    sizes, means = (attributions.matrix().mean(some, of) for of in (torch.abs, torch.positive))
+    errors = None
+    if attributions.has_standard_errors:
+        errors = attributions.matrix("standard_errors").mean(some, torch.square).sqrt()
     rows = []
     for index in sizes.argsort(descending=True, stable=True)[:_TOP].tolist():
         error = [] if errors is None else [f"{errors[index]:.3g}"]

@@ -1,8 +1,8 @@
 """Preflight: an output is tried on a few examples, and what is wrong with it is said, before anything is paid for."""
 
 import logging
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from hf_coar.runs.workers import processes
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
+_MOST = 16  # examples that are looked at
 # What an example gives alone and in a batch differs by rounding, which half precision makes a few per cent.
 _SAME = 0.05
 _SIDES = (
@@ -30,14 +33,62 @@ _SIDES = (
 )  # what a second run of the model gets
 
 
+class First:
+    """The first examples of some data, read once for all that is tried on them before the first pass."""
+
+    def __init__(self, data: Iterable) -> None:
+        """Nothing is read yet; `data` is what `data.batches` gives."""
+        self._data = data
+        self._batch: data_module.Batch | None = None
+
+    def batch(self, count: int) -> data_module.Batch:
+        """So many of them, or as many as there are.
+
+        Raises:
+            DataError: there are none.
+        """
+        if self._batch is None:
+            self._batch = data_module.few(self._data, _MOST)
+        return data_module.rows(self._batch, 0, count)
+
+    def release(self) -> None:
+        """Let them go, once all was tried."""
+        self._batch = None
+
+    def tried(self, model: nn.Module, work: Callable[[data_module.Batch], T], count: int) -> T:
+        """What some work gives on the first examples, on the model's device.
+
+        Args:
+            model: frozen meanwhile.
+            work: takes a batch.
+            count: examples at most; where they do not fit into memory, one.
+
+        Raises:
+            DataError: there are no examples.
+            RuntimeError: not even one example fits into memory.
+        """
+        while True:
+            examples = self.batch(count)
+            try:
+                with models.frozen(model), placed(model, processes().device) as device:
+                    return work(data_module.to_device(examples, device))
+            except (RuntimeError, MemoryError) as error:
+                if count == 1 or not models.is_out_of_memory(error):
+                    raise
+            count = 1
+
+
 def bound(
-    model: nn.Module, data: Iterable, output: "str | Output | OutputFunction" = tasks.AUTO, call: Call | None = None
+    model: nn.Module,
+    data: Iterable | First,
+    output: "str | Output | OutputFunction" = tasks.AUTO,
+    call: Call | None = None,
 ) -> Output:
     """The output with the call and the alignment of the model's task, tried on the first examples; see `tasks.bind`.
 
     Args:
         model: any module; runs a few times on its first two examples.
-        data: what `data.batches` gives.
+        data: what `data.batches` gives, or its first examples.
         output: as for `attribute`.
         call: as for `attribute`.
 
@@ -46,21 +97,19 @@ def bound(
         ModelError: the model does not run on them.
         CoarError: the output cannot be had of this model; says which can.
     """
-    for count in (2, 1):
-        examples = data_module.few(data, count)
-        try:
-            return _bound(model, examples, output, call)
-        except (RuntimeError, MemoryError) as error:
-            if not models.is_out_of_memory(error):
-                raise
-    return tasks.bind(model, output, call, examples)  # the run itself says what does not fit
+    first = data if isinstance(data, First) else First(data)
+    try:
+        return first.tried(model, lambda batch: _bound(model, batch, output, call), 2)
+    except (RuntimeError, MemoryError) as error:
+        if not models.is_out_of_memory(error):
+            raise
+    return tasks.bind(model, output, call, first.batch(1))  # the run itself says what does not fit
 
 
 def _bound(
     model: nn.Module, batch: data_module.Batch, output: "str | Output | OutputFunction", call: Call | None
 ) -> Output:
-    with models.frozen(model), placed(model, processes().device) as device, torch.no_grad():
-        batch = data_module.to_device(batch, device)
+    with torch.no_grad():
         found = tasks.bind(model, output, call, batch)
         values = _tried(model, found, batch)
         if len(values) == 2:
@@ -132,7 +181,7 @@ def _tell_unread(model: nn.Module, output: Output, batch: data_module.Batch) -> 
     if not rest or (takes_any and models.library(models.wrapped(model)) == "torch") or len(batch) == 1:
         return
     noting = _Noting(batch)
-    with models.frozen(model), placed(model, processes().device), torch.no_grad():
+    with torch.no_grad():
         output.of(model, noting)
     if unread := [name for name in rest if name not in noting.read]:
         logger.warning(

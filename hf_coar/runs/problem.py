@@ -1,12 +1,13 @@
 """A problem: what is to be attributed, and the two ways in which an estimator looks at it: `measure` and `compute`."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hf_coar.attributions import rows
 from hf_coar.attributions.forecast import Forecast
 from hf_coar.components import Components
 from hf_coar.data import Batch, Identity
@@ -15,8 +16,14 @@ from hf_coar.masking import MaskedModel
 from hf_coar.models.outputs import Output
 from hf_coar.runs.engine import Compute, Part, current, run
 from hf_coar.runs.measuring import MaskedPasses, compiled, parts_of
+from hf_coar.runs.preflight import First
 from hf_coar.runs.sampling import MaskSequence
 from hf_coar.runs.store import Store
+
+Results = dict[str, Tensor]  # of some examples, which are the first axis of each
+
+_FLOAT = 4  # bytes
+_IN_MEMORY = 2**28  # bytes of estimates that every process holds by itself; more lie in a file
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,7 @@ class Problem:
         seed: of all draws.
         store: of the run; results that it holds are not computed again. None where nothing is to be computed.
         identity: of the examples; known once something was computed.
+        first: the first of the examples.
     """
 
     masked: MaskedModel
@@ -53,6 +61,11 @@ class Problem:
     seed: int
     store: Store | None = None
     identity: Identity | None = None
+    first: First | None = None
+
+    def __post_init__(self) -> None:
+        """Nothing is read yet."""
+        self.first = self.first or First(self.data)
 
     @property
     def model(self) -> nn.Module:
@@ -93,27 +106,42 @@ class Problem:
             return {name: gathered[0][name] for name in names}
         return {name: torch.cat([results[name] for results in gathered], dim=1) for name in names}
 
-    def stream(self, part: Part, compute: Compute, what: str, block: int) -> tuple[int, Iterator[dict[str, Tensor]]]:
-        """What `compute` gives of one part, a few examples at a time: a run's results may be larger than the memory.
+    def reduce(
+        self, part: Part, compute: Compute, what: str, block: int, estimate: Callable[[Results], Results]
+    ) -> Results:
+        """What is estimated from the results of some passes, a few examples at a time: all may exceed the memory.
+
+        Large estimates do not lie in memory either: one of the processes that share the run writes them into a file of
+        its folder, block by block, and all of them map that.
 
         Args:
             part: all passes.
             compute: as for `compute`.
             what: said by the progress bar.
             block: examples at a time.
+            estimate: results of some examples -> tensors whose first axis is these examples, always of the same names;
+                those named in `rows.MATRICES` may be large.
 
         Returns:
-            how many examples there are, and their results block by block. `identity` is known when all were taken.
+            The estimates of all examples.
         """
         count = self._run([part], compute, what)
-        return count - len(self.store.skipped), self._blocks(self.store.blocks(part.name, count, block))
+        blocks = self._estimated(self.store.blocks(part.name, count, block), estimate)
+        n_examples = count - len(self.store.skipped)
+        if _FLOAT * len(rows.MATRICES) * n_examples * len(self.components) > _IN_MEMORY:
+            found = self.store.estimates(part.name, count, n_examples, blocks)
+        else:
+            found = _joined(blocks)
+        identity = Identity.of(found)
+        self._note(identity)
+        return {name: value for name, value in found.items() if name not in identity.columns()}
 
-    def _blocks(self, found: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-        identities = []
-        for results in found:
-            identities.append(Identity.of(results))
-            yield {name: value for name, value in results.items() if name not in identities[-1].columns()}
-        self._note(Identity.joined(identities))
+    @staticmethod
+    def _estimated(blocks: Iterator[Results], estimate: Callable[[Results], Results]) -> Iterator[Results]:
+        for results in blocks:
+            columns = Identity.of(results).columns()
+            read = {name: value for name, value in results.items() if name not in columns}
+            yield {**estimate(read), **columns}
 
     def _note(self, identity: Identity) -> None:
         if self.identity is not None:
@@ -166,6 +194,11 @@ class Fit:
     cost: float | None = None
     checked: dict[str, float] | None = None
     forecast: Forecast | None = None
+
+
+def _joined(blocks: Iterator[Results]) -> Results:
+    found = list(blocks)
+    return {name: torch.cat([some[name] for some in found]) for name in found[0]}
 
 
 def _check_finite(results: Mapping[str, Tensor], first: int, part: Part, components: Components) -> None:

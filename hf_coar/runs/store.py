@@ -4,6 +4,7 @@
     shards/<part>-<start>-<stop>.safetensors     results of one part of the passes on examples start … stop - 1, with
                                                  the hashes of these examples and of what determines the numbers
     skipped/<index>.json                         an example that could not be read, and why
+    estimates-<hash>.safetensors                 what was estimated from them, if it is large; until it is saved
     length-<kind>.json                           how many examples the data held when all of them were done
 
 No flags, no order, no locks: any number of processes that share the folder can join, die and come back.
@@ -17,7 +18,7 @@ import re
 import reprlib
 import time
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,15 +26,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_coar.attributions import rows
 from hf_coar.data import Batch, Identity
 from hf_coar.data.identity import HASH
 from hf_coar.errors import CoarError, CorruptFileError, DataError, RunMismatchError
 from hf_coar.runs.index import Index, Stretch, gaps
-from hf_coar.storage import files, folders
+from hf_coar.storage import files, folders, swapping
 
 logger = logging.getLogger(__name__)
 
 _RUN = "run"  # word in the header of a shard: a hash of the settings in run.json
+_ESTIMATES = "estimates-"  # begin of the names of files of estimates
 _ANY, _ALL = "any", 2**62  # the part that stands for all of them; more examples than there are
 _LOOKS = 20  # looks at the folder take one part in so many of the time
 _SHARD = re.compile(r"(?P<part>[a-z]+-\d+)-(?P<start>\d+)-(?P<stop>\d+)\.safetensors")
@@ -60,7 +63,8 @@ class Store:
         settings = json.loads(json.dumps(settings))  # tuples become lists, as in the file
         self._about = {_RUN: _stamp(settings)}
         self._compare(settings)
-        files.remove_stale_temporaries(self._shards)
+        for place in (self.folder, self._shards):
+            files.remove_stale_temporaries(place)
         for name in sorted(_names_in(self._shards)):
             if _SHARD.fullmatch(name):
                 self._inspect(self._shards / name)
@@ -281,6 +285,36 @@ class Store:
         for first in range(0, len(kept), size):
             yield self._joined(part, kept[first : first + size], opened)
 
+    def estimates(
+        self, part: str, n_examples: int, n_rows: int, blocks: Iterable[Mapping[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """What is estimated from the results of a part, in a file that one of the processes of a machine makes.
+
+        It is taken as it is where another one, or this run before it was broken off, has made it already.
+
+        Args:
+            part: of which it is.
+            n_examples: of the data, skipped ones among them.
+            n_rows: without these.
+            blocks: the estimates, some examples at a time; taken only if there is no file of them yet.
+
+        Returns:
+            Tensors, mapped from the file.
+        """
+        path = self.folder / f"{_ESTIMATES}{_stamp({**self._about, part: [n_examples, *self._skipped]})}.safetensors"
+        with swapping.locked(path):
+            try:
+                return _opened(path, verify=True)
+            except CorruptFileError:  # as a rule it is not there
+                self.drop_estimates()
+            rows.write(path, n_rows, blocks, rows.MATRICES)
+        return _opened(path)
+
+    def drop_estimates(self) -> None:
+        """Delete what `estimates` made, once it is saved; what was mapped stays."""
+        for path in self.folder.glob(f"{_ESTIMATES}*.safetensors"):
+            path.unlink(missing_ok=True)
+
     def _joined(self, part: str, indices: Sequence[int], opened: dict[Stretch, dict[str, Tensor]]) -> dict[str, Tensor]:
         """Some examples' results out of the shards that hold them."""
         start, stop = indices[0], indices[-1] + 1
@@ -347,6 +381,14 @@ class _Known:
         self._seen[:count] = seen
         for name, column in old.items():
             self._columns[name][:count] = column[:count]
+
+
+def _opened(path: Path, verify: bool = False) -> dict[str, Tensor]:
+    matrices, columns = rows.load([path], [rows.recorded(path)], rows.MATRICES)
+    if verify:
+        for matrix in matrices.values():
+            matrix.verify()
+    return {**{name: matrix.tensor() for name, matrix in matrices.items()}, **columns}
 
 
 def _names_in(folder: Path) -> set[str]:

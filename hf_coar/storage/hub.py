@@ -80,7 +80,8 @@ class Source:
         from huggingface_hub.errors import EntryNotFoundError
 
         try:
-            found = hf_hub_download(self.name, filename, revision=self.commit or self._revision, **self._options)
+            revision = self.commit or self._revision
+            found = _once_more(lambda: hf_hub_download(self.name, filename, revision=revision, **self._options))
         except EntryNotFoundError as error:
             if not required:
                 return None
@@ -197,6 +198,21 @@ def _troubles() -> tuple[type[BaseException], ...]:
     return (OSError, ValueError, RuntimeError, http_error)
 
 
+def _once_more(download: Callable[[], str]) -> str:
+    """A download, which goes on where it was if the connection breaks off: not every version does so by itself."""
+    try:
+        return download()
+    except _troubles() as error:
+        if not _is_of_the_connection(error):
+            raise
+    return download()
+
+
+def _is_of_the_connection(error: BaseException) -> bool:
+    answered = getattr(error, "response", None) is not None
+    return isinstance(error, _troubles()[-1] | ConnectionError) and not answered
+
+
 def explain(error: BaseException) -> str:
     """What a failure of huggingface_hub means, and what to do, in one line."""
     from huggingface_hub import errors
@@ -236,7 +252,6 @@ _STATUS = {
 
 def _without_status(error: BaseException) -> str:
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    http_error = _troubles()[-1]
-    if isinstance(error, http_error | ConnectionError):
+    if _is_of_the_connection(error):
         return f"the connection broke off ({first}); {_LATER}"
     return first

@@ -65,7 +65,7 @@ def publish(staging: Path, folder: Path, removed: Collection[str] = ()) -> None:
         OSError: it cannot be written; then everything is as it was.
     """
     _sync_all(staging)
-    with _locked(folder):
+    with locked(folder):
         settle(folder)
         if _holds(folder, staging) and not any((folder / name).exists() for name in removed):
             return
@@ -264,12 +264,15 @@ def _sync_all(folder: Path, deep: bool = True) -> None:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One writer at a time, among processes of one machine; the system frees the lock of one that dies."""
+def locked(path: Path) -> Iterator[None]:
+    """One writer of a path at a time, among processes of one machine; the system frees the lock of one that dies.
+
+    It is on the folder that holds the path, which must be there; without locks in the file system nobody waits.
+    """
     try:
         import fcntl
 
-        handle = os.open(folder.resolve().parent, os.O_RDONLY)
+        handle = os.open(path.resolve().parent, os.O_RDONLY)
     except (ImportError, OSError):
         yield
         return
