@@ -29,6 +29,7 @@ from hf_coar.errors import CoarError, CorruptFileError
 _KEPT_SCORES = 256
 _LIMITS = 26  # tried on either side
 _TINY = 1e-12
+_TAIL, _FEWEST_SCORES = 0.95, 40  # intervals are of 95 % as a rule; two scores lie beyond that of forty
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,15 @@ class Calibration:
             under smaller ones by the square of their share of that size.
         spread: what makes up the expected miss: the factors of the set's norm, of its forecast change, and of what the
             limits take off it.
+        beyond: how much more is missed of sets whose forecast change exceeds their norm, such as the strongest
+            components of one sign: without it intervals of 95 % held for 98 % of random sets and 89 % of these.
         scores: sorted ratios of misses to the expected miss.
     """
 
     limits: tuple[float, float] = (0.0, 0.0)
     level: float = 0.0
     spread: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    beyond: float = 1.0
     scores: tuple[float, ...] = ()
 
     def limited(self, drops: Tensor, shares: Tensor, norms: Tensor) -> Tensor:
@@ -68,7 +72,9 @@ class Calibration:
     def expected_miss(self, drops: Tensor, shares: Tensor, norms: Tensor) -> Tensor:
         """The spread of sets, from the same as `limited`."""
         features = _features(drops, self.limited(drops, shares, norms), norms)
-        return features @ torch.tensor(self.spread, dtype=drops.dtype)
+        return (
+            features @ torch.tensor(self.spread, dtype=drops.dtype) * torch.where(drops.abs() > norms, self.beyond, 1.0)
+        )
 
     def knows(self, level: float) -> bool:
         """Whether there are enough scores for a level."""
@@ -111,10 +117,21 @@ class Calibration:
         limited = shape.limited(drops, shares, norms)
         misses, features = (measured - limited).abs(), _features(drops, limited, norms)
         spread = _non_negative_fit(features, misses)
-        scores = (misses / (features @ spread).clamp_min(_TINY)).sort().values
+        scores = misses / (features @ spread).clamp_min(_TINY)
+        strong = drops.abs() > norms
+        beyond = _ratio_of_tails(scores[strong], scores[~strong])
+        scores = torch.where(strong, scores / beyond, scores).sort().values
         if len(scores) > _KEPT_SCORES:
             scores = scores[torch.linspace(0, len(scores) - 1, _KEPT_SCORES).round().long()]
-        return replace(shape, spread=tuple(spread.tolist()), scores=tuple(scores.tolist()))
+        return replace(shape, spread=tuple(spread.tolist()), beyond=beyond, scores=tuple(scores.tolist()))
+
+
+def _ratio_of_tails(scores: Tensor, others: Tensor) -> float:
+    """What makes their tails alike, 1 at least; 1 where a tail would be a handful of scores."""
+    if min(len(scores), len(others)) < _FEWEST_SCORES:
+        return 1.0
+    tail, of_others = (float(values.quantile(_TAIL)) for values in (scores, others))
+    return max(1.0, tail / max(of_others, _TINY))
 
 
 def _bent(drops: Tensor, norms: Tensor, limit: float) -> Tensor:
@@ -236,7 +253,7 @@ class Forecast:
             found["pairs"] = self.pairs.tolist()
         if self.calibration is not None:
             found["calibration"] = {key: list(getattr(self.calibration, key)) for key in _ENTRIES}
-            found["calibration"]["level"] = self.calibration.level
+            found["calibration"] |= {"level": self.calibration.level, "beyond": self.calibration.beyond}
         return found
 
     def matrices(self) -> dict[str, Tensor]:
@@ -265,7 +282,7 @@ class Forecast:
         calibration = None
         if found is not None:
             entries = {key: tuple(map(float, found[key])) for key in _ENTRIES}
-            calibration = Calibration(**entries, level=float(found["level"]))
+            calibration = Calibration(**entries, level=float(found["level"]), beyond=float(found.get("beyond", 1.0)))
         return cls(
             unablated,
             torch.tensor(value["flipped"], dtype=torch.long),
@@ -294,7 +311,7 @@ def _is_sane(value: Any, widths: Mapping[str, int], n_components: int) -> bool:
         return True
     if not isinstance(calibration, Mapping) or not all(_are_numbers(calibration.get(key)) for key in _ENTRIES):
         return False
-    if not _are_numbers([calibration.get("level")]):
+    if not _are_numbers([calibration.get("level"), calibration.get("beyond", 1.0)]) or calibration.get("beyond", 1) < 1:
         return False
     limits, spread, scores = (calibration[key] for key in _ENTRIES)
     return len(limits) == 2 and len(spread) == 3 and all(x >= 0 for x in (*limits, *spread, *scores))

@@ -11,13 +11,11 @@ from hf_coar import api as pipeline
 from hf_coar import demo, models
 from hf_coar import explore as explorer
 from hf_coar.attributions import Attributions, folders
-from hf_coar.cli import completion, config, editing, methods, terminal, whole
-from hf_coar.components import Components
+from hf_coar.cli import completion, config, editing, methods, standing_in, terminal, whole
 from hf_coar.data import Chunks, rows
 from hf_coar.editing import edited as edited_model
 from hf_coar.errors import CoarError
 from hf_coar.estimators import PathGradient, Size, budget, choosing
-from hf_coar.masking import ABLATIONS, find_components
 from hf_coar.plots import page as report
 from hf_coar.runs import engine, workers
 from hf_coar.runs.plan import plan
@@ -27,7 +25,7 @@ from hf_coar.storage import folders as store
 def components(args: argparse.Namespace) -> str:
     """The components of a model, as a tree."""
     model = models.load_architecture(args.model, args.revision, args.trust_remote_code)
-    found = _found(model, args)
+    found = standing_in.zeroed(model, args)
     if args.json:
         return json.dumps(found.tree_json(), indent=2)
     head, _, rest = found.tree().partition("\n")
@@ -42,7 +40,7 @@ def attribute(args: argparse.Namespace) -> str:
         return _planned(args, model, data)
     with engine.running(**_running(args)):
         attributions = pipeline.attribute(
-            model, data, _standing_in(model, data, args), output=args.output, method=methods.chosen(args),
+            model, data, standing_in.components(model, data, args), output=args.output, method=methods.chosen(args),
             ablated_fraction=args.ablated_fraction, call=config.imported(args.call, "--call"), seed=args.seed,
             out=args.out, budget=args.budget, log_with=args.log_with, overwrite=args.overwrite,
         )  # fmt: skip
@@ -69,7 +67,7 @@ def _planned(args: argparse.Namespace, model: Any, data: Any) -> str:
     n_examples = chunks.at(len(chunks) - 1).stop if chunks.count is not None else None
     if n_examples is None:
         raise CoarError("the number of examples of a stream is not known beforehand; try without --streaming")
-    components = _found(model, args)
+    components = standing_in.zeroed(model, args)
     # Nothing is run here, so that what a look at the model would choose is not known.
     method, size = methods.chosen(args), Size(len(components), args.ablated_fraction or choosing.FRACTIONS[0])
     method = choosing.without_a_look(size) if method == "auto" and args.budget is None else method
@@ -164,29 +162,3 @@ def completion_script(args: argparse.Namespace, whole: argparse.ArgumentParser) 
 
 def _running(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in ("worker", "dtype", "compile", "masks_together", "strict")}
-
-
-def _found(model: Any, args: argparse.Namespace, ablation: Any = "zero") -> Components:
-    return find_components(model, args.granularity, args.include, args.exclude, ablation)
-
-
-def _standing_in(model: Any, data: Any, args: argparse.Namespace) -> Components:
-    """The components, with what the flags say stands in for them."""
-    kind = ABLATIONS[args.ablation]
-    others = {"data": args.ablation_data, "split": args.ablation_split}
-    others = {name: value for name, value in others.items() if value is not None}
-    if not kind.takes_data:
-        idle = [name for name in ("data", "split", "seed") if getattr(args, f"ablation_{name}") is not None]
-        if idle:
-            raise CoarError(f"--ablation-{idle[0]} has no effect with --ablation {args.ablation}; add --ablation mean")
-        return _found(model, args)
-    if args.ablation == "patch" and "data" not in others:
-        raise CoarError("--ablation patch needs --ablation-data, a partner for every example of the data")
-    if others:
-        _, data = pipeline.load(**{**editing.sources(args), **others, "model": model})
-    given = {} if args.ablation_seed is None else {"seed": args.ablation_seed}
-    try:
-        ablation = kind(data, **given)
-    except TypeError as error:
-        raise CoarError(f"--ablation-seed has no effect with --ablation {args.ablation}") from error
-    return _found(model, args, ablation)

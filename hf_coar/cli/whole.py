@@ -11,8 +11,7 @@ from typing import Any
 
 from hf_coar import api
 from hf_coar.attributions import Attributions, folders
-from hf_coar.cli import config, methods, showing, terminal
-from hf_coar.components import find_components
+from hf_coar.cli import config, methods, showing, standing_in, terminal
 from hf_coar.errors import BudgetError, CoarError
 from hf_coar.plots import page
 from hf_coar.runs import engine, workers
@@ -61,7 +60,7 @@ def _attributed(args: argparse.Namespace, sources: dict[str, Any], folder: Path)
         try:
             examples = some if some is None else {**sources, "model": model, "n_examples": some}
             chosen = data if examples is None else api.load(**examples)[1]
-            components = find_components(model, args.granularity, args.include, args.exclude)
+            components = standing_in.components(model, chosen, args)
             attributions = api.attribute(
                 model, chosen, components, output=args.output, method=methods.chosen(args),
                 ablated_fraction=args.ablated_fraction, call=config.imported(args.call, "--call"), seed=args.seed,

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hf_coar import api as pipeline
 from hf_coar import data, editing, models, plots
 from hf_coar.attributions import Attributions
 from hf_coar.attributions.folders import add_evaluation
-from hf_coar.components import Components, find_components
+from hf_coar.components import find_components
 from hf_coar.editing import edited
 from hf_coar.errors import CoarError
 from hf_coar.estimators.path_gradient import PathGradient
@@ -112,9 +112,8 @@ def run(out: str | Path = "coar-demo", forget: str = FORGOTTEN, progress: bool =
 
     logger.info("edit: choosing how many components to ablate to forget %s", forget)
     decrease = (attributions.labels == target).nonzero().flatten().tolist()
-    ranking = editing.rank_components(attributions, decrease=decrease)
-    n_components, sweep = _choose(model, components, ranking, choosing, target)
-    changed = editing.edit(model, attributions, decrease=decrease, n_components=n_components)
+    changed, sweep = _forget(model, attributions, decrease, choosing, target)
+    n_components = len(models.record(changed)["edit"]["components"])
 
     before, after = (class_accuracies(each, held_out, len(names)) for each in (model, changed))
     forgetting = _Forgetting(names, target, before, after)
@@ -160,10 +159,10 @@ def _mean_of_others(values: Sequence[float], target: int) -> float:
     return sum(value for i, value in enumerate(values) if i != target) / (len(values) - 1)
 
 
-def _choose(
-    model: nn.Module, components: Components, ranking: Tensor, choosing: data.Examples, target: int
-) -> tuple[int, list[tuple[int, float, float]]]:
-    """How many components to ablate; and for each candidate (number, accuracy of the target, mean of the others)."""
+def _forget(
+    model: nn.Module, attributions: Attributions, decrease: Sequence[int], choosing: data.Examples, target: int
+) -> tuple[nn.Module, list[tuple[int, float, float]]]:
+    """The edited model; and for each candidate (number, accuracy of the target, mean of the others)."""
     batches, sweep = list(choosing), []  # decoded once, for all candidates
     n_classes = int(max(batch["labels"].max() for batch in batches)) + 1
 
@@ -173,8 +172,8 @@ def _choose(
         sweep.append((CANDIDATES[len(sweep)], accuracies[target], others))
         return others - max(0.0, accuracies[target] - FORGOTTEN_BELOW)
 
-    chosen, _ = editing.choose_n_components(model, components, ranking, score, CANDIDATES)
-    return chosen, sweep
+    numbers = list(CANDIDATES)
+    return editing.edit(model, attributions, decrease=decrease, n_components=numbers, validation=score), sweep
 
 
 def _rows(forgetting: _Forgetting) -> list[tuple[str, str, str]]:

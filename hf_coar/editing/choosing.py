@@ -154,8 +154,8 @@ class Trials:
         """The best and all others."""
         best = self.best()
         logger.info(
-            "edit: rule %s, %d components, gate %g, by validation (%g, %d candidates)",
-            best.rule, best.n_components, best.gate, best.goal, len(self.tried),
+            "edit: %s%d components, gate %g, by validation (%g, %d candidates)",
+            f"rule {best.rule}, " if best.rule else "", best.n_components, best.gate, best.goal, len(self.tried),
         )  # fmt: skip
         return Choice(best, tuple(self.tried))
 

@@ -65,7 +65,8 @@ def _calibration(forecast: Forecast) -> dict[str, Any] | None:
     if known is None:
         return None
     score = known.quantile(LEVEL) if known.knows(LEVEL) else None
-    return {"limits": list(known.limits), "level": known.level, "spread": list(known.spread), "score": score}
+    found = {"limits": list(known.limits), "level": known.level, "spread": list(known.spread)}
+    return {**found, "beyond": known.beyond, "score": score}
 
 
 def _short(values: Tensor) -> list[float]:
