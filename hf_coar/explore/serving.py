@@ -97,13 +97,15 @@ def launch(
     if share:
         logger.warning("explorer: whoever knows %s can use this machine to run the model, until Ctrl-C", address)
     # What Gradio says on Ctrl-C is not the caller's output.
-    with contextlib.suppress(KeyboardInterrupt), contextlib.redirect_stdout(sys.stderr):
-        logger.info("explorer: %s (Ctrl-C ends it)", address)
-        if block:
-            try:
-                page.blocks.block_thread()
-            finally:
-                closed.set()
+    with contextlib.redirect_stdout(sys.stderr):
+        try:
+            with contextlib.suppress(KeyboardInterrupt):
+                logger.info("explorer: %s (Ctrl-C ends it)", address)
+                if block:
+                    page.blocks.block_thread()
+        finally:
+            if block:  # Gradio does it too, unless Ctrl-C came before it began to wait
+                close()
     return address
 
 
