@@ -69,7 +69,8 @@ def test_evaluate_takes_model_and_data_from_the_attributions(run, tmp_path):
     code, out, _ = hf_coar("evaluate", run, "--n-masks", 20, "--out", tmp_path / "e", "--json")
     figures = json.loads(out)
     assert figures == json.loads((tmp_path / "e" / "evaluation.json").read_text())
-    assert [entry["ablated_fraction"] for entry in figures["fractions"]] == [0.05, 0.0125]
+    # As fitted, a quarter of it, and four components, as edits ablate.
+    assert [entry["ablated_fraction"] for entry in figures["fractions"]] == [0.05, 0.0125, 4 / 832]
     assert figures["fractions"][0]["correlation"] > 0.5
 
 
