@@ -78,6 +78,7 @@ def _run(each: Any) -> None:
     verb.add_argument("data", help="Hub id, folder or file of the data set")
     _data_flags(verb)
     _component_flags(verb)
+    _ablation_flags(verb)
     _method_flags(verb, "folder of the run, which resumes (default runs/MODEL-DATA)", budget="40 s")
     _running_flags(verb)
     _overwrite_flag(verb)
