@@ -91,7 +91,8 @@ def test_pairs_of_rounds_are_antithetic():
 
 def test_smoothing_narrows_from_round_to_round(judge):
     # Its bias goes with it: a slope of 1.01, and of 1.17 where the window keeps its width.
-    assert judge.slope(judge.attributed(rounds=8)) == pytest.approx(1.0, abs=0.07)
+    # Without the scale of fresh sets, which would mend either.
+    assert judge.slope(judge.attributed(rounds=8, n_flips=0, check_masks=0)) == pytest.approx(1.0, abs=0.07)
 
 
 # ---------------------------------------------------------------------------------------------------------- shrinkage
