@@ -265,7 +265,7 @@ def use_run(folder: Path, files: Files) -> None:
     attribute(folder)
     found = coar.Attributions.from_pretrained(folder).weights
     expected = undisturbed(os.environ["FUZZ_RUN"])
-    # Units of work are sized by time, so that what is computed again may stand in another batch, and be rounded otherwise.
+    # Units are sized by time: what is computed again may stand in another batch, and be rounded otherwise.
     if not skipped and not torch.allclose(found, expected, rtol=1e-4, atol=1e-5):
         raise AssertionError("the run went on, and gave other numbers")
 
