@@ -63,7 +63,7 @@ import sys, torch, transformers, peft
 base = transformers.GPT2LMHeadModel.from_pretrained(sys.argv[1])
 model = peft.PeftModel.from_pretrained(base, sys.argv[2]).eval()
 assert not any(name.startswith("hf_coar") for name in sys.modules)
-torch.save(model(input_ids=torch.load(sys.argv[3])).logits, sys.argv[4])
+torch.save(model(input_ids=torch.load(sys.argv[3], weights_only=True)).logits, sys.argv[4])
 """
 
 
@@ -80,7 +80,7 @@ def test_an_edit_of_ranks_is_there_after_a_plain_reload(tmp_path):
     torch.save(BATCH["input_ids"], tmp_path / "ids.pt")
     names = [str(tmp_path / name) for name in ("base", "edited", "ids.pt", "logits.pt")]
     subprocess.run([sys.executable, "-c", RELOAD, *names], check=True)
-    found = torch.load(tmp_path / "logits.pt")
+    found = torch.load(tmp_path / "logits.pt", weights_only=True)
     with torch.no_grad():
         assert torch.allclose(found, edited(**BATCH).logits, atol=1e-5)
     assert not torch.allclose(found, before, atol=1e-3)
