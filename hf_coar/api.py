@@ -253,7 +253,8 @@ def attribute(
             attributions = _attributed(problem, chosen, provenance, folder, out)
             attributions.provenance = attributions.provenance.found(chosen=tuple(reasons.values()))
             if out is not None and workers.processes().is_main_process:
-                page.write_first(folder, attributions)  # first, so that the card shows its pictures
+                if options.report:
+                    page.write_first(folder, attributions)  # first, so that the card shows its pictures
                 attributions.save_pretrained(folder)
                 if workers.team(options.worker).count == 1:  # others may be about to map them
                     problem.store.drop_estimates()
@@ -338,8 +339,8 @@ def evaluate(
         run.figures({f"correlation at {fraction:g}": value for fraction, value in report.correlation.items()})
         run.figures({f"slope at {fraction:g}": value for fraction, value in report.slope.items()})
         run.figures({"reliability": report.mean_reliability})
-    if out is not None and workers.processes().is_main_process:
-        page.write(out, attributions, report)
+        if out is not None and options.report and workers.processes().is_main_process:
+            page.write(out, attributions, report)
     return report
 
 

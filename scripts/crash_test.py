@@ -13,6 +13,7 @@ out).
 
 # ruff: noqa: E402 (the address of the Hub is set between the imports)
 import argparse
+import atexit
 import functools
 import json
 import logging
@@ -41,9 +42,10 @@ import tables
 
 # The Hub's client reads its address when it is imported, and the tests' own settings would take it offline.
 HUB = hub_server.hub()
+atexit.register(HUB.__exit__, None, None, None)  # before threads are frozen, for which it would wait for ever
 os.environ |= {"HF_ENDPOINT": HUB.__enter__().endpoint, "HF_HUB_DISABLE_XET": "1"}
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="crash-home-")
-import huggingface_hub  # noqa: F401 (before conftest)
+import huggingface_hub.constants  # noqa: F401 (before conftest, which goes offline)
 from conftest import DEMO, build_net
 from test_crash import attribute, data, start, wait
 from test_format import tiny
@@ -53,10 +55,11 @@ from hf_coar import models
 from hf_coar.editing import edited
 from hf_coar.errors import CoarError
 from hf_coar.explore import export
-from hf_coar.runs import engine
+from hf_coar.runs import engine, outbox
 
 RESULT = Path(__file__).resolve().parent / "results" / "crash_test.md"
 N_WORKERS = 3
+outbox.SECONDS = 0.0  # a shard a unit: how many short ones share one depends on how fast they were
 
 
 @dataclass
@@ -433,7 +436,7 @@ def told(rows: list[str], work: Work, by: str, disturbed: Callable[[], Tally]) -
     cells = [tally.killed, tally.full, tally.finished, tally.old, tally.new, len(tally.lost)]
     minutes = f"{(time.monotonic() - begun) / 60:.1f}"
     rows.append(f"| {work.name} | {by} | {' | '.join(map(str, cells))} | {minutes} |")
-    sys.stderr.write(f"{rows[-1]}\n")
+    sys.stderr.write("\n".join([rows[-1], *tally.lost, ""]))
     return tally.lost
 
 
@@ -444,6 +447,13 @@ def mounts(place: Path) -> bool:
             return True
     except (subprocess.CalledProcessError, OSError):
         return False
+
+
+def write(rows: list[str], lost: list[str]) -> None:
+    """The table."""
+    notes = ["Machine: two CPU cores, other work going on. A row is made by `--only`, or all of them at once."]
+    command = "python scripts/crash_test.py --write"
+    tables.write(RESULT, "Nothing is lost", command, HEADER, rows, [*notes, *lost[:10]])
 
 
 def main() -> None:
@@ -469,13 +479,9 @@ def main() -> None:
                 lost += told(rows, work, by, partial(on_small_disks, work, args.disks, place))
                 by = "a read-only remount"
                 lost += told(rows, work, by, partial(on_a_disk_that_becomes_read_only, work, place))
+            if args.write:  # work by work, as this may be broken off as well
+                write(rows, lost)
     sys.stdout.write("\n".join([*HEADER, *rows, *lost]) + "\n")
-    if args.write:
-        notes = [
-            "Machine: two CPU cores, other work going on. A row is made by `--only`, or all of them at once.",
-            *lost[:10],
-        ]
-        tables.write(RESULT, "Nothing is lost", "python scripts/crash_test.py --write", HEADER, rows, notes)
     if lost:
         sys.exit(1)
 

@@ -29,7 +29,7 @@ from hf_coar.runs.store import Store
 RESULT = Path(__file__).resolve().parent / "results" / "store.md"
 EXAMPLES = 4  # of a unit
 COMPONENTS = 20_000
-METHOD = coar.PathGradient(rounds=2, n_flips=0, check_masks=0)  # flips and checks correct a copy, in memory
+METHOD = coar.PathGradient(rounds=2)
 PLANNED = 1_000_000  # units, by the last row measured
 PART = "masks-000000"
 
@@ -144,11 +144,8 @@ def attribute(folder: Path, n_examples: int, worker: str | None = None) -> None:
         {"inputs": torch.randn(50, 2, generator=draw), "labels": torch.zeros(50).long()}
         for _ in range(n_examples // 50)
     ]
-    with coar.running(worker=worker):
-        coar.attribute(
-            wide(), data, method=METHOD, ablated_fraction=0.5, out=folder,
-            progress=False,
-        )  # fmt: skip
+    with coar.running(worker=worker, report=False):
+        coar.attribute(wide(), data, method=METHOD, ablated_fraction=0.5, out=folder, progress=False)
 
 
 def anonymous() -> float:
@@ -207,7 +204,7 @@ def main() -> None:
         lines.extend(more)
         print("\n".join(more), flush=True)
 
-    told(f"The end of a run of {COMPONENTS:,} components, without flips and checks, which correct a copy in memory\n")
+    told(f"The end of a run of {COMPONENTS:,} components, flips and checks included\n")
     told(
         "| examples | attributions, MB | made | processes | seconds | MB, each at most |",
         "|--:|--:|---|--:|--:|--:|",

@@ -20,8 +20,11 @@ import hf_coar as coar
 from hf_coar import editing, models
 from hf_coar.components import rules
 from hf_coar.models import outputs, tasks
+from hf_coar.runs import running
 
 torch.set_num_threads(1)
+# Pages and pictures take more time than most runs here; the tests that look at them ask for them (`reports`).
+running._current.set(running.Running(report=False))
 
 DEMO = Path(coar.__file__).parent / "demo"
 
@@ -307,3 +310,10 @@ def same_state(model: nn.Module, before: dict[str, object]) -> bool:
     tensors, were = after.pop("tensors"), dict(before)
     old = were.pop("tensors")
     return were == after and tensors.keys() == old.keys() and all(torch.equal(tensors[name], old[name]) for name in old)
+
+
+@pytest.fixture
+def reports() -> Iterator[None]:
+    """Runs write their pages."""
+    with running.running(report=True):
+        yield

@@ -104,6 +104,14 @@ def finish(folder, method):
     assert wait(start(lambda: attribute(folder, method))) == 0
 
 
+def test_what_checks_cannot_read_is_an_error_and_no_other_number(tmp_path):
+    """Fresh sets set the scale: without them the weights would be others."""
+    attribute(tmp_path)
+    (tmp_path / "length-sets.json").write_text('{"task": "attribute"}')
+    with pytest.raises(CoarError, match=r"length-sets\.json"):
+        attribute(tmp_path)
+
+
 # ------------------------------------------------------------------------------------------------------- random moments
 
 

@@ -56,6 +56,7 @@ def test_fix_error(args):
     assert all(name in text for name in edits)
 
 
+@pytest.mark.slow
 def test_forget_class(args):
     args.classes = [1]
     model, training, examples = tasks.classifier(args, 0)
@@ -70,6 +71,7 @@ def test_forget_class(args):
     assert "on attributions made anew after every 6 ablations; it and the number of components are" in card
 
 
+@pytest.mark.slow
 def test_backdoor(args):
     model, pool, test = edit_backdoor.backdoored(args, 0, n_training=1000, epochs=14, share=0.15, wide=False)
     found = edit_backdoor.run(model, pool, test, 0, n_draws=1, n_final=600, singles=False, rounds=2)
@@ -81,6 +83,7 @@ def test_backdoor(args):
     check_files(args, "backdoor")
 
 
+@pytest.mark.slow
 def test_subgroup(args):
     model, *parts = edit_subgroup.biased(args, 0, 420, 16, classes=((0, 2, 6), (1, 3, 4)), agree=0.9)
     of = edit_subgroup.setting((model, *parts), 0, per_group=10)
@@ -92,6 +95,7 @@ def test_subgroup(args):
     check_files(args, "subgroup")
 
 
+@pytest.mark.slow
 def test_typographic(args):
     (images, labels), (others, of_others) = (tasks.raw_fashion_mnist(args.fashion_mnist, p) for p in ("train", "t10k"))
     clip = edit_typographic.trained_clip(args.runs / "clip", images, labels, 0, 200, share=0.7, moving=False)

@@ -12,7 +12,6 @@ from test_crash import content, data, start, wait
 import hf_coar as coar
 from hf_coar.attributions import rows
 from hf_coar.errors import CoarError
-from hf_coar.plots import page
 from hf_coar.runs import problem
 from hf_coar.runs.store import Store
 from hf_coar.storage import streaming
@@ -20,14 +19,8 @@ from hf_coar.storage import streaming
 METHOD = coar.PathGradient(rounds=2, n_flips=0, check_masks=0)  # whose estimates are the weights
 
 
-def attribute(out, **options):
-    return coar.attribute(build_net("mlp").model, data(), method=METHOD, out=out, progress=False, **options)
-
-
-@pytest.fixture(autouse=True)
-def without_pictures(monkeypatch):
-    """They take most of the time."""
-    monkeypatch.setattr(page, "write_first", lambda *arguments: None)
+def attribute(out, method=METHOD, **options):
+    return coar.attribute(build_net("mlp").model, data(), method=method, out=out, progress=False, **options)
 
 
 @pytest.fixture
@@ -73,13 +66,15 @@ def test_too_few_or_too_many_rows_leave_no_file(tmp_path, n_rows):
 # -------------------------------------------------------------------------------------------------------------- the run
 
 
-def test_a_large_run_ends_in_the_same_bytes(tmp_path, monkeypatch):
-    attribute(tmp_path / "small")
+@pytest.mark.parametrize("method", [METHOD, coar.PathGradient(rounds=2), coar.baselines.LeaveOneOut(check_masks=5)])
+def test_a_large_run_ends_in_the_same_bytes(tmp_path, monkeypatch, method):
+    attribute(tmp_path / "small", method)
     with monkeypatch.context() as patched:
         patched.setattr(problem, "_joined", lambda blocks: pytest.fail("all of it in memory"))
         patched.setattr(problem, "_IN_MEMORY", 0)
-        attribute(tmp_path / "large")
+        attribute(tmp_path / "large", method)
     assert saved(tmp_path / "large") == saved(tmp_path / "small")
+    assert not estimates(tmp_path / "large")
 
 
 def test_rows_come_in_blocks(tmp_path, large, monkeypatch):
@@ -101,7 +96,7 @@ def test_rows_come_in_blocks(tmp_path, large, monkeypatch):
 
 def test_a_damaged_file_is_made_again(tmp_path, large, monkeypatch):
     with monkeypatch.context() as patched:
-        patched.setattr(Store, "drop_estimates", lambda store: None)
+        patched.setattr(Store, "drop_estimates", lambda store, part="": None)
         weights = attribute(tmp_path).weights.clone()
     (name,) = estimates(tmp_path)
     whole = bytearray((tmp_path / name).read_bytes())

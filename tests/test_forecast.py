@@ -12,6 +12,7 @@ from hf_coar.estimators import checking, flips
 from hf_coar.masking import MaskedModel
 from hf_coar.models import outputs
 from hf_coar.runs import sampling
+from hf_coar.runs.problem import Estimates
 
 
 @pytest.fixture(scope="module")
@@ -237,7 +238,7 @@ def test_flips_take_over_only_where_reads_are_noise():
     known = flips.Flips(torch.tensor([0, 1]), torch.zeros(3), effects)
     weights = torch.cat([torch.tensor([[-9.0], [20.0], [2.0]]), 0.8 * effects[:, 1:], torch.ones(3, 1)], dim=1)
     errors = torch.tensor([[12.0, 0.05, 0.3]]).expand(3, 3)
-    found, spread = flips.steadied(weights, errors, known)
+    found, spread = flips.steadied(Estimates(weights, errors), known).rows(0, 3)
     assert (found[:, 0] - effects[:, 0]).abs().max() < 2.5 and (spread[:, 0] < 3).all()
     assert torch.equal(found[:, 1:], weights[:, 1:]) and torch.allclose(spread[:, 1:], errors[:, 1:])
 
@@ -258,6 +259,17 @@ def test_sets_are_a_pure_function_and_of_three_kinds():
     sizes = {int((~row).sum()) for number, row in enumerate(rows) if number % 5 == 4}
     assert min(sizes) <= 2 and 20 <= max(sizes) <= 40
     assert not torch.equal(rows[4], sets.kept(weights, 8, 4))
+
+
+def test_many_examples_are_calibrated_by_some_of_them(mlp, monkeypatch):
+    found = {}
+    for most in (1024, 1):
+        monkeypatch.setattr(checking, "_MOST_CALIBRATING", most)
+        found[most] = coar.attribute(mlp.model, [mlp.batch], ablated_fraction=0.1, progress=False)
+    assert torch.equal(found[1024].weights, found[1].weights) and torch.equal(found[1024].bias, found[1].bias)
+    kept = torch.ones(1, len(found[1].components), dtype=torch.bool).index_fill_(1, torch.tensor([0, 9]), False)
+    intervals = [one.predict(kept, level=0.8) for one in found.values()]
+    assert all(torch.isfinite(torch.as_tensor(side)).all() for interval in intervals for side in interval)
 
 
 def test_sets_of_examples_that_could_not_be_read_are_theirs():

@@ -135,6 +135,21 @@ def test_many_layers_leave_out_the_long_picture(tmp_path):
     assert len(GROUPS) == 3
 
 
+def test_a_run_without_a_report_gets_one_later(mlp, tmp_path):
+    def attribute():
+        coar.attribute(mlp.model, [mlp.batch], ablated_fraction=0.1, out=tmp_path, progress=False)
+
+    with coar.running(report=False):
+        attribute()
+    shards = {path: path.stat().st_mtime_ns for path in (tmp_path / "shards").iterdir()}
+    assert (tmp_path / "config.json").is_file() and not (tmp_path / "report.html").exists()
+    with coar.running(report=True):
+        attribute()
+    assert (tmp_path / "report.html").is_file() and (tmp_path / "pictures").is_dir()
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "shards").iterdir()} == shards
+
+
+@pytest.mark.usefixtures("reports")
 def test_attribute_and_evaluate_write_pages(mlp, tmp_path):
     data = [mlp.batch]
     method = coar.PathGradient(rounds=2)

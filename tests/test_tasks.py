@@ -120,7 +120,8 @@ def end_to_end(case, tmp_path):
     return report.correlation[0.05]
 
 
-SAMPLE = random.Random(0).sample([name for name in CASES if name != "timm"], 5)
+# Two are left out: one is no task of transformers, the other takes half a minute.
+SAMPLE = random.Random(0).sample([name for name in CASES if name not in ("timm", "universal")], 5)
 
 
 @pytest.mark.parametrize("name", SAMPLE)

@@ -257,9 +257,9 @@ def _verb(
 # ------------------------------------------------------------------------------------------------- flags of several
 
 
-def _switch(verb: argparse._ActionsContainer, flag: str, what: str) -> None:
+def _switch(verb: argparse._ActionsContainer, flag: str, what: str, default: bool = False) -> None:
     """On or off; `--no-…` so that the command line can switch off what a file has on."""
-    verb.add_argument(flag, action=argparse.BooleanOptionalAction, default=False, help=what)
+    verb.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=what)
 
 
 def _overwrite_flag(verb: argparse._ActionsContainer) -> None:
@@ -314,6 +314,7 @@ def _running_flags(verb: argparse.ArgumentParser) -> None:
     _switch(verb, "--compile", "torch.compile for masked passes")
     verb.add_argument("--masks-together", type=int, default=1, metavar="K", help="masks in one forward pass")
     _switch(verb, "--strict", "an example that cannot be read is an error")
+    _switch(verb, "--report", "write a page with pictures, about a second (on by default)", default=True)
 
 
 def _tracker_flag(verb: argparse.ArgumentParser) -> None:

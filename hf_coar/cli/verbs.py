@@ -161,4 +161,5 @@ def completion_script(args: argparse.Namespace, whole: argparse.ArgumentParser) 
 
 
 def _running(args: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(args, name) for name in ("worker", "dtype", "compile", "masks_together", "strict")}
+    names = ("worker", "dtype", "compile", "masks_together", "strict", "report")
+    return {name: getattr(args, name) for name in names}

@@ -28,23 +28,26 @@ def run(args: argparse.Namespace, sources: dict[str, Any], running: dict[str, An
     folder = Path(args.out or default_folder(args.model, args.data))
     store.check(folder, store.ATTRIBUTIONS, args.overwrite)
     args.out = str(folder)  # where run.yaml goes
-    with engine.running(**running):
-        attributions, model, data = _attributed(args, sources, folder)
-        call = config.imported(args.call, "--call")
-        found = api.evaluate(attributions, model, data, n_masks=_MASKS, call=call, out=folder / "evaluation")
+    with engine.running(**running) as options:
+        with engine.running(report=False):  # there will be one of both
+            attributions, model, data = _attributed(args, sources, folder)
+            call = config.imported(args.call, "--call")
+            found = api.evaluate(attributions, model, data, n_masks=_MASKS, call=call, out=folder / "evaluation")
         if workers.processes().is_main_process:
-            page.write(folder, attributions, found)
+            if options.report:
+                page.write(folder, attributions, found)
             folders.add_evaluation(folder, found)
     attributions.evaluation = found.to_json()
-    report, steps = folder / page.PAGE, showing.next_steps(attributions, folder)
+    report = str(folder / page.PAGE) if options.report else None
+    steps = showing.next_steps(attributions, folder)
     if args.json:
-        told = {"attributions": str(folder), "report": str(report), "next": steps, **showing.facts(attributions)}
+        told = {"attributions": str(folder), "report": report, "next": steps, **showing.facts(attributions)}
         return json.dumps({**told, "top": attributions.top().to_json()}, indent=2)
     bold = terminal.bold("next", sys.stdout)
     parts = [
         showing.overview(attributions),
         str(attributions.top()),
-        f"report: {report}",
+        *([f"report: {report}"] if report else []),
         f"{bold}\n  " + "\n  ".join(steps),
     ]
     return "\n\n".join(parts)

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from hf_coar import data as data_module
 from hf_coar.attributions.forecast import Calibration, Forecast
-from hf_coar.errors import CoarError
+from hf_coar.errors import NonFiniteOutputError
 from hf_coar.runs import sampling
 from hf_coar.runs.engine import Part
-from hf_coar.runs.problem import Fit, Problem
+from hf_coar.runs.problem import Estimates, Fit, Problem
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +30,7 @@ FEWEST_CHECKS = 5
 _LOW_CORRELATION, _LOW_RELIABILITY, _FEW_DECISIONS = 0.5, 0.3, 0.25
 _SCALE_PRIOR = 0.15  # how far scales are from 1, from network to network
 _FEWEST_VALUES = 24  # predicted and measured ones, below which a correlation says nothing
+_MOST_CALIBRATING = 1024  # examples, evenly spaced, whose sets set the intervals: quantiles need no more
 
 
 def check_parts(count: int) -> list[Part]:
@@ -76,16 +77,17 @@ class Sets:
         return torch.ones(count, dtype=torch.bool).index_fill_(0, order.topk(size).indices, False)
 
 
-def measured_sets(problem: Problem, sets: Sets, weights: Tensor, count: int) -> Tensor:
+def measured_sets(problem: Problem, sets: Sets, estimates: Estimates, count: int) -> Tensor:
     """Outputs of every example under its own sets, float32 [sets, examples]."""
     skipped = sorted(problem.store.skipped)
 
     def compute(batch: data_module.Batch, first: int, part: Part) -> dict[str, Tensor]:
         examples = range(first, first + data_module.size(batch))
+        weights = [estimates.row(_row(i, skipped)).weights for i in examples]
         found = []
         with torch.no_grad():
             for number in range(part.start, part.stop):
-                kept = torch.stack([sets.kept(weights[_row(i, skipped)], i, number) for i in examples])
+                kept = torch.stack([sets.kept(w, i, number) for w, i in zip(weights, examples, strict=True)])
                 kept = kept.to(data_module.device_of(batch))
                 with problem.masked.ablated(kept, how="hooks"):
                     found.append(problem.output.of(problem.masked.model, batch).cpu())
@@ -99,37 +101,43 @@ def _row(example: int, skipped: list[int]) -> int:
     return example - bisect_left(skipped, example)
 
 
-def checked(problem: Problem, fit: Fit, count: int) -> Fit:
-    """The fit with its scale and its forecast's interval set by fresh sets, and a warning where it is of little use.
+def checked(problem: Problem, fit: Fit, estimates: Estimates, count: int) -> tuple[Fit, Estimates]:
+    """A fit and its estimates with the scale and the forecast's interval that fresh sets tell.
 
     Args:
         problem: whose sets are measured.
         fit: with a forecast.
+        estimates: its weights and standard errors.
         count: sets an example.
     """
     sets = Sets(problem.seed, problem.ablated_fraction)
     try:
-        measured = measured_sets(problem, sets, fit.weights, count)
-    except CoarError as error:
+        measured = measured_sets(problem, sets, estimates, count)
+    except NonFiniteOutputError as error:  # which the seed decides; another error may be gone when the run goes on
         logger.warning("forecasts have no interval, as fresh sets cannot be measured: %s", error)
-        return fit
+        return fit, estimates
     skipped = set(problem.store.skipped)
-    examples = [i for i in range(len(fit.weights) + len(skipped)) if i not in skipped]
-    # Bits, as there may be many examples and components.
-    rows = [
-        torch.stack([sets.kept(fit.weights[row], example, number) for number in range(count)])
-        for row, example in enumerate(examples)
-    ]
+    examples = [i for i in range(measured.shape[1] + len(skipped)) if i not in skipped]
     typical = torch.tensor([sets.is_typical(number) for number in range(count)])
-    at_fraction = torch.stack(
-        [kept[typical].float() @ weights for kept, weights in zip(rows, fit.weights, strict=True)], dim=1
-    )
+    at_fraction = _predicted(sets, estimates, examples, typical.nonzero().flatten().tolist())
     scale = _scale(at_fraction, measured[typical])
-    fit = _scaled(fit, scale, (measured[typical] - scale * at_fraction).mean(0))
-    calibration = _calibration(fit, rows, measured, typical, problem.ablated_fraction)
-    facts = _facts(at_fraction, measured[typical], fit.forecast.unablated, problem.output.boundary)
+    estimates = estimates.scaled(scale)
+    forecast = replace(fit.forecast, ratio=fit.forecast.ratio / scale)
+    calibration = _calibration(sets, estimates, forecast, examples, measured)
+    facts = _facts(at_fraction, measured[typical], forecast.unablated, problem.output.boundary)
     facts |= {"n_sets": count, "scale": scale}
-    return replace(fit, forecast=replace(fit.forecast, calibration=calibration), checked=facts)
+    bias = (measured[typical] - scale * at_fraction).mean(0)
+    return replace(fit, bias=bias, forecast=replace(forecast, calibration=calibration), checked=facts), estimates
+
+
+def _predicted(sets: Sets, estimates: Estimates, examples: list[int], numbers: list[int]) -> Tensor:
+    """The sum of the weights that some sets keep, float32 [sets, examples]; sets are drawn anew, as all take memory."""
+    found = torch.zeros(len(numbers), len(examples))
+    for row, example in enumerate(examples):
+        weights = estimates.row(row).weights
+        kept = torch.stack([sets.kept(weights, example, number) for number in numbers])
+        found[:, row] = kept.float() @ weights
+    return found
 
 
 def _scale(predicted: Tensor, measured: Tensor) -> float:
@@ -144,23 +152,23 @@ def _scale(predicted: Tensor, measured: Tensor) -> float:
     return slope if slope > 0 else 1.0
 
 
-def _scaled(fit: Fit, scale: float, bias: Tensor) -> Fit:
-    errors = None if fit.standard_errors is None else fit.standard_errors * scale
-    forecast = replace(fit.forecast, ratio=fit.forecast.ratio / scale)
-    return replace(fit, weights=fit.weights * scale, standard_errors=errors, bias=bias, forecast=forecast)
-
-
-def _calibration(fit: Fit, rows: list[Tensor], measured: Tensor, typical: Tensor, fraction: float) -> Calibration:
-    """From every example's own sets, bool [sets, components] each."""
-    drops, shares, norms = (torch.zeros_like(measured) for _ in range(3))
-    for row, kept in enumerate(rows):
-        kept, weights = kept.float(), fit.weights[row : row + 1]
-        errors = None if fit.standard_errors is None else fit.standard_errors[row : row + 1]
-        drops[:, row] = fit.forecast.at([row]).drops(weights, kept, fraction)[:, 0]
-        shares[:, row] = Forecast.shares(kept, fraction)[:, 0]
-        norms[:, row] = fit.forecast.at([row]).norms(weights, errors, kept)[:, 0]
-    known = typical[:, None].expand_as(drops)
-    return Calibration.learnt(drops, shares, norms, fit.forecast.unablated - measured, known)
+def _calibration(
+    sets: Sets, estimates: Estimates, forecast: Forecast, examples: list[int], measured: Tensor
+) -> Calibration:
+    """From the sets of every example, or of many of them."""
+    count, fraction = len(measured), sets.fraction
+    rows = range(0, len(examples), math.ceil(len(examples) / _MOST_CALIBRATING))
+    drops, shares, norms = (torch.zeros(count, len(rows)) for _ in range(3))
+    for column, row in enumerate(rows):
+        weights, errors = estimates.row(row)
+        kept = torch.stack([sets.kept(weights, examples[row], number) for number in range(count)]).float()
+        one, weights, errors = forecast.at([row]), weights[None], None if errors is None else errors[None]
+        drops[:, column] = one.drops(weights, kept, fraction)[:, 0]
+        shares[:, column] = Forecast.shares(kept, fraction)[:, 0]
+        norms[:, column] = one.norms(weights, errors, kept)[:, 0]
+    known = torch.tensor([sets.is_typical(number) for number in range(count)])[:, None].expand_as(drops)
+    fallen = (forecast.unablated - measured)[:, list(rows)]
+    return Calibration.learnt(drops, shares, norms, fallen, known)
 
 
 def _facts(predicted: Tensor, measured: Tensor, unablated: Tensor, boundary: float | None) -> dict[str, float]:

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_coar.runs.problem import Problem
+from hf_coar.runs.problem import Estimates, Problem
 
 _FEWEST, _MOST = 8, 128
 _TINY = 1e-20
+_BLOCK = 64  # examples
 # Reads take over a flip only where their noise is most of what tells them apart. Between 0.3 and 0.7 nothing changes;
 # without a limit a ViT loses half a hundredth at the fitted size.
 _NOISY = 0.5
@@ -77,17 +78,20 @@ class Flips:
     unablated: Tensor
     effects: Tensor
 
-    def ratio(self, weights: Tensor) -> float:
-        """Single effects as multiples of the weights, float32 [examples, components], by least squares."""
-        chosen = weights[:, self.indices].double()
+    def ratio(self, estimates: Estimates) -> float:
+        """Single effects as multiples of the weights, by least squares."""
+        chosen = estimates.of(self.indices).weights.double()
         square = float(chosen.square().sum())
         return float((self.effects.double() * chosen).sum()) / square if square > 0 else 1.0
 
 
 def strongest(weights: Tensor, errors: Tensor | None, count: int) -> Tensor:
     """The components that matter most, or might: largest mean square of weight and standard error, int64 [count]."""
-    power = weights.square() if errors is None else weights.square() + errors.square()
-    return power.mean(0).topk(min(count, weights.shape[1])).indices.sort().values
+    power = torch.zeros(weights.shape[1])
+    for start in range(0, len(weights), _BLOCK):  # all at once would be as large as the weights again
+        power += weights[start : start + _BLOCK].square().sum(0)
+        power += 0 if errors is None else errors[start : start + _BLOCK].square().sum(0)
+    return power.topk(min(count, weights.shape[1])).indices.sort().values
 
 
 def flip(problem: Problem, indices: Tensor) -> Flips:
@@ -96,19 +100,16 @@ def flip(problem: Problem, indices: Tensor) -> Flips:
     return Flips(indices, outputs[0].clone(), (outputs[:1] - outputs[1:]).T.contiguous())
 
 
-def steadied(weights: Tensor, errors: Tensor, flips: Flips) -> tuple[Tensor, Tensor]:
+def steadied(estimates: Estimates, flips: Flips) -> Estimates:
     """Weights of the flipped components drawn towards their single effects where reads are too noisy to tell better.
 
     A single effect differs from a weight, which is an effect with others ablated. How far is learnt from all flipped
     components beyond the noise of their reads; where most of a component's difference is noise, the flip is nearer.
     So nothing is changed where outputs do not survive the fitted fraction, and singles and weights have little in
     common.
-
-    Returns:
-        weights and standard errors, float32 [examples, components].
     """
-    read, noise = weights[:, flips.indices].double(), errors[:, flips.indices].double().square()
-    effects = flips.effects.double()
+    read, noise = (values.double() for values in estimates.of(flips.indices))
+    noise, effects = noise.square(), flips.effects.double()
     precision = 1 / (noise + noise.mean() + _TINY)
     scale = float((precision * effects * read).sum() / (precision * effects.square()).sum().clamp_min(_TINY))
     excess = ((read - scale * effects).square() - noise).sum() / effects.square().sum().clamp_min(_TINY)
@@ -116,7 +117,5 @@ def steadied(weights: Tensor, errors: Tensor, flips: Flips) -> tuple[Tensor, Ten
     differing = excess.clamp_min(0.0025) * effects.square().mean(0) + _TINY
     gain = noise / (noise + differing)
     gain = torch.where(gain > _NOISY, gain, 0.0)
-    weights, errors = weights.clone(), errors.clone()
-    weights[:, flips.indices] = (read + gain * (scale * effects - read)).float()
-    errors[:, flips.indices] = (noise * (1 - gain)).sqrt().float()
-    return weights, errors
+    weights = (read + gain * (scale * effects - read)).float()
+    return estimates.replaced(flips.indices, weights, (noise * (1 - gain)).sqrt().float())

@@ -19,7 +19,7 @@ from hf_coar.estimators.flips import Without, one_by_one, strongest
 from hf_coar.estimators.registry import Estimator, is_whole, register
 from hf_coar.runs.engine import Part
 from hf_coar.runs.measuring import parts_of
-from hf_coar.runs.problem import Fit, Problem, Size
+from hf_coar.runs.problem import Estimates, Fit, Problem, Size
 
 
 @register("leave_one_out")
@@ -68,7 +68,10 @@ class LeaveOneOut(Estimator):
             weights = effects - problem.ablated_fraction * _shared(pairs, interactions, n_components)
         bias = (unablated.double() - weights.double().sum(1)).float()
         fit = Fit(weights, bias, forecast=forecast)
-        return checking.checked(problem, fit, self.check_masks) if self.check_masks else fit
+        if not self.check_masks:
+            return fit
+        fit, estimates = checking.checked(problem, fit, Estimates(weights, None), self.check_masks)
+        return replace(fit, **problem.settled(estimates))
 
     def _pairs(self, effects: Tensor) -> Tensor:
         among = strongest(effects, None, self.pairs_among)

@@ -24,7 +24,7 @@ from hf_coar.estimators.registry import FORWARD_AND_BACKWARD, Estimator, is_whol
 from hf_coar.estimators.shrinkage import BLOCK, shrink
 from hf_coar.runs.engine import Part
 from hf_coar.runs.measuring import parts_of
-from hf_coar.runs.problem import Fit, Problem, Size
+from hf_coar.runs.problem import Estimates, Fit, Problem, Size
 
 _NUMBERS = 4  # written for every component and example: soft, hard, gates and variance
 
@@ -181,15 +181,18 @@ class PathGradient(Estimator):
         flipped = self._flipped(len(problem.components))
         if not (flipped or self._checks):
             return fit
+        estimates = Estimates(fit.weights, fit.standard_errors)
         known = flips.flip(problem, flips.strongest(fit.weights, fit.standard_errors, flipped))
         if flipped and fit.standard_errors is not None:
-            weights, errors = flips.steadied(fit.weights, fit.standard_errors, known)
+            estimates = flips.steadied(estimates, known)
             # Gates are one minus the fraction on average.
-            bias = fit.bias - (1 - problem.ablated_fraction) * (weights - fit.weights).sum(1)
-            fit = replace(fit, weights=weights, bias=bias, standard_errors=errors)
-        forecast = Forecast(known.unablated, known.indices, known.effects, known.ratio(fit.weights))
+            moved = (estimates.of(known.indices).weights - fit.weights[:, known.indices]).sum(1)
+            fit = replace(fit, bias=fit.bias - (1 - problem.ablated_fraction) * moved)
+        forecast = Forecast(known.unablated, known.indices, known.effects, known.ratio(estimates))
         fit = replace(fit, cost=fit.cost + flipped + 1 + self._checks, forecast=forecast)
-        return checking.checked(problem, fit, self._checks) if self._checks else fit
+        if self._checks:
+            fit, estimates = checking.checked(problem, fit, estimates, self._checks)
+        return replace(fit, **problem.settled(estimates))
 
     def gates(self, problem: Problem) -> GateRounds:
         """The rounds of a problem."""

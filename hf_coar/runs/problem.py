@@ -1,8 +1,8 @@
 """A problem: what is to be attributed, and the two ways in which an estimator looks at it: `measure` and `compute`."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ Results = dict[str, Tensor]  # of some examples, which are the first axis of eac
 
 _FLOAT = 4  # bytes
 _IN_MEMORY = 2**28  # bytes of estimates that every process holds by itself; more lie in a file
+_BLOCK = 64  # examples whose estimates are corrected at once
 
 
 @dataclass(frozen=True)
@@ -127,11 +128,7 @@ class Problem:
         """
         count = self._run([part], compute, what)
         blocks = self._estimated(self.store.blocks(part.name, count, block), estimate)
-        n_examples = count - len(self.store.skipped)
-        if _FLOAT * len(rows.MATRICES) * n_examples * len(self.components) > _IN_MEMORY:
-            found = self.store.estimates(part.name, count, n_examples, blocks)
-        else:
-            found = _joined(blocks)
+        found = self._held(part.name, count - len(self.store.skipped), blocks)
         identity = Identity.of(found)
         self._note(identity)
         return {name: value for name, value in found.items() if name not in identity.columns()}
@@ -142,6 +139,21 @@ class Problem:
             columns = Identity.of(results).columns()
             read = {name: value for name, value in results.items() if name not in columns}
             yield {**estimate(read), **columns}
+
+    def settled(self, estimates: "Estimates") -> Results:
+        """Estimates with their corrections made, as `weights` and, if there are any, `standard_errors`.
+
+        Large ones lie in a file, as those of `reduce` do.
+        """
+        if not estimates.is_corrected:
+            return estimates.found()
+        return self._held("settled", len(estimates), estimates.blocks(_BLOCK))
+
+    def _held(self, name: str, n_rows: int, blocks: Iterator[Results]) -> Results:
+        """What blocks of rows come to: in memory, or mapped from a file that one process writes."""
+        if _FLOAT * len(rows.MATRICES) * n_rows * len(self.components) <= _IN_MEMORY:
+            return _joined(blocks)
+        return self.store.estimates(name, n_rows + len(self.store.skipped), n_rows, blocks)
 
     def _note(self, identity: Identity) -> None:
         if self.identity is not None:
@@ -173,6 +185,86 @@ class Problem:
         with compiled(self.model, current().compile):
             what = f"masked passes, {masks.ablated_fraction:.3g} ablated"
             return self.compute(parts_of(masks.count, kind), passes.compute, what)["outputs"].T
+
+
+class Pair(NamedTuple):
+    """Weights and standard errors of some examples or components, float32; None where there are no errors."""
+
+    weights: Tensor
+    errors: Tensor | None
+
+
+@dataclass(frozen=True)
+class Estimates:
+    """Weights and standard errors with corrections that are made where they are read, as all of them may lie in a file.
+
+    Attributes:
+        weights: float32 [examples, components], as they were found.
+        errors: the same shape, or None.
+        indices: int64 [replaced], components whose columns are others.
+        columns: these, [examples, replaced]; None where none are.
+        scale: a factor of all.
+    """
+
+    weights: Tensor
+    errors: Tensor | None = None
+    indices: Tensor | None = None
+    columns: Pair | None = None
+    scale: float | None = None
+
+    def __len__(self) -> int:
+        """How many examples."""
+        return len(self.weights)
+
+    @property
+    def is_corrected(self) -> bool:
+        """Whether they are others than were found."""
+        return self.columns is not None or self.scale is not None
+
+    def replaced(self, indices: Tensor, weights: Tensor, errors: Tensor | None) -> "Estimates":
+        """With other columns, [examples, indices], for some components; before any scale."""
+        return replace(self, indices=indices, columns=Pair(weights, errors))
+
+    def scaled(self, scale: float) -> "Estimates":
+        """All of them times a factor."""
+        return replace(self, scale=scale)
+
+    def rows(self, start: int, stop: int) -> Pair:
+        """Those of examples start … stop - 1."""
+        weights, errors = self.weights[start:stop], None if self.errors is None else self.errors[start:stop]
+        if self.columns is not None:
+            weights, errors = weights.clone(), None if errors is None else errors.clone()
+            weights[:, self.indices] = self.columns.weights[start:stop]
+            if errors is not None:
+                errors[:, self.indices] = self.columns.errors[start:stop]
+        if self.scale is not None:
+            weights, errors = weights * self.scale, None if errors is None else errors * self.scale
+        return Pair(weights, errors)
+
+    def row(self, index: int) -> Pair:
+        """Those of one example, [components]."""
+        weights, errors = self.rows(index, index + 1)
+        return Pair(weights[0], None if errors is None else errors[0])
+
+    def of(self, indices: Tensor) -> Pair:
+        """Those of some components, [examples, indices]; the replaced ones must be these, and there is no scale yet."""
+        if self.columns is not None:
+            return self.columns
+        return Pair(self.weights[:, indices], None if self.errors is None else self.errors[:, indices])
+
+    def blocks(self, size: int) -> Iterator[Results]:
+        """Some examples at a time, by name as in `found`."""
+        for start in range(0, len(self), size):
+            yield _named(self.rows(start, start + size))
+
+    def found(self) -> Results:
+        """As they were found, without any correction."""
+        return _named(Pair(self.weights, self.errors))
+
+
+def _named(pair: Pair) -> Results:
+    found = {"weights": pair.weights}
+    return found if pair.errors is None else {**found, "standard_errors": pair.errors}
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,8 @@ class Running:
         batch_size: examples a batch, for `datasets` objects and what `load` gives; None for their own.
         progress: show a progress bar.
         log_with: where figures of the run go while it runs, see `tracking.tracked`; None for nowhere.
+        report: write `report.html`, `report.md` and pictures into the run's folder, which takes about a second. Where
+            it was False, the same call without it makes them later, and computes nothing again.
     """
 
     dtype: str | None = None
@@ -42,6 +44,7 @@ class Running:
     batch_size: int | None = None
     progress: bool = True
     log_with: Any = None
+    report: bool = True
 
     def __post_init__(self) -> None:
         """Check the values."""

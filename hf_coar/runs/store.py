@@ -301,18 +301,19 @@ class Store:
         Returns:
             Tensors, mapped from the file.
         """
-        path = self.folder / f"{_ESTIMATES}{_stamp({**self._about, part: [n_examples, *self._skipped]})}.safetensors"
+        stamp = _stamp({**self._about, part: [n_examples, *self._skipped]})
+        path = self.folder / f"{_ESTIMATES}{part}-{stamp}.safetensors"
         with swapping.locked(path):
             try:
                 return _opened(path, verify=True)
             except CorruptFileError:  # as a rule it is not there
-                self.drop_estimates()
+                self.drop_estimates(part)
             rows.write(path, n_rows, blocks, rows.MATRICES)
         return _opened(path)
 
-    def drop_estimates(self) -> None:
-        """Delete what `estimates` made, once it is saved; what was mapped stays."""
-        for path in self.folder.glob(f"{_ESTIMATES}*.safetensors"):
+    def drop_estimates(self, part: str = "") -> None:
+        """Delete what `estimates` made, of one part or of all, once it is saved; what was mapped stays."""
+        for path in self.folder.glob(f"{_ESTIMATES}{part}*.safetensors"):
             path.unlink(missing_ok=True)
 
     def _joined(self, part: str, indices: Sequence[int], opened: dict[Stretch, dict[str, Tensor]]) -> dict[str, Tensor]:
