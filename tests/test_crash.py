@@ -104,6 +104,24 @@ def finish(folder, method):
     assert wait(start(lambda: attribute(folder, method))) == 0
 
 
+def test_a_shard_under_the_name_of_another_is_computed_again(tmp_path):
+    """Shards of two parts have the same tensors of the same examples: nothing else tells them apart."""
+
+    def attribute_in_two_parts():
+        model, method = build_net("mlp").model, coar.Regression(n_masks=128)
+        coar.attribute(model, data(), method=method, ablated_fraction=0.1, out=tmp_path, progress=False)
+
+    attribute_in_two_parts()
+    expected = content(tmp_path)
+    one, other = sorted((tmp_path / "shards").glob("masks-*-000000000-000000002.safetensors"))[:2]
+    assert one.stat().st_size == other.stat().st_size
+    other.write_bytes(one.read_bytes())
+    for name in ("config.json", "attributions.safetensors"):
+        (tmp_path / name).unlink()
+    attribute_in_two_parts()
+    assert content(tmp_path) == expected
+
+
 def test_what_checks_cannot_read_is_an_error_and_no_other_number(tmp_path):
     """Fresh sets set the scale: without them the weights would be others."""
     attribute(tmp_path)

@@ -36,6 +36,7 @@ from hf_coar.storage import files, folders, swapping
 logger = logging.getLogger(__name__)
 
 _RUN = "run"  # word in the header of a shard: a hash of the settings in run.json
+_NAME = "shard"  # and its own name
 _ESTIMATES = "estimates-"  # begin of the names of files of estimates
 _ANY, _ALL = "any", 2**62  # the part that stands for all of them; more examples than there are
 _LOOKS = 20  # looks at the folder take one part in so many of the time
@@ -98,21 +99,27 @@ class Store:
         """Delete a shard that is damaged; one of another run is an error."""
         try:
             _, about = files.read_tensors_about(path)
+            self._check_whose(path, about)
         except CorruptFileError as error:
             logger.warning("%s; it will be computed again", error)
             try:
                 path.unlink(missing_ok=True)
             except OSError as reason:
                 raise CoarError(f"cannot delete the damaged {path}: {reason.strerror}; delete it yourself") from reason
-        else:
-            self._check_run(path, about)
 
-    def _check_run(self, path: Path, about: Mapping[str, str]) -> None:
-        if about != self._about:
+    def _check_whose(self, path: Path, about: Mapping[str, str]) -> None:
+        """Whether a shard is of this run, and under its own name: shards of two parts may look alike."""
+        if about.keys() != self._about_shard(path).keys() or about[_RUN] != self._about[_RUN]:
             raise RunMismatchError(
                 f"{path} holds results of a run with other settings (its run.json is gone or was exchanged), or of an "
                 f"older hf_coar; choose another folder, or delete {self._shards} to compute them again"
             )
+
+        if about != self._about_shard(path):
+            raise CorruptFileError(f"{path} holds what belongs into {about[_NAME]!r}")
+
+    def _about_shard(self, path: Path) -> dict[str, str]:
+        return {**self._about, _NAME: path.stem}
 
     # ---------------------------------------------------------------------------------------------------- what is done
 
@@ -156,7 +163,7 @@ class Store:
         """Store the results of a part for examples from `start` on; the first axis of every tensor is the example."""
         stop = start + next(iter(results.values())).shape[0]
         path = self._path(part, start, stop)
-        files.write_tensors(path, results, self._about)
+        files.write_tensors(path, results, self._about_shard(path))
         self._names.add(path.name)
         self._done.add(part, start, stop)
 
@@ -347,7 +354,7 @@ class Store:
         """A shard, checked: whole, of this run, and of the same examples as all that were opened before."""
         path = self._path(part, *stretch)
         results, about = files.read_tensors_about(path)
-        self._check_run(path, about)
+        self._check_whose(path, about)
         if any(name.startswith(HASH) for name in results):
             with self._same_examples():
                 self._known.check(Identity.of(results), stretch[0])
