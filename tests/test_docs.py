@@ -51,7 +51,14 @@ def same(printed, shown, tolerance=0.02):
     assert all(abs(float(a) - float(b)) <= tolerance + 1e-9 for a, b in pairs), printed
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+SLOW = ("clip.md",)  # alone it takes two thirds of a minute
+
+
+def marked(page):
+    return pytest.param(page, marks=pytest.mark.slow if page.name in SLOW else ())
+
+
+@pytest.mark.parametrize("page", map(marked, PAGES), ids=lambda page: page.name)
 def test_snippets_run_and_print_what_is_shown(page, somewhere, capsys):
     namespace, printed = {"__name__": "docs"}, ""
     for language, runs, text, line in fences(page):

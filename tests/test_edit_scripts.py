@@ -171,6 +171,7 @@ def two_domains():
     return model, {name: stream[-90:] for name, stream in streams.items()}
 
 
+@pytest.mark.slow
 def test_language_model(args):
     model, tokens = two_domains()
     task = edit_language_model.Task(

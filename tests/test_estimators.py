@@ -228,7 +228,10 @@ def _rest(attributions):
     return attributions.components, attributions.identity, attributions.config
 
 
-@pytest.mark.parametrize("name", ["gpt2", "bert", "timm_vit", "transformer_batch_first", "cross_attention"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("bert", "transformer_batch_first")]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "timm_vit", "cross_attention", *SLOW])
 def test_both_estimators_agree_on_transformers(name):
     net = build_net(name)
     found = []

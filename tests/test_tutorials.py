@@ -19,6 +19,7 @@ def test_a_shortcut_is_taken_out_of_a_classifier_of_tumours():
     assert "| edited |" in tutorial.report(found)
 
 
+@pytest.mark.slow
 def test_a_graph_network_forgets_nitro_groups():
     pytest.importorskip("rdkit")
     import tutorial_molecules as tutorial
