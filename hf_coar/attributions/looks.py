@@ -54,11 +54,16 @@ def examples_text(attributions: "Attributions") -> str:
     return "; ".join(said)
 
 
+def _where(attributions: "Attributions") -> str:
+    """Model and data, the latter where they have a name."""
+    of = attributions.provenance
+    return " on ".join(filter(None, [cards.short_name(of.model), cards.public_name(of.data)]))
+
+
 def attributions_text(attributions: "Attributions") -> str:
     """Two lines: sizes and output; model, data and fidelity."""
     of = attributions.provenance
-    known = [cards.public_name(of.model), cards.public_name(of.data)]
-    where = " on ".join(filter(None, known)) or str(of.model.get("class") or "a model")
+    where = _where(attributions)
     n, said = len(attributions), fidelity(attributions) or "not evaluated yet"
     sizes = f"{n:,} examples × {len(attributions.components):,} components"
     return f"Attributions({sizes}, output {of.output!r} ({of.unit_text}),\n             {where}, {said})"
@@ -80,7 +85,6 @@ def attributions_html(attributions: "Attributions") -> str:
     of, n = attributions.provenance, len(attributions)
     some = sorted({i * n // min(n, _AVERAGED) for i in range(min(n, _AVERAGED))})
     part = attributions[some]
-    known = " on ".join(filter(None, (cards.public_name(of.model), cards.public_name(of.data))))
     facts = [f"{n:,} examples × {len(attributions.components):,} components", f"output {of.output} ({of.unit_text})"]
     facts.append(fidelity(attributions) or "not evaluated yet: coar.evaluate(attributions, model, data)")
     right = accuracy(attributions)
@@ -89,7 +93,7 @@ def attributions_html(attributions: "Attributions") -> str:
     more = f" and {len(counts) - _LABELS} more" if len(counts) > _LABELS else ""
     said = " · ".join(f"{name} {count}" for name, count in counts[:_LABELS]) + more
     lines = [
-        f"<b>Attributions</b> {html.escape(known)}",
+        f"<b>Attributions</b> {html.escape(_where(attributions))}",
         *map(html.escape, facts),
         *([html.escape(said)] if said else []),
     ]

@@ -140,7 +140,7 @@ def _about(source: Source) -> dict[str, Any]:
         if entry.get("correlation") is not None
     ]
     return {
-        "model": cards.public_name(of.model) or str(of.model.get("class") or "a model"),
+        "model": cards.short_name(of.model),
         "data": cards.public_name(of.data) or "batches of tensors",
         "output": source.output.name, "unit": source.unit, "fidelity": fidelity,
         "examples": len(source), "components": len(source.components), "kind": source.kind,

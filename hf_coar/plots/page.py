@@ -92,10 +92,7 @@ def write_first(folder: str | Path, attributions: Attributions) -> None:
 
 
 def _title(attributions: Attributions) -> str:
-    model = attributions.provenance.model
-    known, name = cards.model_id(model), cards.public_name(model)
-    local = f"{model.get('class') or 'a model'}" + (f" ({name})" if name else "")
-    return f"Attributions of {known or local}"
+    return f"Attributions of {cards.short_name(attributions.provenance.model)}"
 
 
 def _subtitle(attributions: Attributions) -> str:
@@ -253,7 +250,7 @@ def _settings(attributions: Attributions) -> _Section:
     of = attributions.provenance
     model, data = of.model, of.data
     said = {
-        "model": _joined(cards.public_name(model), model.get("revision"), model.get("class"), model.get("library")),
+        "model": _joined(cards.short_name(model), model.get("revision"), model.get("class"), model.get("library")),
         "fingerprint of its weights": str(model.get("fingerprint"))[:16],
         "data": _joined(cards.public_name(data), data.get("revision"), data.get("split")) or "batches of tensors",
         "examples": looks.examples_text(attributions),

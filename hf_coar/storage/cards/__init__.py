@@ -6,7 +6,7 @@ long as no person has changed it, and never afterwards.
 
 from hf_coar.storage.cards.attributions import attributions_card
 from hf_coar.storage.cards.edited import edited_model_card
-from hf_coar.storage.cards.pieces import hub_id, is_generated, may_be_replaced, model_id, public_name
+from hf_coar.storage.cards.pieces import hub_id, is_generated, may_be_replaced, model_id, public_name, short_name
 from hf_coar.storage.cards.results import RESULTS, check_evaluation, evaluation_entries, evaluation_yaml
 
 __all__ = [
@@ -21,4 +21,5 @@ __all__ = [
     "may_be_replaced",
     "model_id",
     "public_name",
+    "short_name",
 ]

@@ -109,6 +109,14 @@ def model_name(model: Mapping[str, Any]) -> str:
     return f"{kind} ({place}, a local folder)" if place else kind
 
 
+def short_name(model: Mapping[str, Any]) -> str:
+    """A model in a few words: its Hub id or folder if its weights are what was read there, else its class and why."""
+    place, kind = public_name(model), str(model.get("class") or "a model")
+    if model_id(model) or (place and not hub_id(model)):
+        return str(place)
+    return f"{kind} ({place}, other weights)" if place else kind
+
+
 def model_line(model: Mapping[str, Any]) -> str:
     """A model with its revision, class and library."""
     parts = [model_name(model)]
