@@ -6,7 +6,7 @@ VERSIONS=lowest
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" test
 # Loading, attributing, evaluating, editing, saving, reloading; the Hub, cards, the explorer; what dies on the way.
 matter=(package demo readme format hub cards masking components engine store crash fuzz processes streaming path_gradient
-    estimators solvers outputs editing editing_in_steps cli config plots report explore tracking)
+    estimators solvers outputs ragged editing editing_in_steps cli config plots report explore tracking)
 files=("${matter[@]/#/tests/test_}")
 files=("${files[@]/%/.py}")
 OMP_NUM_THREADS=1 "$venv/bin/python" -m pytest --numprocesses 2 --dist loadfile "${files[@]}" "$@"

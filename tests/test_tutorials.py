@@ -38,5 +38,5 @@ def test_a_diffusion_model_forgets_sevens():
 
     found = tutorial.run()
     (before, others), (after, left) = (found["rates"][name] for name in list(found["rates"])[:2])
-    assert found["same"] and before > 0.6 and after < before - 0.2 and left > others - 0.1
-    assert "| the model |" in tutorial.table(found)
+    assert found["same"] and before > 0.6 and after < before - 0.5 and left > others - 0.1
+    assert "| the model |" in tutorial.table([found])

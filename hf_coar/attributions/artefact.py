@@ -16,7 +16,7 @@ from hf_coar.components import Components
 from hf_coar.data import Identity
 from hf_coar.data.identity import HASH
 from hf_coar.errors import CoarError, CorruptFileError
-from hf_coar.storage import cards, files, swapping
+from hf_coar.storage import cards, files, hub, swapping
 
 # 3: something else than zero stands in for ablated components; 2: examples are known by a hash of every entry; 1: by
 # one number, see `data.identity.signatures`.
@@ -47,6 +47,12 @@ def public(config: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration, or the record of an edit, without the local paths that it may name."""
     named = {key: config[key] for key in ("model", "data", "base") if isinstance(config.get(key), Mapping)}
     return {**config, **{key: public_record(entry) for key, entry in named.items()}}
+
+
+def licensed(model: Mapping[str, Any], token: str | bool | None = None) -> dict[str, Any]:
+    """A record of a model with the licence that its card on the Hub names, if its weights are from there."""
+    known = cards.model_id(model)
+    return {**model, **(hub.license_of(known, model.get("revision"), token) if known else {})}
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -14,6 +14,7 @@ import hashlib
 import logging
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -284,7 +285,9 @@ class Saved:
                 files.write_bytes(folder / artefact.PICTURES / picture.name, picture.read_bytes())
             if card is not None:
                 files.write_bytes(folder / hub.CARD, Path(card).read_bytes())
-            self._write(folder, repo_id, dtype, max_shard_size, self._judged(report), self.provenance.public())
+            public = self.provenance.public()
+            public = replace(public, model=artefact.licensed(public.model, token))
+            self._write(folder, repo_id, dtype, max_shard_size, self._judged(report), public)
             return hub.upload(
                 folder, repo_id, artefact.UPLOADED, commit_message, token, create_pr,
                 is_generated=cards.is_generated, stale=("attributions*.safetensors",),

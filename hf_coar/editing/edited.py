@@ -190,6 +190,8 @@ def push_to_hub(
             edited = Path(temporary) / "saved"
         hub.Source(edited).settle()
         entries = artefact.public(read_record(edited))
+        if isinstance(entries.get("base"), dict):
+            entries["base"] = artefact.licensed(entries["base"], token)
         folder = Path(temporary) / "pushed"
         for pattern in _UPLOADED:
             for path in Path(edited).glob(pattern):

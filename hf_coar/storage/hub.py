@@ -8,6 +8,7 @@ from hf_coar.errors import CoarError
 from hf_coar.storage import swapping
 
 CARD = "README.md"
+LICENSE = ("license", "license_name", "license_link")  # keys of the head of a card
 
 _Read = TypeVar("_Read")
 
@@ -104,6 +105,23 @@ def resolve_commit(
         return HfApi(token=token).repo_info(repo_id, revision=revision, repo_type=repo_type, timeout=10).sha
     except _troubles():
         return None
+
+
+def license_of(repo_id: str, revision: str | None = None, token: str | bool | None = None) -> dict[str, str]:
+    """What the card of a model says of its licence, as entries for the head of another card.
+
+    Returns:
+        `license`, and for one that the Hub does not know by name `license_name` and `license_link`; nothing where there
+        is no card, it says nothing, or the Hub cannot be asked.
+    """
+    import yaml
+    from huggingface_hub import hf_hub_download, metadata_load
+
+    try:
+        said = metadata_load(hf_hub_download(repo_id, CARD, revision=revision, token=token)) or {}
+    except (*_troubles(), yaml.YAMLError, ValueError):
+        return {}
+    return {key: str(said[key]) for key in LICENSE if isinstance(said, dict) and said.get(key)}
 
 
 def upload(

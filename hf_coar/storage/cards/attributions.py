@@ -9,6 +9,7 @@ from hf_coar.storage.cards.pieces import (
     data_line,
     gallery,
     hub_id,
+    licence,
     mapping,
     marked,
     model_id,
@@ -48,6 +49,7 @@ def attributions_card(
     metadata = {"library_name": "hf_coar", "tags": ["coar", "component-attribution", "interpretability"]}
     # Of the relations that the Hub knows, an adapter's is the nearest: of no use without the base model.
     metadata |= {"base_model": model_id(model), "base_model_relation": "adapter"} if model_id(model) else {}
+    metadata |= licence(model)
     metadata |= {"datasets": [hub_id(data)]} if hub_id(data) else {}
     snippets = snippet("attributions", source=json.dumps(source)), _next_snippet(model, data)
     config = all_for_markdown(config)  # from here on it is shown, and may come from anybody

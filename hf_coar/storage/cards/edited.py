@@ -11,6 +11,7 @@ from hf_coar.storage.cards.pieces import (
     data_line,
     gallery,
     hub_id,
+    licence,
     mapping,
     marked,
     model_id,
@@ -38,6 +39,7 @@ def edited_model_card(entries: Mapping[str, Any], source: str = ".", pictures: S
     metadata = {"library_name": {"torch": "pytorch"}.get(library, library)}
     metadata |= {"tags": ["coar", "model-editing", "component-attribution"]}
     metadata |= {"base_model": model_id(base), "base_model_relation": "finetune"} if model_id(base) else {}
+    metadata |= licence(base)
     metadata |= {"datasets": [hub_id(data)]} if hub_id(data) else {}
     revision = f", revision={json.dumps(base['revision'])}" if model_id(base) and base.get("revision") else ""
     snippets = _load_script(base, source), snippet(

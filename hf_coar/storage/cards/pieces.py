@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import quote
 
 from hf_coar.storage.escaping import code_span, for_markdown
+from hf_coar.storage.hub import LICENSE
 from hf_coar.storage.labels import label_names, listed
 
 _MARK = re.compile(r"\n<!-- made by hf_coar; sha256 of the text above: ([0-9a-f]{16}) -->\n\Z")
@@ -91,6 +92,11 @@ def yaml_head(values: Mapping[str, Any]) -> str:
     from huggingface_hub import ModelCardData
 
     return ModelCardData(**values).to_yaml()
+
+
+def licence(model: Mapping[str, Any]) -> dict[str, str]:
+    """The licence in a record of a model, for the head of a card of what was made of it."""
+    return {key: model[key] for key in LICENSE if isinstance(model.get(key), str)} if model_id(model) else {}
 
 
 def mapping(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
