@@ -276,8 +276,8 @@ def _attributed(
             forecast=fit.forecast,
         )  # fmt: skip
         attributions.made_here = True
-        if fit.checked:
-            logger.info("%s", checking.said(fit.checked, problem.ablated_fraction))
+        unchecked = "checked on no fresh masks: coar.evaluate tells how well these attributions predict"
+        logger.info("%s", checking.said(fit.checked, problem.ablated_fraction) if fit.checked else unchecked)
         reliability = attributions.stability()
         warnings = checking.warnings_of(fit.checked, reliability, problem.ablated_fraction)
         for warning in warnings:
