@@ -2,6 +2,7 @@
 
 import re
 
+_LONGEST = 1800  # characters: a library's own error may list all that it knows
 _LONG = re.compile(r"\S{300,}")  # values that come from elsewhere, and libraries' own errors, may quote all of a file
 
 
@@ -9,8 +10,9 @@ class CoarError(ValueError):
     """Anything that the user can put right: a wrong name, shape, value, file or model."""
 
     def __str__(self) -> str:
-        """The message, with the ends of words that are longer than any path that people have."""
-        return _LONG.sub(lambda word: f"{word[0][:120]}…{word[0][-60:]}", super().__str__())
+        """The message, with the ends of words that are longer than any path that people have, and its own."""
+        said = _LONG.sub(lambda word: f"{word[0][:120]}…{word[0][-60:]}", super().__str__())
+        return said if len(said) <= _LONGEST else f"{said[: _LONGEST - 400]} … {said[-400:]}"
 
 
 class NoComponentsError(CoarError):

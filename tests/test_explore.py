@@ -316,7 +316,8 @@ def raws():
     from PIL import Image
 
     image = Image.linear_gradient("L")
-    yield from ({"image": image.convert(mode)} for mode in ("1", "P", "RGBA", "CMYK", "YCbCr", "HSV", "LAB", "I", "F"))
+    yield from ({"image": image.convert(mode)} for mode in ("1", "P", "RGBA", "CMYK", "YCbCr", "HSV", "I", "F"))
+    yield {"image": Image.new("LAB", (32, 32))}
     yield {"image": Image.fromarray(torch.arange(1024).reshape(32, 32).numpy().astype("uint16"))}
     yield {"image": Image.new("RGB", (0, 5))}
     yield from ({"pixel_values": torch.randn(shape)} for shape in [(3, 8, 8), (2, 8, 8), (0, 8, 8), (4, 3, 8, 8), (5,)])

@@ -100,7 +100,8 @@ def test_processes_without_a_folder_share_a_temporary_one(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29714"]
     done = subprocess.run([*command, str(script)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    lines = done.stdout.split("\n")[:2]
+    lines = [line for line in done.stdout.split("\n") if line.startswith("16 ")]  # older ones of torch also greet
+    assert len(lines) == 2
     assert lines[0] == lines[1] and lines[0].startswith("16 70 ")
 
 
@@ -167,6 +168,13 @@ DEVICE_MAPS = {
 }
 
 
+def device_map(model, name):
+    """Blocks are called otherwise in older versions of transformers."""
+    older = hasattr(getattr(model, "vit", None), "encoder")
+    named = DEVICE_MAPS[name].items()
+    return {module.replace("vit.layers", "vit.encoder.layer") if older else module: place for module, place in named}
+
+
 @pytest.mark.parametrize("method", [coar.PathGradient(rounds=2), coar.Regression(n_masks=40)], ids=lambda m: m.name)
 @pytest.mark.parametrize("how", ["offloaded", "dispatched"])
 @pytest.mark.parametrize("name", ["mlp", "vit"])
@@ -181,7 +189,7 @@ def test_an_offloaded_model_attributes_unchanged(name, how, method, tmp_path):
     else:
         model = build_net(name).model
         model = accelerate.dispatch_model(
-            model, DEVICE_MAPS[name], main_device="cpu", offload_dir=str(tmp_path), force_hooks=True
+            model, device_map(model, name), main_device="cpu", offload_dir=str(tmp_path), force_hooks=True
         )
     assert any(parameter.is_meta for parameter in model.parameters())
     found = coar.attribute(model, [net.batch], **options)

@@ -4,6 +4,7 @@ import functools
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from inspect import signature
 from typing import Any
 
 from markupsafe import escape
@@ -27,6 +28,11 @@ def gradio() -> Any:
     except ImportError as error:
         raise CoarError(INSTALL) from error
     return gradio
+
+
+def known(function: Callable[..., Any], **options: Any) -> dict[str, Any]:
+    """Those of some options that this version of Gradio has; for what is nice to have, and new."""
+    return {name: value for name, value in options.items() if name in signature(function).parameters}
 
 
 class Page:
@@ -66,7 +72,8 @@ class Page:
         self.clicked: dict[Any, Any] = {}  # by HTML, the event
         self.tabs: dict[str, Tab] = {}
         self.items = {}
-        with gr.Tabs(elem_id="tabs", overflow_behavior="wrap") as self.shown_tab:
+        # Older ones put tabs for which there is no room into a menu.
+        with gr.Tabs(elem_id="tabs", **known(gr.Tabs, overflow_behavior="wrap")) as self.shown_tab:
             for name, kind in sorted(TABS.items(), key=lambda item: item[1].place):
                 with gr.Tab(kind.title, id=name) as self.items[name]:
                     self.tabs[name] = kind(self, name)

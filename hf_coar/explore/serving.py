@@ -12,7 +12,7 @@ from hf_coar.attributions import Attributions
 from hf_coar.errors import CoarError
 from hf_coar.explore import guard, style
 from hf_coar.explore.measuring import measured_rows
-from hf_coar.explore.page import Page, gradio
+from hf_coar.explore.page import Page, gradio, known
 from hf_coar.explore.source import Source, open_source
 from hf_coar.models.calling import Call
 from hf_coar.models.outputs import Output, OutputFunction
@@ -79,7 +79,8 @@ def launch(
         _, local, public = page.blocks.launch(
             server_name=host, server_port=port, inbrowser=open_browser, share=share, quiet=True,
             prevent_thread_lock=True, theme=theme, css=style.CSS, footer_links=[], show_error=True, ssr_mode=False,
-            num_workers=0, max_file_size=guard.MOST_UPLOADED, app_kwargs=guard.Guard.settings(door),
+            max_file_size=guard.MOST_UPLOADED, app_kwargs=guard.Guard.settings(door),
+            **known(page.blocks.launch, num_workers=0),
         )  # fmt: skip
     except OSError as error:
         raise CoarError(f"cannot serve at {host}:{port or '7860 …'}: {error}; give another port") from error
