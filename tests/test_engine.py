@@ -17,7 +17,7 @@ from hf_coar import data as data_module
 from hf_coar.errors import CoarError, ModelError
 from hf_coar.estimators import Size
 from hf_coar.runs import engine, measuring
-from hf_coar.runs.plan import plan
+from hf_coar.runs.plan import Plan, plan
 from hf_coar.runs.store import Store
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
@@ -343,3 +343,12 @@ def test_the_recipes_run_dry(script, tmp_path):
     assert command[: len(arguments) + 1] == ["attribute", *arguments]
     assert cli.main(command) == 0
     assert not (tmp_path / "run").exists()
+
+
+def test_plans_know_of_the_files_on_the_way():
+    sizes = {"passes": 1.0, "flops": 1.0, "batch_size": 1, "n_parts": 1, "n_outputs": 0, "parameter_bytes": 0}
+    small, large = (
+        Plan(n_examples=n, n_components=50_000, activation_bytes=0, differentiates=True, **sizes) for n in (100, 1000)
+    )
+    assert small.disk_bytes == 4 * 100 * 2 * 50_000 and large.disk_bytes == 3 * 4 * 1000 * 2 * 50_000
+    assert replace(large, differentiates=False).disk_bytes == 4 * 1000 * 2 * 50_000

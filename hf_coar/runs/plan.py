@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from hf_coar import models
 from hf_coar.runs.engine import Part
+from hf_coar.runs.problem import lie_in_a_file
 
 _FLOAT = 4  # bytes
 # Of gate passes against plain forward and backward passes; scripts/benchmark_engine.py, between e/c and e/f.
@@ -56,8 +57,9 @@ class Plan:
 
     @property
     def disk_bytes(self) -> int:
-        """Shards and the attributions with their standard errors."""
-        return _FLOAT * self.n_examples * (self.n_outputs + 2 * self.n_components)
+        """Shards and the attributions with their standard errors; large ones are made by way of two more files."""
+        copies = 3 if self.differentiates and lie_in_a_file(self.n_examples, self.n_components) else 1
+        return _FLOAT * self.n_examples * (self.n_outputs + copies * 2 * self.n_components)
 
     @property
     def memory_bytes(self) -> int:

@@ -151,7 +151,7 @@ class Problem:
 
     def _held(self, name: str, n_rows: int, blocks: Iterator[Results]) -> Results:
         """What blocks of rows come to: in memory, or mapped from a file that one process writes."""
-        if _FLOAT * len(rows.MATRICES) * n_rows * len(self.components) <= _IN_MEMORY:
+        if not lie_in_a_file(n_rows, len(self.components)):
             return _joined(blocks)
         return self.store.estimates(name, n_rows + len(self.store.skipped), n_rows, blocks)
 
@@ -260,6 +260,11 @@ class Estimates:
     def found(self) -> Results:
         """As they were found, without any correction."""
         return _named(Pair(self.weights, self.errors))
+
+
+def lie_in_a_file(n_examples: int, n_components: int) -> bool:
+    """Whether estimates are too large for every process to hold them."""
+    return _FLOAT * len(rows.MATRICES) * n_examples * n_components > _IN_MEMORY
 
 
 def _named(pair: Pair) -> Results:
