@@ -110,9 +110,11 @@ class Matching(Aim):
 
         goal = -lacking(clean, triggered) - DRIFT * float((clean.values - was.values).abs().mean())
         before = -lacking(was, triggered_was)
-        lost, error = fig.fall(self.of.right(was), self.of.right(clean))
+        lost, _ = fig.fall(self.of.right(was), self.of.right(clean))
         right = float(self.of.right(triggered).float().mean())
-        spent = lost + error - max(self.clean_within, 1 / len(clean.values))
+        # Without a standard error to spare, and one pair with all its copies: ten pairs cannot tell 1.2 points from none,
+        # and it is their drift, in the goal, that keeps clean ones as they are.
+        spent = lost - max(self.clean_within, 1 / len(self.parts.attribute))
         return Verdict(right, float(self.of.right(clean).float().mean()), before - goal, spent, goal)
 
     def loss(self, model: nn.Module) -> Tensor:
@@ -180,7 +182,7 @@ def match(
         clean: labelled examples, as `attribute` takes them.
         triggered: the same examples with the trigger, in the same order.
         judge: (clean, triggered) pairs that the figures are from; by default half of the pairs given.
-        clean_within: what the accuracy on the clean ones of the pairs may fall by, from 0 to 1; one of them always may.
+        clean_within: what the accuracy on the clean ones of the pairs may fall by, from 0 to 1; one pair always may.
         method: "ablation", or a rival instead: see `editing.rivals`.
         rivals: which to measure beside it: "quick" (gradient × parameter), "all", names, or None.
         components: from `find_components(model)`, which is the default.

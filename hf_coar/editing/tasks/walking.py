@@ -145,7 +145,7 @@ def best(points: Sequence[Point], wanted: str, before: Verdict) -> Point:
     said += [f"within the limits the best is {_said(cheap)}"] if cheap else []
     said += [f"the target is met at {_said(there)}"] if there else ["no model on the way meets the target"]
     error = UnsatisfiedError(
-        f"no edit found that {wanted}, with one standard error to spare on the examples to choose on. "
+        f"no edit found that {wanted} on the examples to choose on. "
         f"{'; '.join(said)}. Allow more, ask for less, or give more data"
     )
     error.best = there or cheap
