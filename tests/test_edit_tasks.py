@@ -246,6 +246,20 @@ def backdoored():
     return model, batches(clean, truth), batches(triggered, truth), coar.find_components(model, include=["0", "2"])
 
 
+@pytest.mark.parametrize(("lost", "allowed"), [(0, True), (1, True), (2, False)])
+def test_of_ten_pairs_one_may_be_lost(backdoored, lost, allowed):
+    """A limit of 1.2 points with a standard error to spare would be one that no edit keeps that changes anything."""
+    model, sides = backdoored[:2]
+    none, ten = torch.empty(0, dtype=torch.long), torch.arange(10)
+    of = editing.tasks.setting.Setting.of(model, sides, None)
+    aim = matching.Matching(of, held.Parts(ten, none, none), (sides, sides), (sides, sides), 0.012)
+    was, after = torch.full((60,), 2.0), torch.full((60,), 2.0)
+    after[: 6 * lost] = -0.1  # with the copies of each
+    aim.__dict__["start"] = (Seen(was, None, None), Seen(-was, None, None))
+    aim.__dict__["_both"] = lambda model, pairs: (Seen(after, None, None), Seen(was, None, None))
+    assert (aim.judge(model).spent <= 0) == allowed
+
+
 def test_matching_triggered_examples(backdoored, monkeypatch):
     model, clean, triggered, components = backdoored
     monkeypatch.setattr(matching, "MOST", 0.1)  # of 80 neurons

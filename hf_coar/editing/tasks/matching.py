@@ -28,6 +28,7 @@ DRIFT = 0.5  # how much the drift of clean margins counts against margins of tri
 ENOUGH = 3.0  # logits; margins beyond it need not be reached
 LEAST_EDITED, LEAST_JUDGED = 4, 16  # pairs
 MOST_EDITED = 64
+ROUNDING = 1e-6  # of shares
 LOCAL = 0.25  # of the pixels; a trigger that changes no more of them stays where it is when the picture moves
 VARIATIONS = ((0, 0, False), (0, 0, True), (1, 0, False), (-1, 0, True), (0, 1, False), (0, -1, True))
 
@@ -112,9 +113,9 @@ class Matching(Aim):
         before = -lacking(was, triggered_was)
         lost, _ = fig.fall(self.of.right(was), self.of.right(clean))
         right = float(self.of.right(triggered).float().mean())
-        # Without a standard error to spare, and one pair with all its copies: ten pairs cannot tell 1.2 points from none,
-        # and it is their drift, in the goal, that keeps clean ones as they are.
-        spent = lost - max(self.clean_within, 1 / len(self.parts.attribute))
+        # Without a standard error to spare, and one pair with all its copies: ten pairs cannot tell 1.2 points from
+        # none. It is their drift, in the goal, that keeps clean ones as they are.
+        spent = lost - max(self.clean_within, 1 / len(self.parts.attribute)) - ROUNDING
         return Verdict(right, float(self.of.right(clean).float().mean()), before - goal, spent, goal)
 
     def loss(self, model: nn.Module) -> Tensor:
