@@ -445,3 +445,8 @@ def test_plain_texts_stay_as_they_are():
     assert escaping.for_markdown("- a") == "\\- a" and escaping.for_markdown("1. a") == "1\\. a"
     assert escaping.for_markdown("[x](y) [1:2]") == "[x\\](y) [1:2]" and escaping.for_markdown("98.0 %") == "98.0 %"
     assert escaping.code_span("a`b|c") == "`a'b\u2502c`"
+
+
+def test_errors_are_a_few_lines_whatever_a_library_says():
+    said = str(CoarError(f"cannot be read: {', '.join(f'kind_{i}' for i in range(2000))}; give another one"))
+    assert len(said) < 2000 and said.startswith("cannot be read: kind_0") and said.endswith("; give another one")

@@ -2,6 +2,7 @@
 
 import collections
 import traceback
+from pathlib import Path
 
 import pytest
 import timm
@@ -18,6 +19,7 @@ from hf_coar.runs.engine import Part
 from hf_coar.runs.measuring import MaskedPasses
 from hf_coar.runs.sampling import Masks
 
+LOOKED_AT = tuple(str(Path(package.__file__).parent) for package in (coar, transformers))
 WAITS = {"_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "equal", "_unique2"}
 
 
@@ -34,7 +36,7 @@ class Waits(TorchDispatchMode):
         if name in WAITS or by_bool:
             frames = [frame for frame in traceback.extract_stack() if frame.name != "__torch_function__"]
             files = [frame.filename for frame in frames]
-            ours = [file.split("/")[-1] for file in files if "/hf_coar/" in file or "/transformers/" in file]
+            ours = [file.split("/")[-1] for file in files if file.startswith(LOOKED_AT)]
             if ours[-1] != "masking_utils.py":  # transformers' own look at masks and positions, once a forward
                 self.found[ours[-1]] += 1
         return func(*args, **(kwargs or {}))
