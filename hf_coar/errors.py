@@ -2,7 +2,7 @@
 
 import re
 
-_LONGEST = 1800  # characters: a library's own error may list all that it knows
+_LONGEST = 1800  # characters: a library's own error may list all that it knows, or quote all of a file
 _LONG = re.compile(r"\S{300,}")  # values that come from elsewhere, and libraries' own errors, may quote all of a file
 
 
@@ -37,12 +37,6 @@ class RunMismatchError(CoarError):
 
 class CorruptFileError(CoarError):
     """A file that is truncated, altered or not ours."""
-
-    _LONGEST = 1000  # characters: a library's own error may quote all of the file
-
-    def __init__(self, message: str) -> None:
-        """The message, cut where it is long."""
-        super().__init__(message if len(message) <= self._LONGEST else message[: self._LONGEST] + " …")
 
 
 class BudgetError(CoarError):

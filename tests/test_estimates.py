@@ -63,6 +63,19 @@ def test_too_few_or_too_many_rows_leave_no_file(tmp_path, n_rows):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("scale", [None, 2.0])
+def test_rows_and_columns_are_corrected_alike(scale):
+    weights, errors, indices = torch.randn(5, 7), torch.rand(5, 7), torch.tensor([1, 4])
+    estimates = problem.Estimates(weights, errors).replaced(indices, torch.zeros(5, 2), torch.ones(5, 2))
+    estimates = estimates if scale is None else estimates.scaled(scale)
+    whole, wanted = estimates.rows(0, 5), torch.tensor([4, 0, 1, 6])
+    assert all(torch.equal(all_[:, wanted], some) for all_, some in zip(whole, estimates.of(wanted), strict=True))
+    assert (whole.weights[:, indices] == 0).all() and (whole.errors[:, indices] == (scale or 1)).all()
+    assert torch.equal(whole.weights[2], estimates.row(2).weights)
+    with pytest.raises(ValueError, match="before estimates are scaled"):
+        estimates.replaced(indices, torch.zeros(5, 2), torch.ones(5, 2))
+
+
 # -------------------------------------------------------------------------------------------------------------- the run
 
 

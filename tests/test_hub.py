@@ -123,7 +123,7 @@ def snippets(card: str) -> list[str]:
 def test_attribute_push_pull_edit_push_and_load_with_the_base_libraries_alone(tmp_path, folder):
     with hub("lfs") as server:
         base = {path.name: path.read_bytes() for path in (DEMO / "model").iterdir()}
-        base["README.md"] = b"---\nlicense: other\nlicense_name: our-own\nlicense_link: 7\n---\n# Base\n"
+        base["README.md"] = b"---\nlicense: other\nlicense_name: our-own\nlicense_link: [7]\n---\n# Base\n"
         model_commit = server.add("me/base", base)
         images = (DEMO / "images.parquet").read_bytes()
         data_commit = server.add("datasets/me/images", {"data/train-00000-of-00001.parquet": images})
@@ -143,7 +143,7 @@ def test_attribute_push_pull_edit_push_and_load_with_the_base_libraries_alone(tm
         )
         card = pushed["README.md"].decode()
         assert "base_model: me/base" in card and model_commit in card and "pictures/by_layer.png" in card
-        head = "license: other\nlicense_name: our-own\nlicense_link: '7'\n"
+        head = "license: other\nlicense_name: our-own\ntags:\n"
         assert head in card and head in server.files("me/edited")["README.md"].decode()
         results = pushed[".eval_results/hf_coar.yaml"].decode()
         assert "me/images" in results and data_commit in results

@@ -97,7 +97,7 @@ def reloaded(model, folder):
     """The weights of a saved model as its own library alone loads them, in a process without hf_coar."""
     names = [models.library(model), type(model).__name__, str(folder), str(folder / "state.pt")]
     subprocess.run([sys.executable, "-W", "ignore", "-c", RELOAD, *names], check=True)
-    return torch.load(folder / "state.pt")
+    return torch.load(folder / "state.pt", weights_only=True)
 
 
 METHOD = {"method": coar.PathGradient(rounds=6), "progress": False}

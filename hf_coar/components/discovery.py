@@ -56,11 +56,7 @@ def find_components(
         exclude: globs over module names: not these.
 
     Returns:
-        The components, in the order of the modules. The classifier or language-model head and the embeddings are left
-        out by default, and of a model with adapters (PEFT) all but their ranks; `components.skipped` lists every weight
-        that was left out, with the reason. Of a plain module whose classifier cannot be told, nothing is left out.
-        Where nothing tells the rows of a matrix of an unknown class from its columns, a warning names it, and its group
-        says `guessed`.
+        The components, in the order of the modules; what is left out is told at `find_components` of the package.
 
     Raises:
         ModelError: a lazy module without a shape, TorchScript, or weights of inference mode.

@@ -13,6 +13,7 @@ Figure 1 compares COAR with five of them; random weights are the floor.
 | `RandomWeights` | standard normal | 1 |
 """
 
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -168,8 +169,9 @@ class _AlongThePath(Estimator):
         """With as many steps as can be afforded."""
         return self.largest("n_steps", 1, 1, passes, size)
 
+    @abstractmethod
     def _weights(self, path: input_paths.InputPath, components: Components) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
+        """Weights of a step's examples."""
 
     def fit(self, problem: Problem) -> Fit:
         """Walk.

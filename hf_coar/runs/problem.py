@@ -222,7 +222,9 @@ class Estimates:
         return self.columns is not None or self.scale is not None
 
     def replaced(self, indices: Tensor, weights: Tensor, errors: Tensor | None) -> "Estimates":
-        """With other columns, [examples, indices], for some components; before any scale."""
+        """With other columns, [examples, indices], for some components; a scale comes after."""
+        if self.is_corrected:
+            raise ValueError("columns are replaced once, and before estimates are scaled")
         return replace(self, indices=indices, columns=Pair(weights, errors))
 
     def scaled(self, scale: float) -> "Estimates":
@@ -237,9 +239,12 @@ class Estimates:
             weights[:, self.indices] = self.columns.weights[start:stop]
             if errors is not None:
                 errors[:, self.indices] = self.columns.errors[start:stop]
-        if self.scale is not None:
-            weights, errors = weights * self.scale, None if errors is None else errors * self.scale
-        return Pair(weights, errors)
+        return self._times(Pair(weights, errors))
+
+    def _times(self, pair: Pair) -> Pair:
+        if self.scale is None:
+            return pair
+        return Pair(pair.weights * self.scale, None if pair.errors is None else pair.errors * self.scale)
 
     def row(self, index: int) -> Pair:
         """Those of one example, [components]."""
@@ -247,10 +252,14 @@ class Estimates:
         return Pair(weights[0], None if errors is None else errors[0])
 
     def of(self, indices: Tensor) -> Pair:
-        """Those of some components, [examples, indices]; the replaced ones must be these, and there is no scale yet."""
+        """Those of some components, [examples, indices]."""
+        weights, errors = self.weights[:, indices], None if self.errors is None else self.errors[:, indices]
         if self.columns is not None:
-            return self.columns
-        return Pair(self.weights[:, indices], None if self.errors is None else self.errors[:, indices])
+            here, there = (indices[:, None] == self.indices).nonzero(as_tuple=True)
+            weights[:, here] = self.columns.weights[:, there]
+            if errors is not None:
+                errors[:, here] = self.columns.errors[:, there]
+        return self._times(Pair(weights, errors))
 
     def blocks(self, size: int) -> Iterator[Results]:
         """Some examples at a time, by name as in `found`."""

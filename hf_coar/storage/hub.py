@@ -121,7 +121,8 @@ def license_of(repo_id: str, revision: str | None = None, token: str | bool | No
         said = metadata_load(hf_hub_download(repo_id, CARD, revision=revision, token=token)) or {}
     except (*_troubles(), yaml.YAMLError, ValueError):
         return {}
-    return {key: str(said[key]) for key in LICENSE if isinstance(said, dict) and said.get(key)}
+    # Lists and numbers are left out: the Hub refuses cards with a licence that it cannot read.
+    return {key: said[key] for key in LICENSE if isinstance(said, dict) and isinstance(said.get(key), str)}
 
 
 def upload(
