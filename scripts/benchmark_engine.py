@@ -3,6 +3,8 @@
     python scripts/benchmark_engine.py                                # all models, one thread, prints a table
     python scripts/benchmark_engine.py --models demo --repeats 15
     python scripts/benchmark_engine.py --processes                    # two processes of one thread against one
+    python scripts/benchmark_engine.py --whole demo_512 vit_s gpt2_4 mobilenetv2      # default runs beside plain passes
+    python scripts/benchmark_engine.py --whole demo_512 --compile                     # and through torch.compile: minutes
     python scripts/benchmark_engine.py --write                        # also writes scripts/results/engine.md
 
 In one run, alternating, so that a noisy machine disturbs all sides alike; a figure is the median of the ratios.
@@ -14,7 +16,13 @@ In one run, alternating, so that a noisy machine disturbs all sides alike; a fig
     f  delta      the same with what PathGradient does by default: exact differences, smoothed slopes, outliers
     d  paper      for every mask: deep copy of the model, rows zeroed one by one, all the data read and run once
 
-Weights are random but for the demo's trained network; ResNet-50, ViT-B/16 and GPT-2 have their real sizes.
+`--whole` times default runs of `coar.attribute`, from the model to what is saved, in processor time, over that of as
+many plain passes: forward and backward for every gate pass, forward for every other. "own code": `compile=False`;
+"captured": `compile="auto"`, making the graph included; "compiled": `compile=True` after one such run, without the
+minutes that compiling takes.
+
+Weights are random but for the demo's trained network; ResNet-50, ViT-B/16, GPT-2 and MobileNetV2 have their real sizes;
+`vit_s` is six blocks of ViT-S at 112 × 112, `gpt2_4` four blocks of GPT-2.
 """
 
 import argparse
@@ -33,6 +41,7 @@ import torch
 
 import hf_coar as coar
 from hf_coar import models
+from hf_coar.estimators.gates import n_blocks
 from hf_coar.masking import MaskedModel
 from hf_coar.models import outputs
 from hf_coar.runs import sampling
@@ -72,13 +81,42 @@ def demo() -> tuple[Any, Any]:
     return coar.load(DEMO / "model", DEMO / "images.parquet", split="train[:256]", batch_size=128)
 
 
+def demo_512() -> tuple[Any, Any]:
+    """The same network on more images, in batches of 64."""
+    return coar.load(DEMO / "model", DEMO / "images.parquet", split="train[:512]", batch_size=64)
+
+
+def vit_s() -> tuple[Any, Any]:
+    """Six blocks of ViT-S, 112 × 112."""
+    import timm
+
+    model = timm.create_model("vit_small_patch16_224", img_size=112, depth=6, num_classes=10)
+    return model, [_pixels(8, 112) for _ in range(4)]
+
+
+def gpt2_4() -> tuple[Any, Any]:
+    """Four blocks of GPT-2, sequences of 64 tokens."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(n_layer=4, vocab_size=2000, bos_token_id=0, eos_token_id=0))
+    return model, [{"input_ids": torch.randint(0, 2000, (4, 64))} for _ in range(4)]
+
+
+def mobilenetv2() -> tuple[Any, Any]:
+    """MobileNetV2, 224 × 224."""
+    import timm
+
+    return timm.create_model("mobilenetv2_100"), [_pixels(4) for _ in range(4)]
+
+
 MODELS = {"resnet50": resnet50, "vit_b16": vit_b16, "gpt2": gpt2, "demo": demo}
+WHOLE = {"demo_512": demo_512, "vit_s": vit_s, "gpt2_4": gpt2_4, "mobilenetv2": mobilenetv2}
 GATE_ROUNDS = {"demo": 8}  # of five passes each, at a fraction of 10 %; two for large models
 MASKS = {"demo": 64}  # passes a measurement; small models need more of them to be timed
 
 
-def _pixels(count: int) -> dict[str, torch.Tensor]:
-    return {"pixel_values": torch.randn(count, 3, 224, 224), "labels": torch.arange(count)}
+def _pixels(count: int, size: int = 224) -> dict[str, torch.Tensor]:
+    return {"pixel_values": torch.randn(count, 3, size, size), "labels": torch.arange(count)}
 
 
 class Bench:
@@ -87,18 +125,18 @@ class Bench:
     def __init__(self, name: str, device: torch.device) -> None:
         """Build the model and its components."""
         torch.manual_seed(0)
-        self.model, self.data = MODELS[name]()
+        self.model, self.data = {**MODELS, **WHOLE}[name]()
         self.model = self.model.eval().to(device)
         self.batches = [{k: v.to(device) for k, v in batch.items()} for batch in self.data]
         self.components = coar.find_components(self.model)
-        self.output = outputs.get("token_margin" if name == "gpt2" else "margin")
+        self.output = outputs.get("token_margin" if name.startswith("gpt2") else "margin")
         self.n_masks, self.n_rounds, self.device = MASKS.get(name, 4), GATE_ROUNDS.get(name, 2), device
 
-    def plain(self) -> None:
+    def plain(self, n_passes: int | None = None) -> None:
         """Side a."""
         with models.frozen(self.model), torch.no_grad():
             for batch in self.batches:
-                for _ in range(self.n_masks):
+                for _ in range(n_passes or self.n_masks):
                     models.logits(self.model, batch)
 
     def masked(self) -> None:
@@ -108,8 +146,8 @@ class Bench:
             store = Store(folder, {})
             self.problem(store).measure(masks)
 
-    def gradient(self) -> None:
-        """Side e; language models take the gradient to their embedded tokens."""
+    def gradient(self, n_passes: int | None = None) -> None:
+        """Side e, with as many passes as `gates` has; language models take the gradient to their embedded tokens."""
         with models.frozen(self.model):
             for batch in self.batches:
                 inputs = {k: v for k, v in batch.items() if k != "labels"}
@@ -118,7 +156,7 @@ class Bench:
                     inputs["inputs_embeds"] = embedded
                 leaf = next(iter(inputs.values())).detach().requires_grad_()
                 inputs[next(iter(inputs))] = leaf
-                for _ in range(5 * self.n_rounds):
+                for _ in range(n_passes or 5 * self.n_rounds):
                     values = self.output(models.logits(self.model, inputs), batch)
                     torch.autograd.grad(values.sum(), leaf)
 
@@ -130,6 +168,15 @@ class Bench:
         with tempfile.TemporaryDirectory() as folder:
             store = Store(folder, {})
             method.fit(self.problem(store))
+
+    def whole(self, compile: bool | str) -> float:
+        """A default run at 5 %, without its page; the cost, in forward passes an example."""
+        with tempfile.TemporaryDirectory() as folder, running(compile=compile, report=False):
+            found = coar.attribute(
+                self.model, self.batches, self.components, output=self.output, ablated_fraction=0.05, out=folder,
+                progress=False,
+            )  # fmt: skip
+        return found.provenance.cost
 
     def problem(self, store: Store) -> Problem:
         """What both sides of a comparison look at."""
@@ -179,6 +226,36 @@ def compare(name: str, device: torch.device, repeats: int) -> str:
         f"| {name} | {len(bench.components):,} | {len(bench.batches)} × {n_examples // len(bench.batches)} | "
         f"{rate:,.1f} | {ratio['ab']:.2f} | {ratio['ec']:.2f} | {ratio['ef']:.2f} | {ratio['db']:.2f} |"
     )
+
+
+def compare_whole(name: str, device: torch.device, repeats: int, compile: bool) -> str:
+    """A row of the table of default runs."""
+    bench = Bench(name, device)
+    n_gated = coar.PathGradient().rounds * n_blocks(0.05)
+    cost = bench.whole(False)
+    sides: dict[str, Callable[[], Any]] = {
+        "plain": lambda: (bench.gradient(n_gated), bench.plain(round(cost - 3 * n_gated))),
+        "own code": lambda: bench.whole(False),
+        "captured": lambda: bench.whole("auto"),
+    }
+    if compile:
+        bench.whole(True)
+        sides["compiled"] = lambda: bench.whole(True)
+    times: dict[str, list[float]] = {side: [] for side in sides}
+    for _ in range(repeats):
+        for side, run in sides.items():
+            begun = time.process_time()
+            run()
+            times[side].append(time.process_time() - begun)
+    ratios = [
+        f"{statistics.median(x / y for x, y in zip(times[side], times['plain'], strict=True)):.2f}"
+        if side in times else "not run"
+        for side in ("own code", "captured", "compiled")
+    ]  # fmt: skip
+    n_examples = sum(len(next(iter(batch.values()))) for batch in bench.batches)
+    data = f"{len(bench.batches)} × {n_examples // len(bench.batches)}"
+    seconds = statistics.median(times["plain"])
+    return f"| {name} | {len(bench.components):,} | {data} | {cost:.0f} | {seconds:.1f} s | {' | '.join(ratios)} |"
 
 
 # ----------------------------------------------------------------------------------------------------- two processes
@@ -234,11 +311,23 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("bfloat16", "float16"))
+    parser.add_argument("--whole", nargs="+", choices=WHOLE, default=[], help="measure only default runs of these")
+    parser.add_argument("--compile", action="store_true", help="default runs through torch.compile as well")
     parser.add_argument("--processes", action="store_true", help="measure only two processes against one")
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     lines = []
+    if args.whole:
+        lines += ["| model | components | data | cost | plain passes | own code | captured | compiled |"]
+        lines += ["|---|---|---|---|---|---|---|---|"]
+        sys.stdout.write("\n".join(lines) + "\n")
+        for name in args.whole:
+            with running(dtype=args.dtype):
+                lines.append(compare_whole(name, torch.device(args.device), args.repeats, args.compile))
+            sys.stdout.write(lines[-1] + "\n")
+            sys.stdout.flush()
+        return
     if not args.processes:
         lines += ["| model | components | data | masked, examples/s | a/b (≥ 0.95) | e/c (≥ 0.85) | e/f | d/b |"]
         lines += ["|---|---|---|---|---|---|---|---|"]

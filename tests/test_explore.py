@@ -812,7 +812,7 @@ def test_ctrl_c_leaves_nothing_but_json_on_standard_output(folder):
             lines.append(served.stderr.readline())
         assert f"http://127.0.0.1:{port}/" in lines[-1], "".join(lines)
         served.send_signal(signal.SIGINT)
-        out, _ = served.communicate(timeout=60)
+        out, _ = served.communicate(timeout=180)
     finally:
         served.kill()
     assert served.returncode == 0 and json.loads(out) == {"address": f"http://127.0.0.1:{port}/"}

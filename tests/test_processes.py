@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import DEMO, build_net
+from safetensors.torch import load_file
 
 import hf_coar as coar
 from hf_coar import cli
@@ -22,8 +23,21 @@ ATTRIBUTE += ["--rounds", "2", "--batch-size", "8", "--include", "layer3.*", "--
 
 
 def content(folder):
-    paths = (path for path in sorted(Path(folder).rglob("*")) if path.is_file() and path.suffix != ".tmp")
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+    """Bytes by name; of the shards, which short units share as it happens, the bytes of every part together."""
+    paths = [path for path in sorted(Path(folder).rglob("*")) if path.is_file() and path.suffix != ".tmp"]
+    found, parts = {}, {}
+    for path in paths:
+        name = path.relative_to(folder).as_posix()
+        if name.startswith("shards/"):
+            part, start, _ = path.stem.rsplit("-", 2)
+            parts.setdefault(part, []).append((int(start), load_file(path)))
+        else:
+            found[name] = path.read_bytes()
+    for part, shards in parts.items():
+        shards = [tensors for _, tensors in sorted(shards, key=lambda shard: shard[0])]
+        for name in shards[0]:
+            found[f"{part}: {name}"] = torch.cat([tensors[name] for tensors in shards]).numpy().tobytes()
+    return found
 
 
 @pytest.fixture(scope="module")

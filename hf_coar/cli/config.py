@@ -200,7 +200,8 @@ def _apply(verb: argparse.ArgumentParser, values: dict[str, Any], path: Path) ->
 def _converted(action: argparse.Action, value: Any, where: str) -> Any:
     """A value of a file as the command line would make it."""
     if action.nargs == 0:
-        if not isinstance(value, bool):
+        # A switch that is neither on nor off decides by itself.
+        if not isinstance(value, bool) and value != action.default:
             raise CoarError(f"{where}: {reprlib.repr(value)} is neither true nor false")
         return value
     if action.nargs in ("+", "*"):

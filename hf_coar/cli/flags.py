@@ -257,7 +257,7 @@ def _verb(
 # ------------------------------------------------------------------------------------------------- flags of several
 
 
-def _switch(verb: argparse._ActionsContainer, flag: str, what: str, default: bool = False) -> None:
+def _switch(verb: argparse._ActionsContainer, flag: str, what: str, default: bool | str = False) -> None:
     """On or off; `--no-…` so that the command line can switch off what a file has on."""
     verb.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=what)
 
@@ -311,7 +311,8 @@ def _running_flags(verb: argparse.ArgumentParser) -> None:
     verb = verb.add_argument_group("running, which changes speed only")
     verb.add_argument("--worker", metavar="I/N", help="this is worker I (from 0) of N that share the folder")
     verb.add_argument("--dtype", choices=("bfloat16", "float16"), help="compute in lower precision")
-    _switch(verb, "--compile", "torch.compile for masked passes")
+    what = "torch.compile for all passes, for long runs; --no-compile: not even captured graphs"
+    _switch(verb, "--compile", what, default="auto")
     verb.add_argument("--masks-together", type=int, default=1, metavar="K", help="masks in one forward pass")
     _switch(verb, "--strict", "an example that cannot be read is an error")
     _switch(verb, "--report", "write a page with pictures, about a second (on by default)", default=True)

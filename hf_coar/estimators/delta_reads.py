@@ -89,7 +89,7 @@ class DeltaReads:
 class _Tracker(TorchFunctionMode):
     """Follows gated outputs to the element-wise functions that consume them."""
 
-    def __init__(self, reads: DeltaReads, smoothing: float) -> None:
+    def __init__(self, reads: DeltaReads, smoothing: Tensor | None) -> None:
         super().__init__()
         self.reads, self.smoothing = reads, smoothing
         # By tensor, as long as somebody holds it: what nobody reads any more takes its contributions with it.
@@ -107,7 +107,7 @@ class _Tracker(TorchFunctionMode):
 
     def concerns(self, x: Tensor) -> bool:
         """Whether an element-wise function of x is not to run as usual."""
-        return bool(self.contributions(x)) or (self.smoothing > 0 and x.requires_grad)
+        return bool(self.contributions(x)) or (self.smoothing is not None and x.requires_grad)
 
     def _track(self, tensor: Tensor, contributions: list[_Contribution]) -> None:
         if contributions:
@@ -156,7 +156,7 @@ class _Tracker(TorchFunctionMode):
         followed = _Followed(function, x.detach(), self.smoothing, contributions, self.reads)
         self.paused += 1
         try:
-            if self.smoothing and x.requires_grad:
+            if self.smoothing is not None and x.requires_grad:
                 return followed.smoothed(x)
             if contributions:
                 followed.x = x.detach().clone()  # the function may write into it
@@ -180,7 +180,7 @@ def _slope(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _mean_slope(function: Callable[[Tensor], Tensor], x: Tensor, smoothing: float) -> Tensor:
+def _mean_slope(function: Callable[[Tensor], Tensor], x: Tensor, smoothing: Tensor) -> Tensor:
     """The slope averaged over a uniform window around x, whose standard deviation is `smoothing` times that of x."""
     # Of one example, or one position of one: images have their example first, sequences any order of axes.
     axes = tuple(range(1, x.dim())) if x.dim() > 3 else (-1,)
@@ -209,7 +209,7 @@ class _Followed:
         self,
         function: Callable[[Tensor], Tensor],
         x: Tensor,
-        smoothing: float,
+        smoothing: Tensor | None,
         contributions: list[_Contribution],
         reads: DeltaReads,
     ) -> None:
@@ -223,11 +223,13 @@ class _Followed:
             copy = self.x.clone()
             value = self.function(copy)
         result = _WithSlope.apply(x, value, self)
-        return x.copy_(result) if value.data_ptr() == copy.data_ptr() else result
+        return x.copy_(result) if torch._C._is_alias_of(value, copy) else result
 
     def slope(self) -> Tensor:
         """The slope that the backward pass takes."""
-        return _mean_slope(self.function, self.x, self.smoothing) if self.smoothing else _slope(self.function, self.x)
+        if self.smoothing is None:
+            return _slope(self.function, self.x)
+        return _mean_slope(self.function, self.x, self.smoothing)
 
     def correct(self, gradient: Tensor, slope: Tensor | None = None) -> None:
         """Adds to the reads by how much the exact difference of every contribution exceeds slope × part."""
@@ -281,7 +283,10 @@ def _batch_norm_scale(
 
 @contextmanager
 def followed(
-    activations: list[nn.Module], fired: FiredGroups, reads: DeltaReads, smoothing: float = 0.0
+    activations: list[nn.Module],
+    fired: FiredGroups,
+    reads: DeltaReads,
+    smoothing: Tensor | None = None,
 ) -> Iterator[None]:
     """Inside the block forward passes are followed; the backward passes of what they computed fill `reads`.
 
@@ -290,7 +295,7 @@ def followed(
         fired: of the gates that are active, which tell of every gated output.
         reads: filled later, while gradients flow.
         smoothing: the width of the windows over which slopes are averaged, in standard deviations of what goes into the
-            function; 0 for none.
+            function, a number []; None for none.
     """
     tracker = _Tracker(reads, smoothing)
     fired.observe = tracker.observe

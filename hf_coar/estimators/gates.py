@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hf_coar import data as data_module
 from hf_coar.errors import ModelError
+from hf_coar.estimators.captured import CapturedPasses
 from hf_coar.estimators.delta_reads import DeltaReads, elementwise_modules, followed
 from hf_coar.masking import MaskedModel
 from hf_coar.models.outputs import Output
@@ -37,10 +38,13 @@ class GatePasses:
         self._sizes = masked.components.sizes()
         self._activations = elementwise_modules(masked.model) if delta else []
         self._inert: set[str] = set()
+        stand_in = masked.components.stand_in
+        self._passes = CapturedPasses(self._run, masked.model, stand_in is None or not stand_in.of_partners)
 
     def begin_batch(self) -> None:
         """Other examples come: which modules run may depend on them."""
         self._inert = set()
+        self._passes.begin_batch()
 
     def __call__(self, batch: data_module.Batch, gates: Tensor, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
         """One pass.
@@ -57,6 +61,11 @@ class GatePasses:
         Raises:
             ModelError: the forward blocks all gradients, or the model reads a weight without running its module.
         """
+        # As precise as Python's own, and no constant of a captured pass.
+        width = torch.full((), smoothing, dtype=torch.float64, device=gates.device) if smoothing else None
+        return self._passes(batch, gates, width)
+
+    def _run(self, batch: data_module.Batch, gates: Tensor, smoothing: Tensor | None) -> tuple[Tensor, Tensor]:
         # One leaf a group: a slice of a single leaf would cost a full-sized gradient for every group.
         leaves = [part.contiguous().requires_grad_() for part in gates.split(self._sizes, dim=1)]
         reads = DeltaReads()

@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -42,13 +42,18 @@ _LISTENER: ContextVar[Callable[[], None] | None] = ContextVar("hf_coar_listener"
 
 
 @contextmanager
-def heard(listener: Callable[[], None]) -> Iterator[None]:
+def heard(listener: Callable[[], None] | None) -> Iterator[None]:
     """Inside the block `listener` is called after every forward pass whose output is taken, see `outputs.Output.of`."""
     token = _LISTENER.set(listener)
     try:
         yield
     finally:
         _LISTENER.reset(token)
+
+
+def unheard() -> AbstractContextManager[None]:
+    """Inside the block nobody hears of passes."""
+    return heard(None)
 
 
 def tell() -> None:

@@ -68,7 +68,7 @@ class MaskedPasses:
 @contextmanager
 def compiled(model: nn.Module, backend: bool | str) -> Iterator[None]:
     """The model's forward goes through `torch.compile` inside the block; masks change its weights in place."""
-    if not backend:
+    if backend in (False, "auto"):
         yield
         return
     before = model._compiled_call_impl

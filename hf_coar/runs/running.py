@@ -23,8 +23,10 @@ class Running:
     Attributes:
         dtype: "bfloat16" or "float16": matrix products and convolutions in lower precision (autocast). That is rounding
             of a few per cent, so it is recorded, and a run does not resume with another one.
-        compile: `torch.compile` for masked passes (gates change the model's hooks in every pass, and stay eager); True,
-            or the name of a backend.
+        compile: "auto": gate passes of a shape that comes often go through a captured graph, which gives the same bits
+            (on an accelerator the same up to rounding), see `estimators.captured`. True, or the name of a backend: they
+            do from the beginning, and that graph and the model in masked passes are compiled by `torch.compile`, which
+            takes minutes and changes numbers by rounding. False: as the model's own code runs.
         masks_together: masks in one forward pass, over as many copies of the batch; for batches too small to fill the
             device.
         worker: "i/n": this is worker i, counted from 0, of n that were started one by one and share the run's folder.
@@ -37,7 +39,7 @@ class Running:
     """
 
     dtype: str | None = None
-    compile: bool | str = False
+    compile: bool | str = "auto"
     masks_together: int = 1
     worker: str | None = None
     strict: bool = False
@@ -50,6 +52,8 @@ class Running:
         """Check the values."""
         if self.dtype is not None and self.dtype not in _DTYPES:
             raise CoarError(f"dtype={self.dtype!r}; there are {', '.join(_DTYPES)}, and None for the model's own")
+        if not isinstance(self.compile, bool | str):
+            raise CoarError(f"compile={self.compile!r}; there are 'auto', True, False and the names of backends")
         if not isinstance(self.masks_together, int) or self.masks_together < 1:
             raise CoarError(f"masks_together={self.masks_together!r}; must be a whole number, at least 1")
 

@@ -1,0 +1,174 @@
+"""Captured passes: a gate pass as one flat graph of tensor operations, forward and backward, that is replayed.
+
+Hooks, trackers and the tape cost host time in every pass and keep what the graph lets go of as early as it can, and the
+operations are the same for other gates. So a pass is run on tensors without values and what it does is written down
+(`torch.fx.experimental.proxy_tensor.make_fx`). Where a model looks at values, that fails, and passes are run as before:
+a graph can depend on nothing but shapes. That what else it depends on (attributes that a model keeps, what stands in)
+is as it was, every batch shows: its first pass is run as before, its second both ways, and on a processor bit for bit
+the same must come out, or the batch goes on without the graph.
+"""
+
+import logging
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+from hf_coar import data as data_module
+from hf_coar import models
+from hf_coar.models import calling, checked
+from hf_coar.runs.running import current
+
+logger = logging.getLogger(__name__)
+
+# A graph is made in as much time as it saves in so many passes: 14 (MobileNetV2) to 190 (BERT of four blocks).
+_AFTER = 64
+_KEPT = 4  # graphs of different shapes
+# Of the largest value: what compilers and accelerators, whose sums have no fixed order, may change.
+_ROUNDING, _ROUNDING_LOWER = 1e-3, 0.05
+
+Reads = tuple[Tensor, Tensor]  # values [examples], reads [examples, components]
+Pass = Callable[[data_module.Batch, Tensor, Tensor | None], Reads]
+
+
+class CapturedPasses:
+    """The passes of one model, replayed where that pays off; call it as the pass itself."""
+
+    def __init__(self, run: Pass, model: nn.Module, possible: bool = True) -> None:
+        """Prepare.
+
+        Args:
+            run: a pass, (batch, gates [examples, components], a number [] or None) -> (values [examples], reads
+                [examples, components]).
+            model: what is run.
+            possible: whether a pass depends on nothing but its arguments.
+        """
+        self._run, self._model = run, model
+        self._possible = possible and not any(parameter.is_meta for parameter in model.parameters())
+        self._graphs: OrderedDict[Hashable, Callable[..., tuple[Tensor, Tensor]]] = OrderedDict()
+        self._passes: Counter[Hashable] = Counter()
+        self._passes_of_batch: Counter[Hashable] = Counter()
+        self._trusted: set[Hashable] = set()
+
+    def begin_batch(self) -> None:
+        """Other examples come."""
+        self._passes_of_batch.clear()
+        self._trusted.clear()
+
+    def __call__(self, batch: data_module.Batch, gates: Tensor, smoothing: Tensor | None) -> Reads:
+        """One pass, as `run` makes it."""
+        wanted = current().compile
+        if not wanted or not self._possible:
+            return self._run(batch, gates, smoothing)
+        key = (wanted, _shape(gates), _shape(smoothing), *((name, _shape(value)) for name, value in batch.items()))
+        if key in self._trusted:
+            calling.tell()
+            return self._replayed(key, batch, gates, smoothing)
+        found = self._run(batch, gates, smoothing)
+        self._passes[key] += 1
+        self._passes_of_batch[key] += 1
+        # Not after the first pass of a batch: there may be no other.
+        if self._passes_of_batch[key] == 2:
+            self._prepare(key, batch, gates, smoothing, wanted, found)
+        return found
+
+    def _replayed(self, key: Hashable, batch: data_module.Batch, gates: Tensor, smoothing: Tensor | None) -> Reads:
+        self._graphs.move_to_end(key)
+        # Casts are part of the graph, and are not to be made twice.
+        with torch.no_grad(), torch.autocast(gates.device.type, enabled=False):
+            values, reads = self._graphs[key](*_inputs(batch, gates, smoothing))
+        # What a graph of an accelerator returns is written over by the next replay.
+        return (values, reads) if gates.device.type == "cpu" else (values.clone(), reads.clone())
+
+    def _prepare(
+        self,
+        key: Hashable,
+        batch: data_module.Batch,
+        gates: Tensor,
+        smoothing: Tensor | None,
+        wanted: bool | str,
+        found: Reads,
+    ) -> None:
+        """Let the batch's other passes be replays, if it is time for a graph and it gives what was found."""
+        if key not in self._graphs and wanted == "auto" and self._passes[key] <= _AFTER:
+            return
+        try:
+            if key not in self._graphs:
+                self._graphs[key] = self._captured(batch, gates, smoothing, wanted)
+            _check_equal(found, self._replayed(key, batch, gates, smoothing), wanted)
+            self._trusted.add(key)
+        except Exception as error:  # whatever a model's own code does with tensors that hold no values
+            if models.is_out_of_memory(error):
+                raise
+            # Of other shapes as well: what stands against one graph stands against all.
+            self._possible = False
+            name, level = type(self._model).__name__, logging.INFO if wanted == "auto" else logging.WARNING
+            logger.log(level, "gate passes of %s run as its own code: %s", name, _reason(error))
+        if len(self._graphs) > _KEPT:
+            self._graphs.popitem(last=False)
+
+    def _captured(
+        self, batch: data_module.Batch, gates: Tensor, smoothing: Tensor | None, wanted: bool | str
+    ) -> Callable[..., Reads]:
+        begun, names = time.monotonic(), list(batch)
+        if not all(isinstance(value, Tensor) for value in batch.values()):
+            raise TypeError("the batch has entries that are no tensors")
+
+        def run(gates: Tensor, *rest: Tensor) -> Reads:
+            return self._run(dict(zip(names, rest, strict=False)), gates, None if smoothing is None else rest[-1])
+
+        with models.state_kept(self._model), checked.passed(), calling.unheard():
+            trace = make_fx(run, tracing_mode="fake", _allow_non_fake_inputs=True)
+            graph = trace(*_inputs(batch, gates, smoothing))
+        graph.graph.eliminate_dead_code()
+        graph.recompile()
+        entries = ", ".join(f"{name} {list(value.shape)}" for name, value in batch.items())
+        logger.info(
+            "gate passes on %s go through a captured graph of %d operations from here on (made in %.1f s)",
+            entries, len(graph.graph.nodes), time.monotonic() - begun,
+        )  # fmt: skip
+        return _compiled(graph, wanted, gates.device)
+
+
+def _shape(value: Any) -> Hashable:
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return tuple(value.shape), value.dtype, value.device
+
+
+def _inputs(batch: data_module.Batch, gates: Tensor, smoothing: Tensor | None) -> list[Tensor]:
+    return [gates, *batch.values()] + ([] if smoothing is None else [smoothing])
+
+
+def _compiled(graph: fx.GraphModule, wanted: bool | str, device: torch.device) -> Callable[..., Reads]:
+    if wanted == "auto":
+        return graph
+    if wanted is not True:
+        return torch.compile(graph, backend=wanted)
+    # On an accelerator one launch for all kernels.
+    return torch.compile(graph, mode=None if device.type == "cpu" else "reduce-overhead")
+
+
+def _check_equal(found: Reads, replayed: Reads, wanted: bool | str) -> None:
+    """Raises `ValueError` if a replay gives something else than the pass itself."""
+    lower = current().dtype is not None
+    for one, other in zip(found, replayed, strict=True):
+        if torch.equal(one, other):
+            continue
+        off = float((one - other).abs().max() / one.abs().max().clamp_min(1e-30))
+        allowed = 0.0 if wanted == "auto" and one.device.type == "cpu" else _ROUNDING_LOWER if lower else _ROUNDING
+        if not off <= allowed:
+            raise ValueError(f"the graph's values differ by {off:.2g} of the largest")
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, DataDependentOutputException | DynamicOutputShapeException | GuardOnDataDependentSymNode):
+        return "what it does depends on values, and not on shapes alone"
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"

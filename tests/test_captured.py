@@ -1,0 +1,209 @@
+"""Captured gate passes: the same bits as passes that run as the model's own code, or no graph at all."""
+
+import logging
+
+import pytest
+import timm
+import torch
+import transformers
+from torch import nn
+
+import hf_coar as coar
+from hf_coar import demo
+from hf_coar.estimators import captured
+from hf_coar.estimators.gates import GateRounds
+from hf_coar.masking import MaskedModel
+from hf_coar.models import outputs
+
+FEW = 4
+
+
+def resnet():
+    model, data = coar.load(demo.MODEL, demo.IMAGES, split="train[:8]", batch_size=FEW)
+    return model, [{k: v for k, v in batch.items() if isinstance(v, torch.Tensor)} for batch in data], "margin"
+
+
+def thin():
+    model = timm.create_model("mobilenetv2_050", num_classes=10).eval()
+    return model, [{"x": torch.randn(FEW, 3, 64, 64), "labels": torch.arange(FEW)} for _ in range(2)], "margin"
+
+
+def vit():
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=10).eval()
+    return model, [{"x": torch.randn(FEW, 3, 32, 32), "labels": torch.arange(FEW)} for _ in range(2)], "log_prob"
+
+
+def gpt2():
+    ends = {"bos_token_id": 0, "eos_token_id": 0}
+    config = transformers.GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=100, **ends)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    return model, [{"input_ids": torch.randint(0, 100, (FEW, 9))} for _ in range(2)], "token_margin"
+
+
+def llama():
+    sizes = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "vocab_size": 100}
+    config = transformers.LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **sizes)
+    return transformers.LlamaForCausalLM(config).eval(), gpt2()[1], "token_log_prob"
+
+
+def bert():
+    sizes = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
+    model = transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=100, **sizes)).eval()
+    batches = []
+    for padded in (2, 5):
+        tokens, mask = torch.randint(0, 100, (FEW, 9)), torch.ones(FEW, 9, dtype=torch.long)
+        mask[0, -padded:] = 0
+        batches.append({"input_ids": tokens, "attention_mask": mask, "labels": torch.tensor([0, 1, 0, 1])})
+    return model, batches, "margin"
+
+
+def lstm():
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm, self.head = nn.LSTM(6, 8, batch_first=True), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.head(self.lstm(x)[0][:, -1])
+
+    return Recurrent().eval(), [{"x": torch.randn(FEW, 5, 6), "labels": torch.zeros(FEW).long()}] * 2, "margin"
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch):
+    """Graphs are made in the second pass of all."""
+    monkeypatch.setattr(captured, "_AFTER", 1)
+
+
+def rounds_of(model, batches, output, compile, fraction=0.1, seed=0):
+    """All reads of two rounds of every batch, and the passes they came from."""
+    rounds = GateRounds(MaskedModel(model, coar.find_components(model)), outputs.get(output), fraction, seed)
+    found = []
+    with coar.running(compile=compile):
+        for number, batch in enumerate(batches):
+            rounds.passes.begin_batch()
+            examples = [number * FEW + row for row in range(FEW)]
+            found += [rounds.round(batch, examples, index) for index in range(2)]
+    return found, rounds.passes._passes
+
+
+def assert_same_bits(one, other):
+    for a, b in zip(one, other, strict=True):
+        for name in ("soft", "hard", "gates", "output"):
+            torch.testing.assert_close(getattr(a, name), getattr(b, name), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("case", [resnet, thin, vit, gpt2, bert])
+def test_a_replay_gives_the_same_bits(case):
+    torch.manual_seed(0)
+    model, batches, output = case()
+    model.requires_grad_(False)
+    expected, _ = rounds_of(model, batches, output, compile=False)
+    found, passes = rounds_of(model, batches, output, compile="auto")
+    assert_same_bits(found, expected)
+    assert passes._trusted
+
+
+@pytest.mark.parametrize("case", [lstm, llama])
+def test_where_a_graph_gives_other_bits_there_is_none(case):
+    torch.manual_seed(0)
+    model, batches, output = case()
+    model.requires_grad_(False)
+    expected, _ = rounds_of(model, batches, output, compile=False)
+    found, passes = rounds_of(model, batches, output, compile="auto")
+    assert_same_bits(found, expected)
+    assert not passes._trusted
+
+
+@pytest.mark.parametrize("stand_in", [False, True])
+def test_attributions_are_the_same(tmp_path, stand_in):
+    model, data = coar.load(demo.MODEL, demo.IMAGES, split="train[:8]", batch_size=4)
+    ablation = coar.Mean(data) if stand_in else None
+    found = []
+    for compile in (False, "auto"):
+        components = coar.find_components(model, ablation=ablation) if stand_in else coar.find_components(model)
+        with coar.running(compile=compile):
+            method = coar.PathGradient(rounds="auto", reliability=0.3, max_rounds=4)
+            found.append(coar.attribute(model, data, components, method=method, out=tmp_path / str(compile)))
+    torch.testing.assert_close(found[0].weights, found[1].weights, rtol=0, atol=0)
+
+
+class Looking(nn.Module):
+    """Takes another way where its input's mean is negative."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        hidden = self.first(x).relu()
+        return self.second(hidden if float(x.mean()) > 0 else -hidden)
+
+
+def test_a_model_that_looks_at_values_is_not_captured(caplog):
+    torch.manual_seed(0)
+    model = Looking().eval().requires_grad_(False)
+    batches = [{"x": torch.rand(FEW, 6) - at, "labels": torch.zeros(FEW).long()} for at in (0.0, 1.0)]
+    expected, _ = rounds_of(model, batches, "margin", compile=False)
+    with caplog.at_level(logging.INFO, "hf_coar"):
+        found, passes = rounds_of(model, batches, "margin", compile="auto")
+    assert_same_bits(found, expected)
+    assert not passes._trusted
+    assert "gate passes of Looking run as its own code: what it does depends on values" in caplog.text
+
+
+def test_what_a_graph_cannot_know_of_is_noticed(caplog):
+    torch.manual_seed(0)
+    model, batches, _ = vit()
+    model.requires_grad_(False)
+    held = {"weight": torch.tensor(2.0)}
+    output = outputs.Output("weighted", "logits", lambda logits, batch: logits[:, 0] * held["weight"])
+    rounds = GateRounds(MaskedModel(model, coar.find_components(model)), output, 0.1, 0)
+    found = {}
+    with caplog.at_level(logging.INFO, "hf_coar"):
+        for compile in ("auto", False):
+            with coar.running(compile=compile):
+                for number, weight in enumerate((2.0, 3.0)):
+                    held["weight"] = torch.tensor(weight)
+                    rounds.passes.begin_batch()
+                    found[compile, number] = rounds.round(batches[number], range(FEW), 0)
+    for number in range(2):
+        assert_same_bits([found["auto", number]], [found[False, number]])
+    assert "the graph's values differ by 0.33 of the largest" in caplog.text
+
+
+def test_compiled_by_a_backend_of_ones_own():
+    torch.manual_seed(0)
+    model, batches, output = vit()
+    model.requires_grad_(False)
+    expected, _ = rounds_of(model, batches, output, compile=False)
+    found, passes = rounds_of(model, batches, output, compile="aot_eager")
+    assert passes._trusted
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a.soft, b.soft, rtol=1e-4, atol=1e-5)
+
+
+def test_lower_precision():
+    torch.manual_seed(0)
+    model, batches, output = vit()
+    model.requires_grad_(False)
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False), coar.running(dtype="bfloat16"):
+        expected, _ = rounds_of(model, batches, output, compile=False)
+        found, passes = rounds_of(model, batches, output, compile="auto")
+    assert_same_bits(found, expected)
+    assert passes._trusted
+
+
+def test_passes_are_heard_of_once():
+    from hf_coar.models import calling
+
+    torch.manual_seed(0)
+    model, batches, output = vit()
+    model.requires_grad_(False)
+    counts = []
+    for compile in (False, "auto"):
+        heard = []
+        with calling.heard(lambda heard=heard: heard.append(1)):
+            rounds_of(model, batches, output, compile)
+        counts.append(len(heard))
+    assert counts[0] == counts[1]
