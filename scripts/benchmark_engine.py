@@ -4,7 +4,7 @@
     python scripts/benchmark_engine.py --models demo --repeats 15
     python scripts/benchmark_engine.py --processes                    # two processes of one thread against one
     python scripts/benchmark_engine.py --whole demo_512 vit_s gpt2_4 mobilenetv2      # default runs beside plain passes
-    python scripts/benchmark_engine.py --whole demo_512 --compile                     # and through torch.compile: minutes
+    python scripts/benchmark_engine.py --whole demo_512 --compile      # and through torch.compile: minutes
     python scripts/benchmark_engine.py --write                        # also writes scripts/results/engine.md
 
 In one run, alternating, so that a noisy machine disturbs all sides alike; a figure is the median of the ratios.

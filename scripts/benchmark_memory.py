@@ -5,7 +5,9 @@
 
 Every figure is of a process of its own: the growth of the peak of its resident memory (Linux) while the second pass of
 a batch runs, over what it held before. Weights are random. The pass is what `PathGradient` does by default: a gate for
-every component of every example, exact differences, smoothed slopes.
+every component of every example, exact differences, smoothed slopes. "planned" is what `attribute --dry-run` says of
+such a pass beforehand, counted tensor by tensor in a pass of one example, over what the gate pass then took (a fit of
+1 / 1.3 to 1.3 is wanted); "captured" is a pass that is replayed as one graph, see `estimators.captured`.
 """
 
 import argparse
@@ -19,9 +21,12 @@ from pathlib import Path
 import torch
 
 from hf_coar import find_components
-from hf_coar.estimators.gates import GatePasses
+from hf_coar.estimators import captured
+from hf_coar.estimators.gates import GatePasses, one_pass
 from hf_coar.masking import MaskedModel
 from hf_coar.models import outputs
+from hf_coar.runs.memory import peak_bytes
+from hf_coar.runs.running import running
 from hf_coar.storage import files
 
 RESULTS = Path(__file__).parent / "results" / "memory.md"
@@ -32,8 +37,8 @@ _HEAD = """\
 {doc}
 Machine: two CPU cores, one thread, float32. An accelerator: not run.
 
-| model | batch | plain, MiB | gate pass, MiB | ratio (≤ 2.2) |
-|---|---|---|---|---|
+| model | batch | plain, MiB | gate pass, MiB | ratio (≤ 2.2) | planned | captured, MiB |
+|---|---|---|---|---|---|---|
 {rows}
 """
 
@@ -86,13 +91,21 @@ def measure(name: str, what: str) -> float:
             weight.requires_grad_()
             torch.autograd.grad(output.of(model, batch).sum(), weight)
     else:
-        passes = GatePasses(MaskedModel(model, find_components(model)), output, delta=True)
-        count, size = len(next(iter(batch.values()))), len(passes.masked)
+        components = find_components(model)
+        count, size = len(next(iter(batch.values()))), len(components)
+        if what == "planned":
+            example = {key: value[:1] for key, value in batch.items()}
+            return count * peak_bytes(one_pass(model, components, output, example)) / 2**20
+        passes = GatePasses(MaskedModel(model, components), output, delta=True)
         passes.begin_batch()
+        captured._AFTER = 1
 
         def run() -> None:
-            passes(batch, torch.rand(count, size), smoothing=0.6)
+            with running(compile="auto" if what == "captured" else False):
+                passes(batch, torch.rand(count, size), smoothing=0.6)
 
+        if what == "captured":
+            run()
     run()
     return growth(run)
 
@@ -111,13 +124,16 @@ def main() -> None:
     settings = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     rows = []
     for name in arguments.models:
-        both = [
+        plain, gates, replayed, planned = [
             float(subprocess.run([sys.executable, __file__, "--one", name, what], env=settings, check=True,
                                  capture_output=True, text=True).stdout.split()[-1])
-            for what in ("plain", "gates")
+            for what in ("plain", "gates", "captured", "planned")
         ]  # fmt: skip
         count = len(next(iter(build(name)[1].values())))
-        rows.append(f"| {name} | {count} | {both[0]:.0f} | {both[1]:.0f} | {both[1] / both[0]:.2f} |")
+        rows.append(
+            f"| {name} | {count} | {plain:.0f} | {gates:.0f} | {gates / plain:.2f} | {planned / gates:.2f} | "
+            f"{replayed:.0f} |"
+        )
         print(rows[-1], flush=True)
     if arguments.write:
         text = _HEAD.format(doc=__doc__.split("\n", 1)[1].strip(), rows="\n".join(rows))

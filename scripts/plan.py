@@ -21,7 +21,10 @@ import torch
 
 import hf_coar as coar
 from hf_coar import models
+from hf_coar.errors import CoarError
 from hf_coar.estimators import Size
+from hf_coar.estimators.gates import one_pass
+from hf_coar.models import outputs
 from hf_coar.runs.engine import duration
 from hf_coar.runs.plan import Plan, plan, size_text
 from hf_coar.storage import files
@@ -103,14 +106,28 @@ def table(teraflops: float) -> list[str]:
         model, example = build()
         n_components = len(coar.find_components(model))
         for label, method in METHODS.items():
-            parts = method.parts(Size(n_components, 0.05))
-            found = plan(model, example, n_examples, n_components, parts, 32, devices)
+            try:
+                parts = method.parts(Size(n_components, 0.05))
+            except CoarError as error:
+                lines.append(f"| {name} | {n_components:,} | {label} | refused: {error} |" + " |" * 7)
+                continue
+            found = plan(model, example, n_examples, n_components, parts, 32, devices, gated(model, example, method))
             lines.append(
                 f"| {name} | {n_components:,} | {label} | {n_examples:,} | {found.passes:,g} | {found.flops:.3g} | "
                 f"{found.total_flops:.3g} | {size_text(found.disk_bytes)} | {size_text(found.memory_bytes)} | "
                 f"{devices} | {duration(found.seconds(teraflops * 1e12))} |"
             )
     return lines
+
+
+def gated(model: Any, example: dict, method: Any) -> Any:
+    """A gate pass, where the method makes such, whose output looks at no mask."""
+    if not method.differentiates:
+        return None
+    name = "token_log_prob" if "input_ids" in example else "margin"
+    targets = {"labels": example.get("input_ids", torch.zeros(1, dtype=torch.long, device="meta"))}
+    output = outputs.Output(name, "", lambda logits, batch: outputs.get(name)(logits, targets))
+    return one_pass(model, coar.find_components(model), output, example)
 
 
 def model_on_paper(name: str) -> tuple[Any, dict]:
@@ -201,7 +218,8 @@ def main() -> int:
         method = coar.PathGradient(args.rounds) if args.method == "path_gradient" else coar.Regression(args.n_masks)
         n_components = len(coar.find_components(model, args.granularity))
         parts = method.parts(Size(n_components, args.ablated_fraction))
-        found = plan(model, example, args.examples, n_components, parts, args.batch_size, args.devices)
+        run = gated(model, example, method)
+        found = plan(model, example, args.examples, n_components, parts, args.batch_size, args.devices, run)
         hours = duration(found.seconds(args.teraflops * 1e12))
         parts.append(f"{args.model} on {args.dataset}\n{found}\ntime        {hours} at {args.teraflops:g} TFLOP/s each")
     if args.table:

@@ -289,7 +289,7 @@ def test_the_plan_of_a_model_worked_out_on_paper():
     assert found.passes == 130 and found.total_flops == 100 * 130 * 144
     assert found.n_units == 4 * 3
     assert found.parameter_bytes == 4 * (6 * 8 + 8 + 8 * 3 + 3)
-    assert found.activation_bytes == 4 * (8 + 8 + 3)
+    assert found.pass_bytes == 4 * (8 + 8)  # what goes into and comes out of the nonlinearity
     assert found.disk_bytes == 4 * 100 * (130 + 2 * 8)
     assert found.seconds(1e6) == pytest.approx(found.total_flops / 12 * 4 / 1e6)
     assert "12: 4 batches × 3 parts" in str(found)

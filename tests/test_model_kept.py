@@ -316,6 +316,32 @@ def test_dead_layers_are_no_obstacle():
     assert coar.attribute(model, [batch()], budget=300, **OPTIONS).config["method"]["name"] == "path_gradient"
 
 
+@pytest.fixture
+def group(tmp_path):
+    """A group of this one process."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    yield torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+def test_models_whose_passes_need_all_processes_are_refused(group):
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    def net():
+        return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+
+    wrapped = nn.parallel.DistributedDataParallel(net())
+    sharded = (fully_shard(net(), mesh=group), parallelize_module(net(), group, {"0": ColwiseParallel()}))
+    for model, message in (
+        (wrapped, "the model is wrapped in DistributedDataParallel; give the model inside it"),
+        (nn.Sequential(wrapped), "'0' of Sequential is wrapped in DistributedDataParallel"),
+        *((model, r"'0.weight' of \w+ is sharded over processes .*device_map='auto'") for model in sharded),
+    ):
+        with pytest.raises(ModelError, match=message):
+            coar.find_components(model)
+
+
 def test_lazy_modules_scripts_and_inference_tensors_are_told():
     lazy = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 3))
     scripted = torch.jit.trace(nn.Sequential(nn.Linear(6, 3)), batch()["inputs"])

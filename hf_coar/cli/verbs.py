@@ -15,7 +15,8 @@ from hf_coar.cli import completion, config, editing, methods, standing_in, termi
 from hf_coar.data import Chunks, rows
 from hf_coar.editing import edited as edited_model
 from hf_coar.errors import CoarError
-from hf_coar.estimators import PathGradient, Size, budget, choosing
+from hf_coar.estimators import PathGradient, Size, budget, choosing, gates
+from hf_coar.models import tasks
 from hf_coar.plots import page as report
 from hf_coar.runs import engine, workers
 from hf_coar.runs.plan import plan
@@ -78,7 +79,11 @@ def _planned(args: argparse.Namespace, model: Any, data: Any) -> str:
             raise CoarError(f"--budget {args.budget!r} is timed when the run begins; give forward passes to --dry-run")
         method = method.sized(passes, size)
     example = rows(first, 0, 1)
-    planned = plan(model, example, n_examples, size.n_components, method.parts(size), data.batch_size, team.count)
+    output = tasks.bind(model, args.output, batch=example)
+    planned = plan(
+        model, example, n_examples, size.n_components, method.parts(size), data.batch_size, team.count,
+        gates.one_pass(model, components, output, example) if method.differentiates else None,
+    )  # fmt: skip
     if args.json:
         return json.dumps({**vars(planned), "n_units": planned.n_units, "worker": team.index}, indent=2)
     return f"{planned}\nthis is     process {team.index} of {team.count}; nothing was run"

@@ -1,7 +1,7 @@
 """Gates: passes that read the effect of every component of every example, rounds of such passes, and their sums."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from hf_coar import data as data_module
+from hf_coar.components import Components
 from hf_coar.errors import ModelError
 from hf_coar.estimators.captured import CapturedPasses
 from hf_coar.estimators.delta_reads import DeltaReads, elementwise_modules, followed
 from hf_coar.masking import MaskedModel
+from hf_coar.models import checked
 from hf_coar.models.outputs import Output
 from hf_coar.runs import sampling
 from hf_coar.runs.measuring import check_finite
@@ -120,6 +122,20 @@ class GatePasses:
                 "their modules; exclude them, or use method=hf_coar.Regression()"
             )
         self._inert |= missing
+
+
+def one_pass(
+    model: nn.Module, components: Components, output: Output, example: data_module.Batch
+) -> Callable[[], object]:
+    """A gate pass of one example, as rounds make it, to see what it takes; the model may be on the meta device."""
+    passes = GatePasses(MaskedModel(model, components), output, delta=True)
+
+    def run() -> object:
+        passes.begin_batch()
+        with checked.passed():
+            return passes(example, torch.ones(1, len(components), device=_device(example)), _SMOOTHING)
+
+    return run
 
 
 def check_differentiable(values: Tensor, model: nn.Module) -> None:

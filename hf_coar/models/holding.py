@@ -143,6 +143,7 @@ def check_usable(model: nn.Module) -> None:
             f"{name} holds TorchScript ({scripted or 'the model itself'}), whose modules take no hooks; give the "
             "Python module that it was made from"
         )
+    _check_not_shared(model)
     for where, tensor in (*model.named_parameters(), *model.named_buffers()):
         if torch.nn.parameter.is_lazy(tensor):
             raise ModelError(
@@ -152,6 +153,29 @@ def check_usable(model: nn.Module) -> None:
             raise ModelError(
                 f"{where!r} of {name} was made under torch.inference_mode(), and can be neither changed nor "
                 "differentiated; load the model outside of it, or take copy.deepcopy(model) there"
+            )
+
+
+_WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
+
+
+def _check_not_shared(model: nn.Module) -> None:
+    """Every process of a run makes other passes, which models whose passes need all processes at once would wait for."""
+    way_out = (
+        "spread it over the devices of one process with device_map='auto', where it does not fit on one; the processes "
+        "of a run share its examples by themselves, each with a model of its own"
+    )
+    for where, module in model.named_modules():
+        kind = next((one.__name__ for one in type(module).__mro__ if one.__name__ in _WRAPPERS), None)
+        if kind is not None:
+            what = f"{where!r} of {type(model).__name__}" if where else "the model"
+            raise ModelError(
+                f"{what} is wrapped in {kind}; give the model inside it (accelerator.unwrap_model), or {way_out}"
+            )
+    for where, parameter in model.named_parameters():
+        if any(one.__name__ == "DTensor" for one in type(parameter.data).__mro__):
+            raise ModelError(
+                f"{where!r} of {type(model).__name__} is sharded over processes (tensor parallelism or FSDP); {way_out}"
             )
 
 

@@ -150,9 +150,17 @@ def _tied(model: nn.Module, name: str) -> list[str]:
 
 
 def of_module(module: nn.Module, name: str) -> Tensor | None:
-    """A module's own parameter, such as its bias, wherever it is kept; None where it has none."""
+    """A module's own parameter, such as its bias, wherever it is kept; None where it has none.
+
+    Of a model without weights it is itself, on the meta device, where such a model's activations are as well.
+    """
     tensor = getattr(module, name, None)
-    return value(module, name, tensor) if isinstance(tensor, Tensor) else None
+    if not isinstance(tensor, Tensor):
+        return None
+    try:
+        return value(module, name, tensor)
+    except CoarError:
+        return tensor
 
 
 def in_memory(model: nn.Module) -> nn.Module:

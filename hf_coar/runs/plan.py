@@ -1,6 +1,6 @@
 """Plans: what a run will cost, before it runs: passes, floating-point operations, disk, memory, units of work."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,9 +8,11 @@ from torch import Tensor, nn
 
 from hf_coar import models
 from hf_coar.runs.engine import Part
+from hf_coar.runs.memory import peak_bytes
 from hf_coar.runs.problem import lie_in_a_file
 
 _FLOAT = 4  # bytes
+_SUMS = 10  # numbers a component that a round of `estimators.gates` holds beside its pass
 # Of gate passes against plain forward and backward passes; scripts/benchmark_engine.py, between e/c and e/f.
 _GATE_EFFICIENCY = 0.7
 
@@ -28,7 +30,7 @@ class Plan:
         n_parts: parts that the passes on a batch are divided in; a unit of work is a batch and a part.
         n_outputs: numbers an example that the units write to the disk.
         parameter_bytes: of the model.
-        activation_bytes: of the outputs of all modules of the model, for one example.
+        pass_bytes: that a pass of one example takes at most, beside the parameters.
         differentiates: whether the passes have a backward, and so keep the activations.
         processes: that share the run.
     """
@@ -41,7 +43,7 @@ class Plan:
     n_parts: int
     n_outputs: int
     parameter_bytes: int
-    activation_bytes: int
+    pass_bytes: int
     differentiates: bool
     processes: int = 1
 
@@ -63,10 +65,9 @@ class Plan:
 
     @property
     def memory_bytes(self) -> int:
-        """Roughly, on the device of one process: weights, activations, and gates with their gradients and sums."""
-        kept = 1.0 if self.differentiates else 0.1  # without a backward, a few layers' at a time
-        gates = 8 * _FLOAT * self.n_components if self.differentiates else 0
-        return round(self.parameter_bytes + self.batch_size * (kept * self.activation_bytes + gates))
+        """On the device of one process: weights, a pass of a batch, and what rounds of gates draw and add up."""
+        sums = _SUMS * _FLOAT * self.n_components if self.differentiates else 0
+        return self.parameter_bytes + self.batch_size * (self.pass_bytes + sums)
 
     def seconds(self, flops_per_second: float) -> float:
         """Wall time, if every process computes at this rate in plain forward passes."""
@@ -101,19 +102,27 @@ def plan(
     parts: Sequence[Part],
     batch_size: int = 32,
     processes: int = 1,
+    one_pass: Callable[[], object] | None = None,
 ) -> Plan:
     """What a run will cost.
 
     Args:
-        model: may be on the meta device; runs once.
+        model: may be on the meta device; runs twice.
         example: a batch of one example, on the same device.
         n_examples: to be attributed.
         n_components: of the model.
         parts: of the passes on every batch, as the estimator's `parts` says.
         batch_size: examples a batch.
         processes: that will share the run.
+        one_pass: the dearest pass of the run, on the example, whose memory is counted; None for a forward pass.
     """
-    flops, activation_bytes = _one_pass(model, example)
+
+    def forward() -> None:
+        with torch.no_grad():
+            models.tasks.of(model).run(model, example)
+
+    with models.frozen(model):
+        flops, pass_bytes = _operations(forward), peak_bytes(one_pass or forward)
     return Plan(
         n_examples=n_examples,
         n_components=n_components,
@@ -123,31 +132,19 @@ def plan(
         n_parts=len(parts),
         n_outputs=sum(part.n_numbers for part in parts),
         parameter_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
-        activation_bytes=activation_bytes,
+        pass_bytes=pass_bytes,
         differentiates=any(part.differentiates for part in parts),
         processes=processes,
     )
 
 
-def _one_pass(model: nn.Module, example: Mapping[str, Tensor]) -> tuple[float, int]:
-    """Floating-point operations of one forward pass, and the bytes that its innermost modules put out."""
+def _operations(run: Callable[[], object]) -> float:
+    """Floating-point operations."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    total = 0
-
-    def add(module: nn.Module, inputs: tuple, output: object) -> None:
-        nonlocal total
-        total += output.numel() * output.element_size() if isinstance(output, Tensor) else 0
-
-    leaves = [module for module in model.modules() if not any(True for _ in module.children())]
-    hooks = [module.register_forward_hook(add) for module in leaves]
-    try:
-        with models.frozen(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
-            models.tasks.of(model).run(model, example)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return float(counter.get_total_flops()), total
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return float(counter.get_total_flops())
 
 
 def size_text(n_bytes: float) -> str:
