@@ -160,7 +160,7 @@ _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEn
 
 
 def _check_not_shared(model: nn.Module) -> None:
-    """Every process of a run makes other passes, which models whose passes need all processes at once would wait for."""
+    """Raises `ModelError` where a pass needs all processes at once: those of a run are each at another."""
     way_out = (
         "spread it over the devices of one process with device_map='auto', where it does not fit on one; the processes "
         "of a run share its examples by themselves, each with a model of its own"
