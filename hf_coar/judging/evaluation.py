@@ -188,7 +188,7 @@ def evaluate(
         unablated=None if forecast is None else forecast.unablated,
         boundary=output.boundary,
     )
-    _warn(report)
+    _warn(report, attributions.provenance.ablated_fraction)
     if out is not None and workers.processes().is_main_process:
         files.write_json(Path(out) / "evaluation.json", report.to_json())
     return report
@@ -217,7 +217,7 @@ def default_fractions(fitted: float, n_components: int) -> tuple[float, ...]:
     return tuple(found)
 
 
-def _warn(report: Report) -> None:
+def _warn(report: Report, fitted: float | None) -> None:
     for fraction, mean in report.correlation.items():
         output, kept = report.left(fraction)
         if kept is not None and kept < _FEW_DECISIONS:
@@ -227,10 +227,12 @@ def _warn(report: Report) -> None:
                 fraction, 100 * kept, output, float(report.unablated.mean()),
             )  # fmt: skip
         if mean < _LOW_CORRELATION:
+            advice = "take more rounds"
+            if fitted is None or abs(fraction / fitted - 1) > 0.01:
+                advice += f", or attribute with ablated_fraction={fraction:.3g}"
             logger.warning(
-                "at %.3g ablated the predictions have a correlation of %.2f only; take more rounds, or attribute with "
-                "ablated_fraction=%.3g", fraction, mean, fraction,
-            )  # fmt: skip
+                "at %.3g ablated the predictions have a correlation of %.2f only; %s", fraction, mean, advice
+            )
 
 
 def _check(fractions: Sequence[float], n_masks: int, seed: int, n_components: int) -> None:
