@@ -23,11 +23,6 @@ def resnet():
     return model, [{k: v for k, v in batch.items() if isinstance(v, torch.Tensor)} for batch in data], "margin"
 
 
-def thin():
-    model = timm.create_model("mobilenetv2_050", num_classes=10).eval()
-    return model, [{"x": torch.randn(FEW, 3, 64, 64), "labels": torch.arange(FEW)} for _ in range(2)], "margin"
-
-
 def vit():
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=10).eval()
     return model, [{"x": torch.randn(FEW, 3, 32, 32), "labels": torch.arange(FEW)} for _ in range(2)], "log_prob"
@@ -93,7 +88,7 @@ def assert_same_bits(one, other):
             torch.testing.assert_close(getattr(a, name), getattr(b, name), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("case", [resnet, thin, vit, gpt2, bert])
+@pytest.mark.parametrize("case", [resnet, vit, gpt2, bert])
 def test_a_replay_gives_the_same_bits(case):
     torch.manual_seed(0)
     model, batches, output = case()
@@ -115,13 +110,11 @@ def test_where_a_graph_gives_other_bits_there_is_none(case):
     assert not passes._trusted
 
 
-@pytest.mark.parametrize("stand_in", [False, True])
-def test_attributions_are_the_same(tmp_path, stand_in):
-    model, data = coar.load(demo.MODEL, demo.IMAGES, split="train[:8]", batch_size=4)
-    ablation = coar.Mean(data) if stand_in else None
+def test_attributions_are_the_same(tmp_path):
+    model, data = coar.load(demo.MODEL, demo.IMAGES, split="train[:4]", batch_size=4)
+    components = coar.find_components(model, include=["layer3.*"], ablation=coar.Mean(data))
     found = []
     for compile in (False, "auto"):
-        components = coar.find_components(model, ablation=ablation) if stand_in else coar.find_components(model)
         with coar.running(compile=compile):
             method = coar.PathGradient(rounds="auto", reliability=0.3, max_rounds=4)
             found.append(coar.attribute(model, data, components, method=method, out=tmp_path / str(compile)))

@@ -804,7 +804,18 @@ def test_a_taken_port_is_one_clear_error(folder):
 def test_ctrl_c_leaves_nothing_but_json_on_standard_output(folder):
     pytest.importorskip("gradio", reason='needs pip install "hf_coar[explore]"')
     port = free_port()
-    words = [sys.executable, "-m", "hf_coar", "explore", str(folder), "--port", str(port), "--json"]
+    words = [
+        sys.executable,
+        "-X",
+        "faulthandler",
+        "-m",
+        "hf_coar",
+        "explore",
+        str(folder),
+        "--port",
+        str(port),
+        "--json",
+    ]
     served = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         lines = []
@@ -812,7 +823,11 @@ def test_ctrl_c_leaves_nothing_but_json_on_standard_output(folder):
             lines.append(served.stderr.readline())
         assert f"http://127.0.0.1:{port}/" in lines[-1], "".join(lines)
         served.send_signal(signal.SIGINT)
-        out, _ = served.communicate(timeout=180)
+        try:
+            out, _ = served.communicate(timeout=180)
+        except subprocess.TimeoutExpired:
+            served.send_signal(signal.SIGABRT)  # tells what every thread waits for
+            pytest.fail(served.communicate()[1])
     finally:
         served.kill()
     assert served.returncode == 0 and json.loads(out) == {"address": f"http://127.0.0.1:{port}/"}
