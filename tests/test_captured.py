@@ -187,6 +187,23 @@ def test_lower_precision():
     assert passes._trusted
 
 
+def test_more_shapes_than_graphs_are_kept(monkeypatch):
+    monkeypatch.setattr(captured, "_KEPT", 1)
+    torch.manual_seed(0)
+    model, batches, output = vit()
+    model.requires_grad_(False)
+    components, batch = coar.find_components(model), batches[0]
+    rounds = GateRounds(MaskedModel(model, components), outputs.get(output), 0.1, 0)
+    found = {"auto": [], False: []}
+    for compile, reads in found.items():
+        with coar.running(compile=compile):
+            rounds.passes.begin_batch()
+            for count in (4, 3, 4, 3):  # as examples have enough rounds, one after the other
+                some = {name: value[:count] for name, value in batch.items()}
+                reads.append(rounds.round(some, range(count), 0))
+    assert_same_bits(found["auto"], found[False])
+
+
 def test_passes_are_heard_of_once():
     from hf_coar.models import calling
 

@@ -3,9 +3,9 @@
 Hooks, trackers and the tape cost host time in every pass and keep what the graph lets go of as early as it can, and the
 operations are the same for other gates. So a pass is run on tensors without values and what it does is written down
 (`torch.fx.experimental.proxy_tensor.make_fx`). Where a model looks at values, that fails, and passes are run as before:
-a graph can depend on nothing but shapes. That what else it depends on (attributes that a model keeps, what stands in)
-is as it was, every batch shows: its first pass is run as before, its second both ways, and on a processor bit for bit
-the same must come out, or the batch goes on without the graph.
+a graph depends on nothing but shapes. Whether all else that it was made of (attributes that a model keeps, what stands
+in) is as it was, every batch shows: its first pass is run as before, its second both ways, and on a CPU the same must
+come out bit for bit, or there are no more graphs.
 """
 
 import logging
@@ -16,9 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from hf_coar import data as data_module
 from hf_coar import models
@@ -51,7 +48,7 @@ class CapturedPasses:
         """
         self._run, self._model = run, model
         self._possible = possible and not any(parameter.is_meta for parameter in model.parameters())
-        self._graphs: OrderedDict[Hashable, Callable[..., tuple[Tensor, Tensor]]] = OrderedDict()
+        self._graphs: OrderedDict[Hashable, Callable[..., Reads]] = OrderedDict()
         self._passes: Counter[Hashable] = Counter()
         self._passes_of_batch: Counter[Hashable] = Counter()
         self._trusted: set[Hashable] = set()
@@ -111,11 +108,13 @@ class CapturedPasses:
             name, level = type(self._model).__name__, logging.INFO if wanted == "auto" else logging.WARNING
             logger.log(level, "gate passes of %s run as its own code: %s", name, _reason(error))
         if len(self._graphs) > _KEPT:
-            self._graphs.popitem(last=False)
+            self._trusted.discard(self._graphs.popitem(last=False)[0])
 
     def _captured(
         self, batch: data_module.Batch, gates: Tensor, smoothing: Tensor | None, wanted: bool | str
     ) -> Callable[..., Reads]:
+        from torch.fx.experimental.proxy_tensor import make_fx
+
         begun, names = time.monotonic(), list(batch)
         if not all(isinstance(value, Tensor) for value in batch.values()):
             raise TypeError("the batch has entries that are no tensors")
@@ -168,6 +167,9 @@ def _check_equal(found: Reads, replayed: Reads, wanted: bool | str) -> None:
 
 
 def _reason(error: Exception) -> str:
+    from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
     if isinstance(error, DataDependentOutputException | DynamicOutputShapeException | GuardOnDataDependentSymNode):
         return "what it does depends on values, and not on shapes alone"
     lines = str(error).strip().splitlines()
