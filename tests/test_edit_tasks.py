@@ -161,9 +161,25 @@ def test_a_step_that_is_too_dear_is_halved(net):
 
     points = walking.walk(masked, lambda *given: torch.arange(len(components)), judge, "", most=20, step=4)
     assert [len(point.ablated) for point in points] == [4, 8, 6, 8, 7, 8]
+    points = walking.walk(masked, lambda *given: torch.arange(len(components)), judge, "", 20, 4, passing_by=3)
+    past = [11, 9, 8]  # what is too dear everywhere is passed by three times, and then the walk ends
+    assert [len(point.ablated) for point in points] == [4, 8, 6, 8, 7, 8, *past, *past, *past]
     with pytest.raises(UnsatisfiedError, match=r"within the limits the best is target 0\.3.*\(7 components\)"):
         walking.best(points, "does it", judge(model))
     assert walking.margin(1) == 1 < walking.margin(2) < walking.margin(9) < 3
+
+
+def test_a_component_that_is_too_dear_is_passed_by(net):
+    model, _, components = net
+    masked = coar.masking.MaskedModel(model, components)
+
+    def judge(masked_model):
+        dear = bool((model[0].weight[5] == 0).all())
+        return walking.Verdict(0.5, 1.0, 0.5, float(dear) - 0.5, 0.0)
+
+    points = walking.walk(masked, lambda *given: torch.arange(len(components)), judge, "", 12, 4, passing_by=1)
+    allowed = [point.ablated.tolist() for point in points if point.verdict.spent <= 0]
+    assert allowed[-1] == [0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 11, 12]
 
 
 def test_one_bias_and_linear_probe():

@@ -76,11 +76,12 @@ def margin(n_candidates: int) -> float:
 
 def walk(
     masked: MaskedModel, rank: Ranker, judge: Judge, rule: str, most: int | None = None, step: int | None = None,
-    tried: int = MOST_TRIED,
+    tried: int = MOST_TRIED, passing_by: int = 0,
 ) -> list[Point]:  # fmt: skip
     """Ablates a step of components, ranks the others anew, and so on, until the allowance of the others is spent.
 
-    A step that spends more than there is, is halved.
+    A step that spends more than there is, is halved. Where the smallest is still too dear, the walk ends, or leaves its
+    components in place for good and goes on past them.
 
     Args:
         masked: the model with its components.
@@ -90,25 +91,32 @@ def walk(
         most: components in all; by default a fifth of them.
         step: components at a time; by default 1 in 100.
         tried: models that are measured at most.
+        passing_by: steps that are gone past at most.
     """
     n_all = len(masked)
     most = max(1, int(LARGEST_FRACTION * n_all)) if most is None else most
-    size = max(1, round(STEP_FRACTION * n_all)) if step is None else step
-    smallest = max(1, size // 4)  # smaller ones bring little, and cost as much
+    step = max(1, round(STEP_FRACTION * n_all)) if step is None else step
+    smallest = max(1, step // 4)  # smaller ones bring little, and cost as much
     points: list[Point] = []
     kept, ablated = torch.ones(n_all, dtype=torch.bool), torch.empty(0, dtype=torch.long)
-    while size and len(ablated) < most and len(points) < tried:
-        with masked.ablated(kept):
-            ranking = rank(masked.model, ablated)
-        best = ranking[kept[ranking]]
-        while size:
-            further = torch.cat([ablated, best[: min(size, most - len(ablated))]])
-            points.append(_measured(masked, further, rule, judge))
-            if points[-1].verdict.spent <= 0:
-                ablated = further
-                kept[ablated] = False
-                break
-            size = size // 2 if size // 2 >= smallest else 0
+    barred, size, passed_by = torch.zeros(n_all, dtype=torch.bool), step, 0
+    ranking: Tensor | None = None
+    while len(ablated) < most and len(points) < tried and passed_by <= passing_by:
+        if ranking is None:
+            with masked.ablated(kept):
+                ranking = rank(masked.model, ablated)
+        best = ranking[kept[ranking] & ~barred[ranking]]
+        if not len(best):
+            break
+        points.append(_measured(masked, torch.cat([ablated, best[: min(size, most - len(ablated))]]), rule, judge))
+        if points[-1].verdict.spent <= 0:
+            ablated, ranking = points[-1].ablated, None
+            kept[ablated] = False
+        elif size // 2 >= smallest:
+            size //= 2
+        else:
+            barred[best[:size]] = True
+            size, passed_by = step, passed_by + 1
     return points
 
 
