@@ -348,7 +348,7 @@ def test_the_recipes_run_dry(script, tmp_path):
 def test_plans_know_of_the_files_on_the_way():
     sizes = {"passes": 1.0, "flops": 1.0, "batch_size": 1, "n_parts": 1, "n_outputs": 0, "parameter_bytes": 0}
     small, large = (
-        Plan(n_examples=n, n_components=50_000, activation_bytes=0, differentiates=True, **sizes) for n in (100, 1000)
+        Plan(n_examples=n, n_components=50_000, pass_bytes=0, differentiates=True, **sizes) for n in (100, 1000)
     )
     assert small.disk_bytes == 4 * 100 * 2 * 50_000 and large.disk_bytes == 3 * 4 * 1000 * 2 * 50_000
     assert replace(large, differentiates=False).disk_bytes == 4 * 1000 * 2 * 50_000

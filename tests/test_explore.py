@@ -804,19 +804,11 @@ def test_a_taken_port_is_one_clear_error(folder):
 def test_ctrl_c_leaves_nothing_but_json_on_standard_output(folder):
     pytest.importorskip("gradio", reason='needs pip install "hf_coar[explore]"')
     port = free_port()
-    words = [
-        sys.executable,
-        "-X",
-        "faulthandler",
-        "-m",
-        "hf_coar",
-        "explore",
-        str(folder),
-        "--port",
-        str(port),
-        "--json",
-    ]
-    served = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    words = [sys.executable, "-X", "faulthandler", "-m", "hf_coar", "explore", str(folder)]
+    words += ["--port", str(port), "--json"]
+    # Shells have what runs in the background ignore Ctrl-C, and what it starts inherits that.
+    heeds = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    served = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **heeds)
     try:
         lines = []
         while not lines or (lines[-1] and "Ctrl-C" not in lines[-1]):  # by then it is served
