@@ -98,7 +98,7 @@ def measure(name: str, what: str) -> float:
             return count * peak_bytes(one_pass(model, components, output, example)) / 2**20
         passes = GatePasses(MaskedModel(model, components), output, delta=True)
         passes.begin_batch()
-        captured._AFTER = 1
+        captured._AFTER = 0.0
 
         def run() -> None:
             with running(compile="auto" if what == "captured" else False):

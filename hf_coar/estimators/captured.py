@@ -24,8 +24,9 @@ from hf_coar.runs.running import current
 
 logger = logging.getLogger(__name__)
 
-# A graph is made in as much time as it saves in so many passes: 14 (MobileNetV2) to 190 (BERT of four blocks).
-_AFTER = 64
+# Seconds of passes of one shape before there is a graph of it: making one takes 3 to 10, and saves from 4 % (GPT-2) to
+# 40 % (MobileNetV2) of every later pass. After 64 passes, as it was at first, it did not pay in a demo run of 320.
+_AFTER = 60.0
 _KEPT = 4  # graphs of different shapes
 # Of the largest value: what compilers and accelerators, whose sums have no fixed order, may change.
 _ROUNDING, _ROUNDING_LOWER = 1e-3, 0.05
@@ -49,7 +50,7 @@ class CapturedPasses:
         self._run, self._model = run, model
         self._possible = possible and not any(parameter.is_meta for parameter in model.parameters())
         self._graphs: OrderedDict[Hashable, Callable[..., Reads]] = OrderedDict()
-        self._passes: Counter[Hashable] = Counter()
+        self._seconds: Counter[Hashable] = Counter()
         self._passes_of_batch: Counter[Hashable] = Counter()
         self._trusted: set[Hashable] = set()
 
@@ -67,8 +68,9 @@ class CapturedPasses:
         if key in self._trusted:
             calling.tell()
             return self._replayed(key, batch, gates, smoothing)
+        begun = time.monotonic()
         found = self._run(batch, gates, smoothing)
-        self._passes[key] += 1
+        self._seconds[key] += time.monotonic() - begun
         self._passes_of_batch[key] += 1
         # Not after the first pass of a batch: there may be no other.
         if self._passes_of_batch[key] == 2:
@@ -93,7 +95,7 @@ class CapturedPasses:
         found: Reads,
     ) -> None:
         """Let the batch's other passes be replays, if it is time for a graph and it gives what was found."""
-        if key not in self._graphs and wanted == "auto" and self._passes[key] <= _AFTER:
+        if key not in self._graphs and wanted == "auto" and self._seconds[key] <= _AFTER:
             return
         try:
             if key not in self._graphs:
