@@ -10,6 +10,7 @@ from torch import nn
 
 import hf_coar as coar
 from hf_coar import demo
+from hf_coar.errors import CoarError
 from hf_coar.estimators import captured
 from hf_coar.estimators.gates import GateRounds
 from hf_coar.masking import MaskedModel
@@ -99,8 +100,14 @@ def test_a_replay_gives_the_same_bits(case):
     assert passes._trusted
 
 
-@pytest.mark.parametrize("case", [lstm, llama])
-def test_where_a_graph_gives_other_bits_there_is_none(case):
+def mixtral():
+    sizes = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 48, "num_local_experts": 3}
+    config = transformers.MixtralConfig(num_attention_heads=2, num_key_value_heads=2, vocab_size=100, **sizes)
+    return transformers.MixtralForCausalLM(config).eval(), gpt2()[1], "token_log_prob"
+
+
+@pytest.mark.parametrize("case", [lstm, llama, mixtral])
+def test_where_a_graph_gives_other_bits_or_cannot_be_made_there_is_none(case, capfd):
     torch.manual_seed(0)
     model, batches, output = case()
     model.requires_grad_(False)
@@ -108,6 +115,7 @@ def test_where_a_graph_gives_other_bits_there_is_none(case):
     found, passes = rounds_of(model, batches, output, compile="auto")
     assert_same_bits(found, expected)
     assert not passes._trusted
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_attributions_are_the_same(tmp_path):
@@ -174,6 +182,12 @@ def test_compiled_by_a_backend_of_ones_own():
     assert passes._trusted
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a.soft, b.soft, rtol=1e-4, atol=1e-5)
+
+
+def test_a_backend_that_is_not_known():
+    with pytest.raises(CoarError, match=r"compile='no-such'; there are 'auto', True, False, .*inductor"):
+        with coar.running(compile="no-such"):
+            pass
 
 
 def test_lower_precision():

@@ -17,6 +17,7 @@ from hf_coar import data as data_module
 from hf_coar.errors import CoarError, ModelError
 from hf_coar.estimators import Size
 from hf_coar.runs import engine, measuring
+from hf_coar.runs.memory import peak_bytes
 from hf_coar.runs.plan import Plan, plan
 from hf_coar.runs.store import Store
 
@@ -293,6 +294,11 @@ def test_the_plan_of_a_model_worked_out_on_paper():
     assert found.disk_bytes == 4 * 100 * (130 + 2 * 8)
     assert found.seconds(1e6) == pytest.approx(found.total_flops / 12 * 4 / 1e6)
     assert "12: 4 batches × 3 parts" in str(found)
+
+
+def test_memory_is_counted_beside_sparse_tensors():
+    graph = torch.eye(4).to_sparse()
+    assert peak_bytes(lambda: torch.sparse.mm(graph, torch.ones(4, 4))) >= 2 * 4 * 16
 
 
 def test_the_plan_of_a_model_without_weights():

@@ -11,7 +11,8 @@ come out bit for bit, or there are no more graphs.
 import logging
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -124,7 +125,7 @@ class CapturedPasses:
         def run(gates: Tensor, *rest: Tensor) -> Reads:
             return self._run(dict(zip(names, rest, strict=False)), gates, None if smoothing is None else rest[-1])
 
-        with models.state_kept(self._model), checked.passed(), calling.unheard():
+        with models.state_kept(self._model), checked.passed(), calling.unheard(), _torch_quiet():
             trace = make_fx(run, tracing_mode="fake", _allow_non_fake_inputs=True)
             graph = trace(*_inputs(batch, gates, smoothing))
         graph.graph.eliminate_dead_code()
@@ -135,6 +136,18 @@ class CapturedPasses:
             entries, len(graph.graph.nodes), time.monotonic() - begun,
         )  # fmt: skip
         return _compiled(graph, wanted, gates.device)
+
+
+@contextmanager
+def _torch_quiet() -> Iterator[None]:
+    """Torch logs a traceback where an operation cannot be captured; the reason is told in a line of ours."""
+    theirs = logging.getLogger("torch._subclasses.fake_tensor")
+    before = theirs.level
+    theirs.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        theirs.setLevel(before)
 
 
 def _shape(value: Any) -> Hashable:

@@ -1,7 +1,7 @@
 """The memory that a function takes, counted tensor by tensor: on any device, the meta device included."""
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,10 +20,9 @@ class _Peak(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        given = {x.untyped_storage()._cdata for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-        for tensor in pytree.tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._note(tensor.untyped_storage(), given)
+        given = {storage._cdata for storage in _storages((args, kwargs))}
+        for storage in _storages(result):
+            self._note(storage, given)
         return result
 
     def _note(self, storage: torch.UntypedStorage, given: set[int]) -> None:
@@ -37,6 +36,13 @@ class _Peak(TorchDispatchMode):
 
     def _gone(self, key: int) -> None:
         self.now -= self._alive.pop(key, 0)
+
+
+def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
+    """Of all tensors in it; sparse ones (graphs) have none that can be asked, and are not counted."""
+    for leaf in pytree.tree_leaves(tree):
+        if isinstance(leaf, Tensor) and leaf.layout is torch.strided:
+            yield leaf.untyped_storage()
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
