@@ -54,10 +54,10 @@ class Running:
             raise CoarError(f"dtype={self.dtype!r}; there are {', '.join(_DTYPES)}, and None for the model's own")
         if not isinstance(self.compile, bool | str):
             raise CoarError(f"compile={self.compile!r}; there are 'auto', True, False and the names of backends")
-        if isinstance(self.compile, str) and self.compile != "auto":
-            if self.compile not in torch.compiler.list_backends(exclude_tags=()):
-                known = ", ".join(torch.compiler.list_backends())
-                raise CoarError(f"compile={self.compile!r}; there are 'auto', True, False, {known}")
+        named = self.compile if isinstance(self.compile, str) and self.compile != "auto" else None
+        if named is not None and named not in torch.compiler.list_backends(exclude_tags=()):
+            known = ", ".join(torch.compiler.list_backends())
+            raise CoarError(f"compile={named!r}; there are 'auto', True, False, {known}")
         if not isinstance(self.masks_together, int) or self.masks_together < 1:
             raise CoarError(f"masks_together={self.masks_together!r}; must be a whole number, at least 1")
 
