@@ -39,7 +39,7 @@ class _Peak(TorchDispatchMode):
 
 
 def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
-    """Of all tensors in it; sparse ones (graphs) have none that can be asked, and are not counted."""
+    """Every strided tensor's storage; sparse tensors (graphs) have none that can be asked, and are not counted."""
     for leaf in pytree.tree_leaves(tree):
         if isinstance(leaf, Tensor) and leaf.layout is torch.strided:
             yield leaf.untyped_storage()
