@@ -15,6 +15,7 @@ import urllib.request
 import zipfile
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -835,7 +836,8 @@ def test_an_export_stands_alone_and_runs_as_it_is(folder, tmp_path):
 
     card = SpaceCard.load(space / "README.md").data
     assert (card.sdk, card.app_file) == ("gradio", "app.py") and card.sdk_version.startswith("6.")
-    assert (space / "requirements.txt").read_text().startswith("hf_coar[explore]")
+    needed = (space / "requirements.txt").read_text().splitlines()  # what was not installed from an index comes along
+    assert {"gradio>=6", "timm>=1.0.31"} <= set(needed) and not any("hf_coar" in line or ";" in line for line in needed)
     held = sorted(path.relative_to(space).as_posix() for path in space.rglob("*") if path.is_file())
     assert "attributions/attributions.safetensors" in held and "model/model.safetensors" in held
     assert "data/images.parquet" in held and not any("shards" in path for path in held)
@@ -849,6 +851,16 @@ def test_an_export_stands_alone_and_runs_as_it_is(folder, tmp_path):
     finally:
         app.kill()
         app.communicate()
+    (space / "hf_coar" / "__init__.py").write_text("raise SystemExit('the copy')")
+    ended = subprocess.run([sys.executable, "app.py"], cwd=space, stderr=subprocess.PIPE, text=True)
+    assert ended.stderr == "the copy\n"
+
+
+def test_an_export_of_what_an_index_has_names_its_version(folder, tmp_path, monkeypatch):
+    released = SimpleNamespace(version="9.9", requires=[], read_text=lambda name: None)
+    monkeypatch.setattr("importlib.metadata.distribution", lambda name: released)
+    space = explore.export(folder, tmp_path / "space", "timm/resnet18.a1_in1k", "user/pictures")
+    assert (space / "requirements.txt").read_text() == "hf_coar[explore]==9.9\n" and not (space / "hf_coar").exists()
 
 
 def test_an_export_names_what_is_on_the_hub(folder, tmp_path):

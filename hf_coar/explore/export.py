@@ -12,6 +12,7 @@ from string import Template
 
 from hf_coar.attributions import Attributions, artefact
 from hf_coar.errors import CoarError
+from hf_coar.explore import bundling
 from hf_coar.explore.page import gradio
 from hf_coar.storage import files, hub
 
@@ -59,8 +60,8 @@ An [hf_coar](https://huggingface.co/papers/2404.11534) explorer: how much each o
 contributes to its predictions on $n_examples examples ($output), and what would happen without any of them, on the live
 model.
 
-`python app.py` runs it here; as a Space it runs by itself. `requirements.txt` names hf_coar, which must be installable
-where it runs: if your index does not have it, put the wheel beside `app.py` and its file name into `requirements.txt`.
+`python app.py` runs it here; as a Space it runs by itself. `requirements.txt` names hf_coar; where that was not
+installed from an index, its code lies beside `app.py`, and `requirements.txt` names what it needs.
 """)
 
 
@@ -134,7 +135,7 @@ def _write(folder: Path, loaded: Attributions, found: Mapping[str, Found], revis
     app = _APP.substitute(named, revision=json.dumps(revision).replace("null", "None"))
     ids = {what: name for what, (name, _, _) in found.items() if not named[what].startswith("HERE")}
     files.write_bytes(folder / "app.py", app.encode())
-    files.write_bytes(folder / "requirements.txt", b"hf_coar[explore]\n")
+    files.write_bytes(folder / "requirements.txt", bundling.bundle(folder).encode())
     files.write_bytes(folder / hub.CARD, _readme(loaded, found["model"][0], ids).encode())
     made = {path.relative_to(folder).as_posix(): artefact.checksum(path) for path in _files_of(folder)}
     files.write_json(folder / _MARKER, {"hf_coar": 1, "kind": "explorer", "made": sorted(made), "checksums": made})
