@@ -4,17 +4,20 @@
     python scripts/benchmark_forecasts.py models/mobilenet --n-examples 16 --fraction 0.01 --rounds 2
     python scripts/benchmark_forecasts.py models/smollm2 --n-examples 8 --fraction 0.025 --output token_margin
 
-`demo` is the embedded model; the others come from `convert_benchmark_models.py` and `train_benchmark_models.py`. Masks
+`demo` is the embedded model, `vit` a small one trained here in seconds; the others come from
+`convert_benchmark_models.py` and `train_benchmark_models.py`. Masks
 and sets are of seeds that no fit uses. For every size: random masks that all examples share, as `evaluate` takes them.
 For intervals: fresh random sets and strongest sets of every example, which no calibration saw.
 """
 
 import argparse
+import functools
 import json
 import logging
 from pathlib import Path
 from typing import Any
 
+import benchmark_growth
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -39,8 +42,20 @@ def load(name: str, first: int, count: int) -> tuple[nn.Module, Any]:
     """Model and data."""
     if name == "demo":
         return coar.load(demo.MODEL, demo.IMAGES, split=f"train[{first}:{first + count}]", batch_size=count)
+    if name == "vit":
+        model, pixels, labels = small_vit()
+        some = slice(first, first + count)
+        return model, [{"pixel_values": pixels[some], "labels": labels[some]}]
     examples = load_file(Path(name) / "examples.safetensors")
     return models.load_model(name), [{key: value[first : first + count] for key, value in examples.items()}]
+
+
+@functools.cache
+def small_vit() -> tuple[nn.Module, Tensor, Tensor]:
+    """The vision transformer of width 48 of `benchmark_growth.py`, and the images and labels that it never saw."""
+    pixels, labels = benchmark_growth.images()
+    model = benchmark_growth.trained(48, pixels[:-200], labels[:-200])
+    return model, pixels[-200:], labels[-200:]
 
 
 def linear(found: Attributions) -> Attributions:

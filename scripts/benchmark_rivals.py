@@ -2,11 +2,12 @@
 
     pip install captum
     python scripts/benchmark_rivals.py demo --seeds 0 1 2 3 4
-    python scripts/benchmark_rivals.py models/vit models/gpt2 --seeds 0 1 2
+    python scripts/benchmark_rivals.py vit --seeds 0 1 2 3 4
     python scripts/benchmark_rivals.py models/mobilenet --n-examples 4 --fraction 0.01 --seeds 0 1 2
     python scripts/benchmark_rivals.py models/smollm2 --granularity head --n-examples 4 --seeds 0 1 2
 
-`demo` is the embedded model; the others come from `convert_benchmark_models.py` and `train_benchmark_models.py`. A seed
+`demo` is the embedded model, `vit` a small one trained here in seconds; the others come from
+`convert_benchmark_models.py` and `train_benchmark_models.py`. A seed
 has examples, fits and judging sets of its own. First `attribute` runs as it does by default; what it took in processor
 time (one thread) is what each rival may take: captum's GradientShap from 1 to random masks, integrated gradients to all
 gates at 0 (as in EAP-IG) and to one minus twice the fraction, and regressions on as many masks as fit. Leave-one-out
