@@ -100,6 +100,19 @@ def test_a_replay_gives_the_same_bits(case):
     assert passes._trusted
 
 
+def test_the_only_batch_gets_a_graph_once_it_is_time(monkeypatch):
+    torch.manual_seed(0)
+    model, batches, output = vit()
+    model.requires_grad_(False)
+    clock = iter(range(0, 10_000, 25))
+    monkeypatch.setattr(captured, "_AFTER", 60.0)
+    monkeypatch.setattr(captured.time, "monotonic", lambda: next(clock))  # 25 s a pass
+    expected, _ = rounds_of(model, batches[:1], output, compile=False)
+    found, passes = rounds_of(model, batches[:1], output, compile="auto")
+    assert_same_bits(found, expected)
+    assert passes._trusted and list(passes._passes_of_batch.values()) == [3]  # the others were replays
+
+
 def mixtral():
     sizes = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 48, "num_local_experts": 3}
     config = transformers.MixtralConfig(num_attention_heads=2, num_key_value_heads=2, vocab_size=100, **sizes)

@@ -4,8 +4,8 @@ Hooks, trackers and the tape cost host time in every pass and keep what the grap
 operations are the same for other gates. So a pass is run on tensors without values and what it does is written down
 (`torch.fx.experimental.proxy_tensor.make_fx`). Where a model looks at values, that fails, and passes are run as before:
 a graph depends on nothing but shapes. Whether all else that it was made of (attributes that a model keeps, what stands
-in) is as it was, every batch shows: its first pass is run as before, its second both ways, and on a CPU the same must
-come out bit for bit, or there are no more graphs.
+in) is as it was, every batch shows: its first pass is run as before, its second (or the one after which there is a
+graph) both ways, and on a CPU the same must come out bit for bit, or there are no more graphs.
 """
 
 import logging
@@ -73,8 +73,8 @@ class CapturedPasses:
         found = self._run(batch, gates, smoothing)
         self._seconds[key] += time.monotonic() - begun
         self._passes_of_batch[key] += 1
-        # Not after the first pass of a batch: there may be no other.
-        if self._passes_of_batch[key] == 2:
+        # Not after the first pass of a batch, as there may be no other; after any later one, as this may be all data.
+        if self._passes_of_batch[key] >= 2:
             self._prepare(key, batch, gates, smoothing, wanted, found)
         return found
 

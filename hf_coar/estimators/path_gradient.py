@@ -115,6 +115,8 @@ class PathGradient(Estimator):
         cost = FORWARD_AND_BACKWARD * (self.passes or max(self._most_rounds * n_blocks(size.ablated_fraction), 1))
         n_numbers = (_NUMBERS if self._most_rounds or self.passes else 2) * size.n_components
         rounds = single_part("rounds", cost, n_numbers, True, stop=self.passes or max(self._most_rounds, 1))
+        if self.max_outliers and (self._most_rounds or self.passes):
+            rounds = [replace(one, besides=1 + self.max_outliers) for one in rounds]
         flipped, checks = self._flipped(size.n_components), self._checks
         return rounds + (parts_of(flipped + 1, "flips") if flipped or checks else []) + checking.check_parts(checks)
 

@@ -52,6 +52,7 @@ class Part:
         cost: of this part, in forward passes of one example.
         n_numbers: how many it writes to the disk for every example.
         differentiates: whether its passes have a backward, and so keep the activations.
+        besides: forward passes that may come on top, by what is found; for the progress bar alone.
     """
 
     kind: str
@@ -60,6 +61,7 @@ class Part:
     cost: float
     n_numbers: int = 1
     differentiates: bool = False
+    besides: int = 0
 
     @property
     def name(self) -> str:
@@ -250,7 +252,8 @@ class _Job:
                 pieces = self._read(chunk)
                 missing = self.store.missing(part.name, chunk.start, chunk.stop)  # without those that cannot be read
             # What goes backward as well counts as three passes, and is one that is heard of.
-            self.bar.expect(part.cost / (3 if part.differentiates else 1) * len(missing) * len(pieces or ()))
+            passes = part.cost / (3 if part.differentiates else 1) + part.besides
+            self.bar.expect(passes * len(missing) * len(pieces or ()))
             for first, last in missing:
                 self._do_stretch(part, pieces, first, last)
             self.bar.update(part.cost * (chunk.stop - chunk.start), computed=bool(missing))

@@ -204,6 +204,7 @@ class Estimates:
         indices: int64 [replaced], components whose columns are others.
         columns: these, [examples, replaced]; None where none are.
         scale: a factor of all.
+        uncertain: by how much of itself every weight may be off, beside its error.
     """
 
     weights: Tensor
@@ -211,6 +212,7 @@ class Estimates:
     indices: Tensor | None = None
     columns: Pair | None = None
     scale: float | None = None
+    uncertain: float = 0.0
 
     def __len__(self) -> int:
         """How many examples."""
@@ -227,9 +229,9 @@ class Estimates:
             raise ValueError("columns are replaced once, and before estimates are scaled")
         return replace(self, indices=indices, columns=Pair(weights, errors))
 
-    def scaled(self, scale: float) -> "Estimates":
-        """All of them times a factor."""
-        return replace(self, scale=scale)
+    def scaled(self, scale: float, uncertain: float = 0.0) -> "Estimates":
+        """All of them times a factor, and every weight less certain by a share of itself."""
+        return replace(self, scale=scale, uncertain=uncertain)
 
     def rows(self, start: int, stop: int) -> Pair:
         """Those of examples start … stop - 1."""
@@ -244,7 +246,10 @@ class Estimates:
     def _times(self, pair: Pair) -> Pair:
         if self.scale is None:
             return pair
-        return Pair(pair.weights * self.scale, None if pair.errors is None else pair.errors * self.scale)
+        weights = pair.weights * self.scale
+        if pair.errors is None:
+            return Pair(weights, None)
+        return Pair(weights, torch.hypot(pair.errors * self.scale, self.uncertain * weights))
 
     def row(self, index: int) -> Pair:
         """Those of one example, [components]."""
