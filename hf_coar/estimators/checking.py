@@ -29,7 +29,7 @@ DEFAULT_CHECKS = 20
 FEWEST_CHECKS = 5
 _LOW_CORRELATION, _LOW_RELIABILITY, _FEW_DECISIONS = 0.5, 0.3, 0.25
 _SCALE_PRIOR = 0.15  # how far scales are from 1, from network to network
-# By how much of itself a weight is off for other reasons than noise, which no spread of rounds can show: half-open gates
+# By how much of itself a weight is off for other reasons than noise, which no spread of rounds shows: half-open gates
 # stand for closed ones, slopes are averaged. With it the definition of the largest 1 % of the components lies within
 # 1.96 standard errors for 88-92 % instead of 64-83 % (a ResNet and a ViT, `scripts/benchmark_errors.py`).
 _UNSEEN = 0.15
