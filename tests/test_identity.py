@@ -134,6 +134,15 @@ def test_padding_of_a_batch_does_not_count(left, right):
         assert same(Identity.of_batch(TEXT).rows(slice(i, i + 1)), Identity.of_batch(one))
 
 
+def test_every_text_of_an_example_has_padding_of_its_own():
+    pair = {f"pair_{name}": value[:, :3] for name, value in TEXT.items() if name != "labels"}
+    longer = {f"pair_{name}": value for name, value in padded({n[5:]: v for n, v in pair.items()}, 0, 2).items()}
+    assert same(Identity.of_batch({**TEXT, **pair}), Identity.of_batch({**TEXT, **longer}))
+    unmasked = {name: value for name, value in longer.items() if name != "pair_attention_mask"}
+    bare = {name: value for name, value in pair.items() if name != "pair_attention_mask"}
+    assert not same(Identity.of_batch({**TEXT, **bare}), Identity.of_batch({**TEXT, **unmasked}))
+
+
 def test_what_is_beyond_the_mask_and_no_padding_counts():
     changed = {**TEXT, "input_ids": TEXT["input_ids"].clone()}
     changed["input_ids"][1, 2] = 4  # not attended, and not what the row is filled up with

@@ -231,8 +231,13 @@ def _fillers(batch: Batch, labels: Tensor) -> Tensor:
 
 
 def _mask_of(batch: Batch, name: str, value: Tensor) -> Tensor | None:
-    """The mask that says which positions of an entry are attended, if one does; images are no text."""
-    mask = batch.get(("decoder_" if name.startswith("decoder_") else "") + "attention_mask")
+    """The mask that says which positions of an entry are attended, if one does; images are no text.
+
+    Each of several texts (a pair's second, what a decoder reads) has a mask of its own, under the same beginning.
+    """
+    ends = ("input_ids", "attention_mask")
+    starts = {"", "decoder_"} | {one.removesuffix(end) for one in batch for end in ends if one.endswith(end)}
+    mask = batch.get(max((start for start in starts if name.startswith(start)), key=len) + "attention_mask")
     fits = mask is not None and mask.dim() == 2 and value.dim() <= 3 and value.shape[:2] == mask.shape
     return mask if fits else None
 
