@@ -38,6 +38,9 @@ def test_the_strongest_token_of_a_head_leaves_padding_out():
         group(kind="head", site="input", block=2), value, {"attention_mask": mask}, 2
     )
     assert shape == (4,) and strength[0].tolist() == [0, 5, 0] and place[0, 1] == 1
+    left = {"attention_mask": mask.flip(1)}  # places are counted among the tokens that a reader sees
+    _, place, _ = acts._strongest(group(kind="head", site="input", block=2), value.flip(1), left, 2)
+    assert place[0, 1] == 3 - 1 - 1 and place[1, 1] == 0
 
 
 @pytest.mark.parametrize("shape", [(3,), (3, 2), (2, 5), (2, 4, 5)])
@@ -130,6 +133,12 @@ def test_the_claim_is_what_the_model_does(source, page):  # noqa: F811
     before = source.run(batch).classes
     labels = source.attributions.labels[rows]
     assert int(((before == labels) & (after != labels)).sum()) == len(claim.flipped)
+    others = (source.attributions.labels != labels[0]).nonzero().flatten().tolist()
+    with torch.no_grad(), masking.ablate(source.model, source.components, kept):
+        still = source.run(source.batch(others)).classes == source.attributions.labels[others]
+    right = source.run(source.batch(others)).classes == source.attributions.labels[others]
+    said = f"Of {int(right.sum())} of other classes that it gets right, {int((right & still).sum())} stay right."
+    assert data["claim"]["detail"].endswith(said)
     for card in data["claim"]["cards"]:
         assert card["said"][0] == data["examples"][card["example"]]["predicted"] != card["said"][1]
 

@@ -4,6 +4,7 @@ import hashlib
 import logging
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from hf_coar.data import preprocessors
 from hf_coar.data.batches import Batch
-from hf_coar.data.columns import Role, is_label, is_text, is_texts
+from hf_coar.data.columns import Columns, Role, Table, asked, is_label, is_text, is_texts, the_one
 from hf_coar.data.kinds import KINDS, Kind, Preparation, Reading, by_head, by_roles
 from hf_coar.data.texts import PAIR, TEXT, by_names, check_tokenizer
 from hf_coar.errors import DataError
@@ -300,14 +301,34 @@ def _one_token(tokenizer: Any, answer: str | None, n_masks: int) -> int:
 # ------------------------------------------------------------------------------------------------------ two texts each
 
 
+def _is_class(feature: Any) -> bool:
+    return str(getattr(feature, "dtype", "")).startswith(("int", "uint", "bool"))
+
+
+# Which sort of pair an example is: the similarity has no use for it, and whoever compares sorts of pairs has.
+SORT = Role("label", _is_class, ("label", "labels"), "a class (a ClassLabel, or its number)", named=True)
+
+
+def _two_texts(model: Any, table: Table, given: Columns, taken: Sequence[str | None]) -> dict[str, str]:
+    label = asked(given, table, (TEXT, PAIR, SORT)).get("label")
+    texts = {role: column for role, column in given.items() if role != "label"}
+    found = by_names(model, table, texts, [*taken, label])
+    label = label or the_one(SORT, table, [*taken, *found.values()])
+    return found if label is None else {**found, "label": label}
+
+
 def _both(reading: Reading) -> Preparation:
-    first, second = reading.columns["text"], reading.columns["pair"]
+    first, second, label = (reading.columns.get(role) for role in ("text", "pair", "label"))
 
     def make(tokenizer: Any, rows: Sequence[Row]) -> Batch:
         a, b = (_encoded(tokenizer, reading, of(rows, column)) for column in (first, second))
-        return {**_entries(a), **_entries(b, "pair_")}
+        batch = {**_entries(a), **_entries(b, "pair_")}
+        sorts = [-1 if value is None else int(value) for value in of(rows, label)]
+        return batch if label is None else {**batch, "labels": torch.tensor(sorts, dtype=torch.long)}
 
-    return tokenized(reading, "text", make)
+    made = tokenized(reading, "text", make)
+    names = getattr(reading.table.features.get(label), "names", None)
+    return replace(made, description={**made.description, "label_names": list(names)}) if names else made
 
 
 CHOSEN = Role("chosen", is_text, ("chosen",), "the better text", named=True)
@@ -342,7 +363,7 @@ _register("choices", (STEM, CHOICES, PLACE), by_head("multiple_choice"), _choice
 _register("words with tags", (WORDS, TAGS), by_head("token_classification"), _tags)
 _register("masked text", (TEXT, ANSWER), by_head("masked_lm"), _masked, optional=("answer",))
 _register(
-    "two texts", (TEXT, PAIR), by_head("embedding"), _both, by_names, instead=True,
+    "two texts", (TEXT, PAIR, SORT), by_head("embedding"), _both, _two_texts, instead=True, optional=("label",),
     there=lambda model, table: len(table.fitting(TEXT)) > 1,
 )  # fmt: skip
 _register("preference", (CHOSEN, REJECTED), _gives_one_number, _preferences, labels=False, instead=True)

@@ -20,6 +20,7 @@ from hf_coar.explore import drawing
 from hf_coar.explore.columns import Progress, no_progress
 from hf_coar.explore.drawing import Html, button, heading, html, joined, note
 from hf_coar.explore.source import Source
+from hf_coar.models.calling import forward_names
 
 SHOWN = 8  # examples
 _CONTEXT = 9  # tokens on either side of the strongest
@@ -35,7 +36,8 @@ class Acts:
     Attributes:
         rows: the examples.
         strength: float32 [examples, components]; NaN where it cannot be told.
-        place: int32 [examples, components], the strongest place, in the module's own order of places.
+        place: int32 [examples, components], the strongest place, in the module's own order of places; of texts among
+            the tokens that are no padding, those of a second text after the first one's.
         shapes: by group, the shape of its places: () for none, (tokens,) or (height, width).
     """
 
@@ -62,11 +64,12 @@ def _measured(source: Source, progress: Progress) -> Acts:
     done = 0
     for chunk in source.chunks(rows):
         batch = source.batch(chunk)
+        texts = _texts(source, batch)
         there = slice(done, done + len(chunk))
         with _watched(source.model, components.groups) as seen:
             source.run(batch)
         for number, (group, start, stop) in enumerate(components.spans()):
-            found = _strongest(group, seen.get(number), batch, len(chunk))
+            found = _of_runs(group, seen.get(number, []), texts, len(chunk))
             if found is not None:
                 strength[there, start:stop], place[there, start:stop], shapes[number] = found
         done += len(chunk)
@@ -75,9 +78,9 @@ def _measured(source: Source, progress: Progress) -> Acts:
 
 
 @contextmanager
-def _watched(model: nn.Module, groups: Sequence[Group]) -> Iterator[dict[int, Tensor]]:
-    """What every group's module reads or writes in the pass inside the block, by the group's number."""
-    seen: dict[int, Tensor] = {}
+def _watched(model: nn.Module, groups: Sequence[Group]) -> Iterator[dict[int, list[Tensor]]]:
+    """What every group's module reads or writes in the passes inside the block, by the group's number."""
+    seen: dict[int, list[Tensor]] = {}
     handles, modules = [], dict(model.named_modules())
     try:
         for number, group in enumerate(groups):
@@ -90,7 +93,7 @@ def _watched(model: nn.Module, groups: Sequence[Group]) -> Iterator[dict[int, Te
             handle.remove()
 
 
-def _note(seen: dict[int, Tensor], number: int, group: Group) -> Any:
+def _note(seen: dict[int, list[Tensor]], number: int, group: Group) -> Any:
     def note(module: nn.Module, args: tuple, kwargs: Mapping[str, Any], result: Any) -> None:
         value = result if group.site == "output" else next(iter((*args, *kwargs.values())), None)
         value = value[0] if isinstance(value, tuple | list) and value else value
@@ -102,9 +105,38 @@ def _note(seen: dict[int, Tensor], number: int, group: Group) -> Any:
             shape = [1] * value.dim()
             shape[group.feature_axis] = len(bias)
             value = value - bias.detach().view(shape) if value.shape[group.feature_axis] == len(bias) else value
-        seen[number] = value
+        seen.setdefault(number, []).append(value)
 
     return note
+
+
+def _texts(source: Source, batch: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What a batch holds for each run of the model: one entry, or two of pairs, whose second has names of its own."""
+    own = set(forward_names(source.model)[0])
+    starts = [name.removesuffix("input_ids") for name in batch if name.endswith("input_ids") and name not in own]
+    cut = {start: {n.removeprefix(start): v for n, v in batch.items() if n.startswith(start)} for start in starts}
+    return [batch, *cut.values()]
+
+
+def _of_runs(
+    group: Group, seen: Sequence[Tensor], texts: Sequence[Mapping[str, Any]], count: int
+) -> tuple[Tensor, Tensor, tuple[int, ...]] | None:
+    """`_strongest` over all runs of the model; the tokens of a second text are counted on from the first one's."""
+    runs, left = divmod(len(seen), len(texts))
+    if not runs or left or len(texts) == 1:
+        return _strongest(group, seen[-1] if seen else None, texts[0], count)
+    each = zip(seen[runs - 1 :: runs], texts, strict=True)  # the last of a module that a run uses several times
+    found = [_strongest(group, value, text, count) for value, text in each]
+    if any(one is None for one in found):
+        return None
+    strength, which = torch.stack([one[0] for one in found]).max(0)
+    masks = [text.get("attention_mask") for text in texts]
+    if not all(isinstance(mask, Tensor) and one[2] == mask.shape[1:] for mask, one in zip(masks, found, strict=True)):
+        return strength, torch.zeros_like(which, dtype=torch.int32), ()
+    before = torch.stack([mask.sum(1).cpu() for mask in masks]).cumsum(0).roll(1, 0)
+    before[0] = 0
+    places = torch.stack([one[1] for one in found]) + before[..., None]
+    return strength, places.gather(0, which[None])[0].int(), (sum(mask.shape[1] for mask in masks),)
 
 
 def _strongest(
@@ -124,6 +156,8 @@ def _strongest(
     if isinstance(attended, Tensor) and attended.shape == value.shape[:2]:
         value = value.masked_fill(~attended.bool().to(value.device)[..., None], 0.0)
     strength, place = value.max(1)
+    if isinstance(attended, Tensor) and attended.shape == value.shape[:2]:
+        place = (attended.long().cumsum(1).to(place.device) - 1).clamp_min(0).gather(1, place)  # among those attended
     # Windows, or tokens of all examples in one list: which place it is does not tell where.
     known = value.shape[:2] == (attended.shape if isinstance(attended, Tensor) else None)
     shape = (value.shape[1],) if spatial == (-1,) and known else () if spatial == (-1,) else spatial
@@ -211,12 +245,22 @@ def _box(where: tuple[float, float, float, float] | None) -> Html:
     return html('<span class="coar-box" style="{}"></span>', style)
 
 
+def _attended(text: Mapping[str, Any]) -> list[int]:
+    """The tokens of the first example that are no padding; none where there are no tokens."""
+    ids, mask = text.get("input_ids"), text.get("attention_mask")
+    if not isinstance(ids, Tensor) or ids.dim() != 2:
+        return []
+    known = isinstance(mask, Tensor) and mask.shape == ids.shape
+    return (ids[0][mask[0].bool()] if known else ids[0]).tolist()
+
+
 def tokens(source: Source, row: int, place: int, shape: tuple[int, ...]) -> tuple[list[str], int]:
     """The tokens around a place as text, and which of them it is; nothing where there are none, -1 where it is none."""
-    ids = source.batch([row]).get("input_ids")
-    if not isinstance(ids, Tensor):
-        return [], -1
-    ids = ids[0].tolist()
+    each = [_attended(text) for text in _texts(source, source.batch([row]))]
+    ids = each[0]
+    while len(shape) == 1 and len(each) > 1 and place >= len(ids):  # it lies in the next text
+        place, each = place - len(ids), each[1:]
+        ids = each[0]
     if len(shape) != 1 or not 0 <= place < len(ids):
         return source.words(ids[: 2 * _CONTEXT]), -1
     first = max(0, place - _CONTEXT)

@@ -1,10 +1,12 @@
 """The one claim that a shared page begins with: a few components, and what turns into something else without them."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from hf_coar.explore import drawing
 from hf_coar.explore.columns import Progress, no_progress
@@ -37,13 +39,19 @@ class Claim:
 
 
 def find(source: Source, progress: Progress = no_progress) -> Claim:
-    """The largest change that a few components make, of those tried: of classes the one that loses most examples."""
+    """The largest change that a few components make, of those tried.
+
+    Of classes that are predicted it is the one that loses most examples; of any other output whose examples have labels
+    the label whose mean moves most, beyond what the others' mean moves.
+    """
     labels = source.attributions.labels
     known = Counter(label for label in labels.tolist() if label >= 0)
     frequent = [label for label, n in known.most_common(_MOST_CLASSES) if n >= _FEWEST_EXAMPLES]
     if source.n_classes and frequent and source.predictions([0])[0].classes is not None:
         tried = [_of_class(source, label, i, len(frequent), progress) for i, label in enumerate(frequent)]
-        return max(tried, key=lambda one: (_share(one), len(one.flipped)))
+        return _with_the_rest(source, max(tried, key=lambda one: (_share(one), len(one.flipped))))
+    if len(frequent) > 1 and not source.predictions([0])[0].tokens:
+        return max((_of_sort(source, label, len(frequent), progress) for label in frequent), key=_beyond)
     rows = measured_rows(source)[:_MOST_EXAMPLES]
     components = _strongest(source, rows)
     change = what_if(source, components, rows, progress)
@@ -54,12 +62,32 @@ def _share(claim: Claim) -> float:
     return len(claim.flipped) / max(1, len(claim.change.rows))
 
 
+def _beyond(claim: Claim) -> float:
+    """By how much the mean of the examples that a claim is of moves more than that of the others; -inf if unknown."""
+    own = torch.zeros(len(claim.change.rows), dtype=torch.bool)
+    own[claim.flipped] = True
+    found = float(claim.change.measured[own].mean().abs() - claim.change.measured[~own].mean().abs())
+    return found if math.isfinite(found) else -math.inf
+
+
 def _strongest(source: Source, rows: Sequence[int]) -> tuple[int, ...]:
-    """The components that help some examples most on average; it reads these rows only."""
+    """The components that help some examples most on average."""
+    return tuple(_average(source, rows).topk(min(N_COMPONENTS, len(source.components))).indices.tolist())
+
+
+def _peculiar(source: Source, rows: Sequence[int], others: Sequence[int]) -> tuple[int, ...]:
+    """The components that help (or that hurt) some examples most on average, and the others little either way."""
+    own, rest, n = _average(source, rows), _average(source, others).abs(), min(N_COMPONENTS, len(source.components))
+    sides = [(sign * own - rest).topk(n) for sign in (1, -1)]
+    return tuple(max(sides, key=lambda side: float(side.values.sum())).indices.tolist())
+
+
+def _average(source: Source, rows: Sequence[int]) -> Tensor:
+    """Mean weights over some examples, float32 [components]; it reads these rows only."""
     total = torch.zeros(len(source.components))
     for row in rows:
         total += source.attributions.row(row)
-    return tuple(total.topk(min(N_COMPONENTS, len(total))).indices.tolist())
+    return total / max(1, len(rows))
 
 
 def _named(source: Source, components: Sequence[int]) -> str:
@@ -100,15 +128,61 @@ def _of_tokens(source: Source, components: tuple[int, ...], change: Change) -> C
 
 
 def _of_outputs(source: Source, components: tuple[int, ...], change: Change) -> Claim:
-    text = f"Without {_named(source, components)}, {_means(source, change, '').rstrip('.')}."
+    n = len(change.rows)
+    text = f"Without {_named(source, components)}, {_mean(source, change, range(n), f'of {n} examples')}."
     order = change.measured.argsort().tolist() if bool(change.measured.isfinite().all()) else []
-    return Claim(components, text, "Measured on the model.", change, order)
+    return Claim(components, text, f"Measured on the model, in {source.unit}.", change, order)
 
 
-def _means(source: Source, change: Change, start: str = "Measured on the model: ") -> str:
-    before, after = float(change.before.outputs.mean()), float(change.after.outputs.mean())
-    places = drawing.digits(max(abs(before), abs(after)))
-    return (
-        f"{start}the mean {source.output.name} of {len(change.rows)} examples goes from {before:.{places}f} to "
-        f"{after:.{places}f} {source.unit}."
+def _of_sort(source: Source, label: int, count: int, progress: Progress) -> Claim:
+    """What moves one sort of examples and leaves the others, where an output is no class."""
+    labels = source.attributions.labels
+    rows, others = (_evenly(here.nonzero().flatten().tolist()) for here in (labels == label, labels != label))
+    components = _peculiar(source, rows, others)
+    change = what_if(source, components, [*rows, *others], progress)
+    n, name = len(rows), source.class_name(label)
+    text = (
+        f"Without {_named(source, components)}, {_mean(source, change, range(n), f'of “{name}”')}, that of the others "
+        f"{_from_to(change, range(n, n + len(others)))}."
     )
+    detail = (
+        f"Measured on the model, in {source.unit}, on {n} examples of “{name}” and {len(others)} others. The label "
+        f"that moves most of {count} that were tried, each without the {len(components)} components that matter to it "
+        "most and to the others least."
+    )
+    order = sorted(range(n), key=lambda place: -abs(float(change.measured[place])))
+    return Claim(components, text, detail, change, order)
+
+
+def _evenly(rows: list[int]) -> list[int]:
+    n = min(_MOST_EXAMPLES, len(rows))
+    return [rows[i * len(rows) // n] for i in range(n)]
+
+
+def _with_the_rest(source: Source, claim: Claim) -> Claim:
+    """A claim of one class, with how many of the others stay as they are: whether it is this class that goes."""
+    own = int(source.attributions.labels[claim.change.rows[0]])
+    labels = source.attributions.labels
+    others = _evenly(((labels >= 0) & (labels != own)).nonzero().flatten().tolist())
+    if not others:
+        return claim
+    change = what_if(source, claim.components, others)
+    right = change.before.classes == labels[others]
+    kept = int((right & (change.after.classes == labels[others])).sum())
+    said = f" Of {int(right.sum())} of other classes that it gets right, {kept} stay right."
+    return replace(claim, detail=claim.detail + said)
+
+
+def _means(source: Source, change: Change) -> str:
+    n = len(change.rows)
+    return f"Measured on the model, in {source.unit}: {_mean(source, change, range(n), f'of {n} examples')}."
+
+
+def _mean(source: Source, change: Change, places: Sequence[int], of: str) -> str:
+    return f"the mean {source.output.name.replace('_', ' ')} {of} goes {_from_to(change, places)}"
+
+
+def _from_to(change: Change, places: Sequence[int]) -> str:
+    before, after = (float(side.outputs[list(places)].mean()) for side in (change.before, change.after))
+    digits = drawing.digits(max(abs(before), abs(after)))
+    return f"from {drawing.number(before, digits, False)} to {drawing.number(after, digits, False)}"

@@ -17,10 +17,10 @@ from typing import Any
 
 from hf_coar.attributions import Attributions
 from hf_coar.errors import CoarError
-from hf_coar.explore import acts, claims, columns, forecasting
+from hf_coar.explore import acts, claims, columns, drawing, forecasting
 from hf_coar.explore.claims import Claim
 from hf_coar.explore.columns import Progress, no_progress
-from hf_coar.explore.source import Source, image_column, open_source, text_column
+from hf_coar.explore.source import Source, image_column, open_source
 from hf_coar.models.calling import Call
 from hf_coar.models.outputs import Output, OutputFunction
 from hf_coar.storage import cards, files
@@ -166,7 +166,8 @@ def _turned(source: Source, claim: Claim, place: int) -> list[str]:
     if before.tokens:
         where = (before.tokens[place] != after.tokens[place]).nonzero().flatten().tolist()[0]
         return [repr(source.token(int(side.tokens[place][where]))) for side in (before, after)]
-    return [f"{float(side.outputs[place]):.3g}" for side in (before, after)]
+    values = [float(side.outputs[place]) for side in (before, after)]
+    return [drawing.number(value, drawing.digits(max(map(abs, values))), False) for value in values]
 
 
 def _layers(source: Source) -> list[dict[str, Any]]:
@@ -214,8 +215,8 @@ def _example(source: Source, row: int, size: int) -> dict[str, Any]:
         picture = raw[image_column(raw)]
     if picture is not None:
         entry |= {"picture": _uri(picture, size), "crisp": max(picture.size) < 64}
-    elif (column := text_column(raw)) is not None:
-        entry["text"] = shortened(raw[column], 4 * _TOKENS)
+    elif texts := source.texts(row):
+        entry["text"] = "\n".join(shortened(text, 4 * _TOKENS) for text in texts)
     return entry
 
 

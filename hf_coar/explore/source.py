@@ -34,6 +34,7 @@ BATCH_SIZE = 32
 _CACHED_BYTES = 256 * 2**20  # of prepared batches, so that the next ablation does not decode them again
 _CONTEXT = 3  # tokens before one that decide how it is written
 _TEXT_COLUMNS = ("text", "sentence", "content")
+_TEXT_ROLES = ("text", "pair")  # in the order in which a person reads them
 _LABEL_COLUMNS = ("label", "labels", "target", "fine_label")
 
 
@@ -152,6 +153,17 @@ class Source:
             return self._examples.dataset[self._places[row]]
         return {name: value[0] for name, value in self.batch([row]).items()}
 
+    def texts(self, row: int) -> list[str]:
+        """The texts of an example that the model reads: none, one, or the two of a pair."""
+        raw = self.raw(row)
+        return [raw[column] for column in self._text_columns(raw)]
+
+    def _text_columns(self, raw: Mapping[str, Any]) -> list[str]:
+        """The columns that were read as texts; of data that do not say it, the one that looks like it."""
+        known = {} if self._examples is None else self._examples.description
+        named = [known[role] for role in _TEXT_ROLES if isinstance(raw.get(known.get(role)), str)]
+        return named or list(filter(None, [_text_column(raw)]))
+
     def batch(self, rows: Sequence[int]) -> dict[str, Any]:
         """Some examples as the model reads them, with their labels.
 
@@ -203,8 +215,8 @@ class Source:
         if self._examples is None:
             raise DataError("the data are batches of tensors, which do not say how an image or a text becomes one")
         first, of_text = dict(self._examples.dataset[self._places[0]]), isinstance(content, str)
-        found = text_column(first) if of_text else image_column(first)
-        column = self._examples.description.get("text" if of_text else "image") or found
+        found = next(iter(self._text_columns(first)), None) if of_text else image_column(first)
+        column = found if of_text else self._examples.description.get("image") or found
         if column is None:
             raise DataError(f"the data set holds no {'texts' if isinstance(content, str) else 'images'}")
         return data_module.as_batch(self._examples.prepare([{**first, column: content}]))
@@ -216,12 +228,12 @@ class Source:
             batch = self._list[0]
             return "image" if "pixel_values" in batch else "tensors"
         first = self._examples.dataset[self._places[0]]
-        return "image" if image_column(first) else "text" if text_column(first) else "tensors"
+        return "image" if image_column(first) else "text" if self._text_columns(first) else "tensors"
 
     @property
     def takes_own(self) -> bool:
         """Whether a visitor's own image or text can be prepared, and attributed without targets of its own."""
-        if self._examples is None or self.kind not in ("image", "text"):
+        if self._examples is None or self.kind not in ("image", "text") or "pair" in self._examples.description:
             return False
         return self.is_language_model or self.predictions([0])[0].classes is not None
 
@@ -359,7 +371,7 @@ def image_column(raw: Mapping[str, Any]) -> str | None:
     return next((name for name, value in raw.items() if hasattr(value, "convert") and hasattr(value, "size")), None)
 
 
-def text_column(raw: Mapping[str, Any]) -> str | None:
+def _text_column(raw: Mapping[str, Any]) -> str | None:
     """The entry of a raw example that holds its text."""
     texts = [name for name, value in raw.items() if isinstance(value, str)]
     return next((name for name in _TEXT_COLUMNS if name in texts), texts[0] if texts else None)

@@ -9,7 +9,7 @@ from hf_coar.explore.columns import Progress
 from hf_coar.explore.drawing import Html, figure, heading, html, joined, note, number, wrapped
 from hf_coar.explore.measuring import Change
 from hf_coar.explore.outcome import Outcome
-from hf_coar.explore.source import Source, text_column
+from hf_coar.explore.source import Source
 from hf_coar.explore.tab import TABS, Tab, Updates, View
 
 _KEPT_CHANGES = 15  # measured ablations
@@ -120,7 +120,7 @@ def example(source: Source, view: View) -> Html:
     weights = source.attributions.row(row)
     errors = source.attributions.row(row, "standard_errors") if source.attributions.has_standard_errors else None
     of_text, label = source.kind != "image", source.label(row)
-    big = _text(source, row, found) if of_text else drawing.picture(pieces.content(source.raw(row), 256))
+    big = _text(source, row, found) if of_text else drawing.picture(pieces.content(source, row, 256))
     attributed = f"{source.output.name}, what is attributed: {number(float(found.outputs[0]), 2)} {source.unit}"
     return wrapped(
         html("<h2>Example {}{}</h2>", row, f" · {source.class_name(label)}" if label >= 0 else ""),
@@ -136,9 +136,8 @@ def _text(source: Source, row: int, found: Outcome) -> Html:
         said = note("underlined: where the model expects what is there")
         inner = joined(html('<span class="coar-hit">{}</span>', word) if hit else word for word, hit in marked)
     else:
-        raw = source.raw(row)
-        column, said = text_column(raw), html("")
-        inner = html("{}", raw[column][:_LONGEST_TEXT] if column else pieces.content(raw, 256))
+        text, said = "\n".join(source.texts(row)), html("")
+        inner = html("{}", text[:_LONGEST_TEXT] if text else pieces.content(source, row, 256))
     return html('<div class="coar-text" tabindex="0">{}</div>{}', inner, said)
 
 

@@ -15,7 +15,7 @@ import functools
 import logging
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -53,6 +53,7 @@ class Task:
         columns: kinds of columns of a data set that such batches are made of.
         choose: (model, batch) -> the default output, where the head's configuration or the targets decide.
         only: whether the task speaks for this model, where the class alone does not tell.
+        units: of outputs by name, where the task's call gives them in another unit than they are registered with.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Task:
     columns: tuple[str, ...] = ()
     choose: Choice | None = None
     only: Callable[[nn.Module], bool] | None = None
+    units: Mapping[str, str] = field(default_factory=dict)
 
     def run(self, model: nn.Module, batch: Batch) -> Any:
         """All that the model returns for a batch."""
@@ -105,6 +107,7 @@ def register(
     columns: Sequence[str] = (),
     choose: Choice | None = None,
     only: Callable[[nn.Module], bool] | None = None,
+    units: Mapping[str, str] | None = None,
     replace: bool = False,
 ) -> Task:
     """Make a task known; the arguments are the attributes of `Task`.
@@ -117,8 +120,9 @@ def register(
     """
     needs = targets if needs is None else needs
     task = Task(
-        name, tuple(outputs), tuple(heads), call, alignment, tuple(targets), tuple(needs), tuple(columns), choose, only
-    )
+        name, tuple(outputs), tuple(heads), call, alignment, tuple(targets), tuple(needs), tuple(columns), choose, only,
+        dict(units or {}),
+    )  # fmt: skip
     TASKS.add(name, task, replace=replace)
     head_classes.cache_clear()
     return task
@@ -200,7 +204,9 @@ def bind(
     alignment = chosen.alignment and (task.alignment or chosen.alignment)
     if alignment is not None and call is None and batch is not None:
         alignment = _as_trained(model, task, batch) or alignment
-    return replace(chosen, call=call or chosen.call or task.run, alignment=alignment)
+    own = call is None and chosen.call is None  # so that it is the task's call that gives the unit
+    unit = task.units.get(chosen.name, chosen.unit) if own else chosen.unit
+    return replace(chosen, call=call or chosen.call or task.run, alignment=alignment, unit=unit)
 
 
 def _as_trained(model: nn.Module, task: Task, batch: Batch) -> str | None:

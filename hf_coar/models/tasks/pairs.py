@@ -125,5 +125,6 @@ register(
     ("MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES",),
     call=embed_pair,
     needs=(),
-    columns=("text", "text_pair"),
+    columns=("text", "text_pair", "label"),
+    units={"similarity": "cosine"},
 )
