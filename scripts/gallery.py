@@ -1,28 +1,29 @@
 """A gallery of attributed models: for each, attributions, evaluation, report, page to share and card, ready for `push`.
 
-    python scripts/gallery.py prepare --models models      # data for the models that package registries hold
+    python scripts/gallery.py prepare --models models      # data for the models that package registries hold; see below
     python scripts/gallery.py run --entries scripts/gallery_local.yaml --out gallery
     python scripts/gallery.py run --entries scripts/gallery_hub.yaml --out gallery     # needs the Hub; not run
     python scripts/gallery.py index --out gallery --to scripts/results/gallery
 
-The entries are a list of mappings with `name`, `model` and `data`, and what of `split`, `text`, `image`, `label`,
-`n_examples`, `max_length`, `granularity`, `include`, `output`, `ablated_fraction`, `budget` and `n_masks` is other than
-usual. A run that stops goes on where it was, and an entry that is done is left alone. `index` writes what was found as
-a page with pictures; weights stay in `--out`, from where `hf-coar push gallery/NAME user/NAME` uploads them.
+The entries are a list of mappings with `name`, `model` and `data`, and what of `split`, `text`, `pair`, `image`,
+`label`, `n_examples`, `max_length`, `granularity`, `include`, `output`, `ablated_fraction`, `budget` and `n_masks` is
+other than usual. A run that stops goes on where it was, and an entry that is done is left alone. `index` writes what
+was found as a page with pictures; weights stay in `--out`, from where `hf-coar push gallery/NAME user/NAME` uploads
+them.
 
-The models of `gallery_local.yaml` come by way of scripts/convert_benchmark_models.py.
+The models of `gallery_local.yaml` come by way of scripts/convert_benchmark_models.py, their data by way of `prepare`,
+see scripts/gallery_data.py; `--only photographs` (or texts, pairs, antibodies) prepares some of them.
 """
 
 import argparse
-import ast
 import logging
-import sysconfig
 import time
 from pathlib import Path
 from typing import Any
 
+import gallery_data
+
 import hf_coar as coar
-from hf_coar import models
 from hf_coar.attributions import folders
 from hf_coar.explore import claims, sharing
 from hf_coar.explore.source import Source
@@ -31,62 +32,17 @@ from hf_coar.storage import files
 
 logger = logging.getLogger("gallery")
 
-LOADED = ("split", "text", "image", "label", "n_examples", "max_length", "revision", "preprocessor")
+LOADED = ("split", "text", "pair", "image", "label", "n_examples", "max_length", "revision", "preprocessor")
 FOUND = "finding.json"
-
-
-def prepare(args: argparse.Namespace) -> None:
-    """Photographs with what MobileNetV2 sees in them, passages of Moby-Dick, and functions of the standard library."""
-    import datasets
-    import torch
-    from convert_benchmark_models import crops, from_the_middle, photographs
-    from PIL import Image
-    from train_benchmark_models import chapters
-
-    images = [crop for photo in photographs() for crop in crops(photo)]
-    pictures = [Image.fromarray((x.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()) for x in images]
-    names = _imagenet_names()
-    model = coar.load(args.models / "mobilenet", _saved(args.models / "mobilenet/unlabelled.parquet", pictures, names))
-    labels = torch.cat([models.logits(model[0], batch).argmax(1) for batch in model[1]]).tolist()
-    _saved(args.models / "mobilenet/photographs.parquet", pictures, names, labels)
-    prose = [text for text in map(from_the_middle, chapters(args.moby_dick)) if len(text) > 500]
-    texts = {"prose": prose, "code": functions(Path(sysconfig.get_paths()["stdlib"]))}
-    for name, content in texts.items():
-        datasets.Dataset.from_dict({"text": content}).to_parquet(args.models / f"{name}.parquet")
-
-
-def _imagenet_names() -> list[str]:
-    from timm.data import ImageNetInfo
-
-    names = [name.split(",")[0] for name in ImageNetInfo().label_descriptions()]
-    return [name if names.count(name) == 1 else f"{name} ({i})" for i, name in enumerate(names)]  # two are cranes
-
-
-def _saved(path: Path, pictures: list[Any], names: list[str], labels: list[int] | None = None) -> Path:
-    import datasets
-
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
-    content = {"image": pictures, "label": labels or [0] * len(pictures)}
-    datasets.Dataset.from_dict(content, features=features).to_parquet(path)
-    return path
-
-
-def functions(folder: Path) -> list[str]:
-    """Functions of 400 to 1,500 characters, one a file, in the order of the files' names."""
-    found = []
-    for path in sorted(folder.glob("*.py")):
-        source = path.read_text(encoding="utf-8")
-        nodes = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
-        pieces = [ast.get_source_segment(source, node) or "" for node in nodes]
-        found += [piece for piece in pieces if 400 <= len(piece) <= 1500][:1]
-    return found
+_WIDTH = 800  # of pictures, in pixels: six examples beside each other
 
 
 def run(args: argparse.Namespace) -> None:
-    """Every entry that is not done."""
+    """Every entry that is not done, or those that are named."""
     import yaml
 
-    for entry in yaml.safe_load(args.entries.read_text(encoding="utf-8")):
+    entries = yaml.safe_load(args.entries.read_text(encoding="utf-8"))
+    for entry in [one for one in entries if not args.names or one["name"] in args.names]:
         folder = args.out / entry["name"]
         if (folder / FOUND).is_file():
             logger.info("%s is done", entry["name"])
@@ -165,9 +121,11 @@ def _pictured(shared: Path, path: Path) -> bool:
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        seen = browser.new_page(viewport={"width": 1200, "height": 640})
+        seen = browser.new_page(viewport={"width": _WIDTH, "height": 640})
         seen.goto(shared.resolve().as_uri())
         seen.wait_for_selector("#units .unit")
+        end = seen.locator("#detail").bounding_box()
+        seen.set_viewport_size({"width": _WIDTH, "height": round(end["y"] + end["height"]) + 12})
         picture(seen, path)
         browser.close()
     return True
@@ -178,13 +136,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("step", choices=("prepare", "run", "index"))
     parser.add_argument("--models", type=Path, default=Path("models"))
+    parser.add_argument("--only", nargs="*", choices=list(gallery_data.PREPARED), default=list(gallery_data.PREPARED))
+    parser.add_argument("--germlines", type=Path, help="anarci's wheel")
     parser.add_argument("--moby-dick", type=Path, default=Path("package/data"))
     parser.add_argument("--entries", type=Path, default=Path("scripts/gallery_local.yaml"))
+    parser.add_argument("--names", nargs="*", help="of the entries that are run; all by default")
     parser.add_argument("--out", type=Path, default=Path("gallery"))
     parser.add_argument("--to", type=Path, default=Path("scripts/results/gallery"))
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    {"prepare": prepare, "run": run, "index": index}[args.step](args)
+    {"prepare": gallery_data.prepare, "run": run, "index": index}[args.step](args)
 
 
 if __name__ == "__main__":

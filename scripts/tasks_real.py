@@ -14,6 +14,7 @@ import json
 import tempfile
 from pathlib import Path
 
+import sentence_pairs
 import torch
 from torch import nn
 
@@ -23,26 +24,7 @@ from hf_coar.data import Examples
 
 RESULT = Path(__file__).resolve().parent / "results" / "tasks_real.md"
 COUNTS, LOST = (0, 20, 40, 80, 160, 320), 0.02
-DENIED = [
-    ("The museum is open on Mondays.", "The museum is not open on Mondays."),
-    ("She likes strong coffee.", "She does not like strong coffee."),
-    ("The bridge was repaired last year.", "The bridge was not repaired last year."),
-    ("This train stops in Leeds.", "This train does not stop in Leeds."),
-    ("The medicine helped the patient.", "The medicine did not help the patient."),
-    ("They will come to the party.", "They will not come to the party."),
-    ("The water is safe to drink.", "The water is not safe to drink."),
-    ("He has paid his rent.", "He has not paid his rent."),
-]
-SAME = [
-    ("The museum is open on Mondays.", "On Mondays one can visit the museum."),
-    ("She likes strong coffee.", "She is fond of coffee that is strong."),
-    ("The bridge was repaired last year.", "Last year they mended the bridge."),
-    ("This train stops in Leeds.", "Leeds is one of the stops of this train."),
-    ("The medicine helped the patient.", "The patient got better with the medicine."),
-    ("They will come to the party.", "They are going to be at the party."),
-    ("The water is safe to drink.", "You can drink this water without danger."),
-    ("He has paid his rent.", "His rent has been paid by him."),
-]
+DENIED, SAME = sentence_pairs.DENIED[:8], sentence_pairs.SAME[:8]
 
 
 @torch.no_grad()
