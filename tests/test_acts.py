@@ -137,10 +137,23 @@ def test_the_claim_is_what_the_model_does(source, page):  # noqa: F811
     with torch.no_grad(), masking.ablate(source.model, source.components, kept):
         still = source.run(source.batch(others)).classes == source.attributions.labels[others]
     right = source.run(source.batch(others)).classes == source.attributions.labels[others]
-    said = f"Of {int(right.sum())} of other classes that it gets right, {int((right & still).sum())} stay right."
+    said = (
+        f"Of {int(right.sum())} examples of other classes that it gets right, {int((right & still).sum())} stay right."
+    )
     assert data["claim"]["detail"].endswith(said)
     for card in data["claim"]["cards"]:
         assert card["said"][0] == data["examples"][card["example"]]["predicted"] != card["said"][1]
+
+
+def test_more_components_go_where_no_class_loses_half_without_three(source, monkeypatch):  # noqa: F811
+    tried, of_class = [], claims._of_class
+    monkeypatch.setattr(claims, "_of_class", lambda *given: tried.append(given[2]) or of_class(*given))
+    assert len(claims.find(source).components) == 3 and set(tried) == {3}
+    monkeypatch.setattr(claims, "_share", lambda claim: len(claim.components) / 100)
+    claim = claims.find(source)
+    assert len(claim.components) == 6 and set(tried) == {3, 6} and "without 3, none loses half" in claim.detail
+    monkeypatch.setattr(claims, "_FEW", 5 / len(source.components))  # six are no longer few
+    assert len(claims.find(source).components) == 3
 
 
 def test_names_from_elsewhere_cannot_end_the_script(source, tmp_path, monkeypatch):  # noqa: F811

@@ -80,7 +80,7 @@ def test_where_a_unit_acts_may_be_in_either_text(source):
     for row in range(6):
         seen.clear()
         source.run(source.batch([row]))  # alone, so without padding
-        first, second = (value[0] - model.get_submodule(one.module).bias for value in seen)
+        first, second = (value[0] - model.get_submodule(one.module).bias.detach() for value in seen)
         both, ids = (
             torch.cat([first, second]).abs(),
             torch.cat([source.batch([row])[f"{x}input_ids"][0] for x in ("", "pair_")]),

@@ -14,6 +14,9 @@ from hf_coar.explore.measuring import Change, measured_rows, what_if
 from hf_coar.explore.source import Source
 
 N_COMPONENTS = 3
+MORE_COMPONENTS = 6  # where a class survives without three of them, as what attention heads do is done by several
+_FEW = 0.1  # of all components, above which a claim is no longer of a few
+_MOST_OF_A_CLASS = 0.5
 _MOST_CLASSES = 20  # that are tried, the most frequent ones
 _MOST_EXAMPLES = 64  # of a class
 _FEWEST_EXAMPLES = 3
@@ -48,14 +51,25 @@ def find(source: Source, progress: Progress = no_progress) -> Claim:
     known = Counter(label for label in labels.tolist() if label >= 0)
     frequent = [label for label, n in known.most_common(_MOST_CLASSES) if n >= _FEWEST_EXAMPLES]
     if source.n_classes and frequent and source.predictions([0])[0].classes is not None:
-        tried = [_of_class(source, label, i, len(frequent), progress) for i, label in enumerate(frequent)]
-        return _with_the_rest(source, max(tried, key=lambda one: (_share(one), len(one.flipped))))
+        return _with_the_rest(source, _largest(source, frequent, progress))
     if len(frequent) > 1 and not source.predictions([0])[0].tokens:
         return max((_of_sort(source, label, len(frequent), progress) for label in frequent), key=_beyond)
     rows = measured_rows(source)[:_MOST_EXAMPLES]
     components = _strongest(source, rows)
     change = what_if(source, components, rows, progress)
     return _of_tokens(source, components, change) if change.before.tokens else _of_outputs(source, components, change)
+
+
+def _largest(source: Source, labels: Sequence[int], progress: Progress) -> Claim:
+    """The class that loses most without three components; without more of them where it loses less than half."""
+    found: list[Claim] = []
+    for n in (N_COMPONENTS, MORE_COMPONENTS):
+        if n == N_COMPONENTS or n <= _FEW * len(source.components):
+            found += [_of_class(source, label, n, i, len(labels), progress) for i, label in enumerate(labels)]
+        best = max(found, key=lambda one: (_share(one), len(one.flipped), -len(one.components)))
+        if _share(best) >= _MOST_OF_A_CLASS:
+            break
+    return best
 
 
 def _share(claim: Claim) -> float:
@@ -70,9 +84,9 @@ def _beyond(claim: Claim) -> float:
     return found if math.isfinite(found) else -math.inf
 
 
-def _strongest(source: Source, rows: Sequence[int]) -> tuple[int, ...]:
+def _strongest(source: Source, rows: Sequence[int], n: int = N_COMPONENTS) -> tuple[int, ...]:
     """The components that help some examples most on average."""
-    return tuple(_average(source, rows).topk(min(N_COMPONENTS, len(source.components))).indices.tolist())
+    return tuple(_average(source, rows).topk(min(n, len(source.components))).indices.tolist())
 
 
 def _peculiar(source: Source, rows: Sequence[int], others: Sequence[int]) -> tuple[int, ...]:
@@ -96,9 +110,9 @@ def _named(source: Source, components: Sequence[int]) -> str:
     return f"{len(components)} of {len(source.components):,} {kind}"
 
 
-def _of_class(source: Source, label: int, number: int, count: int, progress: Progress) -> Claim:
+def _of_class(source: Source, label: int, n: int, number: int, count: int, progress: Progress) -> Claim:
     rows = (source.attributions.labels == label).nonzero().flatten().tolist()[:_MOST_EXAMPLES]
-    components = _strongest(source, rows)
+    components = _strongest(source, rows, n)
     change = what_if(source, components, rows)
     progress((number + 1) / count, f"looking for the largest change: class {number + 1} of {count}")
     right = change.before.classes == label
@@ -115,7 +129,7 @@ def _of_class(source: Source, label: int, number: int, count: int, progress: Pro
     detail = (
         f"Measured on the model, on attributed examples of the class (at most {_MOST_EXAMPLES}) that it gets right. "
         f"The class that loses most of the {count} that were tried, each without the {len(components)} components that "
-        "help it most on average."
+        f"help it most on average{'' if n == N_COMPONENTS else f'; without {N_COMPONENTS}, none loses half'}."
     )
     return Claim(components, text, detail, change, order)
 
@@ -169,7 +183,7 @@ def _with_the_rest(source: Source, claim: Claim) -> Claim:
     change = what_if(source, claim.components, others)
     right = change.before.classes == labels[others]
     kept = int((right & (change.after.classes == labels[others])).sum())
-    said = f" Of {int(right.sum())} of other classes that it gets right, {kept} stay right."
+    said = f" Of {int(right.sum())} examples of other classes that it gets right, {kept} stay right."
     return replace(claim, detail=claim.detail + said)
 
 

@@ -1,6 +1,6 @@
 """What several tabs show: examples as cards, components in order and by layer, and what an ablation did; no Gradio."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -13,7 +13,7 @@ from hf_coar.explore.columns import Progress, no_progress
 from hf_coar.explore.drawing import Html, Strip, button, heading, html, joined, note, number, wrapped
 from hf_coar.explore.measuring import Accuracy, Change
 from hf_coar.explore.outcome import Outcome
-from hf_coar.explore.source import Source, image_column
+from hf_coar.explore.source import Source, image_column, text_column
 from hf_coar.explore.tab import View
 
 PAGES = {"text": 10}  # examples on a page
@@ -78,7 +78,7 @@ def _card(source: Source, row: int, found: Outcome, extra: Html, act: str, view:
         state = html(' aria-pressed="{}"', "true" if side else "false")
         extra = html('<span class="coar-mark coar-mark-{}">{}</span>', side, _MARKS[side]) if side else extra
         plain += f", {_MARKS[side]}" if side else ""
-    inner = html('{}<span class="coar-said">{}</span>{}', content(source, row, 88), said, extra)
+    inner = html('{}<span class="coar-said">{}</span>{}', content(source.raw(row), 88, source.texts(row)), said, extra)
     return button(act, row, inner, "coar-card", f"example {row}: {plain}", state)
 
 
@@ -101,15 +101,22 @@ def _prediction(source: Source, row: int, found: Outcome) -> tuple[Html, str]:
     return html('{}<br><span class="coar-wrong">✗ is {}</span>', said, truth), f"{plain}, wrong: is {truth}"
 
 
-def content(source: Source, row: int, size: int) -> Html:
-    """An example's picture, or the beginning of its texts, or of the values that it has."""
-    raw = source.raw(row)
+def content(raw: Mapping[str, Any], size: int, texts: Sequence[str] = ()) -> Html:
+    """A raw example's picture, or the beginning of its texts, or of the values that it has.
+
+    Args:
+        raw: the example.
+        size: of the picture.
+        texts: what the model reads of it; by default what looks like it.
+    """
     column = image_column(raw)
     picture = raw[column] if column is not None else drawing.image_of(raw.get("pixel_values"))
     shown = None if picture is None else drawing.thumbnail(picture, size)
     if shown is not None:
         return shown
-    said = " · ".join(source.texts(row))[:240] or ", ".join(map(_value, list(raw.items())[:_COLUMNS]))
+    column = text_column(raw)
+    texts = texts or ([] if column is None else [raw[column]])
+    said = " · ".join(texts)[:240] or ", ".join(map(_value, list(raw.items())[:_COLUMNS]))
     return html('<span class="coar-snippet">{}</span>', said)
 
 

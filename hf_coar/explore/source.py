@@ -162,7 +162,7 @@ class Source:
         """The columns that were read as texts; of data that do not say it, the one that looks like it."""
         known = {} if self._examples is None else self._examples.description
         named = [known[role] for role in _TEXT_ROLES if isinstance(raw.get(known.get(role)), str)]
-        return named or list(filter(None, [_text_column(raw)]))
+        return named or list(filter(None, [text_column(raw)]))
 
     def batch(self, rows: Sequence[int]) -> dict[str, Any]:
         """Some examples as the model reads them, with their labels.
@@ -371,7 +371,7 @@ def image_column(raw: Mapping[str, Any]) -> str | None:
     return next((name for name, value in raw.items() if hasattr(value, "convert") and hasattr(value, "size")), None)
 
 
-def _text_column(raw: Mapping[str, Any]) -> str | None:
+def text_column(raw: Mapping[str, Any]) -> str | None:
     """The entry of a raw example that holds its text."""
     texts = [name for name, value in raw.items() if isinstance(value, str)]
     return next((name for name in _TEXT_COLUMNS if name in texts), texts[0] if texts else None)

@@ -120,7 +120,7 @@ def example(source: Source, view: View) -> Html:
     weights = source.attributions.row(row)
     errors = source.attributions.row(row, "standard_errors") if source.attributions.has_standard_errors else None
     of_text, label = source.kind != "image", source.label(row)
-    big = _text(source, row, found) if of_text else drawing.picture(pieces.content(source, row, 256))
+    big = _text(source, row, found) if of_text else drawing.picture(pieces.content(source.raw(row), 256))
     attributed = f"{source.output.name}, what is attributed: {number(float(found.outputs[0]), 2)} {source.unit}"
     return wrapped(
         html("<h2>Example {}{}</h2>", row, f" · {source.class_name(label)}" if label >= 0 else ""),
@@ -137,7 +137,7 @@ def _text(source: Source, row: int, found: Outcome) -> Html:
         inner = joined(html('<span class="coar-hit">{}</span>', word) if hit else word for word, hit in marked)
     else:
         text, said = "\n".join(source.texts(row)), html("")
-        inner = html("{}", text[:_LONGEST_TEXT] if text else pieces.content(source, row, 256))
+        inner = html("{}", text[:_LONGEST_TEXT] if text else pieces.content(source.raw(row), 256))
     return html('<div class="coar-text" tabindex="0">{}</div>{}', inner, said)
 
 
