@@ -1,8 +1,10 @@
 """Batches: mappings of tensors whose first axis is the example."""
 
 from collections.abc import Mapping, Sequence
+from numbers import Number
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -15,7 +17,7 @@ Batch = dict[str, Any]  # tensors, or lists of tensors or of mappings of them, o
 
 
 def as_batch(item: Any) -> Batch:
-    """One item of a data set as a checked batch.
+    """One item of a data set as a checked batch; arrays and lists of numbers count as tensors.
 
     Raises:
         DataError: not a mapping (or pair) of tensors that agree on the number of examples, or an empty sequence.
@@ -28,15 +30,38 @@ def as_batch(item: Any) -> Batch:
             f"the data yielded a {type(item).__name__}; expected batches: mappings of tensors such as "
             "{'pixel_values': …, 'labels': …}, or pairs (inputs, labels)"
         )
-    batch = {"labels" if name == "label" else name: value for name, value in item.items() if _is_entry(value)}
+    entries = {"labels" if name == "label" else name: as_tensor(value) for name, value in item.items()}
+    batch = {name: value for name, value in entries.items() if _is_entry(value)}
     sizes = {name: _size_of(value) for name, value in batch.items()}
     if not sizes or len(set(sizes.values())) != 1 or None in sizes.values() or 0 in sizes.values():
         raise DataError(
             "a batch must hold tensors (or lists of them, or of mappings of them) with the same first axis, at least "
-            f"one example; got {sizes or sorted(item)}"
+            f"one example; got {sizes or sorted(item)}. Single examples are put into batches by "
+            "torch.utils.data.DataLoader(examples, batch_size=32)"
         )
     _check_not_empty(batch)
     return batch
+
+
+def as_tensor(value: Any) -> Any:
+    """The tensor that a NumPy array or a (nested) list of numbers stands for; anything else as it is.
+
+    An attention mask that somebody left as a list must not be overlooked, as what is no tensor is.
+    """
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+        return torch.from_numpy(value if value.flags.writeable else value.copy())
+    if not isinstance(value, list | tuple) or not _begins_with_number(value):
+        return value
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # ragged, or of more than numbers
+        return value
+
+
+def _begins_with_number(value: Any) -> bool:
+    while isinstance(value, list | tuple) and value:
+        value = value[0]
+    return isinstance(value, Number)
 
 
 def _is_entry(value: Any) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from hf_coar.data import order
-from hf_coar.data.batches import Batch, as_batch, size
+from hf_coar.data.batches import Batch, as_batch, as_tensor, size
 from hf_coar.errors import CoarError, DataError
 from hf_coar.storage import cards
 
@@ -109,11 +109,12 @@ def _collate(rows: list[dict]) -> Batch:
     from torch.utils.data import default_collate
 
     try:
-        columns = default_collate(rows)
+        columns = default_collate([{name: as_tensor(value) for name, value in row.items()} for row in rows])
     except (TypeError, RuntimeError) as error:
         raise DataError(
             f"the data set's columns {sorted(rows[0])} cannot be stacked into tensors ({error}); "
-            "use coar.load, or give the data set a transform that yields tensors of one shape"
+            "use coar.load, tokenize with padding='max_length', or give the data set a transform that yields tensors "
+            "of one shape"
         ) from error
     return {name: value for name, value in columns.items() if isinstance(value, Tensor)}
 

@@ -1,0 +1,60 @@
+"""Batches: whatever numbers come in, they reach the model, or it is said why not."""
+
+import pytest
+import torch
+from tiny_texts import classifier
+
+import hf_coar as coar
+from hf_coar import data
+from hf_coar.models import outputs, tasks
+
+IDS = torch.tensor([[2, 4, 5, 6, 3], [2, 8, 7, 3, 0], [2, 6, 3, 0, 0]])
+BATCH = {"input_ids": IDS, "attention_mask": (IDS != 0).long(), "labels": torch.tensor([0, 1, 0])}
+
+
+def margins(examples) -> torch.Tensor:
+    """Margins of the classifier, as a run has them."""
+    model = classifier()
+    with torch.no_grad():
+        return torch.cat([outputs.get("margin").of(model, piece) for piece in pieces(examples)])
+
+
+def pieces(examples):
+    return [batch for chunk in data.Chunks(data.batches(examples)) for _, batch in chunk.read().pieces]
+
+
+@pytest.mark.parametrize("given", [torch.Tensor.numpy, torch.Tensor.tolist, lambda one: tuple(one.tolist())])
+@pytest.mark.parametrize("name", BATCH)
+def test_arrays_and_lists_of_numbers_reach_the_model(name, given):
+    """A mask that is a list was overlooked: padding counted as text, and nobody was told."""
+    assert torch.equal(margins([{**BATCH, name: given(BATCH[name])}]), margins([BATCH]))
+
+
+def test_lists_in_a_raw_data_set_reach_the_model():
+    datasets = pytest.importorskip("datasets")
+    columns = {name: value.tolist() for name, value in BATCH.items()}
+    raw = datasets.Dataset.from_dict({**columns, "text": ["a", "b", "c"]})
+    assert torch.equal(margins(raw), margins([BATCH]))
+    assert torch.equal(margins(raw.with_format("torch")), margins([BATCH]))
+
+
+def test_ragged_lists_of_a_raw_data_set_are_told():
+    datasets = pytest.importorskip("datasets")
+    with pytest.raises(coar.CoarError, match="padding='max_length'"):
+        margins(datasets.Dataset.from_list([{"input_ids": [2, 4, 3]}, {"input_ids": [2, 3]}]))
+
+
+def test_what_is_no_number_stays_out():
+    batch = data.as_batch({**BATCH, "text": ["a", "b", "c"], "spans": [[1], [2, 3], []], "nothing": None})
+    assert set(batch) == set(BATCH)
+
+
+def test_lists_of_another_length_are_told():
+    with pytest.raises(coar.CoarError, match=r"'attention_mask': 2"):
+        data.as_batch({**BATCH, "attention_mask": [[1, 1], [1, 1]]})
+
+
+def test_single_examples_are_told_how_to_become_batches():
+    singles = [{name: value[index] for name, value in BATCH.items()} for index in range(3)]
+    with pytest.raises(coar.CoarError, match="DataLoader"):
+        tasks.bind(classifier(), batch=pieces(singles)[0])
