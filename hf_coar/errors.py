@@ -54,5 +54,9 @@ class UnsatisfiedError(CoarError):
     best: object = None
 
 
+class OutOfRangeError(CoarError, IndexError):
+    """An example or a component of a number that there is none of."""
+
+
 class NonFiniteOutputError(CoarError):
     """The model gave NaN or infinity, so nothing can be attributed."""

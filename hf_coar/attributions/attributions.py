@@ -16,7 +16,7 @@ from hf_coar.attributions.provenance import Provenance
 from hf_coar.attributions.rows import Rows
 from hf_coar.attributions.saving import Saved
 from hf_coar.components import Components
-from hf_coar.data import Identity
+from hf_coar.data import Identity, within
 from hf_coar.errors import CoarError, ModelMismatchError, NonFiniteOutputError
 
 _BLOCK = 32  # examples whose rows are read together
@@ -130,7 +130,7 @@ class Attributions(Looking, Saved):
             of: "weights" or "standard_errors".
 
         Raises:
-            IndexError: no such example.
+            OutOfRangeError: no such example.
             CoarError: there are no standard errors.
             CorruptFileError: the row in the file is not what was written.
         """
@@ -197,13 +197,11 @@ class Attributions(Looking, Saved):
 
         Raises:
             CoarError: no such component, or too few sets were measured for the level.
-            IndexError: no such example.
+            OutOfRangeError: no such example.
         """
         kept = torch.ones(1, len(self.components))
         kept[0, self.components.indices(which)] = 0
-        numbers = range(len(self))
-        several = numbers if example is None else [example] if isinstance(example, int) else example
-        rows = [numbers[row] for row in several]
+        rows = list(range(len(self))) if example is None else within(example, len(self))
         blocks = [rows[first : first + _BLOCK] for first in range(0, len(rows), _BLOCK)]
         return Outcome.joined([self._known(block).outcome(kept, level) for block in blocks])
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from hf_coar.attributions import looks
 from hf_coar.attributions.predicting import Outcome
 from hf_coar.attributions.table import Row, Table
+from hf_coar.data import within
 from hf_coar.errors import CoarError
 from hf_coar.storage import labels
 from hf_coar.storage.registry import Registry
@@ -91,7 +92,7 @@ class Looking:
 
         Raises:
             CoarError: both an example and a label, another `by`, no such class, or no component belongs to a head.
-            IndexError: no such example.
+            OutOfRangeError: no such example.
         """
         if example is not None and label is not None:
             raise CoarError(f"example={example} and label={label!r}; give one of them")
@@ -197,7 +198,7 @@ class Part:
         """A part of this part, as `Attributions[...]`.
 
         Raises:
-            IndexError: no such example.
+            OutOfRangeError: no such example.
             CoarError: no component, matrix, layer or head of that name in this part.
         """
         if isinstance(key, str) or (isinstance(key, list | tuple) and key and isinstance(key[0], str)):
@@ -209,11 +210,7 @@ class Part:
             return Part(self.attributions, self.rows, found)
         if isinstance(key, slice):
             return Part(self.attributions, self.rows[key], self.columns)
-        places = [key] if isinstance(key, int) or not hasattr(key, "__iter__") else [int(i) for i in key]
-        outside = [place for place in places if not -len(self) <= place < len(self)]
-        if outside:
-            raise IndexError(f"example {outside[0]} of {len(self)}")
-        return Part(self.attributions, [self.rows[int(place)] for place in places], self.columns)
+        return Part(self.attributions, [self.rows[place] for place in within(key, len(self))], self.columns)
 
     def without(self, which: Any, level: float | None = 0.95) -> Outcome:
         """What ablating components does to these examples, see `Attributions.without`."""

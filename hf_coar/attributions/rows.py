@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hf_coar.errors import CoarError, CorruptFileError, NonFiniteOutputError
+from hf_coar.errors import CoarError, CorruptFileError, NonFiniteOutputError, OutOfRangeError
 from hf_coar.storage import files, streaming
 
 MATRICES = ("weights", "standard_errors")  # of estimates; all else of them is small
@@ -65,13 +65,13 @@ class Rows:
         """One row, float32 [columns], checked; costs what the row holds.
 
         Raises:
-            IndexError: out of range.
+            OutOfRangeError: there is no such row.
             CorruptFileError: the row is not what was written.
             NonFiniteOutputError: it holds NaN or infinity.
         """
         n_rows = self.shape[0]
         if not -n_rows <= index < n_rows:
-            raise IndexError(f"example {index} of {n_rows}")
+            raise OutOfRangeError(f"example {index} of {n_rows}: give a number from 0 to {n_rows - 1}")
         index = position = index % n_rows
         for part in self._parts:
             if position < len(part):

@@ -11,7 +11,7 @@ from torch import Tensor
 from hf_coar.components import summary
 from hf_coar.components.names import Names, indices, place
 from hf_coar.components.stand_ins import StandIn
-from hf_coar.errors import CoarError, CorruptFileError
+from hf_coar.errors import CoarError, CorruptFileError, OutOfRangeError
 
 GRANULARITIES = ("unit", "input", "head", "expert", "module")
 _WEIGHT_EDITS = ("scale", "zero", "never")
@@ -192,11 +192,11 @@ class Components:
         """Component `index`; negative ones count from the end.
 
         Raises:
-            IndexError: out of range.
+            OutOfRangeError: there is no such component.
         """
         n_components = len(self)
         if not -n_components <= index < n_components:
-            raise IndexError(f"component {index} of {n_components}")
+            raise OutOfRangeError(f"component {index} of {n_components}: give a number from 0 to {n_components - 1}")
         index %= n_components
         for group, start, stop in self.spans():
             if index < stop:

@@ -6,6 +6,7 @@ from hf_coar.data.examples import Chunk, Chunks, Examples, Read, batches, descri
 from hf_coar.data.identity import Identity
 from hf_coar.data.kinds import KINDS, Kind
 from hf_coar.data.loading import load_data
+from hf_coar.data.numbering import numbers, within
 from hf_coar.data.partners import joined, paired, with_partners
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "few",
     "joined",
     "load_data",
+    "numbers",
     "paired",
     "rows",
     "settings",
@@ -31,4 +33,5 @@ __all__ = [
     "take",
     "to_device",
     "with_partners",
+    "within",
 ]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hf_coar.data import order
 from hf_coar.data.batches import Batch, as_batch, as_tensor, size
+from hf_coar.data.numbering import numbers, within
 from hf_coar.errors import CoarError, DataError
 from hf_coar.storage import cards
 
@@ -65,8 +66,13 @@ class Examples:
         return Examples(self.dataset, self.prepare, batch_size, self.description)
 
     def select(self, indices: Iterable[int]) -> "Examples":
-        """A part of the examples, by index, in the order given."""
-        indices = [int(index) for index in indices]
+        """A part of the examples, by index, in the order given, or by a mask over all of them.
+
+        Raises:
+            OutOfRangeError: there is no such example.
+        """
+        length = len(self.dataset) if hasattr(self.dataset, "__len__") else None
+        indices = numbers(indices, length) if length is None else within(indices, length)
         chosen = {**self.description, "selected": indices}
         return Examples(self.dataset.select(indices), self.prepare, self.batch_size, chosen)
 

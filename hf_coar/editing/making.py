@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hf_coar import models
 from hf_coar.attributions import Attributions, labelled
 from hf_coar.components import Components
+from hf_coar.data import numbers
 from hf_coar.editing import stepwise
 from hf_coar.editing.choosing import Candidate, Constraint, Goal, choose
 from hf_coar.editing.rules import AUTO, RULES, Rule, Sides
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 # Indices, or several sets of them; a class name or {"label": name or number} is all examples of the class.
 Examples = Sequence[int] | Sequence[Sequence[int]] | Tensor | str | Sequence[str] | Mapping[str, Any]
+_Indices = tuple[list[list[int]], list[list[int]], list[int] | None]  # to rise, to fall, to stay (None: all others)
 Attribute = Callable[[nn.Module], Attributions]  # attributes the model that it is given, always the same examples
 
 _LEVEL = 0.95  # of the interval of what is expected
@@ -40,8 +42,8 @@ def rank_components(
 
     Args:
         attributions: of the model.
-        increase: indices of examples whose outputs are to rise; or several lists of them, of which each counts alike;
-            or a class name such as "three", `{"label": 3}`, or several names.
+        increase: indices (or a mask) of examples whose outputs are to rise; or several lists of them, of which each
+            counts alike; or a class name such as "three", `{"label": 3}`, or several names.
         decrease: examples whose outputs are to fall, given likewise.
         reference: examples whose outputs are to stay, given likewise; all others by default.
         rule: one of `RULES`, or a function of `Sides`.
@@ -52,12 +54,12 @@ def rank_components(
     return _rule(rule)(_sides(attributions, *_by_index(attributions, increase, decrease, reference)))
 
 
-def _by_index(
-    attributions: Attributions, increase: Any, decrease: Any, reference: Any
-) -> tuple[Examples | None, Examples | None, Sequence[int] | None]:
-    """The sides with indices in the place of class names."""
-    increase, decrease, spared = (labelled.chosen(attributions, one) for one in (increase, decrease, reference))
-    return increase, decrease, None if spared is None else _joined(_sets(spared))
+def _by_index(attributions: Attributions, increase: Any, decrease: Any, reference: Any) -> _Indices:
+    """The sides with indices in the place of class names and masks."""
+    raised, lowered, spared = (
+        _sets(labelled.chosen(attributions, one), len(attributions)) for one in (increase, decrease, reference)
+    )
+    return raised, lowered, None if reference is None else _joined(spared)
 
 
 def _rule(rule: str | Rule) -> Rule:
@@ -67,17 +69,15 @@ def _rule(rule: str | Rule) -> Rule:
 
 
 def _sides(
-    attributions: Attributions, increase: Examples | None, decrease: Examples | None, reference: Sequence[int] | None
+    attributions: Attributions, raised: Sequence[list[int]], lowered: Sequence[list[int]], reference: list[int] | None
 ) -> Sides:
     """The weights of both sides, checked."""
     n_examples = len(attributions)
-    raised, lowered = _sets(increase), _sets(decrease)
     targets = {index for one in (*raised, *lowered) for index in one}
     if not targets:
         raise CoarError("nothing to edit for: give the indices of examples to increase or to decrease")
     if reference is None:
         reference = [index for index in range(n_examples) if index not in targets]
-    reference = _indices(reference)
     _check_indices(n_examples, _joined(raised), _joined(lowered), reference)
     weights = attributions.weights
     of_reference, known = weights[reference].double(), attributions.forecast
@@ -99,20 +99,16 @@ def _boundary(attributions: Attributions) -> float | None:
     return of.boundary if known else outputs.get(of.output).boundary
 
 
-def _sets(examples: Examples | None) -> list[list[int]]:
-    """Sets of plain integers, also from tensors and arrays; empty ones are left out."""
+def _sets(examples: Examples | None, n_examples: int) -> list[list[int]]:
+    """Sets of plain integers, also from tensors, arrays and masks; empty ones are left out."""
     if examples is None:
         return []
     several = len(examples) > 0 and all(hasattr(one, "__len__") and getattr(one, "ndim", 1) for one in examples)
-    return [found for one in (examples if several else [examples]) if (found := _indices(one))]
+    return [found for one in (examples if several else [examples]) if (found := numbers(one, n_examples))]
 
 
 def _joined(sets: Sequence[list[int]]) -> list[int]:
     return [index for one in sets for index in one]
-
-
-def _indices(examples: Sequence[int] | None) -> list[int]:
-    return [] if examples is None else [int(index) for index in examples]
 
 
 def _check_indices(n_examples: int, increase: list[int], decrease: list[int], reference: list[int]) -> None:
@@ -164,8 +160,8 @@ def edit(
         model: the model that was attributed.
         attributions: of it, or a function (model) -> attributions; or several, of the same components and examples and
             with other outputs, among which `validation` chooses.
-        increase: indices of examples whose outputs are to rise; or several lists of them, of which each counts alike;
-            or a class name such as "three", `{"label": 3}`, or several names.
+        increase: indices (or a mask) of examples whose outputs are to rise; or several lists of them, of which each
+            counts alike; or a class name such as "three", `{"label": 3}`, or several names.
         decrease: examples whose outputs are to fall, given likewise.
         reference: examples whose outputs are to stay, given likewise; all others by default.
         n_components: how many components to ablate, 10 by default; with `validation`, the numbers to try, by default up
@@ -281,7 +277,7 @@ class _Ranker:
     name: str
     rule: str | Rule
     source: _Source
-    sides: tuple[Examples | None, Examples | None, Sequence[int] | None]
+    sides: _Indices
 
     def __call__(self, model: nn.Module, ablated: Tensor) -> Tensor:
         return rank_components(self.source.of(model, ablated), *self.sides, self.rule)
@@ -377,9 +373,7 @@ def _plain(label: str, n_all: int, n_components: Any, gate: Any) -> Candidate:
     return Candidate(label, n_components, float(gate), None, None)
 
 
-def _entries(
-    ranker: _Ranker, made: _Made, sides: tuple[Examples | None, Examples | None, Sequence[int] | None]
-) -> dict[str, Any]:
+def _entries(ranker: _Ranker, made: _Made, sides: _Indices) -> dict[str, Any]:
     """The record of an edit, JSON values: what was ablated and why, and all that `undo` needs."""
     attributions, (increase, decrease, reference) = ranker.source.of_whole, sides
     components = [attributions.components[int(index)] for index in made.ablated]
@@ -389,13 +383,13 @@ def _entries(
         "output": attributions.provenance.output,
         "granularity": attributions.components.granularity,
         "data": dict(attributions.provenance.data),
-        "increase": _joined(_sets(increase)),
-        "decrease": _joined(_sets(decrease)),
-        "reference": "all others" if reference is None else _indices(reference),
+        "increase": _joined(increase),
+        "decrease": _joined(decrease),
+        "reference": "all others" if reference is None else reference,
         "classes": {
             side: names
             for side, examples in (("increase", increase), ("decrease", decrease))
-            if (names := labelled.classes(attributions, _joined(_sets(examples))))
+            if (names := labelled.classes(attributions, _joined(examples)))
         },
         "base": dict(attributions.provenance.model),
         "components": [str(component) for component in components],
@@ -418,16 +412,14 @@ def kept_without(n_components: int, ablated: Tensor | Sequence[int]) -> Tensor:
     return kept
 
 
-def _tell_unchecked(
-    attributions: Attributions, made: _Made, sides: tuple[Examples | None, Examples | None, Sequence[int] | None]
-) -> None:
+def _tell_unchecked(attributions: Attributions, made: _Made, sides: _Indices) -> None:
     """Warns that nothing but the attributions speaks for an edit, and says what these expect of it."""
     boundary, level = _boundary(attributions), _LEVEL if attributions.has_intervals(_LEVEL) else None
     expected = attributions.without(made.ablated, level=level)
     known = [end for end in (expected.after, expected.low, expected.high) if end is not None]
     # A gate leaves a part in place.
     before, ends = expected.before, [expected.before + (1 - made.best.gate) * (end - expected.before) for end in known]
-    targets = _joined([*_sets(sides[0]), *_sets(sides[1])])
+    targets = _joined([*sides[0], *sides[1]])
     others = torch.ones(len(attributions), dtype=torch.bool)
     others[targets] = False
     others = others.nonzero()[:, 0].tolist() if sides[2] is None else sides[2]

@@ -56,8 +56,8 @@ def _read(data: Any, indices: Sequence[int] | Tensor | None) -> list[data_module
     batches = [data_module.as_batch(batch) for batch in data_module.batches(data)]
     if indices is None:
         return batches
-    wanted = [int(index) for index in indices]
     n_examples = sum(data_module.size(batch) for batch in batches)
+    wanted = data_module.numbers(indices, n_examples)
     outside = [index for index in wanted if not 0 <= index < n_examples]
     if outside or not wanted:
         raise CoarError(f"indices {outside[:8] or '[]'}: give one or more from 0 to {n_examples - 1}")

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from hf_coar.attributions import Attributions
+from hf_coar.data import numbers
 from hf_coar.errors import CoarError
 from hf_coar.storage import files
 
@@ -159,7 +160,7 @@ def spread_out(values: Sequence[float], apart: float = 0.09) -> list[float]:
 
 def chosen(examples: Sequence[int] | None, n_examples: int) -> list[int]:
     """The examples to show, checked; all of them by default."""
-    chosen = list(range(n_examples)) if examples is None else [int(index) for index in examples]
+    chosen = list(range(n_examples)) if examples is None else numbers(examples, n_examples)
     outside = [index for index in chosen if not 0 <= index < n_examples]
     if outside or not chosen:
         raise CoarError(f"examples {outside[:8] or '[]'}: give one or more indices from 0 to {n_examples - 1}")

@@ -228,7 +228,7 @@ def checked(indices: Sequence[int] | Tensor, n_examples: int, what: str) -> list
     Raises:
         CoarError: none, or some out of range.
     """
-    found = [int(index) for index in indices]
+    found = data_module.numbers(indices, n_examples)
     outside = [index for index in found if not 0 <= index < n_examples]
     if outside or not found:
         raise CoarError(f"{what}={outside[:8] or '[]'}: give indices from 0 to {n_examples - 1}, at least one")
