@@ -347,11 +347,39 @@ def test_lazy_modules_scripts_and_inference_tensors_are_told():
     scripted = torch.jit.trace(nn.Sequential(nn.Linear(6, 3)), batch()["inputs"])
     with torch.inference_mode():
         inference = nn.Sequential(nn.Linear(6, 3))
-    for model, message in ((lazy, "lazy"), (scripted, "TorchScript"), (inference, "inference_mode")):
+    within = nn.Sequential(torch.compile(nn.Linear(6, 3), backend="eager"))
+    told = (lazy, "lazy"), (scripted, "TorchScript"), (inference, "inference_mode"), (within, "_orig_mod")
+    for model, message in told:
         with pytest.raises(CoarError, match=message):
             coar.attribute(model, [batch()], **OPTIONS)
         with pytest.raises(CoarError, match=message):
             coar.find_components(model)
+
+
+def test_a_model_that_compiled_itself_runs_as_it_is_written():
+    """Every hook was compiled anew for every pass: minutes, and estimates without what such hooks do not see."""
+    plain, compiled, seen = net(), net(), []
+
+    def backend(graph, inputs):
+        seen.append(graph)
+        return graph.forward
+
+    compiled.compile(backend=backend)
+    of_itself = compiled._compiled_call_impl
+    found, wanted = (coar.attribute(model, [batch()], **OPTIONS).weights for model in (compiled, plain))
+    assert torch.equal(found, wanted)
+    assert not seen and compiled._compiled_call_impl is of_itself
+
+
+def test_inference_mode_is_left_for_a_run_and_no_longer():
+    """No gradient reached the gates in it, and the default method gave way to another."""
+    model, components = net(), coar.find_components(net(), "input")
+    wanted = coar.attribute(model, [batch()], components, **OPTIONS).weights
+    with torch.inference_mode():
+        given = {name: value.clone() for name, value in batch().items()}
+        found = coar.attribute(model, [given], components, **OPTIONS).weights
+        assert torch.is_inference_mode_enabled()
+    assert torch.equal(found, wanted)
 
 
 # ------------------------------------------------------------------------------------------------------ out of memory

@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -125,7 +125,8 @@ def row(batch: Mapping[str, Any], index: int) -> dict[str, Any]:
 def to(value: Any, device: torch.device) -> Any:
     """An entry of a batch, or a whole batch, with all tensors in it on a device."""
     if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
+        moved = value.to(device, non_blocking=True)
+        return moved.clone() if moved.is_inference() and not torch.is_inference_mode_enabled() else moved
     if isinstance(value, Mapping):
         return {name: to(one, device) for name, one in value.items()}
     return [to(one, device) for one in value] if isinstance(value, list | tuple) else value
@@ -237,6 +238,29 @@ def logits_of(output: Any, model: str = "the model") -> Tensor:
     return found
 
 
+_COMPILED: ContextVar[bool] = ContextVar("compiled", default=False)
+
+
+@contextmanager
+def compiled(model: nn.Module, backend: bool | str) -> Iterator[None]:
+    """The model's forward goes through `torch.compile` inside the block; masks change its weights in place."""
+    if backend in (False, "auto"):
+        yield
+        return
+    before, token = model._compiled_call_impl, _COMPILED.set(True)
+    try:
+        model.compile(**({} if backend is True else {"backend": backend}))
+        yield
+    finally:
+        model._compiled_call_impl = before
+        _COMPILED.reset(token)
+
+
+def _without_inference_mode() -> AbstractContextManager[Any]:
+    # To leave it switches gradients on as well, so that nothing is done where it is not on.
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+
+
 _CHECKPOINTING = ("gradient_checkpointing", "grad_checkpointing", "use_checkpoint")  # transformers, timm, others
 
 
@@ -244,17 +268,20 @@ _CHECKPOINTING = ("gradient_checkpointing", "grad_checkpointing", "use_checkpoin
 def frozen(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and no gradient to any parameter; flags, buffers and attributes are put back afterwards.
 
-    Gradient checkpointing is off inside: it would run modules again in the backward, when their hooks are gone.
+    Gradient checkpointing is off inside: it would run modules again in the backward, when their hooks are gone. So are
+    what `Module.compile` made, unless inside `compiled`, as every hook would be compiled anew, and inference mode.
 
     Raises:
         ModelError: another thread holds the model, or it is of a kind that cannot be held, see `holding.check_usable`.
     """
     check_usable(model)
-    with held(model), state_kept(model):
+    with held(model), state_kept(model), _without_inference_mode():
         wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
             model.eval()
             for module in model.modules():
+                if not _COMPILED.get():
+                    vars(module).pop("_compiled_call_impl", None)  # which is put back with all other attributes
                 for name in _CHECKPOINTING:
                     if vars(module).get(name) is True:
                         setattr(module, name, False)

@@ -144,6 +144,7 @@ def check_usable(model: nn.Module) -> None:
             "Python module that it was made from"
         )
     _check_not_shared(model)
+    _check_not_compiled(model)
     for where, tensor in (*model.named_parameters(), *model.named_buffers()):
         if torch.nn.parameter.is_lazy(tensor):
             raise ModelError(
@@ -176,6 +177,17 @@ def _check_not_shared(model: nn.Module) -> None:
         if any(one.__name__ == "DTensor" for one in type(parameter.data).__mro__):
             raise ModelError(
                 f"{where!r} of {type(model).__name__} is sharded over processes (tensor parallelism or FSDP); {way_out}"
+            )
+
+
+def _check_not_compiled(model: nn.Module) -> None:
+    """Raises `ModelError` for the wrapper of `torch.compile`: names of its modules and its record would be its own."""
+    for where, module in model.named_modules():
+        if type(module).__name__ == "OptimizedModule":
+            what = f"{where!r} of {type(model).__name__} is" if where else "the model is"
+            raise ModelError(
+                f"{what} wrapped by torch.compile, which would compile its hooks anew for every pass; give the module "
+                "that it was made from (its _orig_mod), and let hf_coar.running(compile=True) compile what pays"
             )
 
 

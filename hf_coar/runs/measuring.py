@@ -1,11 +1,9 @@
 """Measuring: the model's outputs under masks, which the regression fits and the evaluation judges by."""
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_coar import data as data_module
 from hf_coar.errors import CoarError, NonFiniteOutputError
@@ -63,20 +61,6 @@ class MaskedPasses:
             self.together = 1
             return torch.stack([self._one(batch, row) for row in kept])
         return values.view(len(kept), count)
-
-
-@contextmanager
-def compiled(model: nn.Module, backend: bool | str) -> Iterator[None]:
-    """The model's forward goes through `torch.compile` inside the block; masks change its weights in place."""
-    if backend in (False, "auto"):
-        yield
-        return
-    before = model._compiled_call_impl
-    try:
-        model.compile(**({} if backend is True else {"backend": backend}))
-        yield
-    finally:
-        model._compiled_call_impl = before
 
 
 def check_finite(values: Tensor, first: int, where: str, output: Output) -> None:
