@@ -13,7 +13,7 @@ from hf_coar import data as data_module
 from hf_coar import estimators, models
 from hf_coar.attributions import Attributions, Provenance
 from hf_coar.components import Components
-from hf_coar.errors import CoarError
+from hf_coar.errors import CoarError, check_kind
 from hf_coar.estimators import budget as budgets
 from hf_coar.estimators import checking, choosing
 from hf_coar.estimators.registry import Estimator
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 def load(
     model: str | Path | nn.Module,
-    data: str | Path,
+    data: Any,
     split: str | None = None,
     revision: str | None = None,
     data_revision: str | None = None,
@@ -58,7 +58,8 @@ def load(
     Args:
         model: Hub id or local folder of a timm or transformers model; a file of weights (`.safetensors`, `.pth`), with
             `architecture`; or the model itself, which is returned as it is.
-        data: Hub id, local folder or file (Parquet, CSV, TSV, JSON lines) of a data set.
+        data: Hub id, local folder or file (Parquet, CSV, TSV, JSON lines) of a data set; or an object of `datasets`,
+            whose place is not recorded, so that `reopen` wants it again.
         split: such as `"validation[:2000]"`.
         revision: of the model: branch, tag or commit.
         data_revision: of the data set.
@@ -225,6 +226,8 @@ def attribute(
         RunMismatchError: `out` holds a run with other settings.
         NonFiniteOutputError: the model gave NaN or infinity.
     """
+    if components is not None:
+        check_kind(components, Components, "components", "what hf_coar.find_components(model, …) gives")
     if ablated_fraction is not None:
         sampling.check_fraction(ablated_fraction)
     sampling.check_seed(seed)
@@ -292,7 +295,7 @@ def evaluate(
     model: nn.Module,
     data: Any,
     *,
-    fractions: Sequence[float] | None = None,
+    fractions: Sequence[float] | float | None = None,
     n_masks: int = 100,
     seed: int = 1,
     output: "str | Output | outputs.OutputFunction | None" = None,
@@ -309,7 +312,8 @@ def evaluate(
         attributions: to be judged.
         model: the model that was attributed.
         data: the data that were attributed, in the same order.
-        fractions: ablated fractions to judge at; None for the fitted one, a quarter of it, and one of four components.
+        fractions: ablated fractions to judge at, or one; None for the fitted one, a quarter of it, and one of four
+            components.
         n_masks: masks a fraction; the cost is one forward pass a mask and example.
         seed: of the masks, which are others than those of any fit, whatever its seed.
         output: the attributed output; needed only if it was a function of your own.
@@ -328,6 +332,7 @@ def evaluate(
         ModelMismatchError: another model.
         DataError: other data.
     """
+    check_kind(attributions, Attributions, "attributions", "what attribute or Attributions.from_pretrained gives")
     if out is not None:
         folders.claim(out, folders.ATTRIBUTIONS, overwrite)
     settings = {"task": "evaluate", "n_masks": n_masks, "seed": seed, "fit": attributions.provenance.to_json()}

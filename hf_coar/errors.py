@@ -15,6 +15,12 @@ class CoarError(ValueError):
         return said if len(said) <= _LONGEST else f"{said[: _LONGEST - 400]} … {said[-400:]}"
 
 
+def check_kind(value: object, kind: type, what: str, instead: str) -> None:
+    """Raises `CoarError` for an argument of another kind: what it is called, what it is, and what to give instead."""
+    if not isinstance(value, kind):
+        raise CoarError(f"{what} is a {type(value).__name__}, {repr(value)[:60]}; give {instead}")
+
+
 class NoComponentsError(CoarError):
     """Nothing in the model matched: an unknown glob, a granularity the model lacks, or no known layer."""
 

@@ -330,3 +330,47 @@ def test_the_command_line_takes_the_columns_and_keeps_them(folders, tmp_path, ca
     assert (data["text"], data["label"], data["n_examples"], data["max_length"]) == ("review", "label", 2, 8)
     assert data["label_names"] == ["neg", "pos"]
     assert cli.main(["evaluate", str(out), "--n-masks", "3"]) == 0, capsys.readouterr().err
+
+
+def test_an_object_of_datasets_is_read_like_a_file(folders, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = [{"review": "a dull film", "label": "neg"}, {"review": "a fine film", "label": "pos"}]
+    whole = datasets.Dataset.from_list(rows)
+    splits = {"train": whole, "test": whole.select([0])}
+    several = [(whole, None), (datasets.DatasetDict({"train": whole}), None), (datasets.DatasetDict(splits), "train")]
+    for given, split in (*several, (whole.to_iterable_dataset(), None)):
+        model, data = coar.load(folders / "named", given, split)
+        assert batch_of(data)["labels"].tolist() == [0, 1] and "id" not in data.description
+    attributions = coar.attribute(model, data, coar.find_components(model, "module"), progress=False)
+    with pytest.raises(coar.CoarError, match="where their data came from; give data="):
+        coar.reopen(attributions)
+    _, again = coar.reopen(attributions, data=whole)
+    assert torch.equal(batch_of(again)["input_ids"], batch_of(data)["input_ids"])
+
+
+@pytest.mark.parametrize(
+    ("given", "split", "words"),
+    [
+        (lambda one: [{"text": "a"}], None, r"data is a list; give .*\.from_list"),
+        (lambda one: one, "train[:1]", "has no splits"),
+        (lambda one: {"a": one, "b": one}, None, r"splits \['a', 'b'\]"),
+    ],
+)
+def test_what_is_no_data_set_is_told(folders, given, split, words):
+    datasets = pytest.importorskip("datasets")
+    data = given(datasets.Dataset.from_list([{"text": "a"}]))
+    with pytest.raises(DataError, match=words):
+        coar.load(folders / "named", datasets.DatasetDict(data) if isinstance(data, dict) else data, split)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("reviews.pkl", b"no", r"file of an unknown kind; known are \.parquet"),
+        ("reviews.csv", "text,label\nfin\xe9,0\n".encode("latin-1"), "codec can't decode byte 0xe9"),
+    ],
+)
+def test_files_that_cannot_be_read_say_why(folders, tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=words):
+        coar.load(folders / "named", tmp_path / name)

@@ -226,7 +226,10 @@ class Components:
         Raises:
             CoarError: another shape or dtype, or gates outside 0 … 1.
         """
-        kept = torch.as_tensor(kept)
+        try:
+            kept = torch.as_tensor(kept)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise CoarError(f"kept is no tensor ({error}); give bool or float, one entry a component") from error
         if kept.dim() not in (1, 2) or kept.shape[-1] != len(self) or not kept.numel():
             raise CoarError(
                 f"kept has shape {list(kept.shape)}; expected [{len(self)}] or [examples, {len(self)}]: "

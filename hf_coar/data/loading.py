@@ -23,7 +23,7 @@ FAMILIES = (entries, images, texts, language, pictures, sounds)  # each register
 
 
 def load_data(
-    name: str | Path,
+    data: Any,
     model: nn.Module,
     split: str | None = None,
     revision: str | None = None,
@@ -38,7 +38,8 @@ def load_data(
     """A data set of `datasets` with the preprocessing that belongs to the model.
 
     Args:
-        name: Hub id, a folder (of Parquet, CSV, JSON lines or images, or saved by `save_to_disk`) or one such file.
+        data: Hub id, a folder (of Parquet, CSV, JSON lines or images, or saved by `save_to_disk`), one such file, or an
+            object of `datasets`.
         model: made by `load_model`; its id tells the image processor or tokenizer.
         split: such as `"validation[:2000]"`; the only one there is by default.
         revision: branch, tag or commit on the Hub.
@@ -55,19 +56,18 @@ def load_data(
         DataError: no such data set, split or column, several columns that could be it, labels that the model's head
             does not know, or a tokenizer that does not know the texts.
     """
-    commit = None if Path(name).exists() else hub.resolve_commit(str(name), revision, "dataset")
-    dataset = sources.read(str(name), split, commit or revision, streaming)
-    table, first = sources.table(dataset, str(name), images.has_to_be_decoded)
+    dataset, description = _found(data, split, revision, streaming)
+    name = description.get("id", "the data set")
+    table, first = sources.table(dataset, name, images.has_to_be_decoded)
     given = {role: column for role, column in (columns or {}).items() if column is not None}
     kind = kinds.of(model, table, given)
     chosen = _columns(kind, model, table, given, first)
     known = _labels(kind, chosen, dataset, table, first, head(model))
-    description = {"id": str(name), "split": split, "revision": commit or sources.cached_commit(dataset) or revision}
     description |= described.recorded(chosen)
     if n_examples is not None:
         by = None if known is None or known.kind != "classes" else sources.values(dataset, known.column)
         dataset = sources.drawn(dataset, n_examples, data_seed, by)
-        table, first = sources.table(dataset, str(name), images.has_to_be_decoded)
+        table, first = sources.table(dataset, name, images.has_to_be_decoded)
         description |= {"n_examples": n_examples, "data_seed": data_seed}
     description["fingerprint"] = getattr(dataset, "_fingerprint", None)
     inputs = {role: column for role, column in chosen.items() if role != "label" or known is None}
@@ -75,10 +75,20 @@ def load_data(
     description |= preparation.description | ({"label_names": list(known.names)} if known and known.names else {})
     if isinstance(preprocessor, str | Path):
         description["preprocessor"] = str(preprocessor)
-    if streaming:
+    if sources.is_stream(dataset):
         dataset = _undecoded(dataset, kind, chosen)
     _tell(dataset, chosen, known, first, preparation, description)
     return Examples(dataset, preparation.prepare, batch_size, description)
+
+
+def _found(data: Any, split: str | None, revision: str | None, streaming: bool) -> tuple[Any, dict[str, Any]]:
+    """The data set, and what is known of where it is from: of an object nothing."""
+    if sources.is_object(data):
+        return sources.given(data, split), {}
+    commit = None if Path(data).exists() else hub.resolve_commit(str(data), revision, "dataset")
+    dataset = sources.read(str(data), split, commit or revision, streaming)
+    revision = commit or sources.cached_commit(dataset) or revision
+    return dataset, {"id": str(data), "split": split, "revision": revision}
 
 
 def _columns(

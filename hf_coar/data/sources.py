@@ -16,6 +16,39 @@ _PEEKED = 64  # first examples that are looked at before a run
 _SAVED = ("dataset_info.json", "dataset_dict.json", "state.json")  # by which `save_to_disk` is known
 
 
+def is_object(data: Any) -> bool:
+    """Whether data are given by an object of `datasets` rather than by where they are.
+
+    Raises:
+        DataError: neither.
+    """
+    if isinstance(data, str | Path):
+        return False
+    if type(data).__module__.split(".")[0] == "datasets":
+        return True
+    raise DataError(
+        f"data is a {type(data).__name__}; give a Hub id, a folder, a file or a data set of `datasets`, such as "
+        "datasets.Dataset.from_list([{'text': …, 'label': …}, …]) or .from_pandas(frame)"
+    )
+
+
+def given(data: Any, split: str | None) -> Any:
+    """A data set that is an object of `datasets`, or one of the splits of such a one.
+
+    Raises:
+        DataError: several splits and none is chosen, no such split, or a split of what has none.
+    """
+    if isinstance(data, dict):
+        if split is None and len(data) == 1:
+            return next(iter(data.values()))
+        if split not in data:
+            raise DataError(f"the data have the splits {sorted(data)}, and split={split!r}; choose one of them")
+        return data[split]
+    if split is not None:
+        raise DataError(f"split={split!r} of a {type(data).__name__}, which has no splits; give that part of it")
+    return data
+
+
 def read(name: str, split: str | None, revision: str | None, streaming: bool) -> Any:
     """A data set by Hub id, folder or file.
 
@@ -25,11 +58,13 @@ def read(name: str, split: str | None, revision: str | None, streaming: bool) ->
     import datasets
 
     path = Path(name)
+    if path.is_file() and path.suffix.lower() not in FILES:
+        raise DataError(f"{name!r} is a file of an unknown kind; known are {', '.join(FILES)}")
     try:
         if path.is_dir() and any((path / file).exists() for file in _SAVED):
             dataset = datasets.load_from_disk(name)
             dataset = dataset[split] if split else dataset
-        elif path.is_file() and path.suffix.lower() in FILES:
+        elif path.is_file():
             options = {"data_files": name, "streaming": streaming}
             options |= {"sep": "\t"} if path.suffix.lower() == ".tsv" else {}
             dataset = _load_split(datasets, FILES[path.suffix.lower()], split or "train", options)
@@ -38,13 +73,19 @@ def read(name: str, split: str | None, revision: str | None, streaming: bool) ->
     except DataError:
         raise
     except Exception as error:  # datasets raises a family of its own over OSError, ValueError, KeyError …
-        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise DataError(f"no data set {name!r} (split {split!r}): {first}") from error
+        raise DataError(f"no data set {name!r} (split {split!r}): {_reason(error)}") from error
     if isinstance(dataset, dict):
         if len(dataset) != 1:
             raise DataError(f"{name!r} has the splits {sorted(dataset)}; choose one, such as split={min(dataset)!r}")
         dataset = next(iter(dataset.values()))
     return dataset
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what an error began with: what a reader of a file raised, not that there was an error."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _load_split(datasets: Any, name: str, split: str | None, options: dict) -> Any:

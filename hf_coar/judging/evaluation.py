@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,7 @@ def evaluate(
     attributions: Attributions,
     model: nn.Module,
     data: Any,
-    fractions: Sequence[float] | None,
+    fractions: Sequence[float] | float | None,
     n_masks: int,
     seed: int,
     output: "str | Output | outputs.OutputFunction | None" = None,
@@ -151,6 +152,8 @@ def evaluate(
         ModelMismatchError: another model.
         DataError: other data.
     """
+    if isinstance(fractions, Real):
+        fractions = [fractions]
     if fractions is None:
         fractions = default_fractions(attributions.provenance.ablated_fraction or 0.05, len(attributions.components))
     _check(fractions, n_masks, seed, len(attributions.components))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from hf_coar import models
 from hf_coar.components import Components, Group
-from hf_coar.errors import CoarError, ModelMismatchError
+from hf_coar.errors import CoarError, ModelMismatchError, check_kind
 from hf_coar.masking import constants, gating, weights
 from hf_coar.masking.gating import FiredGroups
 from hf_coar.masking.partners import Partners
@@ -41,6 +41,8 @@ class MaskedModel:
             ModelMismatchError: a parameter is missing or has another shape, or the components come with attributions of
                 other weights.
         """
+        models.check_is_model(model)
+        check_kind(components, Components, "components", "what hf_coar.find_components(model, …) gives")
         self.model, self.components = model, components
         self._tensors = weights.handles(model, components)
         self._check_fingerprint()
@@ -264,8 +266,9 @@ def ablate(
     """
     if (kept is None) == (without is None):
         raise CoarError("give kept=[True, False, …], or without=[names or indices], and not both")
+    masked = MaskedModel(model, components)
     kept = components.kept_without(without) if kept is None else components.check_kept(kept)
-    with MaskedModel(model, components).ablated(kept, how):
+    with masked.ablated(kept, how):
         yield model
 
 
@@ -312,6 +315,7 @@ def fingerprint_of(model: nn.Module, anew: bool = False) -> str:
         model: whose weights are read, unless they are known: as long as torch's counters say that none was written.
         anew: read them in any case: writes through `.data` go by those counters.
     """
+    models.check_is_model(model)
     if anew:
         _FINGERPRINTS.forget(model)
     return _FINGERPRINTS.of(model)

@@ -23,7 +23,7 @@ from hf_coar.models.calling import (
     under_way,
 )
 from hf_coar.models.classes import Head, class_names, head
-from hf_coar.models.holding import check_usable, held, state_kept
+from hf_coar.models.holding import check_is_model, check_usable, held, state_kept
 from hf_coar.models.libraries import library, wrapped
 from hf_coar.models.loading import load_architecture, load_model, load_snippet, save_model, saved
 from hf_coar.models.records import check_edit, copy_with_record, fingerprint, record
@@ -36,6 +36,7 @@ __all__ = [
     "batch_under_way",
     "check_saved",
     "check_edit",
+    "check_is_model",
     "check_usable",
     "class_names",
     "copy_with_record",

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_coar.errors import ModelError
+from hf_coar.errors import ModelError, check_kind
 
 
 @dataclass
@@ -136,6 +136,7 @@ class _Kept:
 
 def check_usable(model: nn.Module) -> None:
     """Raises `ModelError` for a model whose modules cannot be hooked, or whose weights cannot be changed."""
+    check_is_model(model)
     name = type(model).__name__
     scripted = next((where for where, module in model.named_modules() if _is_scripted(module)), None)
     if scripted is not None:
@@ -155,6 +156,11 @@ def check_usable(model: nn.Module) -> None:
                 f"{where!r} of {name} was made under torch.inference_mode(), and can be neither changed nor "
                 "differentiated; load the model outside of it, or take copy.deepcopy(model) there"
             )
+
+
+def check_is_model(model: Any) -> None:
+    """Raises `CoarError` for what is no module, such as the id of one that was not loaded yet."""
+    check_kind(model, nn.Module, "the model", "a module, such as hf_coar.load(id, data) or models.load_model(id) gives")
 
 
 _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")

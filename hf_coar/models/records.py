@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from hf_coar.errors import CorruptFileError
 from hf_coar.models import offloading
 from hf_coar.models.classes import class_names
+from hf_coar.models.holding import check_is_model
 from hf_coar.models.libraries import library, wrapped
 from hf_coar.storage import files
 
@@ -26,6 +27,7 @@ def record(model: nn.Module) -> dict[str, Any]:
     (None for models made otherwise): only as long as the model's own is still the same, the weights are those of `id`.
     A model that was made otherwise has the `id` that its configuration names, which says nothing about its weights.
     """
+    check_is_model(model)
     known = dict(getattr(model, RECORD, {}))
     if not known and library(model) == "transformers":
         known = {"id": model.config.name_or_path or None, "revision": getattr(model.config, "_commit_hash", None)}
@@ -63,6 +65,7 @@ def fingerprint(model: nn.Module) -> str:
     those of a tensor class that holds others (quantised ones) enter as these. Of a model without weights (on the meta
     device) names, shapes and dtypes enter alone.
     """
+    check_is_model(model)
     digest = hashlib.blake2b(digest_size=16)
     for whole, value in offloading.state(model):
         for name, tensor in _plain_tensors(whole, value):

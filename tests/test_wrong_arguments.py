@@ -1,0 +1,50 @@
+"""Arguments of another kind than is wanted are told in a line of ours, before anything is run."""
+
+import pytest
+import torch
+from torch import nn
+
+import hf_coar as coar
+
+MODEL = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).eval()
+DATA = [{"inputs": torch.eye(6), "labels": torch.arange(6) % 3}]
+OPTIONS = {"method": coar.baselines.LeaveOneOut(), "progress": False}
+
+
+@pytest.fixture(scope="module")
+def attributions() -> coar.Attributions:
+    return coar.attribute(MODEL, DATA, **OPTIONS)
+
+
+ID = "bert-base-uncased"
+CASES = {
+    "attribute an id": (lambda a: coar.attribute(ID, DATA), f"the model is a str, '{ID}'; give .*load_model"),
+    "components of an id": (lambda a: coar.find_components(ID), "the model is a str"),
+    "ablate an id": (lambda a: coar.ablate(ID, a.components, [True] * 8).__enter__(), "the model is a str"),
+    "evaluate an id": (lambda a: coar.evaluate(a, ID, DATA), "the model is a str"),
+    "edit an id": (lambda a: coar.edit(ID, a, decrease=[0]), "the model is a str"),
+    "forget of an id": (lambda a: coar.forget(ID, DATA, label=1), "the model is a str"),
+    "undo a folder": (lambda a: coar.undo("edited", MODEL), "the model is a str"),
+    "a granularity for components": (lambda a: coar.attribute(MODEL, DATA, "head"), "components is a str.*find_compon"),
+    "a folder for attributions": (
+        lambda a: coar.evaluate("run", MODEL, DATA),
+        "attributions is a str.*from_pre",
+    ),
+    "a word for a mask": (lambda a: a.predict("all"), "kept is no tensor"),
+    "no batch size": (lambda a: coar.attribute(MODEL, DATA, batch_size=0, **OPTIONS), "batch_size=0"),
+    "a batch size in words": (lambda a: coar.running(batch_size="8").__enter__(), "batch_size='8'"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_argument_of_another_kind_is_told(attributions, name):
+    use, words = CASES[name]
+    with pytest.raises(coar.CoarError, match=words):
+        use(attributions)
+
+
+def test_one_fraction_is_as_good_as_a_list_of_one(attributions):
+    one, several = (
+        coar.evaluate(attributions, MODEL, DATA, fractions=given, n_masks=5, progress=False) for given in (0.2, [0.2])
+    )
+    assert one.correlation == several.correlation
