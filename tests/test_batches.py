@@ -58,3 +58,16 @@ def test_single_examples_are_told_how_to_become_batches():
     singles = [{name: value[index] for name, value in BATCH.items()} for index in range(3)]
     with pytest.raises(coar.CoarError, match="DataLoader"):
         tasks.bind(classifier(), batch=pieces(singles)[0])
+
+
+@pytest.mark.parametrize(
+    ("left_out", "told"),
+    [((), False), (("attention_mask",), True), (("attention_mask", "padding"), False)],
+)
+def test_padding_that_nothing_masks_is_told(caplog, left_out, told):
+    batch = {name: value for name, value in BATCH.items() if name not in left_out}
+    if "padding" in left_out:
+        batch = {name: value[:1] for name, value in batch.items()}
+    components = coar.find_components(classifier(), "module")
+    coar.attribute(classifier(), [batch], components, method=coar.baselines.LeaveOneOut(), progress=False)
+    assert ("2 of the first 3 examples begin or end in the padding token 0" in caplog.text) == told

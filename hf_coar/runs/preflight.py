@@ -98,12 +98,33 @@ def bound(
         CoarError: the output cannot be had of this model; says which can.
     """
     first = data if isinstance(data, First) else First(data)
+    if call is None:
+        _tell_unmasked_padding(model, first.batch(_MOST))
     try:
         return first.tried(model, lambda batch: _bound(model, batch, output, call), 2)
     except (RuntimeError, MemoryError) as error:
         if not models.is_out_of_memory(error):
             raise
     return tasks.bind(model, output, call, first.batch(1))  # the run itself says what does not fit
+
+
+def _tell_unmasked_padding(model: nn.Module, batch: data_module.Batch) -> None:
+    """Warns of padding that nothing masks: it is attended to, and counts as text that is to be predicted."""
+    config, tokens = getattr(models.wrapped(model), "config", None), batch.get("input_ids")
+    pad = getattr(config, "pad_token_id", None)
+    masked = "attention_mask" in batch or "attention_mask" not in calling.forward_names(model)[0]
+    if masked or pad is None or not isinstance(tokens, Tensor) or tokens.dim() != 2:
+        return
+    # Where the end of a text is marked by the same token, one of them is no padding.
+    width = 2 if pad in (getattr(config, "eos_token_id", None), getattr(config, "bos_token_id", None)) else 1
+    ends = (tokens[:, :width], tokens[:, -width:])
+    padded = sum((end == pad).all(1) for end in ends).bool()
+    if tokens.shape[1] > width and padded.any():
+        logger.warning(
+            "%d of the first %d examples begin or end in the padding token %d, and the batch has no attention_mask: "
+            "the model takes padding for text; give the mask that the tokenizer gave, or examples of one length",
+            int(padded.sum()), len(tokens), pad,
+        )  # fmt: skip
 
 
 def _bound(
