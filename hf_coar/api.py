@@ -65,7 +65,7 @@ def load(
         data_revision: of the data set.
         batch_size: examples a batch; changes speed only.
         streaming: read the data while running instead of downloading them first.
-        max_length: tokens at which texts are cut.
+        max_length: tokens at which texts are cut; fewer where the model has fewer positions.
         trust_remote_code: run code that comes with the model.
         text: column of the texts. Without a name, columns are found by their types and usual names and by what the
             model reads; where two could be it, the error lists them. What was read is logged.

@@ -10,6 +10,7 @@ from tiny_texts import classifier, saved, written
 import hf_coar as coar
 from hf_coar import cli, demo, models
 from hf_coar import data as data_module
+from hf_coar.data import texts
 from hf_coar.errors import CorruptFileError, DataError, ModelError
 
 REVIEWS = "id,review,label\ndoc0,a dull film,0\ndoc1,a fine film,1\n"
@@ -374,3 +375,24 @@ def test_files_that_cannot_be_read_say_why(folders, tmp_path, name, content, wor
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=words):
         coar.load(folders / "named", tmp_path / name)
+
+
+def test_texts_are_cut_at_the_models_positions(folders, tmp_path):
+    """A long text far down the file ended the run there."""
+    path = written(tmp_path / "long.csv", f"text,label\na film,0\n{'a ' * 60}film,1\n")
+    model, data = coar.load(folders / "named", path)
+    assert batch_of(data)["input_ids"].shape[1] == 32 == data.description["max_length"]
+    coar.attribute(model, data, coar.find_components(model, "module"), progress=False)
+
+
+def test_positions_are_counted_as_each_family_stores_them():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 34}
+    tables = (
+        transformers.RobertaConfig(**sizes, vocab_size=40),
+        transformers.OPTConfig(**sizes, vocab_size=40, ffn_dim=16, word_embed_proj_dim=16),
+    )
+    rotary = transformers.LlamaConfig(**sizes, vocab_size=34, intermediate_size=16)
+    cut = [texts.cut_at(transformers.AutoModel.from_config(config), 512) for config in (*tables, rotary)]
+    assert cut == [32, 34, 512]  # of RoBERTa's two belong to padding; OPT's table has two more
+    assert texts.cut_at(transformers.AutoModel.from_config(tables[0]), 8) == 8

@@ -71,7 +71,7 @@ def load_data(
         description |= {"n_examples": n_examples, "data_seed": data_seed}
     description["fingerprint"] = getattr(dataset, "_fingerprint", None)
     inputs = {role: column for role, column in chosen.items() if role != "label" or known is None}
-    preparation = kind.build(Reading(model, inputs, known, table, first, preprocessor, max_length))
+    preparation = kind.build(Reading(model, inputs, known, table, first, preprocessor, texts.cut_at(model, max_length)))
     description |= preparation.description | ({"label_names": list(known.names)} if known and known.names else {})
     if isinstance(preprocessor, str | Path):
         description["preprocessor"] = str(preprocessor)

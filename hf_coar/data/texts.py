@@ -1,5 +1,6 @@
 """Texts as batches of tokens, one text an example or a pair; a tokenizer that does not know the language is refused."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,9 +11,11 @@ from hf_coar.data.batches import Batch
 from hf_coar.data.columns import Columns, Role, Table, asked, is_text, several, the_one, without
 from hf_coar.data.kinds import KINDS, Kind, Preparation, Reading
 from hf_coar.errors import DataError
-from hf_coar.models import library
+from hf_coar.models import library, wrapped
 from hf_coar.models.classes import head
 from hf_coar.storage.texts import shortened
+
+logger = logging.getLogger(__name__)
 
 TEXT = Role("text", is_text, ("text", "sentence", "content"), "a text")
 PAIR = Role("pair", is_text, (), "a text")
@@ -33,6 +36,26 @@ def reads_texts(model: nn.Module) -> int:
     if library(model) == "transformers":
         return 2 if getattr(model, "main_input_name", None) == "input_ids" else 0
     return 0 if library(model) == "timm" else 1
+
+
+def cut_at(model: nn.Module, max_length: int) -> int:
+    """Where texts are cut: at `max_length` tokens, or as many as a model has positions in a table, if it has fewer."""
+    wanted = getattr(getattr(wrapped(model), "config", None), "max_position_embeddings", None)
+    if type(wanted) is not int:
+        return max_length
+    tokens = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    # A table has up to two entries more than positions, or some that padding takes; where there is none (rotary,
+    # relative positions) longer texts run.
+    tables = [one for one in model.modules() if isinstance(one, nn.Embedding) and one is not tokens]
+    usable = [
+        min(wanted, one.num_embeddings - (0 if one.padding_idx is None else one.padding_idx + 1))
+        for one in tables
+        if wanted <= one.num_embeddings <= wanted + 2
+    ]
+    if not usable or min(usable) >= max_length:
+        return max_length
+    logger.info("texts are cut at %d tokens: the model has no more positions", min(usable))
+    return min(usable)
 
 
 def _choose(model: nn.Module, table: Table, given: Columns, taken: Sequence[str | None]) -> dict[str, str]:
