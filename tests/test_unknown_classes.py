@@ -124,3 +124,17 @@ def test_a_rule_ends_the_guess(caplog, registering):
         return [coar.components.Matrix("weight", 1, 0, site="weight")]
 
     assert len(coar.find_components(Known(IN_OUT, (6, 10)))) == 10 and not caplog.records
+
+
+def test_packed_weights_are_told_as_left_out():
+    """Linear layers that torch quantised are no parameters, and were left out without a word."""
+    packed = nn.Module()  # as those of torch.ao.nn.quantized are, whose making needs an engine of the processor
+    packed.in_features, packed.out_features, packed._packed_params = 6, 5, object()
+    model = nn.Sequential(nn.Conv1d(4, 6, 1), nn.Flatten(), packed)
+    (skipped,) = coar.find_components(model).skipped
+    assert (skipped.module, skipped.n_parameters) == ("2", 30) and "weights are packed" in skipped.reason
+
+
+def test_where_all_is_left_out_the_reasons_are_told():
+    with pytest.raises(coar.CoarError, match=r"but 0: embedding \(left out unless included\)\. Name them"):
+        coar.find_components(nn.Sequential(nn.Embedding(5, 4)))

@@ -335,6 +335,11 @@ def _without_rule(model: nn.Module, found: Sequence[_Found]) -> list[Skipped]:
             spoken_for.update(module.modules())
         if module in spoken_for:
             continue
+        if hasattr(module, "_packed_params") and not any(True for _ in module.parameters()):
+            # Of torch.ao: its weights are no tensors that a module shows.
+            size = getattr(module, "in_features", 1) * getattr(module, "out_features", 1)
+            reason = f"{NO_RULE} {type(module).__name__}, whose weights are packed; give the model before quantisation"
+            counts[name, type(module).__name__, reason] = size
         for parameter_name, parameter in module.named_parameters(recurse=False):
             if id(parameter) not in claimed:
                 key = (name, type(module).__name__, _reason(module, parameter_name, parameter))
@@ -361,6 +366,12 @@ def _nothing_found(
     exclude: Sequence[str],
 ) -> str:
     name = type(model).__name__
+    if found and all(one.module in left_out for one in found):
+        reasons = "; ".join(sorted({left_out[one.module] for one in found}))
+        return (
+            f"{name} has no components but {_abbreviate([one.module for one in found], 8)}: {reasons}. Name them with "
+            "include=[…]; or, if its other modules hold weights of a kind of their own, add hf_coar.components.rule"
+        )
     if found:
         names = [one.module for one in found if one.module not in left_out] or [one.module for one in found]
         others = [
