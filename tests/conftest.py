@@ -9,22 +9,29 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import copy
 import functools
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from other_processes import Plain
 from torch import Tensor, nn
 
 import hf_coar as coar
 from hf_coar import editing, models
 from hf_coar.components import rules
 from hf_coar.models import outputs, tasks
+from hf_coar.plots import page
 from hf_coar.runs import running
 
 torch.set_num_threads(1)
-# Pages and pictures take more time than most runs here; the tests that look at them ask for them (`reports`).
+# Pages and pictures take more time than most runs here; the tests that look at them ask for them (`reports`,
+# `pictures`).
 running._current.set(running.Running(report=False))
+_draw_pages, page._drawn = page._drawn, lambda folder, sections: {}
+# No test ends with a dead machine: a process that dies loses nothing that it wrote. Syncing takes a few ms a file.
+os.fsync = lambda handle: None
 
 DEMO = Path(coar.__file__).parent / "demo"
 
@@ -286,6 +293,14 @@ def demo_attributions(demo_pair) -> coar.Attributions:
     return coar.attribute(model, data, method=coar.PathGradient(rounds=4), ablated_fraction=0.05, progress=False)
 
 
+@pytest.fixture(scope="session")
+def plain_process() -> Iterator[Plain]:
+    """A process of its own without hf_coar."""
+    process = Plain()
+    yield process
+    process.close()
+
+
 # ------------------------------------------------------------------------------------------------------ state of a net
 
 
@@ -312,8 +327,41 @@ def same_state(model: nn.Module, before: dict[str, object]) -> bool:
     return were == after and tensors.keys() == old.keys() and all(torch.equal(tensors[name], old[name]) for name in old)
 
 
+@contextmanager
+def drawn() -> Iterator[None]:
+    """Pages get their pictures."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page, "_drawn", _draw_pages)
+        yield
+
+
 @pytest.fixture
-def reports() -> Iterator[None]:
+def pictures() -> Iterator[None]:
+    """Pages get their pictures."""
+    with drawn():
+        yield
+
+
+@pytest.fixture
+def reports(pictures) -> Iterator[None]:
     """Runs write their pages."""
     with running.running(report=True):
         yield
+
+
+# ------------------------------------------------------------------------------------------------ which files go first
+
+# The longest ones: begun first, so that no process waits for another one at the end.
+LONG = ("docs", "estimators", "hub", "explore", "captured", "crash", "cli", "fuzz", "census", "path_gradient")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Files go to the processes of pytest-xdist in the order in which they are collected."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of `LONG` first; those of a file stay together."""
+    order = {f"test_{name}": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))

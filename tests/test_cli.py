@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from other_processes import forked
 
 import hf_coar as coar
 from hf_coar import cli, demo, explore, models
@@ -195,8 +196,8 @@ def test_ctrl_c_says_how_to_go_on(monkeypatch, tmp_path):
 
 
 def test_python_dash_m():
-    done = subprocess.run([sys.executable, "-m", "hf_coar", "--version"], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.strip() == f"hf-coar {coar.__version__}"
+    code, out, _ = hf_coar("--version")
+    assert code == 0 and out.strip() == f"hf-coar {coar.__version__}"
     done = subprocess.run([sys.executable, "-m", "hf_coar", "evaluate", "nowhere"], capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
 
@@ -256,10 +257,11 @@ def test_no_colour_but_on_a_terminal(monkeypatch):
     assert terminal.red("wrong", StringIO()) == "wrong"
     monkeypatch.setenv("NO_COLOR", "1")
     assert terminal.red("wrong", Terminal()) == "wrong"
-    done = subprocess.run([sys.executable, "-m", "hf_coar", "components", MODEL], capture_output=True, text=True)
-    assert done.returncode == 0 and "\033" not in done.stdout + done.stderr
+    done = forked(lambda: cli.main(["components", MODEL]))
+    assert done.returncode == 0 and done.stdout and "\033" not in done.stdout + done.stderr
 
 
+@pytest.mark.usefixtures("pictures")
 def test_evaluation_draws_the_page_and_the_card_shows_the_pictures(run):
     code, out, _ = hf_coar("evaluate", run, "--n-masks", 10, "--fractions", 0.05)
     assert code == 0 and f"report: {run / 'report.html'}" in out
@@ -302,18 +304,10 @@ def test_explore_passes_its_flags_on(run, tmp_path, monkeypatch):
 
 def test_trackers_leave_standard_output_to_the_result(tmp_path):
     pytest.importorskip("tensorboard")
-    command = ["attribute", MODEL, IMAGES, "--split", "train[:2]", "--rounds", 2, "--include", "layer3.*", "--json"]
-    command = [
-        sys.executable,
-        "-m",
-        "hf_coar",
-        *map(str, command),
-        "--log-with",
-        "tensorboard",
-        "--out",
-        tmp_path / "r",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    command = ["attribute", MODEL, IMAGES, "--split", "train[:2]", "--rounds", "2", "--include", "layer3.*", "--json"]
+    command += ["--log-with", "tensorboard", "--out", str(tmp_path / "r")]
+    done = forked(lambda: cli.main(command))
+    assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["n_examples"] == 2
     assert list((tmp_path / "r" / "logs").rglob("events.*"))
 

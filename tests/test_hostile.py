@@ -405,6 +405,7 @@ def test_cards_of_hostile_edits():
                 assert "os.system" not in code
 
 
+@pytest.mark.usefixtures("pictures")
 def test_report_pages_of_hostile_attributions(tmp_path):
     hostile = coar.Attributions(
         tiny().weights, tiny().bias, None, tiny().components, tiny().identity, nasty_config(), EVALUATION

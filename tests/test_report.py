@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
+from conftest import drawn
 from test_plots import GROUPS, make_attributions, make_report
 
 import hf_coar as coar
@@ -37,6 +38,12 @@ class Page(HTMLParser):
     @property
     def text(self):
         return " ".join(" ".join(self.words).split())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def with_pictures():
+    with drawn():
+        yield
 
 
 @pytest.fixture(scope="module")
