@@ -1,5 +1,6 @@
 """The engine: what changes speed moves nothing but rounding, memory that runs out is no end, and costs are told."""
 
+import functools
 import json
 import shlex
 import subprocess
@@ -37,6 +38,19 @@ def attribute(net, method, batch_size=None, out=None, **options):
 # ---------------------------------------------------------------------------------------------------------- speed only
 
 
+@pytest.fixture(scope="module")
+def plain_run(tmp_path_factory):
+    """(name of a net, method) -> the weights of a run as it comes, and its settings; made once."""
+
+    @functools.cache
+    def run(name, method):
+        folder = tmp_path_factory.mktemp("plain")
+        found = attribute(build_net(name), method, out=folder)
+        return found.weights, (folder / "run.json").read_text()
+
+    return run
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     ("options", "tolerance"),
@@ -52,13 +66,11 @@ def attribute(net, method, batch_size=None, out=None, **options):
     ids=str,
 )
 @pytest.mark.parametrize("name", ["convnet", "gpt2"])
-def test_what_changes_speed_moves_nothing_but_rounding(name, options, tolerance, method, tmp_path):
-    net = build_net(name)
-    plain = attribute(net, method, out=tmp_path / "plain")
-    other = attribute(net, method, out=tmp_path / "other", **options)
-    scale = plain.weights.abs().max()
-    assert (plain.weights - other.weights).abs().max() <= tolerance * scale
-    stored = [json.loads((tmp_path / run / "run.json").read_text()) for run in ("plain", "other")]
+def test_what_changes_speed_moves_nothing_but_rounding(name, options, tolerance, method, tmp_path, plain_run):
+    plain, settings = plain_run(name, method)
+    other = attribute(build_net(name), method, out=tmp_path, **options)
+    assert (plain - other.weights).abs().max() <= tolerance * plain.abs().max()
+    stored = [json.loads(settings), json.loads((tmp_path / "run.json").read_text())]
     assert stored[1].pop("dtype", None) == options.get("dtype"), "lower precision is more than rounding"
     assert stored[0] == stored[1], "what changes speed only is not stored"
 
