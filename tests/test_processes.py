@@ -18,8 +18,8 @@ from hf_coar import cli
 from hf_coar.errors import CoarError
 from hf_coar.runs import engine, workers
 
-ATTRIBUTE = ["attribute", str(DEMO / "model"), str(DEMO / "images.parquet"), "--split", "train[:40]"]
-ATTRIBUTE += ["--rounds", "2", "--batch-size", "8", "--include", "layer3.*", "--exclude", "layer3.1.*"]
+ATTRIBUTE = ["attribute", str(DEMO / "model"), str(DEMO / "images.parquet"), "--split", "train[:16]"]
+ATTRIBUTE += ["--rounds", "2", "--batch-size", "4", "--include", "layer3.*", "--exclude", "layer3.1.*"]
 
 
 def content(folder):
@@ -67,13 +67,36 @@ def wait(child):
 # ------------------------------------------------------------------------------------------------------------ launchers
 
 
+SCRIPT = """
+import contextlib, io, sys
+sys.path.insert(0, sys.argv[1])
+from conftest import build_net
+import hf_coar as coar
+from hf_coar import cli
+out = io.StringIO()
+with contextlib.redirect_stdout(out):
+    code = cli.main(sys.argv[2:])
+net = build_net("mlp")
+batches = [net.batch] * 4
+how = {"method": coar.PathGradient(rounds=2), "ablated_fraction": 0.1, "progress": False}
+a = coar.attribute(net.model, batches, **how)
+r = coar.evaluate(a, net.model, batches, fractions=(.1,), n_masks=70, progress=False)
+said = out.getvalue().count("saved in")
+print(f"{code} {said}, {len(a)} {r.n_masks} {float(a.weights.sum()):.5f} done\\n", end="", flush=True)
+"""
+
+
 def test_torchrun_with_two_processes_writes_the_same_bytes(alone, tmp_path):
+    """What the command line does; and afterwards a run without a folder, for which the two share a temporary one."""
+    (tmp_path / "script.py").write_text(SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29713"]
-    command += ["-m", "hf_coar", *ATTRIBUTE, "--out", str(tmp_path)]
+    command += [str(tmp_path / "script.py"), str(Path(__file__).parent), *ATTRIBUTE, "--out", str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("saved in") == 1, "only the main process speaks"
-    assert content(tmp_path) == alone
+    lines = sorted(line for line in done.stdout.split("\n") if line.endswith("done"))  # older ones of torch also greet
+    assert [line[:3] for line in lines] == ["0 0", "0 1"], "only the main process speaks"
+    assert content(tmp_path / "run") == alone
+    assert lines[0][4:] == lines[1][4:] and lines[0][4:].strip().startswith("16 70 ")
 
 
 def test_independent_workers_write_the_same_bytes(alone, tmp_path, capfd):
@@ -95,28 +118,6 @@ def test_more_workers_than_batches(tmp_path):
     children = [fork(lambda i=i: work(tmp_path / "three", f"{i}/3")) for i in range(3)]
     assert [wait(child) for child in children] == [0, 0, 0]
     assert content(tmp_path / "three") == content(tmp_path / "alone")
-
-
-def test_processes_without_a_folder_share_a_temporary_one(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import sys\n"
-        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "from conftest import build_net\n"
-        "import hf_coar as coar, torch\n"
-        "net = build_net('mlp')\n"
-        "batches = [net.batch] * 4\n"
-        "how = {'method': coar.PathGradient(rounds=2), 'ablated_fraction': 0.1, 'progress': False}\n"
-        "a = coar.attribute(net.model, batches, **how)\n"
-        "r = coar.evaluate(a, net.model, batches, fractions=(.1,), n_masks=70, progress=False)\n"
-        "print(f'{len(a)} {r.n_masks} {float(a.weights.sum()):.5f} done\\n', end='', flush=True)\n"
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29714"]
-    done = subprocess.run([*command, str(script)], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    lines = [line for line in done.stdout.split("\n") if line.startswith("16 ")]  # older ones of torch also greet
-    assert len(lines) == 2
-    assert lines[0] == lines[1] and lines[0].startswith("16 70 ")
 
 
 LAUNCHED = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "True"}
