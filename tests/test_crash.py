@@ -23,7 +23,7 @@ from hf_coar.errors import CoarError, DataError, RunMismatchError
 from hf_coar.runs import engine, workers
 from hf_coar.storage import files
 
-N_BATCHES = 8
+N_BATCHES = 4
 METHODS = {"path": coar.PathGradient(rounds=2), "regression": coar.Regression(n_masks=70)}
 
 
@@ -50,12 +50,8 @@ def content(folder):
 
 
 @pytest.fixture(autouse=True)
-def no_sync(monkeypatch):
-    """A killed process, unlike a dead machine, loses nothing that it wrote; syncing would only cost time here.
-
-    Every unit has a shard of its own: how many short ones share one depends on how fast they were.
-    """
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
+def a_shard_a_unit(monkeypatch):
+    """Every unit has a shard of its own: how many short ones share one depends on how fast they were."""
     monkeypatch.setattr("hf_coar.runs.outbox.SECONDS", 0.0)
 
 
