@@ -1,5 +1,7 @@
 """Editing: rules worked out by hand, choosing by validation, records, undo, and errors."""
 
+import copy
+import functools
 import json
 import math
 from dataclasses import asdict
@@ -27,11 +29,16 @@ def attribute(model, data, method, **options):
     return coar.attribute(model, data, method=method, **{"ablated_fraction": 0.1, "progress": False, **options})
 
 
+@functools.cache
+def attributed():
+    """Attributions of all batches; made once."""
+    return attribute(build_net("convnet").model, batches(), coar.PathGradient(4))
+
+
 @pytest.fixture
 def judged(convnet):
     """A model, its data and its attributions."""
-    data = batches()
-    return convnet.model, data, attribute(convnet.model, data, coar.PathGradient(4))
+    return convnet.model, batches(), copy.deepcopy(attributed())
 
 
 def welch_by_hand(weights, targets, reference):

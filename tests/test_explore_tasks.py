@@ -63,6 +63,7 @@ def test_every_task_can_be_looked_at(name):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("pictures")
 @pytest.mark.parametrize("name", CASES)
 def test_every_task_has_a_report_and_a_card(name, tmp_path):
     model, batch = made(name)
