@@ -47,7 +47,7 @@ def components():
 def attribute(data, components, folder=None, method=METHOD, **options):
     model, _ = coar.load(DEMO / "model", DEMO / "images.parquet")
     with engine.running(**options):
-        return coar.attribute(model, data, components, method=method, out=folder, progress=False)
+        return coar.attribute(model, data, components, method=method, ablated_fraction=0.25, out=folder, progress=False)
 
 
 def load(path, split=None, batch_size=4, **options):
