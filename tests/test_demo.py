@@ -1,15 +1,25 @@
-"""The demo does what the README says, on images that no choice has seen."""
+"""The demo does what the README says, on images that no choice has seen.
+
+With fewer images and rounds by default, and as it is given to people with `-m slow`.
+"""
 
 import json
 
 import pytest
 
+import hf_coar as coar
 from hf_coar import demo
 
 
-@pytest.fixture(scope="module")
-def report(tmp_path_factory):
-    return demo.run(tmp_path_factory.mktemp("demo"), progress=False), tmp_path_factory.getbasetemp() / "demo0"
+@pytest.fixture(scope="module", params=["small", pytest.param("whole", marks=pytest.mark.slow)])
+def report(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo")
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "small":
+            patch.setattr(demo, "N_ATTRIBUTED", 40)
+            patch.setattr(demo, "N_CHOOSING", 200)
+            patch.setattr(demo, "PathGradient", lambda rounds: coar.PathGradient(rounds // 4))
+        return demo.run(folder, progress=False), folder
 
 
 def test_demo_predicts_edits_and_reloads(report):

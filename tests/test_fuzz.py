@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 import fuzz
 
 # Of each kind as many as take some seconds; the share that must be refused shows that the changes are felt.
-MANY = {"artefact": (700, 0.5), "edit": (400, 0.3), "run": (40, 0.02), "model": (160, 0.2), "flags": (700, 0.3)}
+MANY = {"artefact": (500, 0.5), "edit": (880, 0.3), "run": (20, 0.02), "model": (100, 0.2), "flags": (500, 0.3)}
 
 
 @pytest.fixture(scope="module")
