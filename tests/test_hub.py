@@ -27,7 +27,6 @@ def faults(*entries):
     request = urllib.request.Request(os.environ["HF_ENDPOINT"] + "/_faults", body, method="POST")
     urllib.request.urlopen(request).read()
 """
-WITHOUT_HF_COAR = 'import sys; sys.modules["hf_coar"] = None'
 
 
 def client(code: str, server: Hub, cache: Path, token: str | None = "hf_test", offline: bool = False) -> str:
@@ -101,8 +100,8 @@ assert models.fingerprint(coar.undo(pulled, model)) == models.fingerprint(model)
 print(json.dumps([models.record(model)["revision"], data.description["revision"]]))
 """
 
-PLAIN = f"""
-{WITHOUT_HF_COAR}
+PLAIN = """
+sys.modules["hf_coar"] = None  # from here on `import hf_coar` fails
 import timm
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
@@ -112,6 +111,7 @@ with torch.no_grad():
     by_timm = timm.create_model("hf-hub:me/edited", pretrained=True).eval()(expected["images"])
     by_auto = AutoModelForImageClassification.from_pretrained("me/edited-vit").eval()(expected["pixels"]).logits
 assert torch.equal(by_timm, expected["timm"]) and torch.equal(by_auto, expected["vit"])
+del sys.modules["hf_coar"]
 """
 
 
@@ -155,9 +155,8 @@ def test_attribute_push_pull_edit_push_and_load_with_the_base_libraries_alone(tm
         fresh = tmp_path / "fresh"  # another cache, another process
         fresh.mkdir()
         (fresh / "expected.safetensors").write_bytes((folder / "expected.safetensors").read_bytes())
-        code = READ + "\n" + "\n".join(snippets(card))  # what the card says runs as it stands
+        code = PLAIN + READ + "\n" + "\n".join(snippets(card))  # what the card says runs as it stands
         assert json.loads(client(code, server, fresh).splitlines()[0]) == [model_commit, data_commit]
-        client(PLAIN, server, fresh)
 
         del server.requests[:]
         offline = json.loads(client(READ, server, fresh, offline=True).splitlines()[0])
