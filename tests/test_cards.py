@@ -2,10 +2,9 @@
 
 import json
 import re
-import subprocess
-import sys
 
 import pytest
+from other_processes import forked
 from test_format import CONFIG, tiny
 
 import hf_coar as coar
@@ -157,7 +156,7 @@ def test_the_card_of_an_edited_model_that_a_person_wrote_stays(tmp_path):
 def test_the_python_of_a_local_card_runs_as_it_stands(tmp_path):
     tiny().save_pretrained(tmp_path)
     (code,) = [code for code in python_of((tmp_path / "README.md").read_text()) if "from_pretrained" in code]
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    done = forked(lambda: exec(code, {"__name__": "__main__"}) or 0, tmp_path)
     assert done.returncode == 0, done.stderr
     assert "+2.0000" not in done.stderr and re.search(r"\+2\.0000  fc neuron 0", done.stdout)
     assert "without them: 1.0" in done.stdout  # of the first example all three are ablated: its bias

@@ -9,10 +9,10 @@ import ast
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from other_processes import forked
 
 from hf_coar import cli
 from hf_coar.cli import config
@@ -58,8 +58,10 @@ def marked(page):
     return pytest.param(page, marks=pytest.mark.slow if page.name in SLOW else ())
 
 
-@pytest.mark.parametrize("page", map(marked, PAGES), ids=lambda page: page.name)
-def test_snippets_run_and_print_what_is_shown(page, somewhere, capsys):
+@pytest.mark.parametrize("page", [marked(page) for page in PAGES], ids=lambda page: page.name)
+def test_snippets_run_and_print_what_is_shown(page, somewhere, capsys, request):
+    if page.name == "README.md":
+        request.getfixturevalue("pictures")
     namespace, printed = {"__name__": "docs"}, ""
     for language, runs, text, line in fences(page):
         capsys.readouterr()
@@ -116,10 +118,10 @@ def test_the_comparison_of_outputs_can_fail():
 
 def test_the_reference_of_the_api_is_generated(tmp_path):
     """By the command that README.md names."""
-    pytest.importorskip("pdoc")
+    pdoc = pytest.importorskip("pdoc.__main__")
     words = shlex.split(re.search(r"`(pdoc hf_coar[^`]*)`", PAGES[0].read_text(encoding="utf-8"))[1])
     assert words[-2] == "-o"
-    done = subprocess.run([sys.executable, "-m", *words[:-1], str(tmp_path)], capture_output=True, text=True)
+    done = forked(lambda: pdoc.cli([*words[1:-1], str(tmp_path)]) or 0)
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "hf_coar.html").read_text(encoding="utf-8")
     assert "How much every component contributes" in page and "PathGradient" in page
