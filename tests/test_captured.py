@@ -25,7 +25,7 @@ def resnet():
 
 
 def vit():
-    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=10).eval()
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=10).eval()
     return model, [{"x": torch.randn(FEW, 3, 32, 32), "labels": torch.arange(FEW)} for _ in range(2)], "log_prob"
 
 
