@@ -45,11 +45,6 @@ def way(request, monkeypatch):
     return request.param
 
 
-@pytest.fixture(autouse=True)
-def no_sync(monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
-
-
 def killed_everywhere(work, after_kill, steps=STEPS):
     """Kill a child before and after every step of its work; returns how often one died."""
     deaths = 0
