@@ -3,6 +3,7 @@
     python scripts/gallery.py prepare --models models      # data for the models that package registries hold; see below
     python scripts/gallery.py run --entries scripts/gallery_local.yaml --out gallery
     python scripts/gallery.py run --entries scripts/gallery_hub.yaml --out gallery     # needs the Hub; not run
+    python scripts/gallery.py pages --out gallery          # claims and pages once more, after the package has changed
     python scripts/gallery.py index --out gallery --to scripts/results/gallery
 
 The entries are a list of mappings with `name`, `model` and `data`, and what of `split`, `text`, `pair`, `image`,
@@ -26,7 +27,7 @@ import gallery_data
 import hf_coar as coar
 from hf_coar.attributions import folders
 from hf_coar.explore import claims, sharing
-from hf_coar.explore.source import Source
+from hf_coar.explore.source import Source, open_source
 from hf_coar.plots import page
 from hf_coar.storage import files
 
@@ -69,16 +70,26 @@ def attributed(entry: dict[str, Any], folder: Path) -> dict[str, Any]:
     page.write(folder, attributions, report)
     folders.add_evaluation(folder, report)
     attributions.evaluation = report.to_json()
-    source = Source(attributions, model, data)
-    shared = sharing.write(source, folder / "page.html")
-    claim, layers = claims.find(source), attributions.top(by="layer", k=1)
     return {
-        "claim": claim.text, "detail": claim.detail, "components": len(components), "examples": len(attributions),
-        "without": [components.names.name(i) for i in claim.components], "strongest_layer": layers[0].name,
-        "granularity": components.granularity, "output": attributions.provenance.output,
+        "components": len(components), "examples": len(attributions), "granularity": components.granularity,
+        "strongest_layer": attributions.top(by="layer", k=1)[0].name, "output": attributions.provenance.output,
         "cost": attributions.provenance.cost, "evaluation": report.to_json()["fractions"],
-        "page_bytes": shared.stat().st_size,
+        **claimed(Source(attributions, model, data), folder),
     }  # fmt: skip
+
+
+def claimed(source: Source, folder: Path) -> dict[str, Any]:
+    """The page to share, and the claim that it begins with."""
+    shared, claim = sharing.write(source, folder / "page.html"), claims.find(source)
+    without = [source.components.names.name(i) for i in claim.components]
+    return {"claim": claim.text, "detail": claim.detail, "without": without, "page_bytes": shared.stat().st_size}
+
+
+def pages(args: argparse.Namespace) -> None:
+    """Claims and pages of the entries that are done, measured anew on their models."""
+    for path in sorted(args.out.glob(f"*/{FOUND}")):
+        if not args.names or path.parent.name in args.names:
+            files.write_json(path, {**files.read_json(path), **claimed(open_source(path.parent), path.parent)})
 
 
 def index(args: argparse.Namespace) -> None:
@@ -104,7 +115,7 @@ def index(args: argparse.Namespace) -> None:
             f"| output | {found['output']}, at {100 * fidelity['ablated_fraction']:.3g} % ablated |",
             f"| correlation with measured outputs | {fidelity['correlation']:.3f} ({low:.3f}–{high:.3f}) |",
             f"| cost | {found['cost']:g} forward passes an example, {found['minutes']} minutes with everything |",
-            f"| strongest layer | {found['strongest_layer']} |", "",
+            f"| layer with the largest summed weights | {found['strongest_layer']} |", "",
         ]  # fmt: skip
     (args.to / "README.md").write_text("\n".join(lines), encoding="utf-8")
 
@@ -132,9 +143,9 @@ def _pictured(shared: Path, path: Path) -> bool:
 
 
 def main() -> None:
-    """One of three steps."""
+    """One of four steps."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=("prepare", "run", "index"))
+    parser.add_argument("step", choices=("prepare", "run", "pages", "index"))
     parser.add_argument("--models", type=Path, default=Path("models"))
     parser.add_argument("--only", nargs="*", choices=list(gallery_data.PREPARED), default=list(gallery_data.PREPARED))
     parser.add_argument("--germlines", type=Path, help="anarci's wheel")
@@ -145,7 +156,7 @@ def main() -> None:
     parser.add_argument("--to", type=Path, default=Path("scripts/results/gallery"))
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    {"prepare": gallery_data.prepare, "run": run, "index": index}[args.step](args)
+    {"prepare": gallery_data.prepare, "run": run, "pages": pages, "index": index}[args.step](args)
 
 
 if __name__ == "__main__":
