@@ -245,7 +245,7 @@ def attribute(
         problem = Problem(masked, batches, bound, ablated_fraction, seed, first=first)
         if ablated_fraction is not None:
             sampling.check_some_ablated(ablated_fraction, len(masked))
-        chosen, reasons = choosing.settled(problem, chosen, budget is not None)
+        chosen, reasons = choosing.settled(problem, chosen, budget)
         with workers.folder(out) as folder:
             folders.claim(folder, folders.ATTRIBUTIONS, overwrite)
             chosen, reasons = choosing.kept(folder, problem, chosen, reasons)

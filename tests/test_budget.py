@@ -119,15 +119,17 @@ def test_a_budget_in_passes_is_kept(mlp, tmp_path):
     assert json.loads((tmp_path / "run.json").read_text())["method"]["n_masks"] == 35
 
 
-def test_a_budget_sizes_the_default_method(mlp):
+def test_a_budget_sizes_rounds(mlp):
     # At 10 % a round is 15 passes; then there are 8 flips and one, and 20 checks.
-    assert attribute(mlp.model, [mlp.batch], budget=61 + 29).config["method"]["rounds"] == 4
+    found = attribute(mlp.model, [mlp.batch], method=coar.PathGradient(), budget=61 + 29)
+    assert found.config["method"]["rounds"] == 4
 
 
 def test_another_budget_in_passes_is_another_run(mlp, tmp_path):
-    attribute(mlp.model, [mlp.batch], budget=30 + 29, out=tmp_path)
+    settings = {"method": coar.PathGradient(), "out": tmp_path}
+    attribute(mlp.model, [mlp.batch], budget=30 + 29, **settings)
     with pytest.raises(RunMismatchError, match=r"method\.rounds was 2, now 4"):
-        attribute(mlp.model, [mlp.batch], budget=60 + 29, out=tmp_path)
+        attribute(mlp.model, [mlp.batch], budget=60 + 29, **settings)
 
 
 class Clock:
@@ -292,4 +294,4 @@ def test_a_method_that_was_chosen_is_not_replaced(mlp):
 def test_with_gradients_the_default_stays_quiet(mlp, caplog):
     with caplog.at_level(logging.WARNING, logger="hf_coar"):
         found = attribute(mlp.model, [mlp.batch], budget=200)
-    assert found.config["method"]["name"] == "path_gradient" and "no gradient" not in caplog.text
+    assert found.config["method"]["name"] == "leave_one_out" and "no gradient" not in caplog.text

@@ -146,9 +146,14 @@ def test_a_look_decides_in_between(demo_pair, monkeypatch, noise, name):
     assert method.name == name and "reliability of 0." in reason
 
 
-def test_a_budget_is_for_methods_that_have_a_size(few):
-    assert choosing.best_method(problem(few[0], few[1]), budgeted=True)[0] == coar.PathGradient()
-    assert attribute(few, "auto", budget=200).provenance.method_name == "path_gradient"
+def test_a_budget_has_to_afford_one_by_one(few):
+    n_components = len(coar.find_components(few[0]))
+    exact = n_components + 1 + 20
+    for budget, name in ((exact - 1, "path_gradient"), ("2 min", "path_gradient"), (exact, "leave_one_out")):
+        assert choosing.best_method(problem(few[0], few[1]), budget=budget)[0].name == name
+    pairs = n_components * (n_components - 1) // 2
+    found = attribute(few, "auto", budget=exact + pairs)
+    assert found.provenance.method["pairs_among"] == n_components and found.provenance.cost == exact + pairs
 
 
 class Blocked(nn.Module):
@@ -166,7 +171,7 @@ class Blocked(nn.Module):
 @pytest.mark.parametrize(("width", "name"), [(20, "leave_one_out"), (4000, "regression")])
 def test_without_gradients(width, name):
     batch = {"x": torch.randn(2, 4), "labels": torch.tensor([0, 2])}
-    method, reasons = choosing.settled(problem(Blocked(width).eval(), [batch]), None, budgeted=False)
+    method, reasons = choosing.settled(problem(Blocked(width).eval(), [batch]), None)
     reason = reasons["method"]
     assert method.name == name and "no gradient" in reason
 

@@ -13,6 +13,7 @@ from hf_coar import data as data_module
 from hf_coar import models
 from hf_coar.components import Group
 from hf_coar.errors import CoarError
+from hf_coar.estimators import budget as budgets
 from hf_coar.estimators.checking import DEFAULT_CHECKS
 from hf_coar.estimators.leave_one_out import LeaveOneOut, n_pairs
 from hf_coar.estimators.path_gradient import BatchReader, PathGradient
@@ -37,13 +38,13 @@ _FILE = "chosen.json"
 Reasons = dict[str, str]  # of what was chosen: "ablated_fraction", "method"
 
 
-def settled(problem: Problem, method: Estimator | None, budgeted: bool) -> tuple[Estimator, Reasons]:
+def settled(problem: Problem, method: Estimator | None, budget: float | str | None = None) -> tuple[Estimator, Reasons]:
     """The method of a run, and why what was chosen was; the problem gets its fraction. Some passes on a few examples.
 
     Args:
         problem: its `ablated_fraction` may be None.
         method: None to choose one.
-        budgeted: see `best_method`.
+        budget: of the run, see `budget.choose`, which comes after.
 
     Returns:
         the method, and the reasons of what was chosen, by "ablated_fraction" and "method".
@@ -59,7 +60,7 @@ def settled(problem: Problem, method: Estimator | None, budgeted: bool) -> tuple
         if getattr(problem.output.call, "shares_pass", False):
             chosen, reason = _of_shared_passes(problem, method)
         else:
-            chosen, reason = (method, "") if method is not None else best_method(problem, blocked, budgeted)
+            chosen, reason = (method, "") if method is not None else best_method(problem, blocked, budget)
         if method is None:
             method, reasons["method"] = chosen, f"method={chosen.name!r}: {reason}"
     except (RuntimeError, MemoryError) as error:
@@ -177,45 +178,50 @@ def _outputs(problem: Problem, batch: data_module.Batch, masks: Tensor) -> Tenso
     return torch.stack(found)
 
 
-def best_method(problem: Problem, blocked: Sequence[Group] = (), budgeted: bool = False) -> tuple[Estimator, str]:
+def best_method(
+    problem: Problem, blocked: Sequence[Group] = (), budget: float | str | None = None
+) -> tuple[Estimator, str]:
     """The best method for a problem, and why.
 
     Without a gradient, leave-one-out for few components and ARD regression for many. With one, leave-one-out wherever
     it costs no more than path gradient, the rest of the passes going into pairs; and for somewhat more components where
-    two rounds on a few examples show that gradients are mostly noise.
+    two rounds on a few examples show that gradients are mostly noise. A budget in passes has to afford it; what one in
+    minutes affords is not known yet, and path gradient is taken, which has a size for any.
 
     Args:
         problem: of which the first examples are looked at.
         blocked: groups that no gradient reaches.
-        budgeted: whether a budget will say how many passes there are; leave-one-out has no choice of them.
+        budget: in forward passes an example, or a time, or None.
     """
     n_components, path = len(problem.masked), PathGradient()
-    budget, exact = path.cost(problem.size), n_components + 1 + DEFAULT_CHECKS
+    amount, timed = (None, False) if budget is None else budgets.parse(budget)
+    usual, exact = path.cost(problem.size), n_components + 1 + DEFAULT_CHECKS
     one_by_one = _chosen()["leave_one_out"]
     if blocked:
         found = _chosen()["regression"]
-        found = one_by_one if not budgeted and exact <= found.n_masks / 2 else found
+        found = one_by_one if budget is None and exact <= found.n_masks / 2 else found
         return found, _without_gradient(problem, blocked, found)
-    if budgeted:
+    if timed or (amount is not None and exact > amount):
         return path, "its rounds can be as many as the budget affords"
-    expected = without_a_look(problem.size)
+    expected = without_a_look(problem.size, amount)
     if expected != path:
-        return expected, f"{n_components} components ablated one by one cost no more than path gradient ({budget:g})"
-    if exact > _DEARER * budget:
+        return expected, f"{n_components} components ablated one by one cost no more than path gradient ({usual:g})"
+    if exact > _DEARER * usual:
         return path, f"{n_components} components are too many to be ablated one by one"
     reliability = _reliability(path, problem)
     seen = f"two rounds of path gradient have a reliability of {reliability:.2f}"
     if reliability < _NOISE:
         return one_by_one, f"{seen}, and {exact} passes are exact"
-    return path, f"{seen}, and all of it costs less than {exact} passes one by one"
+    return path, f"{seen}, and {exact} passes one by one would tell less"
 
 
-def without_a_look(size: Size) -> Estimator:
-    """The method that is taken as a rule, where gradients arrive and have little noise."""
+def without_a_look(size: Size, passes: float | None = None) -> Estimator:
+    """The method that is taken as a rule, where gradients have little noise; for so many passes, or as usual."""
     path = PathGradient()
-    left = path.cost(size) - (size.n_components + 1 + DEFAULT_CHECKS)
-    if left < 0:
+    usual, exact = path.cost(size), size.n_components + 1 + DEFAULT_CHECKS
+    if exact > usual:
         return path
+    left = (usual if passes is None else passes) - exact
     among = max((k for k in range(2, size.n_components + 1) if n_pairs(k) <= left), default=0)
     return replace(_chosen()["leave_one_out"], pairs_among=among)
 
