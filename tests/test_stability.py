@@ -76,6 +76,16 @@ def test_reliability_by_hand():
     assert found[0].item() == pytest.approx(0.75) and found[1].isnan()
 
 
+def test_errors_that_all_seeds_share_are_not_noise():
+    _, (first, _) = planted(n_examples=2, n_components=4)
+    weights = torch.tensor([[1.0, 3.0, 1.0, 3.0], [2.0, 2.0, 1.0, 2.0]])
+    errors = (torch.full((2, 4), 0.25) + (0.1 * weights) ** 2).sqrt()
+    config = {**first.config, "checked": {"uncertain": 0.1}}
+    found = changed(first, weights=weights, standard_errors=errors, config=config)
+    assert stability.reliability(found)[0].item() == pytest.approx(0.75)
+    assert found.stability() == pytest.approx(float(stability.reliability(found).mean()))
+
+
 def test_more_rounds_by_spearman_and_brown():
     assert stability.longer(torch.tensor([0.5, 1.0]), 2).tolist() == pytest.approx([2 / 3, 1.0])
     assert stability.longer(torch.tensor([2 / 3]), 0.5).tolist() == pytest.approx([0.5])

@@ -234,15 +234,16 @@ class Attributions(Looking, Saved):
     def stability(self) -> float | None:
         """The correlation expected between an example's weights and those of a second run with another seed.
 
-        The mean over the examples of 1 - (mean squared standard error) / (variance of the weights); the module
-        `stability` gives it for each of them. None without standard errors, or where no example's weights vary.
+        The mean over the examples of 1 - (mean squared noise) / (variance of the weights); the module `stability` gives
+        it for each of them. None without standard errors, or where no example's weights vary.
         """
         if not self.has_standard_errors:
             return None
         found = []
         for index in range(len(self)):
-            variance = self.row(index).double().var(correction=0)
-            noise = self.row(index, "standard_errors").double().square().mean()
+            weights, errors = self.row(index), self.row(index, "standard_errors")
+            variance = weights.double().var(correction=0)
+            noise = self.provenance.of_this_seed(weights, errors).double().square().mean()
             if variance > 0:
                 found.append(float(1 - noise / variance))
         return sum(found) / len(found) if found else None

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from hf_coar.errors import CorruptFileError
 from hf_coar.storage import cards
 
@@ -68,6 +70,13 @@ class Provenance:
     warnings: tuple[str, ...] = ()
     chosen: tuple[str, ...] = ()
     skipped: tuple[int, ...] = ()
+
+    def of_this_seed(self, weights: Tensor, errors: Tensor) -> Tensor:
+        """What of standard errors is noise of this seed, in their shape; the rest is an error that every seed makes."""
+        shared = (self.checked or {}).get("uncertain")
+        if not isinstance(shared, int | float):
+            return errors
+        return (errors.double().square() - (shared * weights.double()).square()).clamp_min(0).sqrt()
 
     @property
     def fingerprint(self) -> str | None:

@@ -125,11 +125,13 @@ def checked(problem: Problem, fit: Fit, estimates: Estimates, count: int) -> tup
     typical = torch.tensor([sets.is_typical(number) for number in range(count)])
     at_fraction = _predicted(sets, estimates, examples, typical.nonzero().flatten().tolist())
     scale, uncertain = _scale(at_fraction, measured[typical])
-    estimates = estimates.scaled(scale, math.hypot(uncertain, _UNSEEN))
+    uncertain = math.hypot(uncertain, _UNSEEN)
+    estimates = estimates.scaled(scale, uncertain)
     forecast = replace(fit.forecast, ratio=fit.forecast.ratio / scale)
     calibration = _calibration(sets, estimates, forecast, examples, measured)
     facts = _facts(at_fraction, measured[typical], forecast.unablated, problem.output.boundary)
     facts |= {"n_sets": count, "scale": scale}
+    facts |= {} if estimates.errors is None else {"uncertain": uncertain}
     bias = (measured[typical] - scale * at_fraction).mean(0)
     return replace(fit, bias=bias, forecast=replace(forecast, calibration=calibration), checked=facts), estimates
 

@@ -18,9 +18,10 @@ from hf_coar.runs.fidelity import correlation
 def reliability(attributions: Attributions) -> Tensor:
     """The share of an example's variance over components that is not noise of the estimate, float32 [examples].
 
-    1 - mean squared standard error / variance of the weights over the components. It is the correlation to be expected
-    between these weights and those of another seed (the reliability of classical test theory; Lord, Novick 1968), and
-    its square root the one with the weights that endless computing would give. 1 = no noise; 0 or below = nothing but
+    1 - mean squared noise / variance of the weights over the components, where noise is what of the standard errors
+    another seed would change. It is the correlation to be expected between these weights and those of another seed (the
+    reliability of classical test theory; Lord, Novick 1968), and its square root the one with the weights that endless
+    computing would give. 1 = no noise; 0 or below = nothing but
     noise. NaN where an example's weights are all the same.
 
     Raises:
@@ -32,8 +33,9 @@ def reliability(attributions: Attributions) -> Tensor:
             f"attributions by {attributions.provenance.method_name} have no standard errors, so one run does not tell "
             "how stable they are; attribute again with another seed, and use hf_coar.stability.agreement(first, second)"
         )
-    variance = attributions.weights.double().var(dim=1, correction=0)
-    noise = errors.double().square().mean(1)
+    weights = attributions.weights
+    variance = weights.double().var(dim=1, correction=0)
+    noise = attributions.provenance.of_this_seed(weights, errors).double().square().mean(1)
     return torch.where(variance > 0, 1 - noise / variance, torch.nan).float()
 
 
