@@ -367,6 +367,26 @@ def test_edit_without_validation_warns(net, caplog):
     assert "checked on nothing" not in caplog.text
 
 
+def test_a_sweep_warns_once(net, caplog):
+    """Numbers and rules for the same examples are one question; other examples, or attributions made anew, another."""
+    model, data, components = net
+
+    def attribute(it):
+        return coar.attribute(it, data[:1], components, method=coar.PathGradient(rounds=0), progress=False)
+
+    def warned(given, **sides):
+        caplog.clear()
+        for rule, count in (("welch", 2), ("welch", 4), ("covariance", 4)):
+            coar.edit(model, given, **sides, n_components=count, rule=rule)
+        return [entry.args[0] for entry in caplog.records if entry.levelname == "WARNING"]
+
+    attributions = attribute(model)
+    for given in (attributions, attribute(model), attribute):
+        assert warned(given, decrease={"label": 3}) == [2]
+        assert warned(given, decrease={"label": 3}) == []
+    assert warned(attributions, increase={"label": 3}) == warned(attributions, decrease={"label": 1}) == [2]
+
+
 @pytest.mark.parametrize("name", ["bert", "timm_vit"])
 def test_other_architectures(name):
     """Heads of transformers and timm are found; the layer before them is looked at and refitted."""

@@ -1,6 +1,5 @@
 """`edit`: a copy of the model in which what a rule ranks first is ablated, with the record of it."""
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from typing import Any
@@ -12,21 +11,17 @@ from hf_coar import models
 from hf_coar.attributions import Attributions, labelled
 from hf_coar.components import Components
 from hf_coar.data import numbers
-from hf_coar.editing import stepwise
+from hf_coar.editing import stepwise, unchecked
 from hf_coar.editing.choosing import Candidate, Constraint, Goal, choose
 from hf_coar.editing.rules import AUTO, RULES, Rule, Sides
 from hf_coar.errors import CoarError
 from hf_coar.masking import MaskedModel, constants, fingerprint_of
-from hf_coar.models import outputs
-
-logger = logging.getLogger(__name__)
 
 # Indices, or several sets of them; a class name or {"label": name or number} is all examples of the class.
 Examples = Sequence[int] | Sequence[Sequence[int]] | Tensor | str | Sequence[str] | Mapping[str, Any]
 _Indices = tuple[list[list[int]], list[list[int]], list[int] | None]  # to rise, to fall, to stay (None: all others)
 Attribute = Callable[[nn.Module], Attributions]  # attributes the model that it is given, always the same examples
 
-_LEVEL = 0.95  # of the interval of what is expected
 N_COMPONENTS = 10  # where neither a number nor a validation is given
 _NONE = torch.empty(0, dtype=torch.long)  # of the components
 
@@ -88,15 +83,8 @@ def _sides(
         [(sign, weights[one].double()) for sign, sets in ((1, raised), (-1, lowered)) for one in sets],
         of_reference,
         in_place.double(),
-        _boundary(attributions),
+        unchecked.boundary_of(attributions),
     )
-
-
-def _boundary(attributions: Attributions) -> float | None:
-    """The output's boundary; attributions of before it was recorded tell by their output's name."""
-    of = attributions.provenance
-    known = of.boundary_known or of.output not in outputs.names()
-    return of.boundary if known else outputs.get(of.output).boundary
 
 
 def _sets(examples: Examples | None, n_examples: int) -> list[list[int]]:
@@ -217,7 +205,9 @@ def edit(
         made = _at_once(model, components, rankers, n_components, gate, validation, constraint)
     ranker = rankers[made.best.rule]
     if validation is None:
-        _tell_unchecked(ranker.source.of_whole, made, sides)
+        raised, lowered = (_joined(_sets(side)) for side in sides[:2])
+        how = made.best.rule, made.best.gate
+        unchecked.tell(ranker.source.given, ranker.source.of_whole, made.ablated, how, (raised, lowered), sides[2])
     kept, gate = kept_without(len(components), made.ablated), made.best.gate
     gates = torch.where(kept, 1.0, gate) if gate else kept
     return with_ablated(model, components, gates, _entries(ranker, made, sides))
@@ -410,32 +400,3 @@ def kept_without(n_components: int, ablated: Tensor | Sequence[int]) -> Tensor:
     kept = torch.ones(n_components, dtype=torch.bool)
     kept[torch.as_tensor(ablated, dtype=torch.long)] = False
     return kept
-
-
-def _tell_unchecked(attributions: Attributions, made: _Made, sides: _Indices) -> None:
-    """Warns that nothing but the attributions speaks for an edit, and says what these expect of it."""
-    boundary, level = _boundary(attributions), _LEVEL if attributions.has_intervals(_LEVEL) else None
-    expected = attributions.without(made.ablated, level=level)
-    known = [end for end in (expected.after, expected.low, expected.high) if end is not None]
-    # A gate leaves a part in place.
-    before, ends = expected.before, [expected.before + (1 - made.best.gate) * (end - expected.before) for end in known]
-    targets = _joined([*sides[0], *sides[1]])
-    others = torch.ones(len(attributions), dtype=torch.bool)
-    others[targets] = False
-    others = others.nonzero()[:, 0].tolist() if sides[2] is None else sides[2]
-
-    def said(rows: Sequence[int]) -> str:
-        def mean(values: Tensor) -> str:
-            values = values[list(rows)]
-            return f"{float(values.mean()):.3g}" if boundary is None else f"{(values > boundary).float().mean():.1%}"
-
-        what = attributions.provenance.unit if boundary is None else "right"
-        between = f" (within {mean(ends[1])} to {mean(ends[2])})" if level else ""
-        return f"{mean(before)} to {mean(ends[0])}{between} {what}"
-
-    logger.warning(
-        "this edit was checked on nothing: %d components by rule %s. The attributions that chose them expect targets "
-        "from %s, others from %s; measure it, give validation=…, or take coar.forget, fix, lift, match or steer, which "
-        "choose and measure on examples of their own",
-        len(made.ablated), made.best.rule, said(targets), said(others),
-    )  # fmt: skip
