@@ -15,6 +15,7 @@ from hf_coar.components.groups import Group
 from hf_coar.data import Identity
 from hf_coar.errors import CoarError
 from hf_coar.judging.evaluation import Report, bootstrap_interval
+from hf_coar.plots.frontiers import Dot
 from hf_coar.runs.fidelity import correlation
 
 figures = pytest.importorskip("matplotlib.figure")
@@ -248,13 +249,31 @@ def test_top_components_shows_all_where_there_are_few():
 
 def test_edit_frontier_shows_the_way_the_choice_and_the_rivals():
     way = [(4, 0.9, 0.93), (8, 0.4, 0.92), (12, 0.0, 0.9)]
-    figure = plots.edit_frontier(way, (0.02, 0.91), (0.98, 0.93), {"logit bias": (0.0, 0.93)}, target_name="bags")
-    lines = {line.get_label(): line.get_xydata().tolist() for line in axes_of(figure).get_lines()}
-    assert lines["edited"] == [[2.0, 91.0]] and lines["logit bias"] == [[0.0, 93.0]]
-    assert lines["on the way (examples to choose on)"] == [[90.0, 93.0], [40.0, 92.0], [0.0, 90.0]]
+    edited, rivals = Dot(0.02, 0.91, (0.0, 0.1), 0.03), {"logit_bias": (0.0, 0.93)}
+    figure = plots.edit_frontier(way, edited, (0.98, 0.93), rivals, "bags", limits=(0.1, 0.015))
+    axes = axes_of(figure)
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()}
+    assert lines["dot edited"] == [[2.0, pytest.approx(-2)]] and lines["dot logit_bias"] == [[0.0, 0.0]]
+    shown = [
+        line.get_xydata()[0].tolist() for line in axes.get_lines() if line.get_marker() == "." and len(line.get_xdata())
+    ]
+    assert shown == [pytest.approx(one) for one in ([90, 0], [40, -1], [0, -3])]
+    ends = [line.get_xydata().tolist() for line in axes.get_lines() if line.get_marker() == "None"]
+    assert [[0.0, pytest.approx(-2)], [10.0, pytest.approx(-2)]] in ends  # the interval of the target
+    assert [[2.0, pytest.approx(-5)], [2.0, pytest.approx(1)]] in ends  # of the change of the others
+    assert [[10.0, 0], [10.0, 1]] in ends and [[0, pytest.approx(-1.5)], [1, pytest.approx(-1.5)]] in ends  # limits
+    assert {text.get_text() for text in axes.texts} == {"before", "edited", "logit bias"}
+    heights = sorted(text.xyann[1] for text in axes.texts)
+    assert min(b - a for a, b in pairwise(heights)) > 0.06, "names do not cover each other"
+    assert axes.get_xlim()[0] > axes.get_xlim()[1], "better is to the right"
+    assert axes_of(plots.edit_frontier(way, (0.99, 0.9), (0.1, 0.93))).get_xlim()[0] < 0
+    alone = plots.edit_frontier([], (2.0, 1.0), (0.0, 1.5), {"other": (1.0, 1.2)}, units=("nats", "nats"))
+    assert axes_of(alone).get_ylabel().endswith("change (nats)")
     for wrong in ([], [(4, 1.2, 0.5)]):
         with pytest.raises(CoarError):
             plots.edit_frontier(wrong, (0.02, 0.91), (0.98, 0.93))
+    with pytest.raises(CoarError, match="0 models on the way and 11 rivals"):
+        plots.edit_frontier([], (0.02, 0.91), (0.98, 0.93), dict.fromkeys("abcdefghijk", (0.1, 0.9)))
 
 
 def test_edit_sweep_marks_the_choice():

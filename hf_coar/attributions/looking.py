@@ -6,7 +6,7 @@ matrix, a layer or a head: `a[3]`, `a[10:20]`, `a["layer3.1.conv2"]`, `a["L7"][3
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,31 +18,13 @@ from hf_coar.attributions.table import Row, Table
 from hf_coar.data import within
 from hf_coar.errors import CoarError
 from hf_coar.storage import labels
-from hf_coar.storage.registry import Registry
+from hf_coar.storage.registry import Bound, Registry
 
 if TYPE_CHECKING:
     from hf_coar.attributions.attributions import Attributions
 
 BY = ("unit", "head", "layer", "module")
 PLOTS: Registry[Callable] = Registry("plot")  # functions of attributions; the room `plots` registers them
-
-
-class Plots:
-    """The pictures of some attributions, by their names: `a.plot.layers()`, `a.plot.top(3)`, `a.plot.fidelity()`."""
-
-    def __init__(self, attributions: "Attributions") -> None:
-        """Nothing is drawn yet."""
-        self._attributions = attributions
-
-    def __getattr__(self, name: str) -> Callable:
-        """A picture's function, with these attributions as its first argument."""
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return partial(PLOTS[name], self._attributions)
-
-    def __dir__(self) -> list[str]:
-        """The pictures that there are."""
-        return PLOTS.names()
 
 
 class Looking:
@@ -59,9 +41,9 @@ class Looking:
         return self.whole.shape
 
     @property
-    def plot(self) -> Plots:
+    def plot(self) -> Bound:
         """Pictures, which need `pip install "hf_coar[plots]"`: `layers()`, `top(example)`, `fidelity(report)`."""
-        return Plots(self)
+        return Bound(PLOTS, self)
 
     @cached_property
     def places(self) -> list[int]:

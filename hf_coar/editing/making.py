@@ -205,7 +205,7 @@ def edit(
         made = _at_once(model, components, rankers, n_components, gate, validation, constraint)
     ranker = rankers[made.best.rule]
     if validation is None:
-        raised, lowered = (_joined(_sets(side)) for side in sides[:2])
+        raised, lowered = _joined(sides[0]), _joined(sides[1])
         how = made.best.rule, made.best.gate
         unchecked.tell(ranker.source.given, ranker.source.of_whole, made.ablated, how, (raised, lowered), sides[2])
     kept, gate = kept_without(len(components), made.ablated), made.best.gate

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_coar.components import Group
+from hf_coar.data.showing import image_of
 from hf_coar.explore import drawing
 from hf_coar.explore.columns import Progress, no_progress
 from hf_coar.explore.drawing import Html, button, heading, html, joined, note
@@ -219,7 +220,7 @@ def seen(source: Source, row: int, place: int, shape: tuple[int, ...]) -> Html:
 def as_seen(source: Source, row: int) -> Any:
     """An example's image as the model sees it, cut and scaled, so that places in it are where they are; or None."""
     pixels = source.batch([row]).get("pixel_values")
-    return drawing.image_of(pixels[0]) if isinstance(pixels, Tensor) and pixels.dim() == 4 else None
+    return image_of(pixels[0]) if isinstance(pixels, Tensor) and pixels.dim() == 4 else None
 
 
 def box(place: int, shape: tuple[int, ...]) -> tuple[float, float, float, float] | None:

@@ -136,20 +136,6 @@ def _stretched(image: Any) -> Any:
     return image.point(lambda level: (level - low) * (255 / max(high - low, 1e-12))).convert("L")
 
 
-def image_of(pixels: Any) -> Any:
-    """Pixel values float [channels, height, width] as an image, stretched to their own range; None for others."""
-    from PIL import Image
-
-    if not isinstance(pixels, Tensor) or pixels.dim() != 3 or not pixels.numel() or not bool(pixels.isfinite().all()):
-        return None
-    pixels = pixels.detach().float().cpu()
-    low, high = float(pixels.min()), float(pixels.max())
-    levels = ((pixels - low) / max(high - low, 1e-12) * 255).round().to(torch.uint8)
-    if len(levels) in (3, 4):
-        return Image.fromarray(levels[:3].permute(1, 2, 0).contiguous().numpy())
-    return Image.fromarray(levels[0].numpy())
-
-
 # ---------------------------------------------------------------------------------------------------------- heat map
 
 

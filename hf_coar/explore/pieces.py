@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from hf_coar.components import Components
+from hf_coar.data.showing import image_column, image_of, text_column
 from hf_coar.explore import drawing, measuring
 from hf_coar.explore.columns import Progress, no_progress
 from hf_coar.explore.drawing import Html, Strip, button, heading, html, joined, note, number, wrapped
 from hf_coar.explore.measuring import Accuracy, Change
 from hf_coar.explore.outcome import Outcome
-from hf_coar.explore.source import Source, image_column, text_column
+from hf_coar.explore.source import Source
 from hf_coar.explore.tab import View
 
 PAGES = {"text": 10}  # examples on a page
@@ -110,7 +111,7 @@ def content(raw: Mapping[str, Any], size: int, texts: Sequence[str] = ()) -> Htm
         texts: what the model reads of it; by default what looks like it.
     """
     column = image_column(raw)
-    picture = raw[column] if column is not None else drawing.image_of(raw.get("pixel_values"))
+    picture = raw[column] if column is not None else image_of(raw.get("pixel_values"))
     shown = None if picture is None else drawing.thumbnail(picture, size)
     if shown is not None:
         return shown

@@ -16,11 +16,12 @@ from string import Template
 from typing import Any
 
 from hf_coar.attributions import Attributions
+from hf_coar.data.showing import image_column
 from hf_coar.errors import CoarError
 from hf_coar.explore import acts, claims, columns, drawing, forecasting
 from hf_coar.explore.claims import Claim
 from hf_coar.explore.columns import Progress, no_progress
-from hf_coar.explore.source import Source, image_column, open_source
+from hf_coar.explore.source import Source, open_source
 from hf_coar.models.calling import Call
 from hf_coar.models.outputs import Output, OutputFunction
 from hf_coar.storage import cards, files

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from hf_coar import api, models
 from hf_coar import data as data_module
 from hf_coar.attributions import Attributions
+from hf_coar.data import showing
 from hf_coar.errors import DataError
 from hf_coar.explore import columns, reading
 from hf_coar.explore.columns import Progress, no_progress
@@ -33,7 +34,6 @@ logger = logging.getLogger(__name__)
 BATCH_SIZE = 32
 _CACHED_BYTES = 256 * 2**20  # of prepared batches, so that the next ablation does not decode them again
 _CONTEXT = 3  # tokens before one that decide how it is written
-_TEXT_COLUMNS = ("text", "sentence", "content")
 _TEXT_ROLES = ("text", "pair")  # in the order in which a person reads them
 _LABEL_COLUMNS = ("label", "labels", "target", "fine_label")
 
@@ -162,7 +162,7 @@ class Source:
         """The columns that were read as texts; of data that do not say it, the one that looks like it."""
         known = {} if self._examples is None else self._examples.description
         named = [known[role] for role in _TEXT_ROLES if isinstance(raw.get(known.get(role)), str)]
-        return named or list(filter(None, [text_column(raw)]))
+        return named or list(filter(None, [showing.text_column(raw)]))
 
     def batch(self, rows: Sequence[int]) -> dict[str, Any]:
         """Some examples as the model reads them, with their labels.
@@ -215,7 +215,7 @@ class Source:
         if self._examples is None:
             raise DataError("the data are batches of tensors, which do not say how an image or a text becomes one")
         first, of_text = dict(self._examples.dataset[self._places[0]]), isinstance(content, str)
-        found = next(iter(self._text_columns(first)), None) if of_text else image_column(first)
+        found = next(iter(self._text_columns(first)), None) if of_text else showing.image_column(first)
         column = found if of_text else self._examples.description.get("image") or found
         if column is None:
             raise DataError(f"the data set holds no {'texts' if isinstance(content, str) else 'images'}")
@@ -228,7 +228,7 @@ class Source:
             batch = self._list[0]
             return "image" if "pixel_values" in batch else "tensors"
         first = self._examples.dataset[self._places[0]]
-        return "image" if image_column(first) else "text" if self._text_columns(first) else "tensors"
+        return "image" if showing.image_column(first) else "text" if self._text_columns(first) else "tensors"
 
     @property
     def takes_own(self) -> bool:
@@ -333,7 +333,7 @@ class Source:
         """The tokenizer of a transformers model whose files are at hand, or None."""
         if not hasattr(self, "_tokenizer"):
             tokens = self.kind == "text" or "input_ids" in self.batch([0])
-            self._tokenizer = _tokenizer(self.model) if tokens else None
+            self._tokenizer = showing.tokenizer_of(self.model) if tokens else None
         return self._tokenizer
 
     @property
@@ -366,33 +366,9 @@ def chunks(rows: Sequence[int]) -> Iterator[list[int]]:
         yield list(rows[start : start + BATCH_SIZE])
 
 
-def image_column(raw: Mapping[str, Any]) -> str | None:
-    """The entry of a raw example that holds an image."""
-    return next((name for name, value in raw.items() if hasattr(value, "convert") and hasattr(value, "size")), None)
-
-
-def text_column(raw: Mapping[str, Any]) -> str | None:
-    """The entry of a raw example that holds its text."""
-    texts = [name for name, value in raw.items() if isinstance(value, str)]
-    return next((name for name in _TEXT_COLUMNS if name in texts), texts[0] if texts else None)
-
-
 def _n_bytes(batch: Mapping[str, Any]) -> int:
     tensors = [leaf for leaf in pytree.tree_leaves(dict(batch)) if isinstance(leaf, Tensor)]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _tokenizer(model: nn.Module) -> Any:
-    from transformers import AutoTokenizer
-
-    known = models.record(models.wrapped(model))
-    if not known["id"]:
-        return None
-    try:
-        found = AutoTokenizer.from_pretrained(known["id"], revision=known["revision"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-    return found if len(found) > len(found.all_special_ids) else None  # of a folder without one an empty one is made
 
 
 def open_source(

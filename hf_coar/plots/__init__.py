@@ -10,7 +10,7 @@ it after `%matplotlib inline`::
 matplotlib comes with `pip install "hf_coar[plots]"`.
 """
 
-from hf_coar.plots import accessor  # noqa: F401 (registers `attributions.plot`)
+from hf_coar.plots import accessor, results  # noqa: F401 (register `attributions.plot` and `result.plot`)
 from hf_coar.plots.canvas import save
 from hf_coar.plots.contributions import contribution_by_layer, contribution_heat_map, top_components
 from hf_coar.plots.costs import cost_against_correlation, cost_to_reach

@@ -60,12 +60,7 @@ def new(height: float, width: float = WIDTH) -> tuple[Figure, Axes]:
 
 def new_panels(height: float, widths: Sequence[float]) -> tuple[Figure, list[Axes]]:
     """A figure with axes side by side on one vertical scale; sizes in inches."""
-    try:
-        import matplotlib.figure
-    except ImportError as error:
-        raise CoarError('pictures need matplotlib; install it with: pip install "hf_coar[plots]"') from error
-    size = (sum(widths), height)
-    figure = matplotlib.figure.Figure(figsize=size, dpi=DPI, facecolor="white", layout="constrained")
+    figure = blank(height, sum(widths), layout="constrained")
     panels = figure.subplots(1, len(widths), squeeze=False, sharey=True, width_ratios=widths)[0]
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
@@ -75,6 +70,15 @@ def new_panels(height: float, widths: Sequence[float]) -> tuple[Figure, list[Axe
         axes.yaxis.label.set(color=INK, fontsize=9.5)
         axes.set_axisbelow(True)
     return figure, list(panels)
+
+
+def blank(height: float, width: float = WIDTH, **options: Any) -> Figure:
+    """A figure with nothing on it; sizes in inches."""
+    try:
+        import matplotlib.figure
+    except ImportError as error:
+        raise CoarError('pictures need matplotlib; install it with: pip install "hf_coar[plots]"') from error
+    return matplotlib.figure.Figure(figsize=(width, height), dpi=DPI, facecolor="white", **options)
 
 
 def new_of_rows(n_rows: int) -> tuple[Figure, Axes]:

@@ -9,6 +9,7 @@ from hf_coar.errors import CoarError
 # matplotlib's classes, by name only: it is imported where a picture is drawn.
 from hf_coar.plots import canvas
 from hf_coar.plots.canvas import Figure
+from hf_coar.plots.rows import Row, drawn
 
 
 def class_accuracies(
@@ -97,40 +98,11 @@ def _before_and_after(
     if unknown := [name for name in marked if name not in names]:
         raise CoarError(f"highlight names {unknown}, and the {nouns[1]} are {names[:12]}")
 
-    figure, axes = canvas.new_of_rows(len(names))
-    size = canvas.font(len(names))
-    for place, (name, old, new) in enumerate(zip(names, before, after, strict=True)):
-        colour = canvas.VERMILLION if name in marked else canvas.BLUE
-        if name in marked:
-            axes.axhspan(place - 0.5, place + 0.5, color=canvas.VERMILLION, alpha=0.1, linewidth=0)
-        axes.plot([100 * old, 100 * new], [place, place], color=colour, linewidth=2, alpha=0.6, zorder=2)
-        axes.plot(100 * old, place, "o", color=colour, markerfacecolor="white", markersize=8, zorder=3)
-        axes.plot(100 * new, place, "D", color=colour, markersize=4.5, zorder=4)
-        change = f"{100 * (new - old):+.1f}".replace("-", "−")
-        axes.annotate(
-            "0.0" if change in ("+0.0", "−0.0") else change, (1, place), (40, 0), xycoords=("axes fraction", "data"),
-            textcoords="offset points", ha="right", va="center", fontsize=size, color=canvas.INK,
-            fontweight="bold" if name in marked else "normal",
-        )  # fmt: skip
-    axes.annotate(
-        "change\n(points)", (1, 1), (40, 2), xycoords="axes fraction", textcoords="offset points", ha="right",
-        va="bottom", fontsize=8, color=canvas.INK,
-    )  # fmt: skip
-    short = [canvas.shortened(label, canvas.LABEL_LENGTH) for label in labels]
-    canvas.rows(axes, [f"▶ {label}" if name in marked else label for label, name in zip(short, names, strict=True)])
-    for label, name in zip(axes.get_yticklabels(), names, strict=True):
-        label.set_fontweight("bold" if name in marked else "normal")
-    low, high = 100 * min(before + after), 100 * max(before + after)
-    margin = max(2.0, 0.05 * (high - low))
-    axes.set_xlim(low - margin, high + margin)
-    axes.grid(axis="x", color=canvas.FAINT, linewidth=0.5)
-    axes.set_xlabel("accuracy (%)")
-    keys = [
-        axes.plot([], [], "o", color=canvas.INK, markerfacecolor="white", markersize=8, label="before")[0],
-        axes.plot([], [], "D", color=canvas.INK, markersize=4.5, label="after")[0],
+    rows = [
+        Row(label, 100 * old, 100 * new, name in marked)
+        for label, name, old, new in zip(labels, names, before, after, strict=True)
     ]
-    canvas.legend_below(figure, axes, keys)
-    return figure, before, after, marked
+    return drawn(rows, "accuracy (%)"), before, after, marked
 
 
 def edit_sweep(

@@ -13,6 +13,7 @@ A registry of a kind takes one line, and its decorator is what users see::
 import difflib
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 from hf_coar.errors import CoarError
@@ -159,6 +160,24 @@ class Registry(Generic[Value]):
             f"the {self.kind} {name!r} is taken by {dotted(there)}; choose another name for {dotted(defined)}, or say "
             "replace=True to put it in its place"
         )
+
+
+class Bound:
+    """The functions of a registry as methods of a thing, which is their first argument: `a.plot.layers()`."""
+
+    def __init__(self, registry: Registry[Callable], thing: Any) -> None:
+        """Nothing is called yet."""
+        self._registry, self._thing = registry, thing
+
+    def __getattr__(self, name: str) -> Callable:
+        """A function, with the thing as its first argument."""
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return partial(self._registry[name], self._thing)
+
+    def __dir__(self) -> list[str]:
+        """The functions that there are."""
+        return self._registry.names()
 
 
 def _runs_again(there: Any, defined: Any) -> bool:

@@ -16,6 +16,7 @@ from hf_coar.editing.rules import RULES, Sides
 from hf_coar.editing.tasks import refitting
 from hf_coar.editing.tasks.figures import Figure, Figures
 from hf_coar.editing.tasks.held import Parts
+from hf_coar.editing.tasks.judged import Judged, by_class
 from hf_coar.editing.tasks.looking import Seen, weights
 from hf_coar.editing.tasks.setting import EditResult, Setting, common_entries, counts
 from hf_coar.editing.tasks.walking import Point, Verdict, best, walk
@@ -64,6 +65,15 @@ class Aim(ABC):
         """What the examples to judge on say of a model, beside what they said before the edit."""
 
     @abstractmethod
+    def judged(self, model: nn.Module) -> Sequence[Judged]:
+        """The examples to judge on one by one, before and after the edit."""
+
+    @property
+    @abstractmethod
+    def limits(self) -> dict[str, float]:
+        """What is asked for, as of `EditResult`."""
+
+    @abstractmethod
     def sides(self, weigh: Weigh, model: nn.Module) -> Sides:
         """What rules rank by, of the model as it is now.
 
@@ -89,6 +99,19 @@ class Aim(ABC):
         return self
 
     # ---------------------------------------------------------------------------------------------- what aims have
+
+    def shown(self, model: nn.Module, target: Tensor, grouped: tuple[Tensor, dict[int, str]] | None = None) -> Judged:
+        """The examples to judge on, by class or by other groups.
+
+        Args:
+            model: edited.
+            target: which of them the edit is for, bool [examples].
+            grouped: groups int64 [examples] and their names; classes by default.
+        """
+        rows, output = self.parts.judge, self.of.looker.output
+        groups, names = by_class(self.of.held, rows) if grouped is None else grouped
+        seen = self.before["judge"], self.of.see(model, rows)
+        return Judged(self.of.held, rows, *seen, output.boundary, output.unit, target, groups, names)
 
     def labels(self, rows: Tensor) -> Tensor:
         """Labels of examples, int64 [any]."""
@@ -197,7 +220,7 @@ def carried_out(aim: Aim, method: str, rivals: str | Sequence[str] | None) -> Ed
     if method != ABLATION:
         _check(aim, method)
         changed = RIVALS[method](aim)
-        made = EditResult(changed, Figures(aim.figures(changed)), (), f"{aim.task} by {method}")
+        made = _result(aim, changed, (), f"{aim.task} by {method}")
     else:
         made = _ablated(aim)
     against = {}
@@ -251,5 +274,11 @@ def _ablated(aim: Aim) -> EditResult:
     edited = with_ablated(of.model, components, kept_without(len(components), point.ablated), record)
     if point.head is not None:
         refitting.put(edited.get_submodule(head), *point.head)
-    frontier = tuple((len(one.ablated), one.verdict.target, one.verdict.others) for one in points)
-    return EditResult(edited, Figures(aim.figures(edited)), tuple(record["components"]), aim.task, frontier)
+    way = [(0, before.target, before.others)]
+    way += [(len(one.ablated), one.verdict.target, one.verdict.others) for one in points]
+    return _result(aim, edited, tuple(record["components"]), aim.task, tuple(way))
+
+
+def _result(aim: Aim, edited: nn.Module, components: tuple[str, ...], task: str, way: tuple = ()) -> EditResult:
+    figures = Figures(aim.figures(edited))
+    return EditResult(edited, figures, components, task, way, aim.limits, lambda: aim.judged(edited))

@@ -22,6 +22,8 @@ class Figure:
         high: upper end.
         n: examples that it is from.
         share: whether it is a share from 0 to 1, shown in percent.
+        spread: half of the 95 % interval of the change, where the same examples were seen before and after.
+        unit: of a mean, such as "logits".
     """
 
     what: str
@@ -31,6 +33,8 @@ class Figure:
     high: float
     n: int
     share: bool = True
+    spread: float | None = None
+    unit: str = ""
 
     @property
     def change(self) -> float:
@@ -40,17 +44,30 @@ class Figure:
     def row(self) -> tuple[str, str, str]:
         """What, before and after with its interval, for a card."""
         if not self.share:
-            return self.what, f"{self.before:.3g}", f"{self.after:.3g} ({self.low:.3g} to {self.high:.3g})"
+            what = f"{self.what} ({self.unit})" if self.unit else self.what
+            return what, f"{self.before:.3g}", f"{self.after:.3g} ({self.low:.3g} to {self.high:.3g})"
         low, high = 100 * self.low, 100 * self.high
         return self.what, f"{self.before:.1%}", f"{self.after:.1%} ({low:.1f}–{high:.1f}, n = {self.n})"
 
-    def to_json(self) -> dict[str, float | int | str | bool]:
+    def to_json(self) -> dict[str, float | int | str | bool | None]:
         """JSON values."""
         return dict(vars(self))
 
 
+def interval(share: float, n: int) -> tuple[float, float]:
+    """The 95 % interval of a share of n examples (Wilson 1927)."""
+    middle = (share + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
+    half = _Z / (1 + _Z**2 / n) * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2))
+    return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))
+
+
+def _half(values: Tensor) -> float:
+    """Half of the normal 95 % interval of a mean."""
+    return _Z * float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+
+
 def of_shares(what: str, before: Tensor, after: Tensor) -> Figure:
-    """A share of examples with its Wilson interval (Wilson 1927).
+    """A share of examples with its Wilson interval, and that of its change (Agresti and Min 2005).
 
     Args:
         what: in words.
@@ -58,16 +75,17 @@ def of_shares(what: str, before: Tensor, after: Tensor) -> Figure:
         after: of the edited one, bool [examples].
     """
     n, share = len(after), float(after.float().mean())
-    middle = (share + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
-    half = _Z / (1 + _Z**2 / n) * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2))
-    return Figure(what, float(before.float().mean()), share, max(0.0, middle - half), min(1.0, middle + half), n)
+    gained, lost = int((after & ~before).sum()), int((before & ~after).sum())
+    # Half an example more of each of four kinds, so that no change at all is not certain either.
+    spread = _Z * math.sqrt(gained + lost + 1 - (gained - lost) ** 2 / (n + 2)) / (n + 2)
+    return Figure(what, float(before.float().mean()), share, *interval(share, n), n, spread=spread)
 
 
-def of_means(what: str, before: Tensor, after: Tensor) -> Figure:
-    """A mean over examples, float32 [examples], with its normal interval."""
-    n, mean = len(after), float(after.mean())
-    half = _Z * float(after.std()) / math.sqrt(n) if n > 1 else math.inf
-    return Figure(what, float(before.mean()), mean, mean - half, mean + half, n, share=False)
+def of_means(what: str, before: Tensor, after: Tensor, unit: str = "") -> Figure:
+    """A mean over examples, float32 [examples], with its normal interval, and that of its change."""
+    n, mean, half = len(after), float(after.mean()), _half(after)
+    spread = _half(after - before)
+    return Figure(what, float(before.mean()), mean, mean - half, mean + half, n, False, spread, unit)
 
 
 def fall(before: Tensor, after: Tensor) -> tuple[float, float]:

@@ -15,6 +15,7 @@ from hf_coar.editing.tasks import figures as fig
 from hf_coar.editing.tasks.aims import ABLATION, Aim, Weigh, carried_out
 from hf_coar.editing.tasks.figures import Figure
 from hf_coar.editing.tasks.held import check_limits, checked, divided
+from hf_coar.editing.tasks.judged import Judged
 from hf_coar.editing.tasks.setting import BATCH, EditResult, Setting
 from hf_coar.editing.tasks.walking import Point, Verdict, margin
 from hf_coar.errors import CoarError
@@ -127,6 +128,19 @@ class Fixing(Aim):
         if near is not None:
             found["neighbours"] = fig.of_shares("wrong ones nearest to it in the features", was[near], now[near])
         return found
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """What is asked for."""
+        return {"others": self.others_within}
+
+    def judged(self, model: nn.Module) -> list[Judged]:
+        """Those to fix, which it was made for, and all others by class."""
+        rows, none = self.targets, torch.zeros(len(self.targets), dtype=torch.long)
+        seen = self.of.see(self.of.model, rows), self.of.see(model, rows)
+        output, names = self.of.looker.output, {0: f"to fix ({len(rows)})"}
+        own = Judged(self.of.held, rows, *seen, output.boundary, output.unit, none == 0, none, names)
+        return [own, self.shown(model, torch.zeros(len(self.parts.judge), dtype=torch.bool))]
 
     def _neighbours(self, own: Tensor | None, others: Tensor | None, right: Tensor) -> Tensor | None:
         """The wrong examples nearest to the fixed ones, by the cosine of the features."""

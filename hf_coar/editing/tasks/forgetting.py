@@ -15,6 +15,7 @@ from hf_coar.editing.tasks import probing
 from hf_coar.editing.tasks.aims import ABLATION, Aim, Weigh, carried_out
 from hf_coar.editing.tasks.figures import Figure
 from hf_coar.editing.tasks.held import check_limits, divided
+from hf_coar.editing.tasks.judged import Judged
 from hf_coar.editing.tasks.looking import Seen
 from hf_coar.editing.tasks.setting import BATCH, EditResult, Setting
 from hf_coar.editing.tasks.walking import WALK, Point, Verdict, margin
@@ -158,6 +159,15 @@ class Forgetting(Aim):
             if said[0] is not None and said[1] is not None:
                 found[key] = fig.of_shares(what, *(one[own] == self.label for one in said))
         return found
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """What is asked for."""
+        return {"target": self.at_most, "others": self.others_within}
+
+    def judged(self, model: nn.Module) -> list[Judged]:
+        """By class."""
+        return [self.shown(model, self.own(self.parts.judge))]
 
     def _biased(self, fit: Seen, labels: Tensor, judge: Seen) -> Tensor | None:
         return probing.one_bias(fit, labels, judge, self.label)

@@ -27,10 +27,12 @@ class Held:
     Attributes:
         batches: as the data set has them.
         record: of data and model, where class names stand.
+        raw: the data set that the batches were made of, example by example, where there is one.
     """
 
     batches: Sequence[data_module.Batch]
     record: dict[str, Any]
+    raw: Any = None
 
     @classmethod
     def read(cls, model: nn.Module, data: Any) -> "Held":
@@ -42,7 +44,8 @@ class Held:
         batches = [data_module.as_batch(batch) for batch in data_module.batches(data)]
         if not batches:
             raise DataError("the data set is empty; nothing to edit by")
-        return cls(batches, {"data": data_module.describe(data), "model": models.record(model)})
+        raw = data.dataset if isinstance(data, data_module.Examples) and hasattr(data.dataset, "__len__") else None
+        return cls(batches, {"data": data_module.describe(data), "model": models.record(model)}, raw)
 
     @cached_property
     def bounds(self) -> list[int]:

@@ -1,7 +1,7 @@
 """`lift`: the group that fares worst, lifted at little cost to the average."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -18,6 +18,7 @@ from hf_coar.editing.tasks import refitting
 from hf_coar.editing.tasks.aims import ABLATION, Aim, Weigh, carried_out
 from hf_coar.editing.tasks.figures import Figure
 from hf_coar.editing.tasks.held import LEAST, Held, check_limits, divided
+from hf_coar.editing.tasks.judged import Judged
 from hf_coar.editing.tasks.looking import Seen
 from hf_coar.editing.tasks.setting import BATCH, EditResult, Setting
 from hf_coar.editing.tasks.walking import Point, Verdict, margin
@@ -52,12 +53,14 @@ class Lifting(Aim):
         average_within: what the average accuracy may fall by, from 0 to 1.
         refit: "head" fits the last layer anew to what ablation leaves of the features.
         smooth: attribute softened probabilities.
+        names: of the groups.
     """
 
     groups: Tensor
     average_within: float
     refit: str | None = None
     smooth: bool = True
+    names: Mapping[int, str] = field(default_factory=dict)
     kind: ClassVar[str] = "lift"
     quick: ClassVar[tuple[str, ...]] = ("last_layer",)
 
@@ -177,13 +180,23 @@ class Lifting(Aim):
         found["others"] = fig.of_shares("average accuracy", was, now)
         worst = fig.worst_fall(groups, was, now)
         found["worst_other"] = fig.of_shares(
-            f"accuracy of group {worst}, which loses most", was[groups == worst], now[groups == worst]
+            f"accuracy of {self.names.get(worst, worst)}, which loses most", was[groups == worst], now[groups == worst]
         )
         return found
 
+    @property
+    def limits(self) -> dict[str, float]:
+        """What is asked for."""
+        return {"others": self.average_within}
 
-def groups_of(held: Held, data: Any, groups: Any) -> Tensor:
-    """The number of every example's group, int64 [examples].
+    def judged(self, model: nn.Module) -> list[Judged]:
+        """By group; those that are to rise are what the edit is for."""
+        groups = self.groups[self.parts.judge]
+        return [self.shown(model, torch.isin(groups, torch.tensor(self.failing)), (groups, dict(self.names)))]
+
+
+def groups_of(held: Held, data: Any, groups: Any) -> tuple[Tensor, dict[int, str]]:
+    """The number of every example's group, int64 [examples], and what the groups are called.
 
     Args:
         held: the examples.
@@ -195,13 +208,25 @@ def groups_of(held: Held, data: Any, groups: Any) -> Tensor:
     """
     if isinstance(groups, str):
         column = _column(data, groups)
-        places = held.entry(groups) if column is None else column
-        classes = held.labels.unique(return_inverse=True)[1]
-        found = classes * (int(places.max()) + 1) + places
+        places, values = (held.entry(groups), None) if column is None else column
+        labels, classes = held.labels.unique(return_inverse=True)
+        count = int(places.max()) + 1
+        found = classes * count + places
+
+        def name(number: int) -> str:
+            place = number % count
+            value = place if values is None else values[place]
+            return f"{held.name(int(labels[number // count]))}, {groups} {value}"
+
     else:
         found = torch.as_tensor(groups)
         if found.shape != (len(held),) or found.is_floating_point():
             raise CoarError(f"groups of shape {list(found.shape)} for {len(held)} examples; give each a whole number")
+        alike = torch.equal(found.cpu().long(), held.labels)
+
+        def name(number: int) -> str:
+            return held.name(number) if alike else f"group {number}"
+
     numbers, found, counts = found.unique(return_inverse=True, return_counts=True)
     if len(numbers) < 2:
         raise CoarError(f"all {len(held)} examples are of one group; there is nothing to lift one against")
@@ -211,17 +236,18 @@ def groups_of(held: Held, data: Any, groups: Any) -> Tensor:
             f"groups with fewer than {sum(LEAST)} examples (number: examples): {small}; that many are needed to "
             "attribute, to choose on and to judge on; give more data, or put groups together"
         )
-    return found
+    return found, {place: name(number) for place, number in enumerate(numbers.tolist())}
 
 
-def _column(data: Any, name: str) -> Tensor | None:
-    """Places 0, 1, … of a column of the data set, int64 [examples]; None where there is none."""
+def _column(data: Any, name: str) -> tuple[Tensor, list] | None:
+    """Places 0, 1, … of a column of the data set, int64 [examples], and its values; None where there is none."""
     dataset = getattr(data, "dataset", None) if isinstance(data, Examples) else None
     if name not in (getattr(dataset, "column_names", None) or ()):
         return None
     values = list(dataset[name])
-    known = {value: place for place, value in enumerate(sorted(set(values), key=str))}
-    return torch.tensor([known[value] for value in values])
+    different = sorted(set(values), key=str)
+    known = {value: place for place, value in enumerate(different)}
+    return torch.tensor([known[value] for value in values]), different
 
 
 def lift(
@@ -261,8 +287,8 @@ def lift(
     if refit not in ("head", None):
         raise CoarError(f"refit={refit!r}: give 'head', or None")
     of = Setting.of(model, data, components)
-    numbers = groups_of(of.held, data, groups)
+    numbers, names = groups_of(of.held, data, groups)
     targets = numbers == int(numbers[0])  # every group is divided alike, and each is large enough
     parts = divided(numbers, targets, seed, "a group")
-    aim = Lifting(of, parts, numbers, average_within, refit)
+    aim = Lifting(of, parts, numbers, average_within, refit, names=names)
     return carried_out(aim if aim.can_refit else replace(aim, refit=None), method, rivals)

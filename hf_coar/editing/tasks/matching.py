@@ -16,6 +16,7 @@ from hf_coar.editing.tasks import figures as fig
 from hf_coar.editing.tasks.aims import ABLATION, Aim, Weigh, carried_out
 from hf_coar.editing.tasks.figures import Figure
 from hf_coar.editing.tasks.held import Held, Parts, check_limits
+from hf_coar.editing.tasks.judged import Judged, by_class
 from hf_coar.editing.tasks.looking import Seen
 from hf_coar.editing.tasks.setting import BATCH, EditResult, Setting
 from hf_coar.editing.tasks.walking import Point, Verdict
@@ -59,12 +60,12 @@ class Matching(Aim):
 
     Attributes:
         pairs: clean and triggered examples that it is made of, copies among them, in batches.
-        judged: those that it is judged on.
+        shown_on: clean and triggered examples of which some, `parts.judge`, judge.
         clean_within: what the accuracy on clean examples may fall by, from 0 to 1.
     """
 
     pairs: tuple[Sequence[data_module.Batch], Sequence[data_module.Batch]]
-    judged: tuple[Sequence[data_module.Batch], Sequence[data_module.Batch]]
+    shown_on: tuple[Held, Held]
     clean_within: float
     kind: ClassVar[str] = "match"
     quick: ClassVar[tuple[str, ...]] = ("gradient_times_parameter",)
@@ -84,6 +85,17 @@ class Matching(Aim):
     def start(self) -> tuple[Seen, Seen]:
         """What the model as it was makes of the pairs, clean and triggered."""
         return self._both(self.of.model, self.pairs)
+
+    @cached_property
+    def sides_judged(self) -> tuple[Sequence[data_module.Batch], Sequence[data_module.Batch]]:
+        """The pairs to judge on, clean and triggered, in batches."""
+        clean, triggered = (one.at(self.parts.judge, BATCH) for one in self.shown_on)
+        return clean, triggered
+
+    @cached_property
+    def judged_before(self) -> tuple[Seen, Seen]:
+        """What the model as it was makes of these."""
+        return self._both(self.of.model, self.sides_judged)
 
     def _both(self, model: nn.Module, pairs: tuple[Any, Any]) -> tuple[Seen, Seen]:
         clean, triggered = (self.of.looker.look(model, one) for one in pairs)
@@ -129,18 +141,33 @@ class Matching(Aim):
 
     def figures(self, model: nn.Module) -> dict[str, Figure]:
         """What the pairs to judge on say."""
-        before, after = self._both(self.of.model, self.judged), self._both(model, self.judged)
+        before, after = self.judged_before, self._both(model, self.sides_judged)
         was, now = ([self.of.right(seen) for seen in both] for both in (before, after))
         found = {
             "target": fig.of_shares("accuracy with the trigger", was[1], now[1]),
             "others": fig.of_shares("accuracy without it", was[0], now[0]),
         }
-        labels = torch.cat([batch["labels"] for batch in self.judged[0]]) if "labels" in self.judged[0][0] else None
-        if labels is not None and labels.dim() == 1:
+        labels = self.shown_on[0].labels[self.parts.judge]
+        if bool((labels >= 0).all()):
             worst = fig.worst_fall(labels, was[0], now[0])
             name = f"accuracy without it on {self.of.held.name(worst)!r}, which loses most"
             found["worst_other"] = fig.of_shares(name, was[0][labels == worst], now[0][labels == worst])
         return found
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """What is asked for."""
+        return {"others": self.clean_within}
+
+    def judged(self, model: nn.Module) -> list[Judged]:
+        """The triggered side, which the edit is for, then the clean one, by class."""
+        rows, output = self.parts.judge, self.of.looker.output
+        seen = list(zip(self.judged_before, self._both(model, self.sides_judged), strict=True))
+        return [
+            Judged(one, rows, *both, output.boundary, output.unit, torch.full((len(rows),), triggered),
+                   *by_class(one, rows), "triggered" if triggered else "clean")
+            for one, both, triggered in reversed(list(zip(self.shown_on, seen, (False, True), strict=True)))
+        ]  # fmt: skip
 
 
 def _with_copies(clean: Sequence[data_module.Batch], triggered: Sequence[data_module.Batch]) -> tuple[list, list]:
@@ -212,8 +239,8 @@ def match(
         )
     pairs = _with_copies(*(one.at(edited, BATCH) for one in (of.held, other)))
     none = torch.empty(0, dtype=torch.long)
-    parts, sides = Parts(edited.sort().values, none, none), tuple(one.at(rest, BATCH) for one in judged)
-    return carried_out(Matching(of, parts, pairs, sides, clean_within), method, rivals)
+    parts = Parts(edited.sort().values, none, rest.sort().values)
+    return carried_out(Matching(of, parts, pairs, judged, clean_within), method, rivals)
 
 
 def _paired(clean: Held, triggered: Held) -> Held:

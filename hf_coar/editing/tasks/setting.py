@@ -1,6 +1,8 @@
 """What all tasks begin with, and what all of them return."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,15 @@ from hf_coar.components import Components, find_components
 from hf_coar.editing import edited as edited_model
 from hf_coar.editing.tasks.figures import Figures
 from hf_coar.editing.tasks.held import Held, Parts
+from hf_coar.editing.tasks.judged import Judged
 from hf_coar.editing.tasks.looking import Looker, Seen
 from hf_coar.errors import CoarError
 from hf_coar.masking import MaskedModel, constants, fingerprint_of
 from hf_coar.models import tasks
+from hf_coar.storage.registry import Bound, Registry
 
 BATCH = 128  # examples in one pass, where the data set has smaller batches of one shape
+PLOTS: Registry[Callable] = Registry("picture of an edit")  # functions of results; the room `plots` registers them
 
 
 @dataclass(frozen=True)
@@ -88,8 +93,10 @@ class EditResult:
         figures: before and after, on examples that chose nothing; `print(result.figures)` shows them.
         components: names of what was ablated, in order; none where a rival was taken instead.
         task: such as "forget 'Bag'".
-        frontier: (components ablated, target, others) of every model that was measured on the way, on the examples to
-            choose on; for pictures, not for claims.
+        frontier: (components ablated, target, others) of the model as it was and of every one that was measured on the
+            way, on the examples to choose on; for pictures, not for claims.
+        limits: what was asked for, in the unit of the figures: what the "others" may lose, and the "target" to reach.
+        look: what `judged` gives, looked at when first asked for.
     """
 
     model: nn.Module
@@ -97,6 +104,26 @@ class EditResult:
     components: tuple[str, ...] = ()
     task: str = ""
     frontier: tuple[tuple[int, float, float], ...] = ()
+    limits: Mapping[str, float] = field(default_factory=dict)
+    look: Callable[[], Sequence[Judged]] | None = field(default=None, repr=False)
+
+    @property
+    def plot(self) -> Bound:
+        """Pictures, which need `pip install "hf_coar[plots]"`: `groups()`, `frontier()`, `flips()`."""
+        return Bound(PLOTS, self)
+
+    @cached_property
+    def judged(self) -> tuple[Judged, ...]:
+        """The examples to judge on one by one, before and after.
+
+        Raises:
+            CoarError: they are not at hand: the result was not made by an edit of this session.
+        """
+        if self.look is None:
+            raise CoarError(
+                "this result holds no examples to look at; those of coar.forget, fix, lift, match, steer do"
+            )
+        return tuple(self.look())
 
     def save(self, folder: str | Path, pictures: str | Path | None = None, overwrite: bool = False) -> None:
         """Save the model as its own library does, with the record of the edit and a card of the figures.

@@ -13,6 +13,7 @@ from hf_coar.editing.tasks import figures as fig
 from hf_coar.editing.tasks.aims import ABLATION, Aim, Weigh, carried_out
 from hf_coar.editing.tasks.figures import Figure, Figures
 from hf_coar.editing.tasks.held import Held, Parts, check_enough, check_limits, divided, indices_of
+from hf_coar.editing.tasks.judged import Judged, by_class
 from hf_coar.editing.tasks.looking import Looker
 from hf_coar.editing.tasks.setting import BATCH, EditResult, Setting
 from hf_coar.editing.tasks.walking import WALK, Point, Verdict, margin
@@ -103,12 +104,13 @@ class Steering(Aim):
             if bool((signs == sign).any()):
                 key = name if "target" in found else "target"
                 of = signs == sign
-                found[key] = fig.of_means(f"mean output of {what} ({unit})", before.values[of], seen.values[of])
+                found[key] = fig.of_means(f"mean output of {what}", before.values[of], seen.values[of], unit)
         rest, boundary = signs == 0, self.of.looker.output.boundary
+        moved = ((seen.values - before.values) * signs)[~rest]
+        what = "how far the targets moved the way that they were to"
+        found["moved"] = fig.of_means(what, torch.zeros(len(moved)), moved, unit)
         if boundary is None:
-            found["others"] = fig.of_means(
-                f"mean output of the others ({unit})", before.values[rest], seen.values[rest]
-            )
+            found["others"] = fig.of_means("mean output of the others", before.values[rest], seen.values[rest], unit)
             return found
         was, now = before.values > boundary, seen.values > boundary
         found["others"] = fig.of_shares("others that are right", was[rest], now[rest])
@@ -119,6 +121,26 @@ class Steering(Aim):
             name = f"others of {self.of.held.name(worst)!r} that are right, which lose most"
             found["worst_other"] = fig.of_shares(name, was[of], now[of])
         return found
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """What is asked for."""
+        if self.of.looker.output.boundary is not None:
+            return {"others": self.others_within}
+        rest = self.before["judge"].values[self.signs[self.parts.judge] == 0]
+        return {"others": self.others_within * (float(rest.std()) or 1.0)}
+
+    def judged(self, model: nn.Module) -> list[Judged]:
+        """Those to rise, those to fall, and the others by class."""
+        rows = self.parts.judge
+        groups, names = by_class(self.of.held, rows)
+        signs = self.signs[rows]
+        moved = {-2: (1, "to rise"), -3: (-1, "to fall")}
+        for group, (sign, _) in moved.items():
+            groups = torch.where(signs == sign, group, groups)
+        names = {-1: "the others"} if set(names) == {-1} else {one: f"others, {name}" for one, name in names.items()}
+        named = {group: name for group, (_, name) in moved.items()} | names
+        return [self.shown(model, signs != 0, (groups, named))]
 
 
 def before_and_after(
