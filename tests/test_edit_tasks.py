@@ -10,7 +10,7 @@ from torch import nn
 
 import hf_coar as coar
 from hf_coar import editing, models
-from hf_coar.editing.tasks import fixing, held, matching, probing, refitting, walking
+from hf_coar.editing.tasks import fixing, held, lifting, matching, probing, refitting, walking
 from hf_coar.editing.tasks.looking import Looker, Seen
 from hf_coar.errors import CoarError, UnsatisfiedError
 
@@ -245,6 +245,10 @@ def test_lifting_the_worst_group(biased):
     numbers = torch.cat([2 * batch["labels"] + batch["place"] for batch in data])
     same = coar.lift(model, data, numbers, average_within=0.03, components=components, rivals=None)
     assert same.components == result.components
+    words = [("dim", "lit")[place] for batch in data for place in batch["place"]]
+    assert lifting.groups_of(held.Held.read(model, data), data, words)[1] == {0: "dim", 1: "lit"}
+    labels = torch.cat([batch["labels"] for batch in data])
+    assert lifting.groups_of(held.Held.read(model, data), data, labels)[1] == {0: "class 0", 1: "class 1"}
 
 
 @pytest.fixture(scope="module")
@@ -325,8 +329,12 @@ BAD = {
     "method": (lambda m, d: coar.forget(m, d, 3, method="magic"), "knows no rival 'magic'; there are"),
     "no entry": (lambda m, d: coar.lift(m, d, "place"), "no entry 'place'"),
     "one group": (lambda m, d: coar.lift(m, d, [0] * 500), "are of one group"),
-    "small group": (lambda m, d: coar.lift(m, d, [0] * 499 + [1]), r"groups with fewer than 20 examples .*\{1: 1\}"),
+    "small group": (
+        lambda m, d: coar.lift(m, d, [0] * 499 + [1]),
+        r"groups with fewer than 20 examples .*\{'group 1': 1\}",
+    ),
     "groups": (lambda m, d: coar.lift(m, d, [0, 1]), "for 500 examples; give each a whole number"),
+    "words": (lambda m, d: coar.lift(m, d, ["dim"] * 499 + ["lit"]), r"groups with fewer .*\{'lit': 1\}"),
     "pairs": (lambda m, d: coar.match(m, d, d[:3]), "500 clean and 150 triggered examples"),
     "other labels": (lambda m, d: coar.match(m, d, d[::-1][:9] + d[:1]), "pairs .* have other labels"),
     "nothing": (lambda m, d: coar.steer(m, d), "nothing to steer"),

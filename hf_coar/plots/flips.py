@@ -94,7 +94,8 @@ def _kinds(judged: Judged) -> Iterator[tuple[str, str, torch.Tensor]]:
             places = judged.flipped(target, better)
             way = "wrong → right" if better else "right → wrong"
             colour = canvas.GREEN if better else canvas.VERMILLION
-            yield f"{who}, {way}: {len(places):,} of {n_all:,}", colour, places
+            unit = "" if judged.says_classes else f" ({judged.unit})"
+            yield f"{who}, {way}: {len(places):,} of {n_all:,}{unit}", colour, places
 
 
 class _Reader:

@@ -107,7 +107,8 @@ def _limits(axes: Axes, limits: tuple[float | None, float | None], scales: list[
     target, allowed = limits
     if target is None and allowed is None:
         return
-    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+    ends, (low, high) = axes.get_xlim(), axes.get_ylim()
+    left, right = ends
     if target is not None:
         left = target * scales[0]
         axes.axvline(left, **style)
@@ -120,6 +121,7 @@ def _limits(axes: Axes, limits: tuple[float | None, float | None], scales: list[
     else:
         bottom, top = low, high
     axes.fill_between([left, right], bottom, top, color=canvas.GREEN, alpha=0.07, linewidth=0, zorder=0)
+    axes.set_xlim(ends)
     axes.set_ylim(low, high)
     axes.plot([], [], label="limits, and what keeps them", **style)
 
@@ -135,7 +137,7 @@ def _way(axes: Axes, frontier: Sequence[tuple[int, float, float]], start: Dot, s
             target * scales[0], (others - base) * scales[1], ".", color=canvas.INK, alpha=0.25 + 0.6 * count / most
         )
     keys = {"color": canvas.INK, "alpha": 0.6}
-    axes.plot([], [], ".", label=f"on the way, to {most:,} components (examples to choose on)", **keys)
+    axes.plot([], [], ".", label=f"on the way, to {canvas.count(most, 'component')} (examples to choose on)", **keys)
 
 
 def _dot(
@@ -161,7 +163,10 @@ def _names(axes: Axes, dots: Sequence[tuple[str, tuple[float, float], str]]) -> 
     low, high = axes.get_ylim()
     axes.set_ylim(low, high)
     heights = {name: (y - low) / (high - low) for name, (_, y), _ in dots}
-    order = sorted(heights, key=heights.__getitem__)
+    left, right = axes.get_xlim()
+    # Of dots at one height the one furthest to the right is named lowest, so that no line crosses another.
+    across = {name: (x - left) / (right - left) for name, (x, _), _ in dots}
+    order = sorted(heights, key=lambda name: (round(heights[name], 2), -across[name]))
     at = _spread([heights[name] for name in order])
     named = {name: (place, colour) for name, place, colour in dots}
     for name, height in zip(order, at, strict=True):

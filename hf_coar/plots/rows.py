@@ -100,4 +100,4 @@ def changed(row: Row, digits: int = 1) -> str:
 
 def _column(rows: Sequence[Row]) -> int:
     """Points from the axes to the right end of the column of changes."""
-    return 40 if all(row.spread is None for row in rows) else 72
+    return 40 if all(row.spread is None for row in rows) else 80

@@ -71,20 +71,20 @@ class Judged:
         found = now & ~was if better else was & ~now
         return (found & (self.target == target)).nonzero()[:, 0]
 
+    @property
+    def says_classes(self) -> bool:
+        """Whether the model's answers are classes of the examples."""
+        known = self.boundary is not None and bool((self.held.labels[self.rows] >= 0).all())
+        return known and self.before.logits is not None and self.after.logits is not None
+
     def change(self, place: int) -> tuple[str, str]:
         """What the model says of an example before and after: a class, or the output."""
         sides = (self.before, self.after)
-        known = self.boundary is not None and int(self.held.labels[self.rows[place]]) >= 0
-        if known and all(seen.logits is not None for seen in sides):
+        if self.says_classes:
             before, after = (self.held.name(int(seen.logits[place].argmax())) for seen in sides)
         else:
             before, after = (f"{float(seen.values[place]):.2f}".replace("-", "−") for seen in sides)
         return shortened(before, 24), shortened(after, 24)
-
-    def label(self, place: int) -> str:
-        """What class an example is of; "" where it has none."""
-        label = int(self.held.labels[self.rows[place]])
-        return shortened(self.held.name(label), 24) if label >= 0 else ""
 
 
 def by_class(held: Held, rows: Tensor) -> tuple[Tensor, dict[int, str]]:

@@ -1,6 +1,6 @@
 """`lift`: the group that fares worst, lifted at little cost to the average."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -201,42 +201,47 @@ def groups_of(held: Held, data: Any, groups: Any) -> tuple[Tensor, dict[int, str
     Args:
         held: the examples.
         data: from which they were read.
-        groups: an entry of the batches or a column of the data set, which divides every class; or the numbers.
+        groups: an entry of the batches or a column of the data set, which divides every class; or every example's group
+            by its number or name.
 
     Raises:
         CoarError: no such entry or column, another number of groups than examples, one group, or one with too few.
     """
+    found, name = _named(held, data, groups)
+    if found.shape != (len(held),) or found.is_floating_point():
+        raise CoarError(f"groups of shape {list(found.shape)} for {len(held)} examples; give each a whole number")
+    numbers, found, counts = found.unique(return_inverse=True, return_counts=True)
+    if len(numbers) < 2:
+        raise CoarError(f"all {len(held)} examples are of one group; there is nothing to lift one against")
+    names = {place: name(number) for place, number in enumerate(numbers.tolist())}
+    small = {names[place]: count for place, count in enumerate(counts.tolist()) if count < sum(LEAST)}
+    if small:
+        raise CoarError(
+            f"groups with fewer than {sum(LEAST)} examples (group: examples): {small}; that many are needed to "
+            "attribute, to choose on and to judge on; give more data, or put groups together"
+        )
+    return found, names
+
+
+def _named(held: Held, data: Any, groups: Any) -> tuple[Tensor, Callable[[int], str]]:
+    """A number for every example, as they are given, and what a number is called."""
     if isinstance(groups, str):
         column = _column(data, groups)
         places, values = (held.entry(groups), None) if column is None else column
         labels, classes = held.labels.unique(return_inverse=True)
         count = int(places.max()) + 1
-        found = classes * count + places
 
-        def name(number: int) -> str:
-            place = number % count
-            value = place if values is None else values[place]
-            return f"{held.name(int(labels[number // count]))}, {groups} {value}"
+        def of_both(number: int) -> str:
+            label, place = divmod(number, count)
+            return f"{held.name(int(labels[label]))}, {groups} {place if values is None else values[place]}"
 
-    else:
-        found = torch.as_tensor(groups)
-        if found.shape != (len(held),) or found.is_floating_point():
-            raise CoarError(f"groups of shape {list(found.shape)} for {len(held)} examples; give each a whole number")
-        alike = torch.equal(found.cpu().long(), held.labels)
-
-        def name(number: int) -> str:
-            return held.name(number) if alike else f"group {number}"
-
-    numbers, found, counts = found.unique(return_inverse=True, return_counts=True)
-    if len(numbers) < 2:
-        raise CoarError(f"all {len(held)} examples are of one group; there is nothing to lift one against")
-    small = {int(number): int(count) for number, count in zip(numbers, counts, strict=True) if count < sum(LEAST)}
-    if small:
-        raise CoarError(
-            f"groups with fewer than {sum(LEAST)} examples (number: examples): {small}; that many are needed to "
-            "attribute, to choose on and to judge on; give more data, or put groups together"
-        )
-    return found, {place: name(number) for place, number in enumerate(numbers.tolist())}
+        return classes * count + places, of_both
+    if not isinstance(groups, Tensor) and any(isinstance(one, str) for one in groups):
+        found, words = _numbered(groups)
+        return found, lambda number: str(words[number])
+    found = torch.as_tensor(groups).cpu()
+    classes = found.shape == held.labels.shape and torch.equal(found.long(), held.labels)
+    return found, held.name if classes else lambda number: f"group {number}"
 
 
 def _column(data: Any, name: str) -> tuple[Tensor, list] | None:
@@ -244,7 +249,11 @@ def _column(data: Any, name: str) -> tuple[Tensor, list] | None:
     dataset = getattr(data, "dataset", None) if isinstance(data, Examples) else None
     if name not in (getattr(dataset, "column_names", None) or ()):
         return None
-    values = list(dataset[name])
+    return _numbered(list(dataset[name]))
+
+
+def _numbered(values: Sequence[Any]) -> tuple[Tensor, list]:
+    """Places 0, 1, … of values in their order as words, int64 [values], and the different ones."""
     different = sorted(set(values), key=str)
     known = {value: place for place, value in enumerate(different)}
     return torch.tensor([known[value] for value in values]), different
@@ -271,7 +280,8 @@ def lift(
     Args:
         model: a classifier; it stays as it was.
         data: labelled examples, as `attribute` takes them; read once and kept in memory.
-        groups: a column of whole numbers or words that divides every class into groups; or every example's number.
+        groups: a column of whole numbers or words that divides every class into groups; or every example's group, by
+            its number or name.
         average_within: what the average accuracy may fall by, from 0 to 1.
         refit: "head" also fits the last layer anew, to the examples that are attributed; None ablates alone.
         method: "ablation", or a rival instead: see `editing.rivals`.
