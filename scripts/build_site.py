@@ -28,8 +28,11 @@ COPIED = (
     "model_cards",
     "scripts/results",
 )
-TUTORIALS = ("image_classifier", "text_classifier", "language_model", "clip", "your_own_model", "tutorials")
-HOW_TO = ("looking", "editing", "sharing", "explorer", "command_line", "tasks", "components", "extending")
+TUTORIALS = (
+    "image_classifier", "text_classifier", "language_model", "clip", "your_own_model", "editing", "forget", "fix",
+    "lift", "match", "steer", "typographic", "tutorials",
+)  # fmt: skip
+HOW_TO = ("looking", "sharing", "explorer", "command_line", "tasks", "components", "extending")
 EXPLANATION = ("how_it_works", "comparison", "results")
 REFERENCE = {
     "hf_coar": "The pieces in order", "hf_coar.attributions.attributions": "Attributions",
