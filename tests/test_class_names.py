@@ -75,7 +75,7 @@ def test_an_edit_by_class_names(demo_pair, demo_attributions, tmp_path):
             coar.edit(model, attributions, decrease={"label": absent})
 
 
-def test_names_on_page_and_card(demo_attributions, tmp_path):
+def test_names_on_page_and_card(demo_attributions, tmp_path, pictures):
     demo_attributions.save_pretrained(tmp_path)
     html = page.write(tmp_path, demo_attributions).read_text()
     name = labelled.label_name(demo_attributions, 0)

@@ -296,6 +296,11 @@ def test_a_backbone_that_runs_without_gradients(caplog):
     assert found.config["method"]["name"] == "leave_one_out" and "no gradient" in caplog.text
 
 
+def told_of_gradients(attributions):
+    """Whether the method was chosen because gradients do not arrive."""
+    return "no gradient" in " ".join(attributions.provenance.chosen)
+
+
 def test_what_has_no_gradient_and_no_effect_is_no_obstacle():
     class Unused(Net):
         def __init__(self):
@@ -306,14 +311,14 @@ def test_what_has_no_gradient_and_no_effect_is_no_obstacle():
             return super().forward(x) + 0 * self.extra(x).detach()
 
     torch.manual_seed(0)
-    assert coar.attribute(Unused().eval(), [batch()], budget=300, **OPTIONS).config["method"]["name"] == "path_gradient"
+    assert not told_of_gradients(coar.attribute(Unused().eval(), [batch()], **OPTIONS))
 
 
 def test_dead_layers_are_no_obstacle():
     model = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3)).eval()
     with torch.no_grad():
         model[0].bias.fill_(-100)
-    assert coar.attribute(model, [batch()], budget=300, **OPTIONS).config["method"]["name"] == "path_gradient"
+    assert not told_of_gradients(coar.attribute(model, [batch()], **OPTIONS))
 
 
 @pytest.fixture
