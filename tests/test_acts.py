@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 
 import pytest
 import torch
@@ -141,8 +142,17 @@ def test_the_claim_is_what_the_model_does(source, page):  # noqa: F811
         f"Of {int(right.sum())} examples of other classes that it gets right, {int((right & still).sum())} stay right."
     )
     assert data["claim"]["detail"].endswith(said)
+    most_are_wrong = int((right & still).sum()) < int(right.sum()) / 2
+    assert ("of other classes are wrong as well" in claim.text) == most_are_wrong
     for card in data["claim"]["cards"]:
         assert card["said"][0] == data["examples"][card["example"]]["predicted"] != card["said"][1]
+
+
+def test_a_claim_says_that_everything_goes(source):  # noqa: F811
+    claim = claims.find(source)
+    everything = replace(claim, components=tuple(range(len(source.components))))
+    found = claims._with_the_rest(source, everything)
+    assert re.search(r", and (\d+) of \d+ examples of other classes are wrong as well\.$", found.text)
 
 
 def test_more_components_go_where_no_class_loses_half_without_three(source, monkeypatch):  # noqa: F811

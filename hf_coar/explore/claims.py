@@ -174,7 +174,7 @@ def _evenly(rows: list[int]) -> list[int]:
 
 
 def _with_the_rest(source: Source, claim: Claim) -> Claim:
-    """A claim of one class, with how many of the others stay as they are: whether it is this class that goes."""
+    """A claim of one class, with how many of the others stay right; it says so itself where most do not."""
     own = int(source.attributions.labels[claim.change.rows[0]])
     labels = source.attributions.labels
     others = _evenly(((labels >= 0) & (labels != own)).nonzero().flatten().tolist())
@@ -184,7 +184,10 @@ def _with_the_rest(source: Source, claim: Claim) -> Claim:
     right = change.before.classes == labels[others]
     kept = int((right & (change.after.classes == labels[others])).sum())
     said = f" Of {int(right.sum())} examples of other classes that it gets right, {kept} stay right."
-    return replace(claim, detail=claim.detail + said)
+    lost, text = int(right.sum()) - kept, claim.text
+    if lost > kept:
+        text = f"{text.rstrip('.')}, and {lost} of {lost + kept} examples of other classes are wrong as well."
+    return replace(claim, text=text, detail=claim.detail + said)
 
 
 def _means(source: Source, change: Change) -> str:
