@@ -852,7 +852,7 @@ def test_an_export_stands_alone_and_runs_as_it_is(folder, tmp_path):
 
 
 def test_an_export_of_what_an_index_has_names_its_version(folder, tmp_path, monkeypatch):
-    released = SimpleNamespace(version="9.9", requires=[], read_text=lambda name: None)
+    released = SimpleNamespace(version="9.9", requires=[], read_text={"WHEEL": "Wheel-Version: 1.0"}.get)
     monkeypatch.setattr("importlib.metadata.distribution", lambda name: released)
     space = explore.export(folder, tmp_path / "space", "timm/resnet18.a1_in1k", "user/pictures")
     assert (space / "requirements.txt").read_text() == "hf_coar[explore]==9.9\n" and not (space / "hf_coar").exists()

@@ -20,8 +20,9 @@ def bundle(folder: Path) -> str:
         installed = metadata.distribution(_NAME)
     except metadata.PackageNotFoundError:
         return f"{_NAME}[{_EXTRA}]\n"
-    # PEP 610: whatever came from a path, an archive or a repository says so.
-    if installed.read_text("direct_url.json") is None:
+    # PEP 610: whatever came from a path, an archive or a repository says so. A source tree that is found first was not
+    # made by a wheel.
+    if installed.read_text("WHEEL") is not None and installed.read_text("direct_url.json") is None:
         return f"{_NAME}[{_EXTRA}]=={installed.version}\n"
     shutil.copytree(_PACKAGE, folder / _PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
     return "".join(f"{line}\n" for line in _needs(installed.requires or []))
