@@ -272,6 +272,14 @@ def test_many_examples_are_calibrated_by_some_of_them(mlp, monkeypatch):
     assert all(torch.isfinite(torch.as_tensor(side)).all() for interval in intervals for side in interval)
 
 
+def test_two_sets_of_one_example_set_no_scale():
+    predicted = torch.tensor([[0.0], [1.0]])
+    assert checking._scale(predicted, 3 * predicted) == (1.0, checking._SCALE_PRIOR)
+    several = predicted.expand(2, 40)
+    scale, uncertain = checking._scale(several, 3 * several)
+    assert scale == pytest.approx(3.0) and uncertain == pytest.approx(0.0, abs=1e-3)
+
+
 def test_sets_of_examples_that_could_not_be_read_are_theirs():
     assert [checking._row(example, [1, 4]) for example in (0, 2, 3, 5)] == [0, 1, 2, 3]
 

@@ -158,6 +158,8 @@ def _scale(predicted: Tensor, measured: Tensor) -> tuple[float, float]:
     power, of_measured = float(p.square().sum()), float(m.square().sum())
     if power <= 0 or of_measured <= 0:
         return 1.0, 0.0
+    if p.numel() - p.shape[1] < 2:  # two sets of one example lie on a line, whatever was measured
+        return 1.0, _SCALE_PRIOR
     slope = float((p * m).sum()) / power
     left = float((m - slope * p).square().sum())
     noise = left / max(1, p.numel() - p.shape[1]) / power
