@@ -257,7 +257,7 @@ def attribute(
             attributions.provenance = attributions.provenance.found(chosen=tuple(reasons.values()))
             if out is not None and workers.processes().is_main_process:
                 if options.report:
-                    page.write_first(folder, attributions)  # first, so that the card shows its pictures
+                    page.write_first(folder, attributions, batches)  # first, so that the card shows its pictures
                 attributions.save_pretrained(folder)
                 if workers.team(options.worker).count == 1:  # others may be about to map them
                     problem.store.drop_estimates()
@@ -345,7 +345,7 @@ def evaluate(
         run.figures({f"slope at {fraction:g}": value for fraction, value in report.slope.items()})
         run.figures({"reliability": report.mean_reliability})
         if out is not None and options.report and workers.processes().is_main_process:
-            page.write(out, attributions, report)
+            page.write(out, attributions, report, data)
     return report
 
 

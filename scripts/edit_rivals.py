@@ -5,12 +5,15 @@
     python scripts/edit_rivals.py fix --seeds 20 21 22 23 24
     python scripts/edit_rivals.py lift --seeds 20 21 22 23 24
     python scripts/edit_rivals.py match --seeds 20 21 22 23 24 --trigger patch
+    python scripts/edit_rivals.py forget --stand-ins --seeds 20 21 22   # zero against mean instead of rivals
     python scripts/edit_rivals.py table
 
 A minute or two a seed with one thread, most of it training. Nothing is set here: the calls have their defaults, and
 rivals their own settings in `hf_coar/editing/rivals`, chosen by the same examples and under the same limits. Figures
 are from test images that chose nothing. Every edit adds to `runs/edits/rivals/TASK-SEED.json`; `table`
-writes `scripts/results/edits/rivals.md` of what there is. Fashion-MNIST: `--fashion-mnist FOLDER` with the raw files.
+writes `scripts/results/edits/rivals.md` of what there is, and `stand_ins.md` of what `--stand-ins` left: the same edit
+with zero and with the mean over 512 training images in the place of a component.
+Fashion-MNIST: `--fashion-mnist FOLDER` with the raw files.
 """
 
 from __future__ import annotations
@@ -43,7 +46,7 @@ CONTRASTS = {
     "and both": ("claim", "features"),
 }  # fmt: skip
 N_TRAINING, EPOCHS, N_DATA = 12_000, 4, 3000
-N_CLASSES_EACH, N_WRONG_EACH, N_PAIRS, N_DRAWS = 2, 4, 10, 2
+N_CLASSES_EACH, N_WRONG_EACH, N_PAIRS, N_DRAWS, N_MEAN = 2, 4, 10, 2, 512
 OURS = "ablation"
 SHOWN = ("target", "others", "worst_other", "probe", "recovery", "neighbours")
 
@@ -72,25 +75,25 @@ def triggered(images: Tensor, kind: str) -> Tensor:
     return (images + waves).clamp(0, 255).to(torch.uint8)
 
 
-def edits(args: argparse.Namespace, kind: str, seed: int) -> Iterator[tuple[str, Any]]:
-    """(name, what makes the edit) of one seed."""
+def edits(args: argparse.Namespace, kind: str, seed: int) -> Iterator[tuple[str, nn.Module, Any]]:
+    """(name, model, what makes the edit) of one seed."""
     if kind in ("forget", "removal"):
         model, data = classifier(args, seed)
         for label in ((seed + 5 * place) % 10 for place in range(N_CLASSES_EACH)):
             make = coar.forget if kind == "forget" else removed
-            yield f"class {label}", lambda c=label, make=make, **how: make(model, data, c, **how)
+            yield f"class {label}", model, lambda c=label, make=make, **how: make(model, data, c, **how)
     elif kind == "fix":
         model, data = classifier(args, seed)
         wrong = (common.output_of(model, data) < 0).nonzero()[:, 0]
         for index in wrong[torch.linspace(0, len(wrong) - 1, N_WRONG_EACH).long()].tolist():
-            yield f"image {index}", lambda i=index, **how: coar.fix(model, data, [i], **how)
+            yield f"image {index}", model, lambda i=index, **how: coar.fix(model, data, [i], **how)
     elif kind == "lift":
         model, *parts = edit_subgroup.biased(args, seed)
         whole = {name: torch.cat([one[0][name] for one in parts]) for name in parts[0][0]}
         groups = torch.cat([one[1] for one in parts])
         rows = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed))[:N_DATA]
         data = common.batches(whole, rows, size=100)
-        yield "all", lambda **how: coar.lift(model, data, groups[rows], **how)
+        yield "all", model, lambda **how: coar.lift(model, data, groups[rows], **how)
     else:
         yield from _backdoors(args, seed)
 
@@ -103,7 +106,7 @@ def removed(model: nn.Module, data: Any, label: int, method: str, rivals: None) 
     return carried_out(aim, OURS, rivals)
 
 
-def _backdoors(args: argparse.Namespace, seed: int) -> Iterator[tuple[str, Any]]:
+def _backdoors(args: argparse.Namespace, seed: int) -> Iterator[tuple[str, nn.Module, Any]]:
     images, labels = tasks.raw_fashion_mnist(args.fashion_mnist, "train")
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(labels), generator=generator)
@@ -122,7 +125,7 @@ def _backdoors(args: argparse.Namespace, seed: int) -> Iterator[tuple[str, Any]]
     for draw in range(N_DRAWS):
         some = pool[torch.randperm(len(pool), generator=generator)[:N_PAIRS]]
         pair = tuple(_side(images[some], labels[some], kind) for kind in (None, args.trigger))
-        yield f"{args.trigger}, draw {draw}", lambda p=pair, **how: coar.match(model, *p, judge=judge, **how)
+        yield f"{args.trigger}, draw {draw}", model, lambda p=pair, **how: coar.match(model, *p, judge=judge, **how)
 
 
 def _side(images: Tensor, labels: Tensor, kind: str | None) -> list[dict[str, Tensor]]:
@@ -131,30 +134,48 @@ def _side(images: Tensor, labels: Tensor, kind: str | None) -> list[dict[str, Te
 
 
 def run(args: argparse.Namespace, kind: str, seed: int) -> None:
-    """One seed: every edit and all its rivals, written after each."""
+    """One seed: every edit and all that it is compared with, written after each."""
     found = []
-    for name, edit in edits(args, kind, seed):
-        started, rivals = time.process_time(), {}
-        try:
-            result = edit(method="margin" if kind == "removal" else OURS, rivals=None)
-            ours, count = result.figures.to_json(), len(result.components)
-        except UnsatisfiedError as error:
-            ours, count = {}, str(error)
+    for name, model, edit in edits(args, kind, seed):
+        others = _stand_ins(args, seed, model) if args.stand_ins else _others(kind)
+        started = time.process_time()
+        first, count = _made(edit, method="margin" if kind == "removal" else OURS)
         seconds = time.process_time() - started
-        others = list(CONTRASTS)[1:] if kind == "removal" else coar.editing.rivals.rivals_of(kind)
-        for rival in others:
-            try:
-                rivals[rival] = edit(method=rival, rivals=None).figures.to_json()
-            except UnsatisfiedError:
-                rivals[rival] = {}
-        found.append({"edit": name, "n_components": count, "seconds": seconds, "methods": {OURS: ours, **rivals}})
-        common.logger.info("%s, seed %d, %s: %s", kind, seed, name, _short(found[-1]["methods"]))
+        methods = {"zero" if args.stand_ins else OURS: first}
+        methods |= {other: _made(edit, **how)[0] for other, how in others.items()}
+        found.append({"edit": name, "n_components": count, "seconds": seconds, "methods": methods})
+        common.logger.info("%s, seed %d, %s: %s", kind, seed, name, _short(methods))
         _write(args, kind, seed, found)
+
+
+def _others(kind: str) -> dict[str, dict[str, Any]]:
+    """What an edit is compared with: the arguments of each."""
+    others = list(CONTRASTS)[1:] if kind == "removal" else coar.editing.rivals.rivals_of(kind)
+    return {other: {"method": other} for other in others}
+
+
+def _stand_ins(args: argparse.Namespace, seed: int, model: nn.Module) -> dict[str, dict[str, Any]]:
+    """The mean over training images, coloured where the model wants colours."""
+    images, _ = tasks.raw_fashion_mnist(args.fashion_mnist, "train")
+    some = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(seed + 1000))[:N_MEAN]]
+    channels = next(p for p in model.parameters() if p.dim() == 4).shape[1]
+    pixels = tasks.normalised(some).expand(-1, channels, -1, -1)
+    mean = coar.Mean(common.batches({"pixel_values": pixels}, size=128))
+    return {"mean": {"method": OURS, "components": coar.find_components(model, ablation=mean)}}
+
+
+def _made(edit: Callable[..., Any], **how: Any) -> tuple[dict[str, Any], int | str]:
+    """Figures of an edit and its number of components; none and the reason where no edit keeps the limits."""
+    try:
+        result = edit(rivals=None, **how)
+    except UnsatisfiedError as error:
+        return {}, str(error)
+    return result.figures.to_json(), len(result.components)
 
 
 def _write(args: argparse.Namespace, kind: str, seed: int, found: list[dict]) -> None:
     suffix = f"-{args.trigger}" if kind == "match" else ""
-    path = args.runs / "rivals" / f"{kind}{suffix}-{seed}.json"
+    path = args.runs / ("stand_ins" if args.stand_ins else "rivals") / f"{kind}{suffix}-{seed}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"kind": f"{kind}{suffix}", "seed": seed, "edits": found}, indent=1) + "\n")
 
@@ -167,15 +188,18 @@ def _short(methods: dict[str, dict]) -> str:
 
 
 def table(args: argparse.Namespace) -> None:
-    """`rivals.md` and `rivals.json` of every seed that is done."""
-    runs = [json.loads(path.read_text()) for path in sorted((args.runs / "rivals").glob("*.json"))]
-    text = ["# Edits by task and their rivals\n\n" + __doc__.split("\n\n")[0] + "\n"]
-    for kind in dict.fromkeys(one["kind"] for one in runs):
-        some = [one for one in runs if one["kind"] == kind]
-        text.append(_section(kind, some))
+    """`rivals.md` and `stand_ins.md`, with their JSON, of every seed that is done."""
+    heads = {"rivals": "Edits by task and their rivals", "stand_ins": "Edits with zero and with the mean"}
     args.results.mkdir(parents=True, exist_ok=True)
-    (args.results / "rivals.md").write_text("\n".join(text), encoding="utf-8")
-    (args.results / "rivals.json").write_text(json.dumps(runs, indent=1) + "\n")
+    for name, head in heads.items():
+        runs = [json.loads(path.read_text()) for path in sorted((args.runs / name).glob("*.json"))]
+        if not runs:
+            continue
+        text = [f"# {head}\n\n" + __doc__.split("\n\n")[0] + "\n"]
+        for kind in dict.fromkeys(one["kind"] for one in runs):
+            text.append(_section(kind, [one for one in runs if one["kind"] == kind]))
+        (args.results / f"{name}.md").write_text("\n".join(text), encoding="utf-8")
+        (args.results / f"{name}.json").write_text(json.dumps(runs, indent=1) + "\n")
 
 
 def _section(kind: str, runs: list[dict]) -> str:
@@ -215,6 +239,7 @@ def main() -> None:
     made = common.parser(__doc__)
     made.add_argument("kind", choices=(*KINDS, "table"))
     made.add_argument("--trigger", choices=("patch", "blended", "waves"), default="patch")
+    made.add_argument("--stand-ins", action="store_true")
     made.set_defaults(seeds=None)
     for action in made._actions:
         if action.dest == "seeds":

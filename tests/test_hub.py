@@ -219,6 +219,9 @@ print(json.dumps(found))
 
 def _artefact(folder: Path, demo_attributions) -> dict[str, bytes]:
     demo_attributions.save_pretrained(folder)
+    (folder / "pictures").mkdir()
+    for name in ("example_0", "top_components_0"):
+        (folder / "pictures" / f"{name}.png").write_bytes(b"PNG")
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
@@ -233,6 +236,8 @@ def test_every_trouble_has_a_message_that_says_what_to_do(folder, demo_attributi
         found = json.loads(client(TROUBLES, server, folder).splitlines()[-1])
         assert server.files("me/written")["README.md"] == b"# Mine\n"
         assert "attributions.safetensors" in server.files("me/written")
+        # The images are of a file of this machine: none of them leaves it.
+        assert [name for name in server.files("me/new") if name.endswith("png")] == ["pictures/top_components_0.png"]
         assert set(server.files("me/other")) == {".gitattributes"}  # nothing refused has left a trace
         assert "refs/pr/1" in server.repos["me/new"].refs
 

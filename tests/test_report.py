@@ -4,12 +4,14 @@ import base64
 import re
 from html.parser import HTMLParser
 
+import datasets
 import pytest
 import torch
 from conftest import drawn
 from test_plots import GROUPS, make_attributions, make_report
 
 import hf_coar as coar
+from hf_coar.data import Examples
 from hf_coar.plots import page as report
 
 VOID = {"meta", "img", "br", "link"}
@@ -80,6 +82,21 @@ def test_markdown_shows_pictures_that_are_there(written):
     folder, *_ = written
     shown = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", (folder / "report.md").read_text(encoding="utf-8"))
     assert len(shown) == 6 and all((folder / path).read_bytes().startswith(b"\x89PNG") for path in shown)
+
+
+def test_the_first_example_is_shown_as_a_person_sees_it(tmp_path, demo_pair):
+    shown = Page(report.write(tmp_path, make_attributions(), data=demo_pair[1]).read_text(encoding="utf-8")).loaded
+    plain = Page(report.write(tmp_path / "plain", make_attributions()).read_text(encoding="utf-8")).loaded
+    assert len(shown) == len(plain) + 1
+    assert "![example 0](pictures/example_0.png)" in (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert (tmp_path / "pictures" / "example_0.png").is_file()
+
+
+def test_the_first_text_is_quoted(tmp_path):
+    rows = datasets.Dataset.from_dict({"first": ["<b>one</b>", "three"], "second": ["two", "four"]})
+    pairs = Examples(rows, lambda rows: {}, description={"text": "first", "pair": "second"})
+    text = Page(report.write(tmp_path, make_attributions(), data=pairs).read_text(encoding="utf-8")).text
+    assert "“<b>one</b> / two”" in text and "three" not in text
 
 
 def test_the_same_input_gives_the_same_bytes(written, tmp_path):

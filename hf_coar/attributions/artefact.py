@@ -26,6 +26,7 @@ MATRICES = (*rows.MATRICES, "effects", "interactions")
 STAND_INS = "stand_ins.safetensors"
 _VALUES = "stand_ins"  # what `COMPONENTS` says of that file
 EVALUATION, PICTURES = "evaluation.json", "pictures"
+FIRST_EXAMPLE = "example_0"  # a picture
 UPLOADED = ("attributions*.safetensors", CONFIG, COMPONENTS, EVALUATION, "README.md", "pictures/*.png", cards.RESULTS)
 UPLOADED += (STAND_INS,)
 

@@ -267,7 +267,8 @@ class Saved:
             dtype: "float32" or "float16", as in `save_pretrained`.
             max_shard_size: bytes a file, or such as "500MB".
             report: from `evaluate`, for the card and the Hub's evaluation results.
-            pictures: a folder of PNG files for the card.
+            pictures: a folder of PNG files for the card; the picture of an example is left out where its data are not
+                on the Hub.
             card: a README.md of your own, instead of the one made from the template.
 
         Returns:
@@ -281,7 +282,7 @@ class Saved:
         repo_id = hub.create(repo_id, private, token)
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
-            for picture in sorted(Path(pictures).glob("*.png")) if pictures is not None else ():
+            for picture in self._shared(pictures):
                 files.write_bytes(folder / artefact.PICTURES / picture.name, picture.read_bytes())
             if card is not None:
                 files.write_bytes(folder / hub.CARD, Path(card).read_bytes())
@@ -292,6 +293,13 @@ class Saved:
                 folder, repo_id, artefact.UPLOADED, commit_message, token, create_pr,
                 is_generated=cards.is_generated, stale=("attributions*.safetensors",),
             )  # fmt: skip
+
+    def _shared(self, pictures: str | Path | None) -> list[Path]:
+        """The pictures that go to the Hub; an example of data that are not there stays where it is."""
+        found = sorted(Path(pictures).glob("*.png")) if pictures is not None else []
+        if cards.hub_id(self.provenance.data):
+            return found
+        return [picture for picture in found if picture.stem != artefact.FIRST_EXAMPLE]
 
     @classmethod
     def _fingerprint_in(cls, folder: Path) -> str | None:

@@ -35,7 +35,7 @@ def run(args: argparse.Namespace, sources: dict[str, Any], running: dict[str, An
             found = api.evaluate(attributions, model, data, n_masks=_MASKS, call=call, out=folder / "evaluation")
         if workers.processes().is_main_process:
             if options.report:
-                page.write(folder, attributions, found)
+                page.write(folder, attributions, found, data)
             folders.add_evaluation(folder, found)
     attributions.evaluation = found.to_json()
     report = str(folder / page.PAGE) if options.report else None

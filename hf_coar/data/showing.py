@@ -1,13 +1,15 @@
 """What of an example a person can look at: its image, or its text."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_coar import models
+from hf_coar.data.examples import Examples
 
+_TEXT_ROLES = ("text", "pair")  # in the order in which a person reads them
 _TEXT_COLUMNS = ("text", "sentence", "content")
 
 
@@ -20,6 +22,24 @@ def text_column(raw: Mapping[str, Any]) -> str | None:
     """The entry of a raw example that holds its text."""
     texts = [name for name, value in raw.items() if isinstance(value, str)]
     return next((name for name in _TEXT_COLUMNS if name in texts), texts[0] if texts else None)
+
+
+def text_columns(raw: Mapping[str, Any], description: Mapping[str, Any]) -> list[str]:
+    """The entries of a raw example that were read as texts; of data that do not say it, the one that looks like it."""
+    named = [description[role] for role in _TEXT_ROLES if isinstance(raw.get(description.get(role)), str)]
+    return named or list(filter(None, [text_column(raw)]))
+
+
+def first_of(data: Iterable[Any]) -> Any:
+    """What a person can look at of the first example: a PIL image, a text, or None."""
+    if not isinstance(data, Examples):
+        batch = None if isinstance(data, Iterator) else next(iter(data), None)  # of an iterator that were another one
+        pixels = batch.get("pixel_values") if isinstance(batch, Mapping) else None
+        return image_of(pixels[0]) if isinstance(pixels, Tensor) and len(pixels) else None
+    raw = next(iter(data.dataset), {})
+    if (column := image_column(raw)) is not None:
+        return raw[column]
+    return " / ".join(raw[column] for column in text_columns(raw, data.description)) or None
 
 
 def image_of(pixels: Any) -> Any:

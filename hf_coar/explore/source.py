@@ -34,7 +34,6 @@ logger = logging.getLogger(__name__)
 BATCH_SIZE = 32
 _CACHED_BYTES = 256 * 2**20  # of prepared batches, so that the next ablation does not decode them again
 _CONTEXT = 3  # tokens before one that decide how it is written
-_TEXT_ROLES = ("text", "pair")  # in the order in which a person reads them
 _LABEL_COLUMNS = ("label", "labels", "target", "fine_label")
 
 
@@ -159,10 +158,7 @@ class Source:
         return [raw[column] for column in self._text_columns(raw)]
 
     def _text_columns(self, raw: Mapping[str, Any]) -> list[str]:
-        """The columns that were read as texts; of data that do not say it, the one that looks like it."""
-        known = {} if self._examples is None else self._examples.description
-        named = [known[role] for role in _TEXT_ROLES if isinstance(raw.get(known.get(role)), str)]
-        return named or list(filter(None, [showing.text_column(raw)]))
+        return showing.text_columns(raw, {} if self._examples is None else self._examples.description)
 
     def batch(self, rows: Sequence[int]) -> dict[str, Any]:
         """Some examples as the model reads them, with their labels.

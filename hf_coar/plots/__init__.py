@@ -12,7 +12,7 @@ matplotlib comes with `pip install "hf_coar[plots]"`.
 
 from hf_coar.plots import accessor, results  # noqa: F401 (register `attributions.plot` and `result.plot`)
 from hf_coar.plots.canvas import save
-from hf_coar.plots.contributions import contribution_by_layer, contribution_heat_map, top_components
+from hf_coar.plots.contributions import contribution_by_layer, contribution_heat_map, example, top_components
 from hf_coar.plots.costs import cost_against_correlation, cost_to_reach
 from hf_coar.plots.edits import class_accuracies, edit_sweep, group_accuracies
 from hf_coar.plots.fidelity import correlation_by_fraction, predicted_against_measured
@@ -27,6 +27,7 @@ __all__ = [
     "cost_to_reach",
     "edit_frontier",
     "edit_sweep",
+    "example",
     "group_accuracies",
     "predicted_against_measured",
     "save",

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -159,6 +160,24 @@ def _write_cells(axes: canvas.Axes, table: torch.Tensor, top: float) -> None:
                     column, row, f"{value:.{digits}f}", ha="center", va="center", fontsize=7,
                     color="white" if value > 0.55 * top else canvas.INK,
                 )  # fmt: skip
+
+
+def example(image: Any) -> Figure:
+    """One example as it is, with no word beside it.
+
+    Args:
+        image: a PIL image.
+
+    Returns:
+        A figure 2 inches high.
+    """
+    figure = canvas.blank(2.0, 2.0 * min(3.0, image.width / max(image.height, 1)))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.axis("off")
+    grey = "gray" if image.mode not in ("RGB", "RGBA") else None
+    sharp = "nearest" if max(image.size) < 64 else "antialiased"
+    axes.imshow(image.convert("RGB") if image.mode in ("P", "CMYK", "1") else image, cmap=grey, interpolation=sharp)
+    return figure
 
 
 def top_components(attributions: Attributions, example: int, n: int = 15) -> Figure:

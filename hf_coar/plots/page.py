@@ -9,8 +9,10 @@ import html
 import io
 import logging
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from importlib.resources import files as resources
 from importlib.util import find_spec
@@ -22,6 +24,7 @@ import torch
 
 from hf_coar import plots
 from hf_coar.attributions import Attributions, artefact, labelled, looks
+from hf_coar.data import showing
 from hf_coar.errors import CoarError
 from hf_coar.judging.evaluation import Report
 from hf_coar.plots.canvas import Figure
@@ -35,6 +38,7 @@ PAGE, MARKDOWN = "report.html", "report.md"
 _AVERAGED = 256  # examples, evenly spaced, that means over examples are taken of; a picture needs no more
 _TOP = 12  # components in the table
 _WORST = 5  # examples
+_QUOTED = 400  # letters of an example
 _ROWS = 90  # more layers than this make a picture that nobody reads
 
 Draw = Callable[[], Figure]
@@ -59,13 +63,16 @@ class _Section:
     code: str = ""
 
 
-def write(folder: str | Path, attributions: Attributions, evaluation: Report | None = None) -> Path:
+def write(
+    folder: str | Path, attributions: Attributions, evaluation: Report | None = None, data: Iterable | None = None
+) -> Path:
     """Write `report.html`, `report.md` and `pictures/`.
 
     Args:
         folder: for the pages; those of an earlier run are replaced.
         attributions: what the pages are of.
         evaluation: from `evaluate`; without it, the figures (not the pictures) of `attributions.evaluation`, if any.
+        data: the examples, to show the first of them.
 
     Returns:
         The path of `report.html`.
@@ -74,18 +81,18 @@ def write(folder: str | Path, attributions: Attributions, evaluation: Report | N
         CoarError: the folder holds other things, or cannot be written.
     """
     folder = folders.claim(folder, folders.ATTRIBUTIONS)
-    sections = [section for section in _sections(attributions, evaluation) if section is not None]
+    sections = [section for section in _sections(attributions, evaluation, data) if section is not None]
     drawn = _drawn(folder / artefact.PICTURES, sections)
     files.write_bytes(folder / MARKDOWN, _markdown(attributions, evaluation, sections, drawn).encode())
     files.write_bytes(folder / PAGE, _html(attributions, evaluation, sections, drawn).encode())
     return folder / PAGE
 
 
-def write_first(folder: str | Path, attributions: Attributions) -> None:
+def write_first(folder: str | Path, attributions: Attributions, data: Iterable | None = None) -> None:
     """`write`, unless the folder has a page with an evaluation on it: a run that is repeated gives the same numbers."""
     folder = Path(folder)
     if not ((folder / PAGE).is_file() and (folder / artefact.EVALUATION).is_file()):
-        write(folder, attributions)
+        write(folder, attributions, data=data)
 
 
 # --------------------------------------------------------------------------------------------------------- what is said
@@ -126,11 +133,13 @@ def _figures(attributions: Attributions, evaluation: Report | None) -> Sequence[
     return found.get("fractions", ())
 
 
-def _sections(attributions: Attributions, evaluation: Report | None) -> Iterator[_Section | None]:
+def _sections(
+    attributions: Attributions, evaluation: Report | None, data: Iterable | None
+) -> Iterator[_Section | None]:
     yield _warned(attributions)
     yield _fidelity(attributions, evaluation)
     yield _where(attributions)
-    yield _one_example(attributions)
+    yield _one_example(attributions, data)
     yield _left_out(attributions)
     yield _settings(attributions)
     yield _next(attributions, bool(_figures(attributions, evaluation)))
@@ -227,11 +236,26 @@ def _where(attributions: Attributions) -> _Section:
     return _Section("Where it comes from", text, [_Table(head, rows, frozenset({1, 2, 3}))], pictures)
 
 
-def _one_example(attributions: Attributions) -> _Section:
-    label = labelled.label_name(attributions, 0)
-    text = "The first example" + (f", {label}." if label else ".")
-    picture = ("the largest attributions to example 0", lambda: plots.top_components(attributions, 0))
-    return _Section("One example", text, pictures={"top_components_0": picture})
+def _one_example(attributions: Attributions, data: Iterable | None) -> _Section:
+    label, looks_like = labelled.label_name(attributions, 0), _looks_like(data)
+    text = "The first example" + (f", {label}" if label else "")
+    quoted = isinstance(looks_like, str)
+    text += f": “{textwrap.shorten(looks_like, _QUOTED, placeholder=' …')}”" if quoted else "."
+    pictures = {
+        "top_components_0": ("the largest attributions to example 0", partial(plots.top_components, attributions, 0))
+    }
+    if looks_like is not None and not quoted:
+        pictures = {artefact.FIRST_EXAMPLE: ("example 0", partial(plots.example, looks_like)), **pictures}
+    return _Section("One example", text, pictures=pictures)
+
+
+def _looks_like(data: Iterable | None) -> Any:
+    """The first example as an image or a text, or None."""
+    try:
+        return None if data is None else showing.first_of(data)
+    except Exception as error:  # whatever reading a data set again may raise: a picture is not worth the run
+        logger.warning("the first example is not in the report, since it could not be read again: %r", error)
+        return None
 
 
 def _left_out(attributions: Attributions) -> _Section | None:

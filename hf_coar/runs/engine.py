@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 Compute = Callable[[data_module.Batch, int, "Part"], Mapping[str, Tensor]]
 
+_WORTH_SAYING = 3.0  # seconds to go; a bar that is full by then has said it all
 _POLL = 0.1  # seconds between two looks at what the others are doing
 _PATIENCE = 2.0  # seconds without any news after which a unit in progress counts as abandoned, or three units' time
 _NEIGHBOURS = 16  # batches that are dealt to a process together where there are many, so that shards can join them
@@ -291,7 +292,8 @@ class _Job:
     def _note_time(self, seconds: float) -> None:
         if not self.longest and self.bar.total and self.bar.shown:
             left = seconds * (self.bar.total - self.bar.n - 1)
-            logger.info("%s: the first unit took %.1f s; about %s to go", self.what, seconds, duration(left))
+            if left > _WORTH_SAYING:
+                logger.info("%s: the first unit took %.1f s; about %s to go", self.what, seconds, duration(left))
         self.longest = max(self.longest, seconds)
 
     # -------------------------------------------------------------------------------------------------- out of memory
