@@ -1,13 +1,14 @@
 """What stands in for an ablated component, side by side: zero, its mean, its value for another example.
 
-    python scripts/benchmark_ablations.py demo mobilenet smollm2 --models models
+    python scripts/benchmark_ablations.py demo vit mobilenet smollm2 --models models
 
-`demo` is the embedded network on its images; `mobilenet` (on photographs) and `smollm2` (its attention heads, on
-sequences of a novel) come from `scripts/convert_benchmark_models.py`. Means are taken over other examples than those
-that are attributed, where there are any. For every stand-in: PathGradient made at one fraction, and five sizes of fresh
-random masks, of which the table says how many decisions survive (outputs above 0 that stay there) and how well the
-attributions predict the outputs (mean correlation over the masks). Beside it, how the weights correlate with those of
-zero, and what a gate pass costs: processor time over that of zero, both measured in turns.
+`vit` is a small vision transformer trained in seconds on some of the demo's images. `demo` is the embedded network on
+its images; `mobilenet` (on photographs) and `smollm2` (its attention heads, on sequences of a novel) come from
+`scripts/convert_benchmark_models.py`. Means are taken over other examples than those that are attributed, where there
+are any. For every stand-in: attributions made at one fraction (by the path gradient; heads by leave-one-out), and
+five sizes of fresh random masks, of which the table says how many decisions survive (outputs above 0 that stay there)
+and how well the attributions predict the outputs (mean correlation over the masks). Beside it, how the weights
+correlate with those of zero, and what a gate pass costs: processor time over that of zero, both measured in turns.
 
 Figures are added to `ablations.json` in `--out`, of which `ablations.md` is made.
 """
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import benchmark_forecasts
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -46,15 +48,26 @@ class Case:
     output: str
     fraction: float
     sizes: tuple[float, ...]
-    rounds: int
+    method: Any
     n_masks: int
+
+
+def rounds(number: int) -> Any:
+    """The path gradient, so many rounds."""
+    return coar.PathGradient(rounds=number)
+
+
+def said(method: Any) -> str:
+    """A method in words."""
+    many = isinstance(method, coar.PathGradient)
+    return f"the path gradient, {method.rounds} rounds" if many else "leave-one-out"
 
 
 def embedded(args: argparse.Namespace) -> Case:
     """The demo's network and images."""
     model, images = coar.load(demo.MODEL, demo.IMAGES, batch_size=64)
     data, others = images.select(range(64)), images.select(range(200, 456))
-    return Case(model, data, others, "unit", "margin", 0.05, (0.0125, 0.025, 0.05, 0.1, 0.2), 8, args.masks)
+    return Case(model, data, others, "unit", "margin", 0.05, (0.0125, 0.025, 0.05, 0.1, 0.2), rounds(8), args.masks)
 
 
 def mobilenet(args: argparse.Namespace) -> Case:
@@ -64,7 +77,7 @@ def mobilenet(args: argparse.Namespace) -> Case:
     first = {name: value[::4][:8] for name, value in examples.items()}
     rest = {name: value[[i for i in range(len(value)) if i % 4]] for name, value in examples.items()}
     sizes = (0.0025, 0.005, 0.01, 0.02, 0.05)
-    return Case(model, [first], [rest], "unit", "margin", 0.01, sizes, 4, min(args.masks, 40))
+    return Case(model, [first], [rest], "unit", "margin", 0.01, sizes, rounds(4), min(args.masks, 40))
 
 
 def smollm2(args: argparse.Namespace) -> Case:
@@ -72,10 +85,23 @@ def smollm2(args: argparse.Namespace) -> Case:
     folder = args.models / "smollm2"
     model, examples = models.load_model(folder), load_file(folder / "examples.safetensors")
     parts = [{"input_ids": examples["input_ids"][rows]} for rows in (slice(0, 8), slice(16, 32))]
-    return Case(model, parts[:1], parts[1:], "head", "token_margin", 0.1, (0.025, 0.05, 0.1, 0.2, 0.4), 8, 40)
+    alone = coar.baselines.LeaveOneOut()  # what `method="auto"` takes for so few
+    return Case(model, parts[:1], parts[1:], "head", "token_margin", 0.1, (0.025, 0.05, 0.1, 0.2, 0.4), alone, 40)
 
 
-CASES: dict[str, Callable[[argparse.Namespace], Case]] = {"demo": embedded, "mobilenet": mobilenet, "smollm2": smollm2}
+def vit(args: argparse.Namespace) -> Case:
+    """The small vision transformer that `benchmark_growth.py` trains, and images that it never saw."""
+    model, pixels, labels = benchmark_forecasts.small_vit()
+    first, rest = ({"pixel_values": pixels[rows], "labels": labels[rows]} for rows in (slice(0, 32), slice(32, 200)))
+    return Case(model, [first], [rest], "unit", "margin", 0.05, (0.0125, 0.025, 0.05, 0.1, 0.2), rounds(8), args.masks)
+
+
+CASES: dict[str, Callable[[argparse.Namespace], Case]] = {
+    "demo": embedded,
+    "mobilenet": mobilenet,
+    "smollm2": smollm2,
+    "vit": vit,
+}
 
 
 def stand_ins(case: Case) -> dict[str, Any]:
@@ -86,8 +112,7 @@ def stand_ins(case: Case) -> dict[str, Any]:
 def figures(case: Case, ablation: Any, seed: int) -> tuple[dict[str, Any], Tensor, coar.Components]:
     """What is measured of one stand-in; the weights, float32 [examples, components]; the components."""
     components = coar.find_components(case.model, case.granularity, ablation=ablation)
-    method = coar.PathGradient(rounds=case.rounds)
-    options = {"output": case.output, "method": method, "ablated_fraction": case.fraction, "seed": seed}
+    options = {"output": case.output, "method": case.method, "ablated_fraction": case.fraction, "seed": seed}
     begun = time.process_time()
     attributions = coar.attribute(case.model, case.data, components, progress=False, **options)
     spent = time.process_time() - begun
@@ -107,7 +132,7 @@ def figures(case: Case, ablation: Any, seed: int) -> tuple[dict[str, Any], Tenso
     return found, attributions.weights, components
 
 
-def gate_pass_ratios(case: Case, components: dict[str, coar.Components], repeats: int = 7) -> dict[str, float]:
+def gate_pass_ratios(case: Case, components: dict[str, coar.Components], repeats: int = 41) -> dict[str, float]:
     """Processor time of a gate pass over that of zero: the median of passes that take turns."""
     batch = next(iter(case.data))
     batch = {name: value[:8] for name, value in batch.items()}
@@ -139,7 +164,12 @@ def run(name: str, args: argparse.Namespace) -> dict[str, Any]:
         pair = torch.stack([weights["zero"].flatten(), weights[kind].flatten()])
         entry["weights_like_zero"] = float(torch.corrcoef(pair)[0, 1])
         entry["gate_pass"] = ratios[kind]
-    about = {"granularity": case.granularity, "output": case.output, "fraction": case.fraction, "rounds": case.rounds}
+    about = {
+        "granularity": case.granularity,
+        "output": case.output,
+        "fraction": case.fraction,
+        "method": case.method.name,
+    }
     return {**about, "n_masks": case.n_masks, "seed": args.seed, "machine": machine(), "stand_ins": found}
 
 
@@ -158,8 +188,8 @@ def table(results: dict[str, Any]) -> str:
             f"## {name}",
             "",
             f"{first['n_components']:,} components (granularity {result['granularity']}), {first['n_examples']} "
-            f"examples, output {result['output']}, attributed at {result['fraction']:.2%} with {result['rounds']} "
-            f"rounds, {result['n_masks']} masks a size, seed {result['seed']}; {result['machine']}.",
+            f"examples, output {result['output']}, attributed at {result['fraction']:.2%} by {result['method']}, "
+            f"{result['n_masks']} masks a size, seed {result['seed']}; {result['machine']}.",
             "",
             "| stand-in | " + " | ".join(f"{float(size):.2%}" for size in sizes) + " | like zero's | gate pass |",
             "|---|" + "---|" * (len(sizes) + 2),
