@@ -21,6 +21,12 @@ def check_kind(value: object, kind: type, what: str, instead: str) -> None:
         raise CoarError(f"{what} is a {type(value).__name__}, {repr(value)[:60]}; give {instead}")
 
 
+def check_count(value: object, what: str, least: int = 1) -> None:
+    """Raises `CoarError` for what is no whole number, or below `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise CoarError(f"{what}={value!r}; give a whole number, at least {least}")
+
+
 class NoComponentsError(CoarError):
     """Nothing in the model matched: an unknown glob, a granularity the model lacks, or no known layer."""
 

@@ -123,6 +123,8 @@ def test_what_was_read_is_said_in_a_line(folders, tmp_path, caplog):
         ("number", "score", [0.5, 3.25], [0.5, 3.25]),
         ("number", "label", [2, 3], [2.0, 3.0]),
         ("several", "labels", [[0, 1, 1], [0, 0, 0]], [[0.0, 1.0, 1.0], [0.0, 0.0, 0.0]]),
+        ("several", "labels", [["Fine", "long"], []], [[0.0, 1.0, 1.0], [0.0, 0.0, 0.0]]),
+        ("several", "labels", [[2, 0], [1]], [[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]]),
     ],
 )
 @pytest.mark.parametrize("streaming", [False, True])
@@ -135,6 +137,19 @@ def test_labels_are_understood(folders, tmp_path, model, column, entries, expect
     assert data.description["label"] == column
     labels = batch_of(data)["labels"]
     assert labels.tolist() == expected and labels.dtype == (torch.int64 if type(expected[0]) is int else torch.float32)
+
+
+def test_lists_of_declared_classes_are_matched_by_name(folders, tmp_path):
+    """As in GoEmotions: the data set's order of the classes is another than the model's."""
+    import datasets
+
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "labels": datasets.List(datasets.ClassLabel(names=["long", "dull", "fine"]))}
+    )
+    rows = {"text": ["a dull film", "a fine film"], "labels": [[0, 1], [2]]}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "d.parquet")
+    _, data = coar.load(folders / "several", tmp_path / "d.parquet")
+    assert batch_of(data)["labels"].tolist() == [[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]]
 
 
 @pytest.mark.parametrize(
@@ -151,6 +166,8 @@ def test_labels_are_understood(folders, tmp_path, model, column, entries, expect
         ("stars", "stars", [2, 3], "could be the class '2 stars' or"),
         ("number", "label", ["good", "bad"], "'good' is no number"),
         ("several", "label", [[0, 1], [1, 1]], "no list of 3"),
+        ("several", "label", [["fine"], ["good"]], "'good' is none of its classes"),
+        ("several", "label", [[0], [1, 3]], "3 is none of its classes 0 to 2"),
         ("plain", "opinion", [0, 1], "no column that is known to hold labels.*'opinion'"),
     ],
 )
@@ -396,3 +413,17 @@ def test_positions_are_counted_as_each_family_stores_them():
     cut = [texts.cut_at(transformers.AutoModel.from_config(config), 512) for config in (*tables, rotary)]
     assert cut == [32, 34, 512]  # of RoBERTa's two belong to padding; OPT's table has two more
     assert texts.cut_at(transformers.AutoModel.from_config(tables[0]), 8) == 8
+
+
+def test_local_files_are_read_without_bars(folders, tmp_path, capfd):
+    path = written(tmp_path / "reviews.csv", REVIEWS.replace("id,", "number,"))
+    coar.load(folders / "named", path, text="review")
+    said = capfd.readouterr().err
+    assert "data: text from" in said and "/s]" not in said
+
+
+@pytest.mark.parametrize("mark", [";", "\t"])
+def test_what_stands_between_columns_is_seen(folders, tmp_path, mark):
+    path = written(tmp_path / "reviews.csv", f"review{mark}label\na dull film{mark}neg\na fine, long film{mark}pos\n")
+    _, data = coar.load(folders / "named", path)
+    assert batch_of(data)["labels"].tolist() == [0, 1]

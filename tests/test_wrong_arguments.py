@@ -16,6 +16,7 @@ def attributions() -> coar.Attributions:
     return coar.attribute(MODEL, DATA, **OPTIONS)
 
 
+EMPTY = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).to("meta")
 ID = "bert-base-uncased"
 CASES = {
     "attribute an id": (lambda a: coar.attribute(ID, DATA), f"the model is a str, '{ID}'; give .*load_model"),
@@ -33,6 +34,11 @@ CASES = {
     "a word for a mask": (lambda a: a.predict("all"), "kept is no tensor"),
     "no batch size": (lambda a: coar.attribute(MODEL, DATA, batch_size=0, **OPTIONS), "batch_size=0"),
     "a batch size in words": (lambda a: coar.running(batch_size="8").__enter__(), "batch_size='8'"),
+    "a number for globs": (lambda a: coar.find_components(MODEL, include=3), "include=3; give names of modules"),
+    "a list of numbers for globs": (lambda a: coar.find_components(MODEL, exclude=[0]), "exclude=.0.; give names"),
+    "a word for a number": (lambda a: a.top(k="all"), "k='all'; give a whole number, at least 1"),
+    "half a component": (lambda a: a.top(k=2.5), "k=2.5; give a whole number"),
+    "a model without weights": (lambda a: coar.attribute(EMPTY, DATA), "4 weights of Sequential are on the meta dev"),
 }
 
 

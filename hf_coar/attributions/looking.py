@@ -16,7 +16,7 @@ from hf_coar.attributions import looks
 from hf_coar.attributions.predicting import Outcome
 from hf_coar.attributions.table import Row, Table
 from hf_coar.data import within
-from hf_coar.errors import CoarError
+from hf_coar.errors import CoarError, check_count
 from hf_coar.storage import labels
 from hf_coar.storage.registry import Bound, Registry
 
@@ -204,8 +204,9 @@ class Part:
         """The components with the largest weights; of several examples by the mean size, see `Attributions.top`."""
         if by not in BY:
             raise CoarError(f"by={by!r}; there are {', '.join(map(repr, BY))}")
-        if k < 1 or not len(self):
-            raise CoarError(f"k={k} of {len(self)} examples; give at least one of both")
+        check_count(k, "k")
+        if not len(self):
+            raise CoarError("of no examples there is no strongest component; choose some")
         names, weights, errors = self._grouped(by)
         sizes, means = weights.abs().mean(0), weights.mean(0)
         noise = None if errors is None else errors.double().square().sum(0).sqrt().float() / len(self)

@@ -65,7 +65,7 @@ def find_components(
     """
     if granularity not in GRANULARITIES:
         raise CoarError(f"unknown granularity {granularity!r}; there are {', '.join(GRANULARITIES)}")
-    include, exclude = _globs(include), _globs(exclude)
+    include, exclude = _globs(include, "include"), _globs(exclude, "exclude")
     check_usable(model)
     found = _matrices(model)
     aliases = _aliases(model)
@@ -93,8 +93,12 @@ def find_components(
     return Components(tuple(shared), granularity, tuple(skipped))
 
 
-def _globs(value: Sequence[str] | str | None) -> list[str]:
-    return [value] if isinstance(value, str) else list(value or ())
+def _globs(value: Sequence[str] | str | None, name: str) -> list[str]:
+    given = [value] if isinstance(value, str) else [] if value is None else value
+    globs = list(given) if isinstance(given, Iterable) else [given]
+    if not all(isinstance(glob, str) for glob in globs):
+        raise CoarError(f'{name}={value!r}; give names of modules, with * for any letters, such as ["layer4.*"]')
+    return globs
 
 
 def _naming(globs: Sequence[str], one: _Found) -> Sequence[str]:

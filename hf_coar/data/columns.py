@@ -161,7 +161,7 @@ def is_image(feature: Any) -> bool:
 
 
 def is_label(feature: Any) -> bool:
-    """Whether a column could hold labels: classes, strings, numbers, or lists of numbers."""
+    """Whether a column could hold labels: classes, strings, numbers, or lists of those."""
     inner = getattr(feature, "feature", None)
     kind = str(getattr(feature if inner is None else inner, "dtype", ""))
-    return is_text(feature) or kind.startswith(("int", "uint", "float", "bool", "decimal"))
+    return is_text(feature) or is_texts(feature) or kind.startswith(("int", "uint", "float", "bool", "decimal"))

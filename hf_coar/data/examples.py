@@ -10,7 +10,7 @@ from torch import Tensor
 from hf_coar.data import order
 from hf_coar.data.batches import Batch, as_batch, as_tensor, size
 from hf_coar.data.numbering import numbers, within
-from hf_coar.errors import CoarError, DataError
+from hf_coar.errors import CoarError, DataError, check_count
 from hf_coar.storage import cards
 
 _BATCH_SIZE = 32
@@ -34,8 +34,7 @@ class Examples:
 
     def __post_init__(self) -> None:
         """Check the batch size."""
-        if not isinstance(self.batch_size, int) or self.batch_size < 1:
-            raise CoarError(f"batch_size={self.batch_size!r}; must be a whole number, at least 1")
+        check_count(self.batch_size, "batch_size")
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches, in the order of the data set."""

@@ -5,7 +5,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -208,8 +208,10 @@ def _read(values: Sequence[Any], feature: Any, head: Head) -> _Reading:
         raise _NotUnderstood(f"{len(values) - len(present)} of {len(values)} entries are empty; leave them out")
     if not present:
         raise _NotUnderstood("there are no examples")
-    if head.kind in (NUMBER, SEVERAL):
-        reading = _Reading(_number) if head.kind == NUMBER else _Reading(_several(head.n), head.names)
+    if head.kind == NUMBER:
+        reading = _Reading(_number)
+    elif head.kind == SEVERAL:
+        reading = _several(present, feature, head)
     elif type(feature).__name__ == "ClassLabel":
         reading = _of_classes(feature, head)
     elif all(isinstance(value, str) for value in present):
@@ -231,7 +233,35 @@ def _number(value: Any) -> float:
     return found
 
 
-def _several(n: int | None) -> Convert:
+def _several(values: Sequence[Any], feature: Any, head: Head) -> _Reading:
+    """Lists of zeros and ones, one for each class; or of the classes that an example has, by name or by number."""
+    lists = [value for value in values if isinstance(value, list | tuple)]
+    members = list(dict.fromkeys(member for value in lists for member in value if isinstance(member, str | int)))
+    inner = getattr(feature, "feature", None)
+    if type(inner).__name__ == "ClassLabel" and not all(len(value) == head.n for value in lists):
+        return _sets(_of_classes(inner, head), head)
+    if members and all(isinstance(member, str) for member in members):
+        return _sets(_of_strings(members, head), head)
+    different = len({len(value) for value in lists}) > 1 and all(len(set(value)) == len(value) for value in lists)
+    if different and members and all(type(member) is int for member in members):
+        return _sets(replace(_of_numbers(members, head), note="lists of class numbers, for each example its own"), head)
+    return _Reading(_yes_or_no(head.n), head.names)
+
+
+def _sets(of_one: _Reading, head: Head) -> _Reading:
+    """The reading of lists of classes, from that of one class."""
+    n = head.n or len(of_one.names or ())
+
+    def convert(value: Any) -> list[float]:
+        if not isinstance(value, list | tuple):
+            raise _NotUnderstood(f"{shortened(repr(value))} is no list of classes")
+        chosen = {of_one.convert(member) for member in value}
+        return [float(place in chosen) for place in range(n)]
+
+    return replace(of_one, convert=convert)
+
+
+def _yes_or_no(n: int | None) -> Convert:
     def convert(value: Any) -> list[float]:
         if not isinstance(value, list | tuple) or (n is not None and len(value) != n):
             raise _NotUnderstood(f"{shortened(repr(value))} is no list of {n} yes-or-no entries")
@@ -354,7 +384,7 @@ def _wanted(head: Head) -> str:
     if head.kind == NUMBER:
         return "a number an example"
     if head.kind == SEVERAL:
-        return f"a list of {head.n} yes-or-no entries an example"
+        return f"a list of {head.n} yes-or-no entries an example, or of the classes that it has"
     named = f" ({shortened(', '.join(head.names), 60)})" if head.names else ""
     return f"one of {head.n} classes{named}" if head.n is not None else "a class"
 

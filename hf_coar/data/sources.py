@@ -1,5 +1,6 @@
 """Data sets of `datasets`: read from the Hub, a folder or a file; what is in their columns; drawn from."""
 
+import logging
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -10,9 +11,13 @@ import torch
 
 from hf_coar.data.columns import Table
 from hf_coar.errors import DataError
+from hf_coar.models.quiet import without_bars
+
+logger = logging.getLogger(__name__)
 
 FILES = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".txt": "text"}
 _PEEKED = 64  # first examples that are looked at before a run
+_HEAD = 10_000  # letters of the first line of a table
 _SAVED = ("dataset_info.json", "dataset_dict.json", "state.json")  # by which `save_to_disk` is known
 
 
@@ -66,8 +71,9 @@ def read(name: str, split: str | None, revision: str | None, streaming: bool) ->
             dataset = dataset[split] if split else dataset
         elif path.is_file():
             options = {"data_files": name, "streaming": streaming}
-            options |= {"sep": "\t"} if path.suffix.lower() == ".tsv" else {}
-            dataset = _load_split(datasets, FILES[path.suffix.lower()], split or "train", options)
+            options |= {} if (between := _separator(path)) is None else {"sep": between}
+            with without_bars("datasets"):
+                dataset = _load_split(datasets, FILES[path.suffix.lower()], split or "train", options)
         else:
             dataset = _load_split(datasets, name, split, {"revision": revision, "streaming": streaming})
     except DataError:
@@ -79,6 +85,20 @@ def read(name: str, split: str | None, revision: str | None, streaming: bool) ->
             raise DataError(f"{name!r} has the splits {sorted(dataset)}; choose one, such as split={min(dataset)!r}")
         dataset = next(iter(dataset.values()))
     return dataset
+
+
+def _separator(path: Path) -> str | None:
+    """What stands between the columns of a table in a text file, where it is no comma."""
+    if path.suffix.lower() == ".tsv":
+        return "\t"
+    if path.suffix.lower() != ".csv":
+        return None
+    with path.open(encoding="utf-8", errors="replace") as file:
+        head = file.readline(_HEAD)
+    found = next((mark for mark in (";", "\t") if "," not in head and mark in head), None)
+    if found is not None:
+        logger.info("%s has %r between its columns", path.name, found)
+    return found
 
 
 def _reason(error: BaseException) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_coar.attributions import Attributions
-from hf_coar.errors import CoarError
+from hf_coar.errors import CoarError, check_count
 from hf_coar.runs.fidelity import correlation
 
 
@@ -108,8 +108,7 @@ def agreement(first: Attributions, second: Attributions, n_top: int = 20) -> Agr
             f"both attributions have seed {first.provenance.seed} and the same settings, so that they agree by "
             "construction; attribute again with another seed"
         )
-    if isinstance(n_top, bool) or not isinstance(n_top, int) or n_top < 1:
-        raise CoarError(f"n_top={n_top!r}; must be a whole number, at least 1")
+    check_count(n_top, "n_top")
     a, b = first.weights.double(), second.weights.double()
     n_top = min(n_top, a.shape[1])
     return Agreement(correlation(a, b, 1), correlation(ranks(a), ranks(b), 1), _shared_top(a, b, n_top), n_top)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,12 @@ from hf_coar.errors import CoarError, ModelError
 from hf_coar.models import offloading, weight_files
 from hf_coar.models.building import LARGEST, building, check_counts, size_of_file, size_of_weights
 from hf_coar.models.libraries import library
+from hf_coar.models.quiet import without_bars
 from hf_coar.models.records import EDIT, RECORD, check_edit, fingerprint, record
 from hf_coar.storage import files, folders, hub
 from hf_coar.storage.escaping import python_name
 
+_QUICK = 10**9  # values: files of so many are read in seconds
 _LOADED = "edit_is_loaded"  # the record of the edit came from a file, which anybody may have written
 
 
@@ -195,7 +197,9 @@ def _load_transformers(source: hub.Source, config: Mapping[str, Any], options: M
     loader = _transformers_class(source.name, config, options["trust_remote_code"])
     largest = size_of_weights(source)
     check_counts(config, largest, f"config.json of {source.name!r}")
-    with building(f"transformers cannot load {source.name!r}", largest):
+    quick = source.is_local and largest.n_values < _QUICK
+    quiet = without_bars("transformers") if quick else nullcontext()
+    with building(f"transformers cannot load {source.name!r}", largest), quiet:
         return loader.from_pretrained(source.name, use_safetensors=True, **options)
 
 
@@ -269,7 +273,8 @@ def _save_with_its_library(model: nn.Module, folder: Path) -> None:
     mode = files.mode_in(folder)
     try:
         if library(model) in ("transformers", "diffusers", "peft"):
-            model.save_pretrained(folder)
+            with without_bars("transformers"):  # how long a file takes depends on the disk alone
+                model.save_pretrained(folder)
         elif library(model) == "timm":
             from timm.models import save_for_hf
 

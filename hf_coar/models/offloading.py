@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hf_coar.errors import CoarError
+from hf_coar.errors import CoarError, ModelError
 
 
 class Overlay(Mapping):
@@ -39,6 +39,16 @@ def is_offloaded(model: nn.Module) -> bool:
     return any(parameter.is_meta for parameter in model.parameters()) and any(
         _hooks(module) for module in model.modules()
     )
+
+
+def check_held(model: nn.Module) -> None:
+    """Raises `ModelError` for weights on the meta device that are kept nowhere."""
+    nowhere = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if nowhere and not is_offloaded(model):
+        raise ModelError(
+            f"{len(nowhere)} weights of {type(model).__name__} are on the meta device, such as {nowhere[0]!r}, and so "
+            "have no values; load it with from_pretrained or coar.load"
+        )
 
 
 def _hooks(module: nn.Module) -> list[Any]:

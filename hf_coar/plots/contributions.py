@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from hf_coar.attributions import Attributions, labelled
-from hf_coar.errors import CoarError
+from hf_coar.errors import CoarError, check_count
 
 # matplotlib's classes, by name only: it is imported where a picture is drawn.
 from hf_coar.plots import canvas
@@ -195,8 +195,7 @@ def top_components(attributions: Attributions, example: int, n: int = 15) -> Fig
         CoarError: an example out of range, `n` below 1, or no matplotlib.
     """
     [example] = canvas.chosen([example], len(attributions))
-    if n < 1:
-        raise CoarError(f"n={n}; give the number of components to show, at least 1")
+    check_count(n, "n")
     weights = attributions.weights[example]
     order = weights.abs().argsort(descending=True, stable=True)[:n].tolist()
     if not order:

@@ -10,7 +10,7 @@ import torch
 from hf_coar.data import showing
 from hf_coar.editing.tasks import EditResult
 from hf_coar.editing.tasks.judged import Judged
-from hf_coar.errors import CoarError
+from hf_coar.errors import CoarError, check_count
 from hf_coar.plots import canvas
 from hf_coar.plots.canvas import Figure
 
@@ -57,8 +57,7 @@ def flips(result: EditResult, most: int = _ACROSS, show: Show | None = None, tok
     Raises:
         CoarError: no answer changed, nothing that can be shown, or no matplotlib.
     """
-    if isinstance(most, bool) or not isinstance(most, int) or most < 1:
-        raise CoarError(f"most={most!r}; give a whole number, at least 1")
+    check_count(most, "most")
     read = _Reader(result, show, tokenizer)
     sections, counts = [], [0, 0]
     for judged in result.judged:

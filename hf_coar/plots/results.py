@@ -5,7 +5,7 @@ from typing import Any
 from hf_coar.editing.tasks import EditResult
 from hf_coar.editing.tasks.figures import Figure as Measured
 from hf_coar.editing.tasks.setting import PLOTS
-from hf_coar.errors import CoarError
+from hf_coar.errors import check_count
 from hf_coar.plots import canvas, flips
 from hf_coar.plots.canvas import Figure
 from hf_coar.plots.frontiers import Dot, edit_frontier
@@ -28,8 +28,7 @@ def groups(result: EditResult, most: int = 40) -> Figure:
     Raises:
         CoarError: a result without its examples, or no matplotlib.
     """
-    if isinstance(most, bool) or not isinstance(most, int) or most < 1:
-        raise CoarError(f"most={most!r}; give a whole number, at least 1")
+    check_count(most, "most")
     found = [row for judged in result.judged for row in judged.by_group()]
     ranked = sorted(range(len(found)), key=lambda i: (not found[i][0], -abs(found[i][1].change)))
     kept = [found[i] for i in sorted(ranked[:most])]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hf_coar import data as data_module
 from hf_coar import models
 from hf_coar.errors import CoarError, DataError, ModelError
-from hf_coar.models import calling, tasks
+from hf_coar.models import calling, offloading, tasks
 from hf_coar.models.calling import Call
 from hf_coar.models.outputs import Output, OutputFunction
 from hf_coar.runs import checks
@@ -94,9 +94,10 @@ def bound(
 
     Raises:
         DataError: no examples, a batch without what the output needs, or examples that depend on each other.
-        ModelError: the model does not run on them.
+        ModelError: the model does not run on them, or has no weights.
         CoarError: the output cannot be had of this model; says which can.
     """
+    offloading.check_held(model)
     first = data if isinstance(data, First) else First(data)
     if call is None:
         _tell_unmasked_padding(model, first.batch(_MOST))

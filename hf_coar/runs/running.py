@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from hf_coar import models
-from hf_coar.errors import CoarError
+from hf_coar.errors import CoarError, check_count
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -52,8 +52,8 @@ class Running:
         """Check the values."""
         if self.dtype is not None and self.dtype not in _DTYPES:
             raise CoarError(f"dtype={self.dtype!r}; there are {', '.join(_DTYPES)}, and None for the model's own")
-        if self.batch_size is not None and (type(self.batch_size) is not int or self.batch_size < 1):
-            raise CoarError(f"batch_size={self.batch_size!r}; must be a whole number, at least 1")
+        if self.batch_size is not None:
+            check_count(self.batch_size, "batch_size")
         if not isinstance(self.compile, bool | str):
             raise CoarError(f"compile={self.compile!r}; there are 'auto', True, False and the names of backends")
         named = self.compile if isinstance(self.compile, str) and self.compile != "auto" else None
