@@ -19,7 +19,7 @@ from hf_coar.estimators import PathGradient, Size, budget, choosing, gates
 from hf_coar.models import tasks
 from hf_coar.plots import page as report
 from hf_coar.runs import engine, workers
-from hf_coar.runs.plan import plan
+from hf_coar.runs.plan import plan, size_text
 from hf_coar.storage import folders as store
 
 
@@ -128,7 +128,7 @@ def explore(args: argparse.Namespace) -> str:
         size = page.stat().st_size
         if args.json:
             return json.dumps({"page": str(page), "bytes": size}, indent=2)
-        return f"saved {page} ({size / 1e6:.1f} MB); it needs no server, and can be sent as it is"
+        return f"saved {page} ({size_text(size)}); it needs no server, and can be sent as it is"
     if args.export is not None:
         folder = explorer.export(args.attributions, args.export, **sources)
         if args.json:

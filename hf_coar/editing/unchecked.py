@@ -61,6 +61,8 @@ def tell(
     expected = attributions.without(ablated, level=level)
     known = [end for end in (expected.after, expected.low, expected.high) if end is not None]
     # A gate leaves a part in place.
+    if boundary is not None and not bool((expected.before > boundary).any()):
+        boundary = None  # nothing to count, as of texts whose mean token is never right
     before, ends = expected.before, [expected.before + (1 - gate) * (end - expected.before) for end in known]
     others = torch.ones(len(attributions), dtype=torch.bool)
     others[rows_of] = False
