@@ -109,22 +109,23 @@ def gradient_shap(task: Task, seconds: float) -> tuple[Tensor, float]:
     return total / draws / task.fraction, 3.0 * draws
 
 
+def integrated(task: Task, to: float, steps: int) -> Tensor:
+    """captum's integrated gradients along all gates at once, from 1 to `to`: weights [examples, components]."""
+    count = data.size(task.batch)
+    ones = tuple(torch.ones(count, size) for size in task.components.sizes())
+    ends = tuple(torch.full_like(part, to) for part in ones)
+    method = IntegratedGradients(gate_function(task))
+    found = method.attribute(ones, baselines=ends, n_steps=steps, internal_batch_size=count)
+    return torch.cat([part.detach() for part in found], 1) / (1 - to)
+
+
 def integrated_gradients(to: float) -> Callable[[Task, float], tuple[Tensor, float]]:
-    """captum's integrated gradients along all gates at once, from 1 to `to`, with as many steps as fit."""
+    """`integrated` with as many steps as fit."""
 
     def run(task: Task, seconds: float) -> tuple[Tensor, float]:
-        method, count = IntegratedGradients(gate_function(task)), data.size(task.batch)
-        ones = tuple(torch.ones(count, size) for size in task.components.sizes())
-        ends = tuple(torch.full_like(part, to) for part in ones)
-
-        def attributed(steps: int) -> Tensor:
-            found = method.attribute(ones, baselines=ends, n_steps=steps, internal_batch_size=count)
-            return torch.cat([part.detach() for part in found], 1) / (1 - to)
-
-        begun = time.process_time()
-        attributed(2)
-        steps = max(2, min(200, int(2 * seconds / (time.process_time() - begun))))  # more change nothing any more
-        return attributed(steps), 3.0 * steps
+        _, taken = timed(lambda: integrated(task, to, 2))
+        steps = max(2, min(200, int(2 * seconds / taken)))  # more change nothing any more
+        return integrated(task, to, steps), 3.0 * steps
 
     return run
 

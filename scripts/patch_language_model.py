@@ -1,6 +1,7 @@
 """Which heads, or neurons, of SmolLM2-135M carry a fact: zero against mean against the corrupted prompt.
 
     python scripts/patch_language_model.py --models models --units heads
+    python scripts/patch_language_model.py --models models --units heads --peers
     python scripts/patch_language_model.py --models models --units neurons --rounds 2 --masks 12
 
 The model comes from `scripts/convert_benchmark_models.py`. Prompts are made here: capitals ("The capital of France is",
@@ -8,27 +9,38 @@ corrupted to another country) and number agreement ("The keys near the cabinet",
 kept whose tokens go one to one, whose answers are one token, and which the model gets right. The output is the
 log-probability of the right answer minus that of the corrupted prompt's.
 
-For every stand-in, attributions by PathGradient and by the gradient with everything in place (with the corrupted prompt
-that is attribution patching, Nanda 2023) predict the output under fresh random sets of components that are replaced.
+For every stand-in, attributions predict the output under fresh random sets of components that are replaced: those of
+PathGradient in one pass and in rounds, where components are few also what `method="auto"` takes (where that is
+leave-one-out, with `--pairs` also with pairs); beside them the gradient with everything in place (with the corrupted
+prompt that is attribution patching, Nanda 2023), captum's integrated gradients along the gates, and with `--peers` the
+attribution patching of TransformerLens and of nnsight (see `patch_rivals.py`; those that are not installed are said and
+left out). Each with what it took: forward passes, and processor time of one thread after a first call, so that methods
+can be compared at the same time.
+
 Then how many of the 20 strongest components agree, and how much of the output the k strongest keep by themselves.
-Figures are added to `patching.json` in `--out`, of which `patching.md` is made.
+Figures are added to `patching.json` in `--out`, of which `patching.md` and `patching.png` are made.
 """
 
 import argparse
 import json
 import logging
 import platform
+import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import patch_rivals
+import patch_tables
 import torch
 from torch import Tensor, nn
 
 import hf_coar as coar
-from hf_coar import models
+from hf_coar import models, plots
 from hf_coar.models import tasks
 from hf_coar.models.tasks.language import encode_answers
+from hf_coar.runs.fidelity import correlation
 
 logger = logging.getLogger("patch_language_model")
 
@@ -39,7 +51,10 @@ CAPITALS = {
 }  # fmt: skip
 NOUNS = ("key", "author", "picture", "teacher", "dog", "letter", "farmer", "student")
 UNITS = {"heads": ("head", None), "neurons": ("input", ["*.down_proj"])}
-TOP = (1, 2, 5, 10, 20, 40, 80, 160)
+TOP = (1, 2, 5, 10, 20, 40, 80, 160, 320, 1000, 3000, 10_000)
+GRADIENT = "gradient"
+STAND_INS = ("patch", "mean", "zero")
+FEW = 1000  # components, for those that take them one by one
 
 
 def candidates() -> list[tuple[str, str, str, str]]:
@@ -82,96 +97,187 @@ def stand_ins(clean: Any, corrupt: Any) -> dict[str, Any]:
     return {"zero": "zero", "mean": coar.Mean(both), "patch": coar.Patch(corrupt)}
 
 
-def kept_by_the_strongest(
-    model: nn.Module, data: Any, attributions: coar.Attributions, numbers: tuple[int, ...]
-) -> dict[str, float]:
-    """Share of the output that is left where all but the k strongest components are replaced: 1 = all, 0 = none."""
-    (batch,) = data
-    output, components = tasks.bind(model, "answer_difference", None, batch), attributions.components
-    order = attributions.weights.mean(0).argsort(descending=True)
+class Beside:
+    """The methods on one kind of stand-in, all judged on the same fresh sets, which are measured once.
 
-    def mean(n_kept: int) -> float:
-        kept = torch.zeros(len(components), dtype=torch.bool)
-        kept[order[:n_kept]] = True
-        with torch.no_grad(), models.frozen(model), coar.ablate(model, components, kept, how="hooks"):
-            return float(output.of(model, batch).mean())
+    Attributes:
+        rows: by method, its figures.
+        reports: by method, of `coar.evaluate`.
+        attributions: by method.
+    """
 
-    everything, nothing = mean(len(components)), mean(0)
-    return {str(k): round((mean(k) - nothing) / (everything - nothing), 3) for k in numbers if k < len(components)}
+    def __init__(self, model: nn.Module, data: Any, components: coar.Components, args: argparse.Namespace) -> None:
+        """Of these components and prompts."""
+        self.model, self.data, self.components, self.args = model, data, components, args
+        self.rows: dict[str, dict[str, Any]] = {}
+        self.reports: dict[str, Any] = {}
+        self.attributions: dict[str, coar.Attributions] = {}
+        self._outputs: dict[frozenset[int], float] = {}
+        self._folder = tempfile.TemporaryDirectory()
+        self.reference = self.attribute(coar.baselines.GradientTimesParameter())
 
+    def attribute(self, method: Any) -> coar.Attributions:
+        """By a method of the package."""
+        options = {"output": "answer_difference", "method": method, "ablated_fraction": self.args.fraction}
+        return coar.attribute(self.model, self.data, self.components, progress=False, **options)
 
-def measure(model: nn.Module, clean: Any, corrupt: Any, args: argparse.Namespace) -> dict[str, Any]:
-    """All stand-ins."""
-    granularity, include = UNITS[args.units]
-    found, strongest = {}, {}
-    methods = {
-        "path gradient": coar.PathGradient(rounds=args.rounds),
-        "gradient": coar.baselines.GradientTimesParameter(),
-    }
-    for kind, ablation in stand_ins(clean, corrupt).items():
-        components = coar.find_components(model, granularity, include=include, ablation=ablation)
-        data = coar.Patch(corrupt).paired([clean]) if kind == "patch" else [clean]
-        entry: dict[str, Any] = {"n_components": len(components)}
-        for name, method in methods.items():
-            options = {"output": "answer_difference", "method": method, "ablated_fraction": args.fraction}
-            begun = time.process_time()
-            attributions = coar.attribute(model, data, components, progress=False, **options)
-            spent = time.process_time() - begun
-            report = coar.evaluate(attributions, model, data, fractions=args.sizes, n_masks=args.masks, progress=False)
-            entry[name] = {
-                "correlation": {str(f): report.correlation[f] for f in args.sizes},
-                "slope": {str(f): report.slope[f] for f in args.sizes},
-                "processor_seconds": round(spent, 1),
-                "kept": kept_by_the_strongest(model, data, attributions, TOP),
+    def add(self, name: str, method: Any) -> None:
+        """A method of the package."""
+        begun = time.process_time()
+        found = self.attribute(method)
+        spent = time.process_time() - begun
+        chosen = f" ({found.provenance.method['name']})" if method == "auto" else ""
+        self._judge(name + chosen.replace("_", " "), found, spent, found.provenance.cost)
+
+    def add_own(self) -> list[str]:
+        """Ours: one pass; what is chosen by default, where few; rounds; leave-one-out with pairs where it is chosen."""
+        few = len(self.components) <= FEW
+        self.add("path gradient, one pass", coar.PathGradient(rounds=0).bare())
+        if few:
+            self.add("auto", "auto")
+        if "auto (path gradient)" not in self.rows:
+            self.add(f"path gradient, {self.args.rounds} rounds", coar.PathGradient(rounds=self.args.rounds))
+        if "auto (leave one out)" in self.rows and self.args.pairs:
+            self.add("leave-one-out with pairs", coar.baselines.LeaveOneOut(pairs_among=self.args.pairs))
+        return list(self.rows)
+
+    def add_rival(self, name: str, rival: Callable[[], patch_rivals.Weights]) -> None:
+        """Weights that something else makes."""
+        begun = time.process_time()
+        weights, cost = rival()
+        spent = time.process_time() - begun
+        self._judge(name, patch_rivals.as_attributions(self.reference, weights), spent, cost)
+
+    def _judge(self, name: str, found: coar.Attributions, spent: float, cost: float) -> None:
+        report = coar.evaluate(
+            found, self.model, self.data, fractions=self.args.sizes, n_masks=self.args.masks, progress=False,
+            out=self._folder.name,
+        )  # fmt: skip
+        self.reports[name], self.attributions[name] = report, found
+        self.rows[name] = {
+            "correlation": {str(f): [report.correlation[f], *report.interval[f]] for f in self.args.sizes},
+            "slope": {str(f): report.slope[f] for f in self.args.sizes},
+            "processor_seconds": round(spent, 2),
+            "passes": cost,
+        }
+        logger.info("%s: %s", name, self.rows[name])
+
+    def keep_best(self, beginning: str) -> None:
+        """Of the methods whose names begin so, only the one that predicts best over all sizes."""
+        names = [name for name in self.rows if name.startswith(beginning)]
+        best = max(names, key=self._mean, default="")
+        for name in set(names) - {best}:
+            del self.rows[name], self.reports[name], self.attributions[name]
+
+    def _mean(self, name: str) -> float:
+        return sum(mean for mean, *_ in self.rows[name]["correlation"].values())
+
+    def off_the_gradient(self, name: str) -> float:
+        """The largest difference of a weight from the gradient's, as a share of the largest weight."""
+        ours, theirs = (self.attributions[one].weights for one in (GRADIENT, name))
+        return float((theirs - ours).abs().max() / ours.abs().max())
+
+    def finish(self) -> dict[str, dict[str, Any]]:
+        """The figures, with the share of the output that the k strongest keep: 1 = all, 0 = none."""
+        for name, row in self.rows.items():
+            order = self.attributions[name].weights.mean(0).argsort(descending=True).tolist()
+            everything, nothing = self._left(order), self._left([])
+            row["kept"] = {
+                str(k): round((self._left(order[:k]) - nothing) / (everything - nothing), 3)
+                for k in TOP
+                if k < len(order)
             }
-            if name == "path gradient":
-                strongest[kind] = attributions.weights.mean(0).topk(20).indices.tolist()
-                entry["strongest"] = [str(components[i]) for i in strongest[kind][:5]]
-        found[kind] = entry
-        logger.info("%s: %s", kind, entry)
-    agree = {f"{a} and {b}": len(set(strongest[a]) & set(strongest[b])) for a in found for b in found if a < b}
-    return {"stand_ins": found, "agree_of_20": agree}
+        self._folder.cleanup()
+        return self.rows
+
+    def _left(self, alone: list[int]) -> float:
+        """The mean output where all but these are replaced; the same ones are measured once."""
+        if (known := frozenset(alone)) not in self._outputs:
+            (batch,) = self.data
+            output = tasks.bind(self.model, "answer_difference", None, batch)
+            kept = torch.zeros(len(self.components), dtype=torch.bool)
+            kept[alone] = True
+            with (
+                torch.no_grad(),
+                models.frozen(self.model),
+                coar.ablate(self.model, self.components, kept, how="hooks"),
+            ):
+                self._outputs[known] = float(output.of(self.model, batch).mean())
+        return self._outputs[known]
 
 
-def table(results: dict[str, Any]) -> str:
-    """The results as Markdown."""
-    lines = [
-        "# Which part of a language model carries a fact",
-        "",
-        *(__doc__ or "").split("\n\n", 1)[1].splitlines(),
-        "",
+def at_equal_time(beside: Beside, own: list[str]) -> dict[str, dict[str, Any]]:
+    """For every rival, the dearest of ours that took no longer (else the cheapest of all), and how much better it is.
+
+    The interval is a bootstrap of the difference of mean correlations over masks and prompts, the same for both.
+    """
+    found, seconds = {}, {name: row["processor_seconds"] for name, row in beside.rows.items()}
+    for rival in (name for name in beside.rows if name not in own):
+        affordable = [name for name in own if seconds[name] <= 1.05 * seconds[rival]]
+        ours = max(affordable, key=seconds.__getitem__) if affordable else min(own, key=seconds.__getitem__)
+        pair = beside.reports[ours], beside.reports[rival]
+        gains = {
+            str(f): difference(pair[0].predicted[f], pair[1].predicted[f], pair[0].measured[f]) for f in sizes(pair)
+        }
+        found[rival] = {"ours": ours, "affordable": bool(affordable), "gain": gains}
+    return found
+
+
+def sizes(reports: tuple[Any, Any]) -> Iterator[float]:
+    """Those that both know."""
+    return (fraction for fraction in reports[0].predicted if fraction in reports[1].predicted)
+
+
+def difference(ours: Tensor, theirs: Tensor, measured: Tensor, resamples: int = 1000) -> list[float]:
+    """Mean correlation of ours less that of theirs, and its 95 % interval; all [masks, examples]."""
+    generator = torch.Generator().manual_seed(0)
+
+    def gap(masks: Tensor, examples: Tensor) -> float:
+        true = measured[masks][:, examples]
+        means = [float(correlation(one[masks][:, examples], true).nanmean()) for one in (ours, theirs)]
+        return means[0] - means[1]
+
+    n_masks, n_examples = measured.shape
+    drawn = [
+        gap(*(torch.randint(n, (n,), generator=generator) for n in (n_masks, n_examples))) for _ in range(resamples)
     ]
-    for units, result in results.items():
-        n_components = next(iter(result["stand_ins"].values()))["n_components"]
-        lines += [
-            f"## {units}",
-            "",
-            f"{n_components:,} components, {result['n_prompts']} prompts such as “{result['prompt']}”; attributed at "
-            f"{result['fraction']:.0%}, {result['rounds']} rounds, {result['n_masks']} masks a size; "
-            f"{result['machine']}.",
-            "",
-        ]
-        sizes = list(next(iter(result["stand_ins"].values()))["path gradient"]["correlation"])
-        lines.append("| stand-in | method | " + " | ".join(f"{float(size):.0%}" for size in sizes) + " | s |")
-        lines.append("|---|---|" + "---|" * (len(sizes) + 1))
-        for kind, entry in result["stand_ins"].items():
-            for method in ("path gradient", "gradient"):
-                one = entry[method]
-                cells = [f"{one['correlation'][size]:.3f} · {one['slope'][size]:.2f}" for size in sizes]
-                lines.append(f"| {kind} | {method} | {' | '.join(cells)} | {one['processor_seconds']:.0f} |")
-        lines += ["", "Cells: mean correlation over the masks · slope; s: seconds of one processor to attribute.", ""]
-        numbers = list(next(iter(result["stand_ins"].values()))["path gradient"]["kept"])
-        lines.append("| the k strongest keep | " + " | ".join(numbers) + " |")
-        lines.append("|---|" + "---|" * len(numbers))
-        for kind, entry in result["stand_ins"].items():
-            for method in ("path gradient", "gradient"):
-                cells = [f"{entry[method]['kept'][k]:.2f}" for k in numbers]
-                lines.append(f"| {kind}, {method} | {' | '.join(cells)} |")
-        lines += ["", f"Of the 20 strongest agree: {json.dumps(result['agree_of_20'])[1:-1]}.", ""]
-        for kind, entry in result["stand_ins"].items():
-            lines.append(f"- {kind}: {', '.join(entry['strongest'])}")
-        lines.append("")
-    return "\n".join(lines)
+    low, high = torch.tensor(drawn).nan_to_num().quantile(torch.tensor([0.025, 0.975])).tolist()
+    return [gap(torch.arange(n_masks), torch.arange(n_examples)), low, high]
+
+
+def measure(model: nn.Module, clean: Any, corrupt: Any, args: argparse.Namespace) -> Iterator[tuple[str, Any]]:
+    """One stand-in after the other, with its figures."""
+    granularity, include = UNITS[args.units]
+    libraries = patch_rivals.PEERS if args.peers and args.units == "heads" else ()
+    absent = patch_rivals.missing(["captum", *libraries])
+    for package in absent:
+        logger.warning("%s is not installed and is left out: pip install %s", package, package)
+    ablations = stand_ins(clean, corrupt)
+    for kind in args.stand_ins:
+        components = coar.find_components(model, granularity, include=include, ablation=ablations[kind])
+        data = coar.Patch(corrupt).paired([clean]) if kind == "patch" else [clean]
+        beside = Beside(model, data, components, args)
+        own = beside.add_own()
+        beside.add(GRADIENT, coar.baselines.GradientTimesParameter())
+        if "captum" not in absent:
+            for name, rival in patch_rivals.integrated_gradients(model, data, components, args.fraction).items():
+                beside.add_rival(name, rival)
+            beside.keep_best(f"{patch_rivals.INTEGRATED} to 0")
+        there = [name for name in libraries if kind == "patch" and name not in absent]
+        peers = patch_rivals.attribution_patching(model, clean, corrupt, components, there)
+        for name, rival in peers.items():
+            beside.add_rival(name, rival)
+        strongest = beside.attributions[own[1]].weights.mean(0).topk(min(20, len(components))).indices.tolist()
+        yield (
+            kind,
+            {
+                "n_components": len(components),
+                "methods": beside.finish(),
+                "at_equal_time": at_equal_time(beside, own),
+                "off_the_gradient": {name: beside.off_the_gradient(name) for name in peers},
+                "strongest": [str(components[i]) for i in strongest],
+            },
+        )
 
 
 def main() -> None:
@@ -179,14 +285,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, default=Path("models"))
     parser.add_argument("--units", choices=UNITS, default="heads")
-    parser.add_argument("--prompts", type=int, default=12)
+    parser.add_argument("--stand-ins", nargs="+", choices=STAND_INS, default=STAND_INS)
+    parser.add_argument("--prompts", type=int, default=6)
     parser.add_argument("--fraction", type=float, default=0.1)
     parser.add_argument("--sizes", type=float, nargs="+", default=(0.05, 0.1, 0.2, 0.4))
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--masks", type=int, default=24)
+    parser.add_argument("--masks", type=int, default=16)
+    parser.add_argument("--pairs", type=int, default=0, help="components with pairs, if one by one is chosen")
+    parser.add_argument("--peers", action="store_true", help="TransformerLens and nnsight as well")
     parser.add_argument("--out", type=Path, default=Path("scripts/results"))
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    torch.set_num_threads(1)
     from transformers import AutoTokenizer
 
     folder = args.models / "smollm2"
@@ -198,9 +308,19 @@ def main() -> None:
     )
     path = args.out / "patching.json"
     results = json.loads(path.read_text()) if path.is_file() else {}
-    results[args.units] = {**about, "n_masks": args.masks, **measure(model, clean, corrupt, args)}
-    path.write_text(json.dumps(results, indent=2) + "\n")
-    (args.out / "patching.md").write_text(table(results))
+    known = results.setdefault(args.units, {"stand_ins": {}})
+    known |= {**about, "n_masks": args.masks}
+    with coar.running(report=False):
+        for kind, entry in measure(model, clean, corrupt, args):
+            known["stand_ins"][kind] = entry
+            path.write_text(json.dumps(results, indent=1) + "\n")
+            show(results, args.out)
+
+
+def show(results: dict[str, Any], out: Path) -> None:
+    """The table and the picture."""
+    (out / "patching.md").write_text(patch_tables.table(results, __doc__ or ""))
+    plots.save(patch_tables.picture(results), out / "patching.png")
 
 
 if __name__ == "__main__":
