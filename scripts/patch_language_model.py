@@ -285,7 +285,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, default=Path("models"))
     parser.add_argument("--units", choices=UNITS, default="heads")
-    parser.add_argument("--stand-ins", nargs="+", choices=STAND_INS, default=STAND_INS)
+    parser.add_argument("--stand-ins", nargs="*", choices=STAND_INS, default=STAND_INS, help="none: draw anew")
     parser.add_argument("--prompts", type=int, default=6)
     parser.add_argument("--fraction", type=float, default=0.1)
     parser.add_argument("--sizes", type=float, nargs="+", default=(0.05, 0.1, 0.2, 0.4))
@@ -297,6 +297,15 @@ def main() -> None:
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(1)
+    path = args.out / "patching.json"
+    results = json.loads(path.read_text()) if path.is_file() else {}
+    if args.stand_ins:
+        run(args, path, results)
+    show(results, args.out)
+
+
+def run(args: argparse.Namespace, path: Path, results: dict[str, Any]) -> None:
+    """Measure; what is known of other units stays, and of other stand-ins with the same settings."""
     from transformers import AutoTokenizer
 
     folder = args.models / "smollm2"
@@ -306,10 +315,10 @@ def main() -> None:
     about["machine"] = (
         f"{platform.machine()}, {torch.get_num_threads()} thread, torch {torch.__version__.split('+')[0]}"
     )
-    path = args.out / "patching.json"
-    results = json.loads(path.read_text()) if path.is_file() else {}
-    known = results.setdefault(args.units, {"stand_ins": {}})
-    known |= {**about, "n_masks": args.masks}
+    about["n_masks"] = args.masks
+    known = results.get(args.units, {})
+    if any(known.get(name) != value for name, value in about.items()):
+        known = results[args.units] = {**about, "stand_ins": {}}
     with coar.running(report=False):
         for kind, entry in measure(model, clean, corrupt, args):
             known["stand_ins"][kind] = entry

@@ -6,7 +6,7 @@ from typing import Any
 
 from hf_coar.plots import canvas
 
-LEAST, MOST = -0.5, 1.5  # of the vertical axis; what overshoots is cut
+LEAST, MOST = -0.5, 1.75  # of the vertical axis; what overshoots is cut
 
 
 def table(results: Mapping[str, Any], about: str) -> str:
@@ -14,7 +14,7 @@ def table(results: Mapping[str, Any], about: str) -> str:
     lines = ["# Which part of a language model carries a fact", "", *about.split("\n\n", 1)[1].splitlines(), ""]
     for units, result in results.items():
         lines += _heading(units, result) + _fidelity(result) + _gains(result) + _kept(result)
-        lines += ["", f"Of the 20 strongest agree: {_agreeing(result['stand_ins'])}.", ""]
+        lines += ["", f"Of the 20 strongest agree: {_agreeing(result['stand_ins']) or 'one stand-in only'}.", ""]
         lines += [f"- {kind}: {', '.join(entry['strongest'][:5])}" for kind, entry in result["stand_ins"].items()]
         lines.append("")
     lines += ["![What the strongest keep](patching.png)", ""]
@@ -102,7 +102,7 @@ def _sizes(result: Mapping[str, Any]) -> list[str]:
 def picture(results: Mapping[str, Any]) -> Any:
     """Faithfulness: k, the share of the output that the k strongest keep, a line a method, a panel a stand-in."""
     most = max(len(result["stand_ins"]) for result in results.values())
-    figure = canvas.blank(0.9 + 2.6 * len(results), 3.1 * most, layout="constrained")
+    figure = canvas.blank(0.9 + 2.6 * len(results), max(6.5, 3.2 * most), layout="constrained")
     panels = figure.subplots(len(results), most, squeeze=False, sharey=True)
     names = list(
         dict.fromkeys(_name(m) for r in results.values() for e in r["stand_ins"].values() for m in e["methods"])
@@ -118,14 +118,14 @@ def picture(results: Mapping[str, Any]) -> Any:
                     linestyle=canvas.LINES[place // 7],
                 )  # fmt: skip
             numbers = [int(k) for k in next(iter(entry["methods"].values()))["kept"]]
-            _dress(axes, f"{units}, replaced by {_STAND_INS.get(kind, kind)}", units, numbers)
+            _dress(axes, f"{units} replaced by {_STAND_INS[kind]}", units, numbers)
         row[0].set_ylabel("share of the output kept", fontsize=9.5)
     canvas.title(figure, "How much of the answer the k strongest keep, all others replaced", _detail(results))
     canvas.legend_below(figure, panels[0][0], [lines[place] for place in sorted(lines)])
     return figure
 
 
-_STAND_INS = {"zero": "zero", "mean": "their mean", "patch": "the corrupted prompt's"}
+_STAND_INS = {"patch": "corrupted values", "mean": "their mean", "zero": "zero"}
 
 
 def _name(method: str) -> str:
