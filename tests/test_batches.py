@@ -71,3 +71,10 @@ def test_padding_that_nothing_masks_is_told(caplog, left_out, told):
     components = coar.find_components(classifier(), "module")
     coar.attribute(classifier(), [batch], components, method=coar.baselines.LeaveOneOut(), progress=False)
     assert ("2 of the first 3 examples begin or end in the padding token 0" in caplog.text) == told
+
+
+def test_a_part_of_longer_labels_is_as_good_as_a_copy():
+    """Some losses of transformers take a view of the labels, which a part of a wider tensor does not allow."""
+    labels = torch.arange(12).reshape(3, 4)[:, :2]
+    given = data.as_batch({"inputs": torch.randn(3, 5), "labels": labels})["labels"]
+    assert torch.equal(given, labels) and given.view(-1).tolist() == [0, 1, 4, 5, 8, 9]

@@ -48,6 +48,8 @@ def as_tensor(value: Any) -> Any:
 
     An attention mask that somebody left as a list must not be overlooked, as what is no tensor is.
     """
+    if isinstance(value, Tensor) and not value.is_floating_point() and value.layout is torch.strided:
+        return value.contiguous()  # a part of longer labels: transformers' losses take views of them
     if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
         return torch.from_numpy(value if value.flags.writeable else value.copy())
     if not isinstance(value, list | tuple) or not _begins_with_number(value):
