@@ -168,7 +168,7 @@ def run(name: str, args: argparse.Namespace) -> dict[str, Any]:
         "granularity": case.granularity,
         "output": case.output,
         "fraction": case.fraction,
-        "method": case.method.name,
+        "method": said(case.method),
     }
     return {**about, "n_masks": case.n_masks, "seed": args.seed, "machine": machine(), "stand_ins": found}
 
