@@ -1,6 +1,7 @@
 """One family of errors: every message says what is wrong, with the values, and what to do."""
 
 import re
+from numbers import Integral
 
 _LONGEST = 1800  # characters: a library's own error may list all that it knows, or quote all of a file
 _LONG = re.compile(r"\S{300,}")  # values that come from elsewhere, and libraries' own errors, may quote all of a file
@@ -23,7 +24,7 @@ def check_kind(value: object, kind: type, what: str, instead: str) -> None:
 
 def check_count(value: object, what: str, least: int = 1) -> None:
     """Raises `CoarError` for what is no whole number, or below `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise CoarError(f"{what}={value!r}; give a whole number, at least {least}")
 
 

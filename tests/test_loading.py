@@ -139,6 +139,17 @@ def test_labels_are_understood(folders, tmp_path, model, column, entries, expect
     assert labels.tolist() == expected and labels.dtype == (torch.int64 if type(expected[0]) is int else torch.float32)
 
 
+def test_lists_of_declared_no_and_yes_are_no_sets_of_classes(folders, tmp_path):
+    import datasets
+
+    answers = datasets.List(datasets.ClassLabel(names=["no", "yes"]))
+    features = datasets.Features({"text": datasets.Value("string"), "labels": answers})
+    rows = {"text": ["a dull film", "a fine film"], "labels": [[1, 0, 1], [0, 0, 0]]}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "d.parquet")
+    _, data = coar.load(folders / "several", tmp_path / "d.parquet")
+    assert batch_of(data)["labels"].tolist() == [[1.0, 0.0, 1.0], [0.0, 0.0, 0.0]]
+
+
 def test_lists_of_declared_classes_are_matched_by_name(folders, tmp_path):
     """As in GoEmotions: the data set's order of the classes is another than the model's."""
     import datasets

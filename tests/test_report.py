@@ -97,6 +97,8 @@ def test_the_first_text_is_quoted(tmp_path):
     pairs = Examples(rows, lambda rows: {}, description={"text": "first", "pair": "second"})
     text = Page(report.write(tmp_path, make_attributions(), data=pairs).read_text(encoding="utf-8")).text
     assert "“<b>one</b> / two”" in text and "three" not in text
+    without = make_attributions(skipped=(0,))  # the first example could not be read: another one has the first row
+    assert "“three / four”" in Page(report.write(tmp_path, without, data=pairs).read_text(encoding="utf-8")).text
 
 
 def test_the_same_input_gives_the_same_bytes(written, tmp_path):

@@ -238,8 +238,10 @@ def _several(values: Sequence[Any], feature: Any, head: Head) -> _Reading:
     lists = [value for value in values if isinstance(value, list | tuple)]
     members = list(dict.fromkeys(member for value in lists for member in value if isinstance(member, str | int)))
     inner = getattr(feature, "feature", None)
-    if type(inner).__name__ == "ClassLabel" and not all(len(value) == head.n for value in lists):
-        return _sets(_of_classes(inner, head), head)
+    if type(inner).__name__ == "ClassLabel":
+        of_one = _of_classes(inner, head)
+        if of_one.by_name or not all(len(value) == head.n for value in lists):  # else "no" and "yes", for each class
+            return _sets(of_one, head)
     if members and all(isinstance(member, str) for member in members):
         return _sets(_of_strings(members, head), head)
     different = len({len(value) for value in lists}) > 1 and all(len(set(value)) == len(value) for value in lists)

@@ -1,5 +1,6 @@
 """What of an example a person can look at: its image, or its text."""
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -30,13 +31,15 @@ def text_columns(raw: Mapping[str, Any], description: Mapping[str, Any]) -> list
     return named or list(filter(None, [text_column(raw)]))
 
 
-def first_of(data: Iterable[Any]) -> Any:
-    """What a person can look at of the first example: a PIL image, a text, or None."""
+def shown(data: Iterable[Any], index: int) -> Any:
+    """What a person can look at of an example: a PIL image, a text, or None; of batches of tensors the first alone."""
     if not isinstance(data, Examples):
+        if index:
+            return None
         batch = None if isinstance(data, Iterator) else next(iter(data), None)  # of an iterator that were another one
         pixels = batch.get("pixel_values") if isinstance(batch, Mapping) else None
         return image_of(pixels[0]) if isinstance(pixels, Tensor) and len(pixels) else None
-    raw = next(iter(data.dataset), {})
+    raw = next(itertools.islice(iter(data.dataset), index, None), {})
     if (column := image_column(raw)) is not None:
         return raw[column]
     return " / ".join(raw[column] for column in text_columns(raw, data.description)) or None

@@ -4,6 +4,7 @@ import logging
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 FILES = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".txt": "text"}
 _PEEKED = 64  # first examples that are looked at before a run
+_QUICK = 10**8  # bytes: smaller files are read in no time
 _HEAD = 10_000  # letters of the first line of a table
 _SAVED = ("dataset_info.json", "dataset_dict.json", "state.json")  # by which `save_to_disk` is known
 
@@ -72,7 +74,7 @@ def read(name: str, split: str | None, revision: str | None, streaming: bool) ->
         elif path.is_file():
             options = {"data_files": name, "streaming": streaming}
             options |= {} if (between := _separator(path)) is None else {"sep": between}
-            with without_bars("datasets"):
+            with without_bars("datasets") if path.stat().st_size < _QUICK else nullcontext():
                 dataset = _load_split(datasets, FILES[path.suffix.lower()], split or "train", options)
         else:
             dataset = _load_split(datasets, name, split, {"revision": revision, "streaming": streaming})

@@ -82,8 +82,7 @@ class Source:
 
     def _places_of_rows(self) -> list[int]:
         """Where in the data every row of the attributions comes from: examples that could not be read have none."""
-        skipped = set(self.attributions.config.get("skipped") or ())
-        places = [i for i in range(len(self.attributions) + len(skipped)) if i not in skipped]
+        places = self.attributions.places
         if self._examples is not None:
             if not hasattr(self._examples.dataset, "__len__"):
                 raise DataError("the explorer reaches examples by their number; load the data without streaming")

@@ -237,7 +237,7 @@ def _where(attributions: Attributions) -> _Section:
 
 
 def _one_example(attributions: Attributions, data: Iterable | None) -> _Section:
-    label, looks_like = labelled.label_name(attributions, 0), _looks_like(data)
+    label, looks_like = labelled.label_name(attributions, 0), _looks_like(attributions, data)
     text = "The first example" + (f", {label}" if label else "")
     quoted = isinstance(looks_like, str)
     text += f": “{textwrap.shorten(looks_like, _QUOTED, placeholder=' …')}”" if quoted else "."
@@ -249,10 +249,10 @@ def _one_example(attributions: Attributions, data: Iterable | None) -> _Section:
     return _Section("One example", text, pictures=pictures)
 
 
-def _looks_like(data: Iterable | None) -> Any:
-    """The first example as an image or a text, or None."""
+def _looks_like(attributions: Attributions, data: Iterable | None) -> Any:
+    """The example of the first row as an image or a text, or None."""
     try:
-        return None if data is None else showing.first_of(data)
+        return None if data is None else showing.shown(data, attributions.places[0])
     except Exception as error:  # whatever reading a data set again may raise: a picture is not worth the run
         logger.warning("the first example is not in the report, since it could not be read again: %r", error)
         return None
