@@ -128,8 +128,10 @@ def test_the_table_of_rivals_shows_the_worst_draw(args):
         {"edit": str(n), "n_components": 4, "seconds": 2.0, "methods": {"ablation": ours, "welch": rival}}
         for n, (ours, rival) in enumerate([(figures(2, 50), figures(9, 80)), (figures(6, 30), {})])
     ]
+    args.stand_ins = False
     edit_rivals._write(args, "forget", 20, found)
     edit_rivals.table(args)
+    assert not (args.results / "stand_ins.md").exists()
     text = (args.results / "rivals.md").read_text()
     assert "| **ablation** | 2 of 2 | 4.0 (**6.0**) | 40.0 (**50.0**) |" in text
     assert "| welch | 1 of 2 | 9.0 | 80.0 |" in text and "| before |  | 90.0 | 88.0 |" in text
