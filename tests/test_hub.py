@@ -166,6 +166,8 @@ def test_attribute_push_pull_edit_push_and_load_with_the_base_libraries_alone(tm
 # ------------------------------------------------------------------------------------------------- what can go wrong
 
 TROUBLES = """
+from dataclasses import replace
+
 import hf_coar as coar
 from hf_coar.attributions import folders
 from hf_coar.editing import edited
@@ -213,6 +215,10 @@ attempt("their card", push("me/written"))
 attempt("local only", pull("me/new", local_files_only=True))
 attempt("another cache", pull("me/new", local_files_only=True, cache_dir="elsewhere"))
 attempt("nothing to push", lambda: edited.push_to_hub("artefact", "me/other"))
+for name in ("open", "shut"):
+    shown = coar.Attributions.from_pretrained("artefact")
+    shown.provenance = replace(shown.provenance, data={"id": f"me/{name}", "revision": "a" * 40})
+    shown.push_to_hub(f"me/shown-{name}", pictures="artefact/pictures")
 print(json.dumps(found))
 """.replace("READ_ONLY", READ_ONLY_TOKEN)
 
@@ -231,6 +237,9 @@ def test_every_trouble_has_a_message_that_says_what_to_do(folder, demo_attributi
         for name in ("me/copy", "me/once", "me/private", "me/written"):
             server.add(name, saved)
         server.repos["me/private"].private = True
+        for name in ("open", "shut"):
+            server.add(f"datasets/me/{name}", {"data.csv": b"text,label"})
+        server.repos["datasets/me/shut"].private = True
         server.add("me/written", {"README.md": b"# Mine\n"})
         server.add("me/empty", {"config.json": b'{"hf_coar_format": 1}', "other.txt": b""})
         found = json.loads(client(TROUBLES, server, folder).splitlines()[-1])
@@ -238,6 +247,8 @@ def test_every_trouble_has_a_message_that_says_what_to_do(folder, demo_attributi
         assert "attributions.safetensors" in server.files("me/written")
         # The images are of a file of this machine: none of them leaves it.
         assert [name for name in server.files("me/new") if name.endswith("png")] == ["pictures/top_components_0.png"]
+        assert "pictures/example_0.png" in server.files("me/shown-open")
+        assert "pictures/example_0.png" not in server.files("me/shown-shut")
         assert set(server.files("me/other")) == {".gitattributes"}  # nothing refused has left a trace
         assert "refs/pr/1" in server.repos["me/new"].refs
 

@@ -267,8 +267,8 @@ class Saved:
             dtype: "float32" or "float16", as in `save_pretrained`.
             max_shard_size: bytes a file, or such as "500MB".
             report: from `evaluate`, for the card and the Hub's evaluation results.
-            pictures: a folder of PNG files for the card; the picture of an example is left out where its data are not
-                on the Hub.
+            pictures: a folder of PNG files for the card; the picture of an example is left out unless anybody may
+                see its data on the Hub.
             card: a README.md of your own, instead of the one made from the template.
 
         Returns:
@@ -295,11 +295,11 @@ class Saved:
             )  # fmt: skip
 
     def _shared(self, pictures: str | Path | None) -> list[Path]:
-        """The pictures that go to the Hub; an example of data that are not there stays where it is."""
+        """The pictures that go to the Hub; an example of data that not anybody may see there stays where it is."""
         found = sorted(Path(pictures).glob("*.png")) if pictures is not None else []
-        if cards.hub_id(self.provenance.data):
-            return found
-        return [picture for picture in found if picture.stem != artefact.FIRST_EXAMPLE]
+        others = [picture for picture in found if picture.stem != artefact.FIRST_EXAMPLE]
+        data = cards.hub_id(self.provenance.data)
+        return found if len(others) < len(found) and data and hub.is_open(data) else others
 
     @classmethod
     def _fingerprint_in(cls, folder: Path) -> str | None:

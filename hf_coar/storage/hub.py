@@ -125,6 +125,17 @@ def license_of(repo_id: str, revision: str | None = None, token: str | bool | No
     return {key: said[key] for key in LICENSE if isinstance(said, dict) and isinstance(said.get(key), str)}
 
 
+def is_open(data_id: str) -> bool:
+    """Whether anybody may see a data set; false where the Hub cannot be asked."""
+    from huggingface_hub import HfApi
+
+    try:
+        found = HfApi(token=False).dataset_info(data_id, timeout=10)
+    except (*_troubles(), ValueError):
+        return False
+    return not (found.private or found.gated)
+
+
 def upload(
     folder: str | Path,
     repo_id: str,
