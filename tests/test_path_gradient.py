@@ -113,7 +113,9 @@ def test_auto_with_an_unreachable_level_takes_the_most(demo_pair):
     small = (model, [data.rows(data.as_batch(next(iter(batches))), 0, 2)])
     auto = attribute(small, coar.PathGradient(rounds="auto", reliability=0.9999, max_rounds=4))
     fixed = attribute(small, coar.PathGradient(rounds=4))
-    assert auto.config["cost"] == fixed.config["cost"] == 121 + 30 + 20  # one pass looks for outliers; flips, checks
+    assert (
+        auto.config["cost"] == fixed.config["cost"] == 121 + 30 + 10 + 20
+    )  # one pass looks for outliers; flips, far reads, checks
     assert torch.equal(auto.weights, fixed.weights)
 
 

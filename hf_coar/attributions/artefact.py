@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from hf_coar.attributions import rows
+from hf_coar.attributions import forecast, rows
 from hf_coar.attributions.provenance import Provenance, public_record
 from hf_coar.components import Components
 from hf_coar.data import Identity
@@ -22,7 +22,7 @@ from hf_coar.storage import cards, files, hub, swapping
 # one number, see `data.identity.signatures`.
 FORMATS = (1, 2, 3)
 WEIGHTS, CONFIG, COMPONENTS = "attributions.safetensors", "config.json", "components.json"
-MATRICES = (*rows.MATRICES, "effects", "interactions")
+MATRICES = (*rows.MATRICES, *forecast.MATRICES)
 STAND_INS = "stand_ins.safetensors"
 _VALUES = "stand_ins"  # what `COMPONENTS` says of that file
 EVALUATION, PICTURES = "evaluation.json", "pictures"

@@ -9,8 +9,9 @@ and the drop of the output, counted from the unablated output, is the first-orde
 set's size s. Single effects are exact for the components that were *flipped* (ablated alone), and for the others their
 weights times one ratio, which the flipped ones show. Where pairs are known, their interactions take the place of w(s).
 
-A set of strong components is no random set: its effects are not additive, and outputs saturate. So drops go through a
-curve with a limit on either side, and the interval is conformal (Vovk, Gammerman, Shafer 2005): quantiles of what the
+A set of strong components is no random set: its effects are not additive, and outputs saturate. So where effects far
+from the whole model were read, see `far`, drops of such sets lean on these; they go through a curve with a limit on
+either side, and the interval is conformal (Vovk, Gammerman, Shafer 2005): quantiles of what the
 forecasts missed on fresh random and strongest sets, relative to a spread that is learnt from them (Papadopoulos 2008).
 """
 
@@ -22,10 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_coar.attributions.far import Far
 from hf_coar.attributions.provenance import Provenance
 from hf_coar.attributions.rows import Rows, check_finite
 from hf_coar.errors import CoarError, CorruptFileError
 
+MATRICES = ("effects", "interactions", "far_effects")  # the names of those with one row an example
 _KEPT_SCORES = 256
 _LIMITS = 26  # tried on either side
 _TINY = 1e-12
@@ -186,6 +189,7 @@ class Forecast:
         pairs: int64 [any, 2], pairs of components whose interactions are known.
         interactions: float32 [examples, pairs]: what ablating both lowers the output by less than the sum of both.
         calibration: None where nothing was checked, and no interval can be had.
+        far: what components are worth where much is gone, or None.
     """
 
     unablated: Tensor
@@ -195,6 +199,7 @@ class Forecast:
     pairs: Tensor = field(default_factory=lambda: torch.zeros(0, 2, dtype=torch.long))
     interactions: Tensor | None = None
     calibration: Calibration | None = None
+    far: Far | None = None
 
     def drops(self, weights: Tensor, kept: Tensor, fraction: float) -> Tensor:
         """By how much ablations lower the output, before the limits.
@@ -219,13 +224,22 @@ class Forecast:
         # Mean of min(1, u / fraction) over the sizes u up to that of the set.
         mean_share = torch.where(size <= fraction, size / (2 * fraction), 1 - fraction / (2 * size.clamp_min(_TINY)))
         total = (1 - self.ratio) * weights.sum(1) - excess.sum(1)
-        return singles + share * (by_weight - singles) - size * (share - mean_share) * total
+        near = singles + share * (by_weight - singles) - size * (share - mean_share) * total
+        return near if self.far is None else self.far.mixed(near, weights, gone, fraction)
 
     def at(self, rows: Sequence[int]) -> "Forecast":
         """The forecast of some of the examples alone."""
         here = list(rows)
         interactions = None if self.interactions is None else self.interactions[here]
-        return replace(self, unablated=self.unablated[here], effects=self.effects[here], interactions=interactions)
+        far = None if self.far is None else self.far.at(here)
+        return replace(
+            self, unablated=self.unablated[here], effects=self.effects[here], interactions=interactions, far=far
+        )
+
+    def scaled(self, scale: float) -> "Forecast":
+        """This forecast for weights that are so many times as large."""
+        far = None if self.far is None else replace(self.far, ratio=self.far.ratio / scale)
+        return replace(self, ratio=self.ratio / scale, far=far)
 
     @staticmethod
     def shares(kept: Tensor, fraction: float) -> Tensor:
@@ -251,6 +265,8 @@ class Forecast:
         found: dict[str, Any] = {"flipped": self.flipped.tolist(), "ratio": self.ratio}
         if len(self.pairs):
             found["pairs"] = self.pairs.tolist()
+        if self.far is not None:
+            found["far"] = self.far.to_json()
         if self.calibration is not None:
             found["calibration"] = {key: list(getattr(self.calibration, key)) for key in _ENTRIES}
             found["calibration"] |= {"level": self.calibration.level, "beyond": self.calibration.beyond}
@@ -259,6 +275,7 @@ class Forecast:
     def matrices(self) -> dict[str, Tensor]:
         """The tensors that have one row an example, by the names that they have in files; none without columns."""
         found = {"effects": self.effects} if len(self.flipped) else {}
+        found |= {} if self.far is None else {"far_effects": self.far.effects}
         return found if self.interactions is None else {**found, "interactions": self.interactions}
 
     @classmethod
@@ -272,7 +289,7 @@ class Forecast:
             NonFiniteOutputError: NaN or infinity.
         """
         value, unablated, n_components = provenance.forecast, columns.get("unablated"), provenance.n_components or 0
-        widths = {name: matrices[name].shape[1] if name in matrices else 0 for name in ("effects", "interactions")}
+        widths = {name: matrices[name].shape[1] if name in matrices else 0 for name in MATRICES}
         if unablated is None or not provenance.ablated_fraction or not _is_sane(value, widths, n_components):
             raise CorruptFileError("the forecast of these attributions is damaged; download or save them again")
         for name in widths.keys() & matrices.keys():  # a few columns, which every prediction reads
@@ -291,6 +308,7 @@ class Forecast:
             torch.tensor(value.get("pairs", []), dtype=torch.long).view(-1, 2),
             matrices["interactions"].tensor() if widths["interactions"] else None,
             calibration,
+            Far.from_json(value["far"], matrices["far_effects"].tensor()) if "far" in value else None,
         )
 
 
@@ -305,7 +323,7 @@ def _is_sane(value: Any, widths: Mapping[str, int], n_components: int) -> bool:
         return False
     if not all(_are_indices(pair, n_components) and len(pair) == 2 for pair in pairs):
         return False
-    if len(pairs) != widths["interactions"]:
+    if len(pairs) != widths["interactions"] or not _is_sane_far(value.get("far"), widths["far_effects"], n_components):
         return False
     if calibration is None:
         return True
@@ -315,6 +333,15 @@ def _is_sane(value: Any, widths: Mapping[str, int], n_components: int) -> bool:
         return False
     limits, spread, scores = (calibration[key] for key in _ENTRIES)
     return len(limits) == 2 and len(spread) == 3 and all(x >= 0 for x in (*limits, *spread, *scores))
+
+
+def _is_sane_far(value: Any, width: int, n_components: int) -> bool:
+    if value is None:
+        return not width
+    if not isinstance(value, Mapping) or not _are_indices(value.get("indices"), n_components):
+        return False
+    numbers = [value.get(name) for name in ("reach", "ratio", "trust")]
+    return len(value["indices"]) == width > 0 and _are_numbers(numbers) and 0 < numbers[0] <= 1 and 0 <= numbers[2] <= 1
 
 
 def _are_indices(value: Any, n_components: int) -> bool:

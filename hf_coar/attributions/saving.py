@@ -1,7 +1,7 @@
 """Saving: attributions as files, on the disk and the Hub.
 
 attributions.safetensors    weights, bias, standard_errors, labels, hashes of the examples, a checksum a row; with a
-                            forecast also unablated outputs, effects and interactions; if large,
+                            forecast also unablated outputs, effects (single and far) and interactions; if large,
                             attributions-00001-of-00003.safetensors and so on, each with its stretch of the examples
 components.json             what the columns are
 stand_ins.safetensors       what stands in for ablated components, if that is something else than zero

@@ -34,6 +34,8 @@ _SCALE_PRIOR = 0.15  # how far scales are from 1, from network to network
 # leave of fresh outputs: this times the root of that share. See `scripts/benchmark_errors.py`.
 _UNSEEN = 0.375
 _FEWEST_VALUES = 24  # predicted and measured ones, below which a correlation says nothing
+_TRUSTS = (0.0, 0.5, 1.0)  # in what was read far from the whole model
+_TINY = 1e-12
 _MOST_CALIBRATING = 1024  # examples, evenly spaced, whose sets set the intervals: quantiles need no more
 
 
@@ -126,13 +128,12 @@ def checked(problem: Problem, fit: Fit, estimates: Estimates, count: int) -> tup
     at_fraction = _predicted(sets, estimates, examples, typical.nonzero().flatten().tolist())
     scale, uncertain = _scale(at_fraction, measured[typical])
     estimates = estimates.scaled(scale, uncertain)
-    forecast = replace(fit.forecast, ratio=fit.forecast.ratio / scale)
-    calibration = _calibration(sets, estimates, forecast, examples, measured)
+    forecast = _calibrated(sets, estimates, fit.forecast.scaled(scale), examples, measured)
     facts = _facts(at_fraction, measured[typical], forecast.unablated, problem.output.boundary)
     facts |= {"n_sets": count, "scale": scale}
     facts |= {} if estimates.errors is None else {"uncertain": uncertain}
     bias = (measured[typical] - scale * at_fraction).mean(0)
-    return replace(fit, bias=bias, forecast=replace(forecast, calibration=calibration), checked=facts), estimates
+    return replace(fit, bias=bias, forecast=forecast, checked=facts), estimates
 
 
 def _predicted(sets: Sets, estimates: Estimates, examples: list[int], numbers: list[int]) -> Tensor:
@@ -168,23 +169,39 @@ def _scale(predicted: Tensor, measured: Tensor) -> tuple[float, float]:
     return slope if slope > 0 else 1.0, math.hypot(math.sqrt(trust * noise), _UNSEEN * math.sqrt(left / of_measured))
 
 
-def _calibration(
+def _calibrated(
     sets: Sets, estimates: Estimates, forecast: Forecast, examples: list[int], measured: Tensor
-) -> Calibration:
-    """From the sets of every example, or of many of them."""
+) -> Forecast:
+    """The forecast with what the sets of every example, or of many of them, say of it."""
     count, fraction = len(measured), sets.fraction
     rows = range(0, len(examples), math.ceil(len(examples) / _MOST_CALIBRATING))
-    drops, shares, norms = (torch.zeros(count, len(rows)) for _ in range(3))
+    tried = _trusting(forecast)
+    shares, norms, *drops = (torch.zeros(count, len(rows)) for _ in range(2 + len(tried)))
     for column, row in enumerate(rows):
         weights, errors = estimates.row(row)
         kept = torch.stack([sets.kept(weights, examples[row], number) for number in range(count)]).float()
-        one, weights, errors = forecast.at([row]), weights[None], None if errors is None else errors[None]
-        drops[:, column] = one.drops(weights, kept, fraction)[:, 0]
+        weights, errors = weights[None], None if errors is None else errors[None]
+        for found, one in zip(drops, tried, strict=True):
+            found[:, column] = one.at([row]).drops(weights, kept, fraction)[:, 0]
         shares[:, column] = Forecast.shares(kept, fraction)[:, 0]
-        norms[:, column] = one.norms(weights, errors, kept)[:, 0]
-    known = torch.tensor([sets.is_typical(number) for number in range(count)])[:, None].expand_as(drops)
+        norms[:, column] = forecast.at([row]).norms(weights, errors, kept)[:, 0]
+    known = torch.tensor([sets.is_typical(number) for number in range(count)])[:, None].expand_as(shares)
     fallen = (forecast.unablated - measured)[:, list(rows)]
-    return Calibration.learnt(drops, shares, norms, fallen, known)
+    learnt = [Calibration.learnt(found, shares, norms, fallen, known) for found in drops]
+    misses = [
+        float(((fallen - one.limited(found, shares, norms)).abs() / norms.clamp_min(_TINY)).mean())
+        for one, found in zip(learnt, drops, strict=True)
+    ]
+    best = misses.index(min(misses))
+    found = replace(tried[best], calibration=learnt[best])
+    return found if found.far is None or found.far.trust else replace(found, far=None)
+
+
+def _trusting(forecast: Forecast) -> list[Forecast]:
+    """With every trust in far reads that is tried, none first; there may be none of these."""
+    if forecast.far is None:
+        return [forecast]
+    return [replace(forecast, far=replace(forecast.far, trust=trust)) for trust in _TRUSTS]
 
 
 def _facts(predicted: Tensor, measured: Tensor, unablated: Tensor, boundary: float | None) -> dict[str, float]:

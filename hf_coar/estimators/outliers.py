@@ -32,8 +32,7 @@ class Outliers:
 
     def mask(self, n_components: int) -> Tensor:
         """True for outliers, bool [examples, components]."""
-        found = torch.zeros(len(self.indices), n_components + 1, dtype=torch.bool, device=self.indices.device)
-        return found.scatter_(1, self.indices.where(self.indices >= 0, n_components), True)[:, :-1]
+        return mask(self.indices, n_components)
 
     def into(self, weights: Tensor, errors: Tensor) -> None:
         """Write the effects into weights [examples, components], and 0 into their standard errors, in place."""
@@ -44,9 +43,25 @@ class Outliers:
 
 
 def find(passes: GatePasses, batch: data_module.Batch, most: int) -> Outliers:
-    """The outliers of every example of a batch, at most `most`, those furthest above their layer's median first.
+    """The outliers of every example of a batch, at most `most`, with their effects.
 
     Costs one forward pass an example, and one for every outlier.
+    """
+    outputs, indices = located(passes, batch, most)
+    return Outliers(indices, _effects(passes, batch, outputs, indices))
+
+
+def mask(indices: Tensor, n_components: int) -> Tensor:
+    """True for components that are listed for an example, bool [examples, components]; -1 lists none."""
+    found = torch.zeros(len(indices), n_components + 1, dtype=torch.bool, device=indices.device)
+    return found.scatter_(1, indices.where(indices >= 0, n_components), True)[:, :-1]
+
+
+def located(passes: GatePasses, batch: data_module.Batch, most: int) -> tuple[Tensor, Tensor]:
+    """Which they are, those furthest above their layer's median first; one forward pass an example.
+
+    Returns:
+        Outputs with everything in place, float32 [examples], and components, int64 [examples, most]; -1 for none.
     """
     outputs, energies = passes.energies(batch)
     ratios = []
@@ -56,8 +71,7 @@ def find(passes: GatePasses, batch: data_module.Batch, most: int) -> Outliers:
         outlying &= (median > 0) & (of_layer.shape[1] >= _ROWS)
         ratios.append(torch.where(outlying, of_layer / median, 0.0))
     values, indices = torch.cat(ratios, dim=1).topk(min(most, energies.shape[1]), dim=1)
-    indices = indices.where(values > 0, -1)
-    return Outliers(indices, _effects(passes, batch, outputs, indices))
+    return outputs, indices.where(values > 0, -1)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from torch import Tensor
 from hf_coar import data as data_module
 from hf_coar.attributions.forecast import Forecast
 from hf_coar.errors import CoarError
-from hf_coar.estimators import checking, flips
+from hf_coar.estimators import checking, far_reads, flips
 from hf_coar.estimators.gates import GateRounds, Reads, Sums, n_blocks
 from hf_coar.estimators.outliers import Outliers, find
 from hf_coar.estimators.registry import FORWARD_AND_BACKWARD, Estimator, is_whole, register, single_part
@@ -53,6 +53,8 @@ class PathGradient(Estimator):
             `delta_reads`; needs `delta`.
         shrink: pull noisy reads towards steady ones, see `shrinkage`; without it the weights are plain means over the
             rounds, with the standard errors of those.
+        far_reads: read the strongest components again on the way to half a model, see `far_reads`, so that forecasts of
+            strong and of large sets are better; some ten forward passes, where there are rounds and `check_masks`.
         across_examples: let examples tell about each other where reads are shrunk, which is better; but then an
             example's weights depend on its company. Without it they are the same whoever is attributed with it.
         max_outliers: components of an example that are set apart at most, see `outliers`; 0 for none. They cost a
@@ -79,6 +81,7 @@ class PathGradient(Estimator):
     reliability: float = 0.8
     max_rounds: int = 32
     passes: int | None = None
+    far_reads: bool = True
     differentiates = True
     sizable = True
 
@@ -118,7 +121,13 @@ class PathGradient(Estimator):
         if self.max_outliers and (self._most_rounds or self.passes):
             rounds = [replace(one, besides=1 + self.max_outliers) for one in rounds]
         flipped, checks = self._flipped(size.n_components), self._checks
-        return rounds + (parts_of(flipped + 1, "flips") if flipped or checks else []) + checking.check_parts(checks)
+        known = parts_of(flipped + 1, "flips") if flipped or checks else []
+        far = far_reads.parts(size, bool(self.max_outliers)) if self._reads_far(size) else []
+        return rounds + known + far + checking.check_parts(checks)
+
+    def _reads_far(self, size: Size) -> bool:
+        """Whether effects far from the whole model are read, which fresh sets must judge."""
+        return self.far_reads and self._most_rounds > 0 and self._checks > 0 and far_reads.is_far(size.ablated_fraction)
 
     def _flipped(self, n_components: int) -> int:
         if self.n_flips is not None:
@@ -191,7 +200,11 @@ class PathGradient(Estimator):
             moved = (estimates.of(known.indices).weights - fit.weights[:, known.indices]).sum(1)
             fit = replace(fit, bias=fit.bias - (1 - problem.ablated_fraction) * moved)
         forecast = Forecast(known.unablated, known.indices, known.effects, known.ratio(estimates))
-        fit = replace(fit, cost=fit.cost + flipped + 1 + self._checks, forecast=forecast)
+        spent = flipped + 1 + self._checks
+        if self._reads_far(problem.size):
+            far = far_reads.read(problem, self.gates(problem), estimates, self.max_outliers)
+            forecast, spent = replace(forecast, far=far), spent + far_reads.cost(bool(self.max_outliers))
+        fit = replace(fit, cost=fit.cost + spent, forecast=forecast)
         if self._checks:
             fit, estimates = checking.checked(problem, fit, estimates, self._checks)
         return replace(fit, **problem.settled(estimates))

@@ -23,6 +23,8 @@ def arrays(attributions: Attributions, components: Sequence[int], rows: Sequence
         found |= {name: [] for name in ("singles", "squares", "total", "sum")}
         found |= {"fraction": attributions.provenance.ablated_fraction, "calibration": _calibration(forecast)}
         found |= _pairs(forecast, list(components), rows)
+    far = None if forecast is None else forecast.far
+    found |= {"far": None} if far is None else {"far": {"reach": far.reach, "trust": far.trust, "of": [], "sizes": []}}
     for row in rows:
         weights = attributions.row(row)
         found["weights"].append(_short(weights[index]))
@@ -30,6 +32,10 @@ def arrays(attributions: Attributions, components: Sequence[int], rows: Sequence
             errors = attributions.row(row, "standard_errors") if attributions.has_standard_errors else None
             for name, value in _of_row(forecast, row, weights, errors, index).items():
                 found[name].append(value)
+        if far is not None:
+            effects = (far.ratio * weights).index_copy(0, far.indices, far.effects[row])
+            found["far"]["of"].append(_short(effects[index]))
+            found["far"]["sizes"].append(_short((weights.abs() / weights.abs().sum())[index]))
     return found
 
 

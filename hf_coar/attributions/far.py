@@ -1,0 +1,82 @@
+"""Far reads: what components are worth where much of the model is gone.
+
+A weight is the effect of a component while a random few are ablated. Strong sets, such as the twenty strongest, take
+the model as far from itself as large random ones do, and there components count for something else: on a small ViT the
+weights of single images correlated with those far away by 0.2 to 0.9. So the strongest components are read again while
+all gates close together, half way, and a set is forecast between the two by the share of all weights that it takes. A
+component does not count among what is gone beside it, so that alone it keeps its single effect.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_TINY = 1e-12
+
+
+@dataclass(frozen=True)
+class Far:
+    """Effects on the way to a model of which much is gone.
+
+    Attributes:
+        indices: int64 [read], components that were read there.
+        effects: float32 [examples, read], their mean effects on the way, in the unit of the output.
+        reach: the share of the model that is gone at its end, between the fitted fraction and 1.
+        ratio: effects of the other components, as multiples of their weights.
+        trust: how much of them forecasts take, 0 to 1, as fresh strong sets say.
+    """
+
+    indices: Tensor
+    effects: Tensor
+    reach: float
+    ratio: float = 1.0
+    trust: float = 1.0
+
+    @classmethod
+    def of(cls, indices: Tensor, effects: Tensor, reach: float, weights: Tensor) -> "Far":
+        """With the ratio that the read components show; weights, float32 [examples, read], are theirs."""
+        square = float(weights.double().square().sum())
+        product = float((weights.double() * effects.double()).sum())
+        return cls(indices, effects, reach, product / square if square > _TINY else 1.0)
+
+    def mixed(self, drops: Tensor, weights: Tensor, gone: Tensor, fraction: float) -> Tensor:
+        """Drops of sets, nearer to those far away the more of all weights a set takes.
+
+        Args:
+            drops: float32 [sets, examples], as the weights have them.
+            weights: float32 [examples, components].
+            gone: float32 [sets, components], 1 for what is ablated.
+            fraction: the one that the weights are for, of which random sets take that share.
+
+        Returns:
+            float32 [sets, examples].
+        """
+        share = self.trust * ((self.beside(weights, gone) - fraction) / (self.reach - fraction)).clamp(0, 1)
+        excess = self.effects - self.ratio * weights[:, self.indices]
+        far = self.ratio * (gone @ weights.T) + gone[:, self.indices] @ excess.T
+        return drops + share * (far - drops)
+
+    @staticmethod
+    def beside(weights: Tensor, gone: Tensor) -> Tensor:
+        """The share of all weights that is gone beside a component of a set, on average, float32 [sets, examples]."""
+        size = weights.abs()
+        size = size / size.sum(1, keepdim=True).clamp_min(_TINY)
+        taken = gone @ size.T
+        return taken - (gone @ size.square().T) / taken.clamp_min(_TINY)
+
+    def at(self, rows: Sequence[int]) -> "Far":
+        """Those of some of the examples alone."""
+        return replace(self, effects=self.effects[list(rows)])
+
+    def to_json(self) -> dict[str, Any]:
+        """All but the effects."""
+        return {"indices": self.indices.tolist(), "reach": self.reach, "ratio": self.ratio, "trust": self.trust}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any], effects: Tensor) -> "Far":
+        """What `to_json` gave, with the effects."""
+        indices = torch.tensor(value["indices"], dtype=torch.long)
+        return cls(indices, effects, float(value["reach"]), float(value["ratio"]), float(value["trust"]))
