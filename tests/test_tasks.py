@@ -283,6 +283,25 @@ def test_a_heads_own_loss_takes_one_pass_where_that_is_the_same(name, passes):
     assert together.tolist() == pytest.approx(torch.stack(each).tolist(), rel=1e-3, abs=1e-3)
 
 
+class Fresh:
+    """The same batch in other tensors every time, as a data set that is read while running gives them."""
+
+    def __init__(self, batch):
+        self.batch = batch
+
+    def __iter__(self):
+        yield {name: value.clone() for name, value in self.batch.items()}
+
+
+def test_a_look_at_one_example_beside_a_pass_is_none_of_the_pass():
+    """Batches that are read anew are unknown every time, so that the loss of their last example is looked at."""
+    model, batch = made("series")
+    options = {"method": coar.PathGradient(rounds=2), "ablated_fraction": 0.05, "progress": False}
+    known = coar.attribute(copy.deepcopy(model), [batch], **options)
+    fresh = coar.attribute(copy.deepcopy(model), Fresh(batch), **options)
+    assert torch.allclose(fresh.weights, known.weights, rtol=1e-4, atol=1e-6)
+
+
 class Selecting(torch.nn.Module):
     """Its loss is of the places that are attended, all examples' one after the other."""
 

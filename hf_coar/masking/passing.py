@@ -172,7 +172,7 @@ class Pass:
             end = _along_features(bias.to(activation.device, activation.dtype), activation, group.feature_axis)
         found = activation * rows if end is None else torch.lerp(end, activation, rows)
         self.fired(group)
-        if told and self.fired.observe is not None:
+        if told and self.fired.observe is not None and torch.is_grad_enabled():  # else a look beside the gate pass
             self.fired.observe(found, activation, end, rows)
         return found
 
