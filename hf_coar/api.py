@@ -46,7 +46,7 @@ def load(
     text: str | None = None,
     pair: str | None = None,
     image: str | None = None,
-    label: str | None = None,
+    label: str | Sequence[str] | None = None,
     columns: Mapping[str, str] | None = None,
     n_examples: int | None = None,
     data_seed: int = 0,
@@ -58,8 +58,8 @@ def load(
     Args:
         model: Hub id or local folder of a timm or transformers model; a file of weights (`.safetensors`, `.pth`), with
             `architecture`; or the model itself, which is returned as it is.
-        data: Hub id, local folder or file (Parquet, CSV, TSV, JSON lines) of a data set; or an object of `datasets`,
-            whose place is not recorded, so that `reopen` wants it again.
+        data: Hub id, local folder or file (Parquet, CSV, TSV, JSON lines) of a data set; or an object of `datasets`, a
+            DataFrame, a list of rows, whose place is not recorded, so that `reopen` wants it again.
         split: such as `"validation[:2000]"`.
         revision: of the model: branch, tag or commit.
         data_revision: of the data set.
@@ -71,7 +71,8 @@ def load(
             model reads; where two could be it, the error lists them. What was read is logged.
         pair: column of the second text of each example, which the tokenizer gets as its pair.
         image: column of the images.
-        label: column of the labels: class indices or class names, as the model's configuration tells.
+        label: column of the labels: class indices or class names, as the model's configuration tells; of a model of
+            several classes at once lists of them, or one column of zeros and ones a class, ["toxic", "insult", …].
         columns: by what they are to the model's task, where their names do not say it: {"prompt": …, "answer": …,
             "foil": …}, {"question": …, "context": …, "answers": …} and so on, see docs/tasks.md.
         n_examples: draw so many, as many of each class; all of the split by default.
@@ -93,7 +94,7 @@ def load(
     )  # fmt: skip
 
 
-def _named(text: str | None, pair: str | None, image: str | None, label: str | None) -> dict[str, str | None]:
+def _named(text: str | None, pair: str | None, image: str | None, label: str | Sequence[str] | None) -> dict[str, Any]:
     return {"text": text, "pair": pair, "image": image, "label": label}
 
 

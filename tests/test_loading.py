@@ -380,7 +380,7 @@ def test_an_object_of_datasets_is_read_like_a_file(folders, tmp_path):
 @pytest.mark.parametrize(
     ("given", "split", "words"),
     [
-        (lambda one: [{"text": "a"}], None, r"data is a list; give .*\.from_list"),
+        (lambda one: ["a"], None, r"data is a list; give .*a list of rows"),
         (lambda one: one, "train[:1]", "has no splits"),
         (lambda one: {"a": one, "b": one}, None, r"splits \['a', 'b'\]"),
     ],

@@ -153,6 +153,8 @@ def sources(args: argparse.Namespace) -> dict[str, Any]:
     given = {name: value for name, value in vars(args).items() if name in keywords}
     if given.get("columns"):
         given["columns"] = dict(map(_pair, given["columns"]))
+    if "," in (given.get("label") or ""):
+        given["label"] = [column.strip() for column in given["label"].split(",")]
     return {name: value for name, value in given.items() if value is not None and value is not False}
 
 

@@ -7,7 +7,8 @@ from typing import Any
 from hf_coar.errors import DataError
 from hf_coar.storage.texts import shortened
 
-Columns = Mapping[str, str | None]  # from the role of a column ("text", "label", …) to its name
+# From the role of a column ("text", "label", …) to its name; for labels that have a column each, to their names.
+Columns = Mapping[str, str | Sequence[str] | None]
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,8 @@ def asked(given: Columns, table: Table, roles: Sequence[Role]) -> dict[str, str]
             continue
         if role not in known:
             raise DataError(f"{role}={column!r}: the model reads {' and '.join(known)} of an example, and no {role}")
+        if not isinstance(column, str):
+            raise DataError(f"{role}={column!r}: give the name of one column; {table.name!r} has {table.shown()}")
         if column not in table.features:
             raise DataError(f"{role}={column!r}: {table.name!r} has no such column; it has {table.shown()}")
         if not known[role].fits(table.features[column]):

@@ -9,8 +9,9 @@ ROLES = ("text", "pair", "image", "label")  # that have a keyword of their own; 
 _TEXTS, _NUMBERS = ("split", *ROLES, "preprocessor"), ("max_length", "n_examples", "data_seed")
 
 
-def recorded(chosen: Mapping[str, str]) -> dict[str, Any]:
+def recorded(chosen: Mapping[str, str | tuple[str, ...]]) -> dict[str, Any]:
     """Which columns were read, as the record of the data has them, by keywords of `load`."""
+    chosen = {role: column if isinstance(column, str) else list(column) for role, column in chosen.items()}
     others = {role: column for role, column in chosen.items() if role not in ROLES}
     return {role: chosen[role] for role in ROLES if role in chosen} | ({"columns": others} if others else {})
 
@@ -26,8 +27,7 @@ def settings(description: Mapping[str, Any]) -> dict[str, Any]:
     """
     found = {name: description[name] for name in (*_TEXTS, *_NUMBERS) if description.get(name) is not None}
     for name, value in found.items():
-        sane = isinstance(value, str) if name in _TEXTS else type(value) is int and 0 <= value < 2**63
-        if not sane:
+        if not _is_sane(name, value):
             raise CorruptFileError(f"the record of the data is damaged: its {name!r} is {str(value)[:80]!r}")
     columns = description.get("columns") or {}
     if not isinstance(columns, Mapping) or not all(isinstance(one, str) for pair in columns.items() for one in pair):
@@ -37,3 +37,9 @@ def settings(description: Mapping[str, Any]) -> dict[str, Any]:
     if description.get("revision") is not None:
         found["data_revision"] = str(description["revision"])
     return found
+
+
+def _is_sane(name: str, value: Any) -> bool:
+    if name == "label" and isinstance(value, list) and value:  # of one column a class
+        return all(isinstance(column, str) for column in value)
+    return isinstance(value, str) if name in _TEXTS else type(value) is int and 0 <= value < 2**63

@@ -32,21 +32,24 @@ class Labels:
     """The labels of a data set, understood.
 
     Attributes:
-        column: that holds them.
+        columns: that hold them: one, or one a class.
         kind: `CLASSES`, `NUMBER` or `SEVERAL`.
         convert: an entry of the column -> class index (int), number (float), or list of numbers.
         names: of the classes by index; None where nobody has named them.
     """
 
-    column: str
+    columns: tuple[str, ...]
     kind: str
     convert: Convert
     names: tuple[str, ...] | None = None
 
     def tensor(self, rows: Sequence[Mapping[str, Any]]) -> Tensor:
         """The labels of raw examples: int64 [examples]; float32 for numbers, [examples, labels] for several at once."""
-        values = [self.convert(row[self.column]) for row in rows]
+        values = [self.convert(self._entry(row)) for row in rows]
         return torch.tensor(values, dtype=torch.int64 if self.kind == CLASSES else torch.float32)
+
+    def _entry(self, row: Mapping[str, Any]) -> Any:
+        return row[self.columns[0]] if len(self.columns) == 1 else [row[column] for column in self.columns]
 
     def counts(self, values: Iterable[Any]) -> dict[str, int]:
         """How many examples each class has, by name; empty for labels that are no classes."""
@@ -162,19 +165,22 @@ def _telling(meant: Rank) -> Rank:
 # ------------------------------------------------------------------------------------------- what the entries mean
 
 
-def understood(name: str, table: Table, head: Head, values: Sequence[Any]) -> Labels:
-    """A column's entries as labels of the head.
+def understood(name: str | Sequence[str], table: Table, head: Head, values: Sequence[Any]) -> Labels:
+    """The entries of a column as labels of the head.
 
     Args:
-        name: of the column.
+        name: of the column; or of one column a class, see `label_columns`.
         table: the data set's columns.
         head: of the model.
-        values: entries, all of them or the first of a stream.
+        values: entries, all of them or the first of a stream; lists with one of each column where there are several.
 
     Raises:
         DataError: they are no labels of this head; the message says what they look like and what the head has.
     """
-    feature = table.features[name]
+    single = isinstance(name, str)
+    feature = table.features[name] if single else None
+    if not single and head.kind != NUMBER:
+        head = replace(head, kind=SEVERAL, n=head.n or len(name))
     kind = head.kind or CLASSES
     try:
         reading = _read(values, feature, head)
@@ -194,7 +200,7 @@ def understood(name: str, table: Table, head: Head, values: Sequence[Any]) -> La
                 f"an entry {shortened(repr(value))} of the labels in {name!r}: the model needs {_wanted(head)}"
             ) from error
 
-    return Labels(name, kind, convert, reading.names)
+    return Labels((name,) if single else tuple(name), kind, convert, reading.names)
 
 
 def _read(values: Sequence[Any], feature: Any, head: Head) -> _Reading:
@@ -209,7 +215,7 @@ def _read(values: Sequence[Any], feature: Any, head: Head) -> _Reading:
     if not present:
         raise _NotUnderstood("there are no examples")
     if head.kind == NUMBER:
-        reading = _Reading(_number)
+        reading = _Reading(_number if head.n in (None, 1) else _several_numbers(head.n))
     elif head.kind == SEVERAL:
         reading = _several(present, feature, head)
     elif type(feature).__name__ == "ClassLabel":
@@ -231,6 +237,15 @@ def _number(value: Any) -> float:
     if not math.isfinite(found):
         raise _NotUnderstood(f"{value!r} is no number")
     return found
+
+
+def _several_numbers(n: int) -> Convert:
+    def convert(value: Any) -> list[float]:
+        if not isinstance(value, list | tuple) or len(value) != n:
+            raise _NotUnderstood(f"{shortened(repr(value))} is no list of {n} numbers")
+        return [_number(entry) for entry in value]
+
+    return convert
 
 
 def _several(values: Sequence[Any], feature: Any, head: Head) -> _Reading:
@@ -265,6 +280,7 @@ def _sets(of_one: _Reading, head: Head) -> _Reading:
 
 def _yes_or_no(n: int | None) -> Convert:
     def convert(value: Any) -> list[float]:
+        value = [value] if n == 1 and not isinstance(value, list | tuple) else value
         if not isinstance(value, list | tuple) or (n is not None and len(value) != n):
             raise _NotUnderstood(f"{shortened(repr(value))} is no list of {n} yes-or-no entries")
         found = [_number(entry) for entry in value]
@@ -291,7 +307,7 @@ def _index(n: int | None, place: Callable[[Any], int | None] = lambda value: int
     return convert
 
 
-def _key(name: str) -> str:
+def name_key(name: str) -> str:
     """A class name without case, and with one sort of gap."""
     return re.sub(r"[\s_-]+", " ", str(name)).strip().casefold()
 
@@ -299,7 +315,7 @@ def _key(name: str) -> str:
 def _of_classes(feature: Any, head: Head) -> _Reading:
     """A ClassLabel: by the names where the model's are the same ones, else by the number if there are as many."""
     names = tuple(str(name) for name in feature.names or ())
-    ours, theirs = [_key(name) for name in names], [_key(name) for name in head.names or ()]
+    ours, theirs = [name_key(name) for name in names], [name_key(name) for name in head.names or ()]
     if names and set(ours) <= set(theirs) and len(set(theirs)) == len(theirs):
         places = [theirs.index(key) for key in ours]
         if places == list(range(len(places))):
@@ -324,14 +340,14 @@ def _at(places: Sequence[int]) -> Callable[[Any], int | None]:
 
 def _of_strings(values: Sequence[str], head: Head) -> _Reading:
     """Class names, or numbers that were written as texts."""
-    places = {_key(name): place for place, name in enumerate(head.names or ())}
-    if places and all(_key(value) in places for value in set(values)):
-        return _Reading(_index(head.n, lambda value: places.get(_key(value))), head.names, True)
+    places = {name_key(name): place for place, name in enumerate(head.names or ())}
+    if places and all(name_key(value) in places for value in set(values)):
+        return _Reading(_index(head.n, lambda value: places.get(name_key(value))), head.names, True)
     if all(re.fullmatch(r"\s*[+-]?\d+(\.0*)?\s*", value) for value in set(values)):
         reading = _of_numbers([float(value) for value in values], head)
         return _Reading(lambda value: reading.convert(float(value)), reading.names, reading.by_name, reading.note)
     if head.names:
-        strange = next(value for value in values if _key(value) not in places)
+        strange = next(value for value in values if name_key(value) not in places)
         raise _NotUnderstood(f"{strange!r} is none of its classes")
     raise _NotUnderstood(
         "the model does not say what its classes are called (config.id2label, or label_names of a timm model), so "
@@ -384,7 +400,7 @@ def _numbers_in(names: tuple[str, ...] | None) -> list[int] | None:
 def _wanted(head: Head) -> str:
     """What a head needs, in words."""
     if head.kind == NUMBER:
-        return "a number an example"
+        return "a number an example" if head.n in (None, 1) else f"a list of {head.n} numbers an example"
     if head.kind == SEVERAL:
         return f"a list of {head.n} yes-or-no entries an example, or of the classes that it has"
     named = f" ({shortened(', '.join(head.names), 60)})" if head.names else ""

@@ -7,7 +7,19 @@ from typing import Any
 
 from torch import nn
 
-from hf_coar.data import described, entries, images, kinds, labels, language, pictures, sounds, sources, texts
+from hf_coar.data import (
+    described,
+    entries,
+    images,
+    kinds,
+    label_columns,
+    labels,
+    language,
+    pictures,
+    sounds,
+    sources,
+    texts,
+)
 from hf_coar.data.columns import Columns, Table, asked
 from hf_coar.data.examples import Examples
 from hf_coar.data.kinds import Kind, Preparation, Reading
@@ -65,7 +77,7 @@ def load_data(
     known = _labels(kind, chosen, dataset, table, first, head(model))
     description |= described.recorded(chosen)
     if n_examples is not None:
-        by = None if known is None or known.kind != "classes" else sources.values(dataset, known.column)
+        by = None if known is None or known.kind != "classes" else sources.values(dataset, known.columns)
         dataset = sources.drawn(dataset, n_examples, data_seed, by)
         table, first = sources.table(dataset, name, images.has_to_be_decoded)
         description |= {"n_examples": n_examples, "data_seed": data_seed}
@@ -76,7 +88,7 @@ def load_data(
     if isinstance(preprocessor, str | Path):
         description["preprocessor"] = str(preprocessor)
     if sources.is_stream(dataset):
-        dataset = _undecoded(dataset, kind, chosen)
+        dataset = _undecoded(dataset, table, kind, chosen)
     _tell(dataset, chosen, known, first, preparation, description)
     return Examples(dataset, preparation.prepare, batch_size, description)
 
@@ -93,11 +105,15 @@ def _found(data: Any, split: str | None, revision: str | None, streaming: bool) 
 
 def _columns(
     kind: Kind, model: nn.Module, table: Table, given: Columns, first: Sequence[Mapping[str, Any]]
-) -> dict[str, str]:
-    """Every role that a column plays, the labels' too."""
+) -> dict[str, Any]:
+    """Every role that a column plays, the labels' too, which may have several."""
     of_head = head(model)
     if of_head.kind is None or not kind.labels:
         return kind.choose(model, table, given, [])
+    others = {role: column for role, column in given.items() if role != "label"}
+    several = label_columns.one_a_class(table, of_head, given.get("label"))
+    if several is not None:
+        return {**kind.choose(model, table, asked(others, table, kind.roles), several), "label": several}
     known = asked(given, table, (*kind.roles, LABEL))
     asked_for = {role: column for role, column in known.items() if role != "label"}
     label = known.get("label")
@@ -110,18 +126,18 @@ def _columns(
 
 
 def _labels(
-    kind: Kind, chosen: Mapping[str, str], dataset: Any, table: Table, first: Sequence[Mapping[str, Any]], of_head: Head
+    kind: Kind, chosen: Columns, dataset: Any, table: Table, first: Sequence[Mapping[str, Any]], of_head: Head
 ) -> Labels | None:
     if "label" not in chosen or not kind.labels or of_head.kind is None:
         return None
     return labels.understood(chosen["label"], table, of_head, sources.values(dataset, chosen["label"], first))
 
 
-def _undecoded(dataset: Any, kind: Kind, chosen: Columns) -> Any:
+def _undecoded(dataset: Any, table: Table, kind: Kind, chosen: Columns) -> Any:
     """A stream that fails while it decodes is over; left to `prepare`, a bad image costs one example."""
     for role in kind.lazy:
         column = chosen.get(role)
-        if column is None or not hasattr(dataset.features[column], "decode"):
+        if column is None or dataset.features is None or not hasattr(table.features[column], "decode"):
             continue
         dataset = dataset.cast_column(column, images.undecoded(dataset.features[column]))
     return dataset
@@ -136,8 +152,10 @@ def _tell(
     description: dict[str, Any],
 ) -> None:
     """One line about what was read; and a warning where all labels are the same one."""
-    read = ", ".join(f"{role} from {column!r}" for role, column in chosen.items())
-    counts = {} if known is None else known.counts(sources.values(dataset, known.column, first))
+    named = {role: [column] if isinstance(column, str) else column for role, column in chosen.items()}
+    read = ", ".join(f"{role} from {' and '.join(map(repr, columns))}" for role, columns in named.items())
+    classes = known is not None and known.kind == "classes"
+    counts = known.counts(sources.values(dataset, known.columns, first)) if classes else {}
     said = ", ".join(f"{name} ({count})" for name, count in counts.items())
     beginning = "of the first " + str(len(first)) if sources.is_stream(dataset) else "labels"
     logger.info(

@@ -1,5 +1,6 @@
 """Data sets of `datasets`: read from the Hub, a folder or a file; what is in their columns; drawn from."""
 
+import itertools
 import logging
 import re
 from collections import defaultdict
@@ -24,36 +25,66 @@ _SAVED = ("dataset_info.json", "dataset_dict.json", "state.json")  # by which `s
 
 
 def is_object(data: Any) -> bool:
-    """Whether data are given by an object of `datasets` rather than by where they are.
+    """Whether data are given by an object, of `datasets` or a table, rather than by where they are."""
+    return not isinstance(data, str | Path)
+
+
+def _as_dataset(data: Any) -> Any:
+    """An object of `datasets`; a table of pandas, Polars or PyArrow, rows or columns as Python has them become one.
 
     Raises:
-        DataError: neither.
+        DataError: none of these.
     """
-    if isinstance(data, str | Path):
-        return False
-    if type(data).__module__.split(".")[0] == "datasets":
-        return True
+    from datasets import Dataset
+
+    of = type(data).__module__.split(".")[0]
+    splits = list(data.values()) if isinstance(data, dict) else []
+    if of == "datasets" or (splits and all(type(split).__module__.split(".")[0] == "datasets" for split in splits)):
+        return data
+    try:
+        if of == "pandas" and type(data).__name__ == "DataFrame":
+            return Dataset.from_pandas(data, preserve_index=False)
+        if of == "polars" and type(data).__name__ == "DataFrame":
+            return Dataset.from_polars(data)
+        if of == "pyarrow" and type(data).__name__ == "Table":
+            return Dataset(data)
+        if isinstance(data, list | tuple) and data and all(isinstance(row, dict) for row in data):
+            return Dataset.from_list(list(data))
+        if isinstance(data, dict) and data and all(isinstance(column, list | tuple) for column in data.values()):
+            return Dataset.from_dict(data)
+    except (ValueError, TypeError, OverflowError) as error:  # pyarrow's errors are among them
+        raise DataError(f"the {type(data).__name__} given cannot be read as a table: {_reason(error)}") from error
     raise DataError(
-        f"data is a {type(data).__name__}; give a Hub id, a folder, a file or a data set of `datasets`, such as "
-        "datasets.Dataset.from_list([{'text': …, 'label': …}, …]) or .from_pandas(frame)"
+        f"data is a {type(data).__name__}; give a Hub id, a folder, a file, a data set of `datasets`, a DataFrame or a "
+        "list of rows [{'text': …, 'label': …}, …]. Batches of tensors, a DataLoader too, go to attribute as they are"
     )
 
 
 def given(data: Any, split: str | None) -> Any:
-    """A data set that is an object of `datasets`, or one of the splits of such a one.
+    """A data set that is an object, see `is_object`, or one of the splits of such a one.
 
     Raises:
-        DataError: several splits and none is chosen, no such split, or a split of what has none.
+        DataError: several splits and none is chosen, no such split, or a split of what has none; no table.
     """
+    data = _as_dataset(data)
     if isinstance(data, dict):
         if split is None and len(data) == 1:
-            return next(iter(data.values()))
+            return _plain(next(iter(data.values())))
         if split not in data:
             raise DataError(f"the data have the splits {sorted(data)}, and split={split!r}; choose one of them")
-        return data[split]
+        return _plain(data[split])
     if split is not None:
         raise DataError(f"split={split!r} of a {type(data).__name__}, which has no splits; give that part of it")
-    return data
+    return _plain(data)
+
+
+def _plain(dataset: Any) -> Any:
+    """A data set whose rows hold what is in it, not the tensors or frames that somebody wanted to see there."""
+    of = getattr(dataset, "format", None)  # streams have none that can be told
+    if not of or of["type"] in (None, "custom"):
+        return dataset
+    seen = dataset.with_format(None)
+    return seen if len(of["columns"]) == len(seen.column_names) else seen.select_columns(of["columns"])
 
 
 def read(name: str, split: str | None, revision: str | None, streaming: bool) -> Any:
@@ -139,10 +170,17 @@ def table(dataset: Any, name: str, lazy: Callable[[Any], bool]) -> tuple[Table, 
         name: under which it is known.
         lazy: tells by its type a column whose entries have to be decoded.
     """
-    features = dict(dataset.features or {})
+    features = dict(dataset.features or _shown_by(dataset))
     plain = [column for column, feature in features.items() if not lazy(feature)]
     first = _first(dataset, plain) if plain else []
     return Table(name, features, first[0] if first else {}), first
+
+
+def _shown_by(dataset: Any) -> Mapping[str, Any]:
+    """The types of a stream that does not know them, such as one of CSV files or of a generator: by its beginning."""
+    from datasets import Dataset
+
+    return Dataset.from_list(list(itertools.islice(dataset, _PEEKED))).features
 
 
 def _first(dataset: Any, columns: Sequence[str]) -> list[dict]:
@@ -152,8 +190,11 @@ def _first(dataset: Any, columns: Sequence[str]) -> list[dict]:
     return [chosen[index] for index in range(min(_PEEKED, len(chosen)))]
 
 
-def values(dataset: Any, column: str, first: Sequence[Mapping[str, Any]] = ()) -> list[Any]:
-    """All entries of a column; of a stream those of its first examples, which are at hand."""
+def values(dataset: Any, column: str | Sequence[str], first: Sequence[Mapping[str, Any]] = ()) -> list[Any]:
+    """All entries of a column; of a stream those of its first examples, which are at hand. Of several columns lists."""
+    if not isinstance(column, str):
+        each = [values(dataset, one, first) for one in column]
+        return each[0] if len(each) == 1 else [list(entries) for entries in zip(*each, strict=True)]
     if is_stream(dataset):
         return [example[column] for example in first]
     return dataset.select_columns([column]).with_format("arrow")[:].column(column).to_pylist()
