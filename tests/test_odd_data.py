@@ -1,5 +1,7 @@
 """Data sets as people have them: a column a class, lists in a table of text, gaps, tables of other libraries."""
 
+import json
+
 import pytest
 import tiny_texts
 import torch
@@ -24,9 +26,37 @@ def folders(tmp_path_factory):
         "one": tiny_texts.classifier(num_labels=1, **several),
         "numbers": tiny_texts.classifier(num_labels=2, problem_type="regression"),
     }
+    models |= {"spans": headed("BertForQuestionAnswering"), "tags": headed("BertForTokenClassification", ["O", "X"])}
     for name, model in models.items():
         tiny_texts.saved(root / name, model)
     return root
+
+
+def headed(kind, names=None):
+    """A tiny BERT with another head."""
+    import transformers
+
+    config = tiny_texts.classifier(names).config
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return getattr(transformers, kind)(config).eval()
+
+
+def table(folder, rows, ending="jsonl"):
+    """A file with these rows."""
+    import pandas
+
+    path = folder / f"rows.{ending}"
+    if ending == "jsonl":
+        return written(path, "\n".join(map(json.dumps, rows)))
+    pandas.DataFrame(rows).to_csv(path, index=False)
+    return path
+
+
+def left_out(caplog):
+    """Why examples could not be read."""
+    found = [record.getMessage() for record in caplog.records if "left out:" in record.getMessage()]
+    return [line.split("left out: ")[1] for line in found]
 
 
 def batch_of(data):
@@ -137,3 +167,127 @@ def test_tables_of_any_library_are_read(folders, kind):
 def test_what_is_no_table_is_told(folders, table, words):
     with pytest.raises(DataError, match=words):
         coar.load(folders / "named", table)
+
+
+def test_one_batch_is_data_and_a_table_is_none_yet(folders):
+    import datasets
+    import pandas
+
+    model, data = coar.load(folders / "named", ROWS)
+    batch = batch_of(data)
+    assert coar.attribute(model, batch, **PATHS).weights.shape[0] == 2
+    for table in (pandas.DataFrame(ROWS), datasets.Dataset.from_list(ROWS)):
+        with pytest.raises(DataError, match=r"coar\.load\(model, data\) makes"):
+            coar.attribute(model, table, **PATHS)
+
+
+# ------------------------------------------------------------------------------- lists and mappings in tables of text
+
+ASKED = {"question": "is it dull", "context": "a very dull film"}
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv"])
+@pytest.mark.parametrize(
+    "answers",
+    [
+        {"text": ["very dull", "dull"], "answer_start": [2, 7]},
+        {"text": "very dull", "answer_start": 2},
+        [{"text": "very dull", "answer_start": 2}],
+    ],
+)
+def test_answers_are_read_in_any_form(folders, tmp_path, answers, ending):
+    _, data = coar.load(folders / "spans", table(tmp_path, [{**ASKED, "answers": answers}], ending))
+    batch = batch_of(data)
+    tokens = batch["input_ids"][0, batch["start_positions"][0] : batch["end_positions"][0] + 1]
+    assert tiny_texts.tokenizer().decode(tokens) == "very dull"
+
+
+def test_answers_that_are_not_where_they_are_said_to_be_are_left_out(folders, tmp_path, caplog):
+    starts = [2, 3, 40]
+    rows = [{**ASKED, "answers": {"text": ["very dull"], "answer_start": [start]}} for start in starts]
+    model, data = coar.load(folders / "spans", table(tmp_path, rows))
+    assert coar.attribute(model, data, **PATHS).places == [0]
+    assert "at character 3 of the text is 'ery dull '" in left_out(caplog)[0] and len(left_out(caplog)) == 2
+
+
+def test_words_and_tags_that_do_not_go_together_are_left_out(folders, tmp_path, caplog):
+    rows = [
+        {"tokens": ["a", "dull", "film"], "ner_tags": tags} for tags in ([0, -100, 1], [0, 1], [0, 1, 0, 1], [0, 0, 0])
+    ]
+    model, data = coar.load(folders / "tags", table(tmp_path, [*rows, {"tokens": [], "ner_tags": []}]))
+    assert coar.attribute(model, data, **PATHS).places == [0, 3]
+    assert [line.split(": ")[1] for line in left_out(caplog)] == [
+        f"{words} words in 'tokens', and {tags} tags in 'ner_tags'" for words, tags in ((3, 2), (3, 4), (0, 0))
+    ]
+    assert data.prepare(rows[:1])["labels"].tolist() == [[-100, 0, -100, 1, -100]]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_lists_in_a_table_of_text_are_lists(folders, tmp_path, streaming):
+    rows = [{"tokens": ["a", "dull"], "ner_tags": ["O", "X"]}, {"tokens": ["film"], "ner_tags": ["O"]}]
+    _, data = coar.load(folders / "tags", table(tmp_path, rows, "csv"), streaming=streaming)
+    assert batch_of(data)["labels"].tolist() == [[-100, 0, 1, -100], [-100, 0, -100, -100]]
+
+
+def test_what_could_be_read_in_two_ways_is_no_list(folders, tmp_path):
+    """NumPy writes arrays of strings without commas, and Python would join them."""
+    path = written(tmp_path / "n.csv", "tokens,ner_tags\n['a' 'dull'],\"['O', 'X']\"\n")
+    with pytest.raises(DataError, match="no column that is known as the tokens"):
+        coar.load(folders / "tags", path)
+
+
+def test_an_example_without_a_text_is_left_out(folders, tmp_path, caplog):
+    path = written(tmp_path / "g.csv", "text,label\na dull film,dull\n,fine\nvery fine,fine\n")
+    model, data = coar.load(folders / "named", path)
+    assert coar.attribute(model, data, **PATHS).places == [0, 2]
+    assert left_out(caplog) == ["ValueError: there is nothing in 'text'"]
+
+
+# --------------------------------------------------------------------------------------------------- columns of numbers
+
+
+def series(n=3, gap=False):
+    """Rows of a past and a future of two channels."""
+    numbers = torch.arange(n * 40.0).sin().reshape(n, 20, 2).tolist()
+    rows = [{"past": one[:16], "future": one[16:]} for one in numbers]
+    if gap:
+        rows[1]["past"][3][0] = None
+    return rows
+
+
+@pytest.fixture(scope="module")
+def patches():
+    import transformers
+
+    sizes = {"d_model": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 8}
+    lengths = {"context_length": 16, "prediction_length": 4, "patch_length": 4, "patch_stride": 4}
+    config = transformers.PatchTSTConfig(**sizes, **lengths, num_input_channels=2, num_targets=3, loss="mse")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        kinds = transformers.PatchTSTForPrediction, transformers.PatchTSTForClassification
+        return [kind(config).eval() for kind in kinds]
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv"])
+def test_series_are_read_from_columns_that_are_named(patches, tmp_path, ending):
+    model, path = patches[0], table(tmp_path, series(), ending)
+    with pytest.raises(DataError, match=r"\(past_values, future_values\); it has 'past' .*--columns past_values="):
+        coar.load(model, path)
+    _, data = coar.load(model, path, columns={"past_values": "past", "future_values": "future"})
+    attributions = coar.attribute(model, data, **PATHS)
+    whole = attributions.predict(torch.ones(1, len(attributions.components), dtype=torch.bool))[0]
+    rows = [{"past_values": torch.tensor([r["past"]]), "future_values": torch.tensor([r["future"]])} for r in series()]
+    assert whole.tolist() == pytest.approx([-model(**row).loss.item() for row in rows], rel=1e-4)
+    assert attributions.provenance.data["columns"] == {"past_values": "past", "future_values": "future"}
+
+
+def test_series_with_gaps_are_left_out_and_classes_of_series_are_labels(patches, caplog):
+    names = {"past_values": "past", "future_values": "future"}
+    model, data = coar.load(patches[0], series(gap=True), columns=names)
+    assert coar.attribute(model, data, **PATHS).places == [0, 2]
+    assert left_out(caplog) == ["ValueError: 'past' has a missing value"]
+    rows = [{"past_values": row["past"], "label": place} for place, row in enumerate(series())]
+    _, data = coar.load(patches[1], rows)
+    assert batch_of(data)["target_values"].tolist() == [0, 1, 2]
+    with pytest.raises(DataError, match="rose='past_values': PatchTSTForClassification reads"):
+        coar.load(patches[1], rows, columns={"rose": "past_values"})

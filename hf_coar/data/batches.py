@@ -13,6 +13,8 @@ from hf_coar import models
 from hf_coar.errors import DataError
 from hf_coar.models import ragged
 
+FROM_TABLES = "batches of texts, images and the like are what coar.load(model, data) makes of tables of them"
+
 Batch = dict[str, Any]  # tensors, or lists of tensors or of mappings of them, one an example
 
 
@@ -28,7 +30,7 @@ def as_batch(item: Any) -> Batch:
     if not isinstance(item, Mapping):
         raise DataError(
             f"the data yielded a {type(item).__name__}; expected batches: mappings of tensors such as "
-            "{'pixel_values': …, 'labels': …}, or pairs (inputs, labels)"
+            f"{{'pixel_values': …, 'labels': …}}, or pairs (inputs, labels); {FROM_TABLES}"
         )
     entries = {"labels" if name == "label" else name: as_tensor(value) for name, value in item.items()}
     batch = {name: value for name, value in entries.items() if _is_entry(value)}

@@ -1,14 +1,14 @@
 """Examples in batches that are read only when somebody needs them, each example under its place in the data set."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from hf_coar.data import order
-from hf_coar.data.batches import Batch, as_batch, as_tensor, size
+from hf_coar.data.batches import FROM_TABLES, Batch, as_batch, as_tensor, size
 from hf_coar.data.numbering import numbers, within
 from hf_coar.errors import CoarError, DataError, check_count
 from hf_coar.storage import cards
@@ -87,7 +87,7 @@ def batches(data: Any, batch_size: int | None = None) -> Iterable[Batch]:
 
     `Examples` and raw `datasets` objects are cut into batches of `batch_size` (32 by default; their columns must hold
     numbers or tensors); a `DataLoader`, a list or any other iterable already yields batches, mappings of tensors or
-    pairs (inputs, labels).
+    pairs (inputs, labels). A mapping is one batch.
 
     Raises:
         DataError: data that cannot be iterated again, such as a generator, or that come in another order or with other
@@ -101,6 +101,8 @@ def batches(data: Any, batch_size: int | None = None) -> Iterable[Batch]:
         examples = Examples(data, _collate, _BATCH_SIZE if batch_size is None else batch_size, describe(data))
         order.check(examples)
         return examples
+    if isinstance(data, Mapping):  # one batch, which is all there is
+        data = [data]
     if not hasattr(data, "__iter__") or isinstance(data, Iterator):
         raise DataError(
             f"data is a {type(data).__name__}, which cannot be iterated again; "
@@ -121,7 +123,10 @@ def _collate(rows: list[dict]) -> Batch:
             "use coar.load, tokenize with padding='max_length', or give the data set a transform that yields tensors "
             "of one shape"
         ) from error
-    return {name: value for name, value in columns.items() if isinstance(value, Tensor)}
+    batch = {name: value for name, value in columns.items() if isinstance(value, Tensor)}
+    if not batch:
+        raise DataError(f"the data set's columns {sorted(rows[0])} hold no numbers; {FROM_TABLES}")
+    return batch
 
 
 def describe(data: Any) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Kinds of input: which columns of a data set a model reads, and how they become a batch. One table, open to more."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ from hf_coar.data.columns import Columns, Role, Table, chosen, without
 from hf_coar.data.labels import Labels
 from hf_coar.errors import DataError
 from hf_coar.models import tasks
+from hf_coar.models.calling import forward_names
 from hf_coar.storage.registry import Registry
 
 
@@ -68,7 +69,8 @@ class Kind:
         labels: whether the label of the whole example is read too, where the model's head takes one.
         instead: whether other kinds are looked at where its columns are absent, even if the class of the head says that
             it is this one.
-        there: (model, table) -> whether its columns are there, where roles do not say it.
+        there: (model, table, columns that were asked for) -> whether its columns are there, where roles do not say it.
+        entries: model -> names of its own arguments, which columns may be asked for as well.
     """
 
     name: str
@@ -80,12 +82,17 @@ class Kind:
     optional: tuple[str, ...] = ()
     labels: bool = True
     instead: bool = False
-    there: Callable[[nn.Module, Table], bool] | None = None
+    there: Callable[[nn.Module, Table, Columns], bool] | None = None
+    entries: Callable[[nn.Module], Collection[str]] = lambda model: ()
+
+    def may_be_asked(self, model: nn.Module) -> set[str]:
+        """By which names columns can be asked for."""
+        return {role.name for role in self.roles} | set(self.entries(model))
 
     def absent(self, model: nn.Module, table: Table, given: Columns) -> list[Role]:
         """The roles that have to be there and that no column can play."""
         if self.there is not None:
-            return [] if self.there(model, table) else [Role("an entry of the model", lambda feature: True)]
+            return [] if self.there(model, table, given) else [Role("an entry of the model", lambda feature: True)]
         needed = [role for role in self.roles if role.name not in (*self.optional, *given)]
         return [
             role for role in needed
@@ -108,7 +115,7 @@ def of(model: nn.Module, table: Table, given: Columns) -> Kind:
     kinds = [kind for _, kind in KINDS.items()]
     wanted = {role for role in given if role != "label"}
     sure = {kind.name: kind.reads(model) for kind in kinds}
-    possible = [kind for kind in kinds if sure[kind.name] and wanted <= {role.name for role in kind.roles}]
+    possible = [kind for kind in kinds if sure[kind.name] and wanted <= kind.may_be_asked(model)]
     if not possible:
         read = [kind.name for kind in kinds if sure[kind.name] and kind.roles]
         raise DataError(
@@ -121,11 +128,23 @@ def of(model: nn.Module, table: Table, given: Columns) -> Kind:
             return kind
         if sure[kind.name] == BY_HEAD and not kind.instead:
             raise without(absent[0], table)
+    if not any(kind.roles for kind in possible):
+        raise _no_entries(model, table)
     surest = max(sure[kind.name] for kind in possible if kind.roles)
     named = [kind.name for kind in possible if sure[kind.name] == surest and kind.roles]
     raise DataError(
         f"{table.name!r} has no column of {' or '.join(named)}; it has {table.shown() or 'none at all'}. Build batches "
         "of tensors yourself and pass a list or a DataLoader"
+    )
+
+
+def _no_entries(model: nn.Module, table: Table) -> DataError:
+    """The error for a model that reads neither texts nor images, where no column is called as its arguments are."""
+    wanted = tasks.of(model).columns or sorted(forward_names(model)[0])[:6]
+    return DataError(
+        f"{table.name!r} has no columns of numbers that are called as the arguments of {type(model).__name__} are "
+        f"({', '.join(wanted)}); it has {table.shown() or 'none at all'}. Name them, "
+        f"columns={{{wanted[0]!r}: …}} (--columns {wanted[0]}=…)"
     )
 
 

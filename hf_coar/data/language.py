@@ -118,24 +118,41 @@ def _spans(reading: Reading) -> Preparation:
             raise DataError(f"{type(tokenizer).__name__} does not say which characters a token is; give a fast one")
         texts = of(rows, question), of(rows, context)
         found = _encoded(tokenizer, reading, *texts, truncation="only_second", return_offsets_mapping=True)
-        ends = torch.tensor([_span(found, i, answer) for i, answer in enumerate(of(rows, answers))])
+        marked = zip(texts[1], of(rows, answers), strict=True)
+        ends = torch.tensor([_span(found, i, _first_answer(*one)) for i, one in enumerate(marked)])
         return {**_entries(found), "start_positions": ends[:, 0], "end_positions": ends[:, 1]}
 
     return tokenized(reading, "context", make)
 
 
-def _span(found: Any, index: int, answer: Mapping[str, Any]) -> tuple[int, int]:
+def _first_answer(context: str, answers: Any) -> tuple[int, int] | None:
+    """Where the first of the answers begins and ends, in characters; None for a question without one.
+
+    They are a mapping of lists, as SQuAD has them, of one text and its start, or a list of such mappings.
+    """
+    first = answers[0] if isinstance(answers, list) and answers else answers or {"text": []}
+    text, start = first["text"], first.get("answer_start")
+    if isinstance(text, list):
+        text, start = (text[0], start[0]) if text else ("", None)
+    if not text:
+        return None
+    found = context[int(start) : int(start) + len(text)]
+    if found.casefold() != text.casefold():  # counted in bytes, say, or after the text was changed
+        raise ValueError(f"at character {start} of the text is {found[:40]!r}, not the answer {text[:40]!r}")
+    return int(start), int(start) + len(text)
+
+
+def _span(found: Any, index: int, answer: tuple[int, int] | None) -> tuple[int, int]:
     """The first and the last token of an answer; of a question without one the first token of all, as in SQuAD 2."""
-    if not len(answer["text"]):
+    if answer is None:
         return 0, 0
-    start = int(answer["answer_start"][0])
-    stop, offsets = start + len(answer["text"][0]), found["offset_mapping"][index].tolist()
+    (start, stop), offsets = answer, found["offset_mapping"][index].tolist()
     inside = [
         place for place, (low, high) in enumerate(offsets)
         if found.sequence_ids(index)[place] == 1 and low < stop and high > start
     ]  # fmt: skip
     if not inside or offsets[inside[-1]][1] < stop:
-        raise ValueError(f"the answer {answer['text'][0][:40]!r} is not in what is left of its text")  # is left out
+        raise ValueError("the answer is not in what is left of its text")  # is left out
     return inside[0], inside[-1]
 
 
@@ -198,6 +215,9 @@ def _tags(reading: Reading) -> Preparation:
     place = _places(reading, tags)
 
     def make(tokenizer: Any, rows: Sequence[Row]) -> Batch:
+        for row in rows:
+            if len(row[words]) != len(row[tags]) or not row[words]:  # is left out
+                raise ValueError(f"{len(row[words])} words in {words!r}, and {len(row[tags])} tags in {tags!r}")
         found = _encoded(tokenizer, reading, of(rows, words), is_split_into_words=True)
         labels = torch.full_like(found["input_ids"], IGNORED_LABEL)
         for index, of_words in enumerate(of(rows, tags)):
@@ -221,6 +241,8 @@ def _places(reading: Reading, column: str) -> Callable[[Any], int]:
         raise DataError(f"{column!r} has {len(ours)} tags ({shortened(', '.join(ours), 60)}), and the model {n}")
 
     def place(tag: Any) -> int:
+        if tag == IGNORED_LABEL:
+            return tag
         name = ours[tag] if by_number else tag
         found = theirs.get(name) if isinstance(name, str) else int(name)
         if found is None or not 0 <= found < (n or found + 1):
@@ -364,7 +386,7 @@ _register("words with tags", (WORDS, TAGS), by_head("token_classification"), _ta
 _register("masked text", (TEXT, ANSWER), by_head("masked_lm"), _masked, optional=("answer",))
 _register(
     "two texts", (TEXT, PAIR, SORT), by_head("embedding"), _both, _two_texts, instead=True, optional=("label",),
-    there=lambda model, table: len(table.fitting(TEXT)) > 1,
+    there=lambda model, table, given: len(table.fitting(TEXT)) > 1,
 )  # fmt: skip
 _register("preference", (CHOSEN, REJECTED), _gives_one_number, _preferences, labels=False, instead=True)
 

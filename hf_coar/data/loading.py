@@ -1,7 +1,7 @@
 """Loading: a data set of `datasets` with the preprocessing that belongs to a model; a line says what was read."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from hf_coar.data import (
     sources,
     texts,
 )
+from hf_coar.data.batches import Batch
 from hf_coar.data.columns import Columns, Table, asked
 from hf_coar.data.examples import Examples
 from hf_coar.data.kinds import Kind, Preparation, Reading
@@ -90,7 +91,21 @@ def load_data(
     if sources.is_stream(dataset):
         dataset = _undecoded(dataset, table, kind, chosen)
     _tell(dataset, chosen, known, first, preparation, description)
-    return Examples(dataset, preparation.prepare, batch_size, description)
+    return Examples(dataset, _without_gaps(preparation.prepare, inputs), batch_size, description)
+
+
+def _without_gaps(prepare: Callable[[list[dict]], Batch], inputs: Columns) -> Callable[[list[dict]], Batch]:
+    """The preparation, for which an example whose text, image or the like is missing cannot be read, and says why."""
+    columns = [column for role, column in inputs.items() if role not in ("label", "answers")]
+
+    def checked(rows: list[dict]) -> Batch:
+        for row in rows:
+            missing = [column for column in columns if row[column] is None]
+            if missing:
+                raise ValueError(f"there is nothing in {missing[0]!r}")
+        return prepare(rows)
+
+    return checked
 
 
 def _found(data: Any, split: str | None, revision: str | None, streaming: bool) -> tuple[Any, dict[str, Any]]:
@@ -178,4 +193,4 @@ def _first_example(dataset: Any, preparation: Preparation) -> str:
     except StopIteration:
         raise DataError("the data set holds no examples; choose another split") from None
     except Exception as error:  # a decoder's: the run itself says what becomes of such an example
-        return f"cannot be read ({type(error).__name__})"
+        return f"cannot be read ({shortened(str(error) or type(error).__name__, 100)})"

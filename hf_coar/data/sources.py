@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from hf_coar.data import written
 from hf_coar.data.columns import Table
 from hf_coar.errors import DataError
 from hf_coar.models.quiet import without_bars
@@ -107,6 +108,7 @@ def read(name: str, split: str | None, revision: str | None, streaming: bool) ->
             options |= {} if (between := _separator(path)) is None else {"sep": between}
             with without_bars("datasets") if path.stat().st_size < _QUICK else nullcontext():
                 dataset = _load_split(datasets, FILES[path.suffix.lower()], split or "train", options)
+            dataset = written.read_back(dataset) if FILES[path.suffix.lower()] == "csv" else dataset
         else:
             dataset = _load_split(datasets, name, split, {"revision": revision, "streaming": streaming})
     except DataError:
