@@ -77,7 +77,8 @@ def load(
             "foil": …}, {"question": …, "context": …, "answers": …} and so on, see docs/tasks.md.
         n_examples: draw so many, as many of each class; all of the split by default.
         data_seed: of that draw.
-        preprocessor: Hub id, folder or object of the tokenizer or image processor; the model's own by default.
+        preprocessor: Hub id, folder or object of the tokenizer or image processor; the model's own by default. Of
+            images also a function from a PIL image to a tensor, such as a transform of torchvision.
         architecture: of a file of weights: a timm name, a folder or Hub id whose `config.json` is of the same model, or
             a module, which is copied.
 

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import tiny_texts
 import torch
@@ -9,6 +10,7 @@ from tiny_texts import written
 
 import hf_coar as coar
 from hf_coar import cli
+from hf_coar.data import images
 from hf_coar.errors import DataError
 
 PATHS = {"method": coar.PathGradient(rounds=2), "ablated_fraction": 0.05, "progress": False}
@@ -291,3 +293,54 @@ def test_series_with_gaps_are_left_out_and_classes_of_series_are_labels(patches,
     assert batch_of(data)["target_values"].tolist() == [0, 1, 2]
     with pytest.raises(DataError, match="rose='past_values': PatchTSTForClassification reads"):
         coar.load(patches[1], rows, columns={"rose": "past_values"})
+
+
+# --------------------------------------------------------------------------------------------------------------- images
+
+
+def grey(mode):
+    """A ramp from black to white in a mode of PIL."""
+    from PIL import Image
+
+    ramp = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
+    depth = {"L": (255, np.uint8), "I;16": (65535, np.uint16), "I": (65535, np.int32), "F": (1, np.float32)}
+    most, kind = depth[mode]
+    image = Image.fromarray((ramp * most).astype(kind))
+    assert image.mode == mode
+    return image
+
+
+def test_images_of_sixteen_bits_look_as_those_of_eight():
+    eight, sixteen = (np.asarray(images.in_mode(grey(mode), "RGB"), dtype=int) for mode in ("L", "I;16"))
+    assert eight.shape == (8, 8, 3) and eight.max() == 255 and np.abs(eight - sixteen).max() <= 1
+    png = grey("I")
+    png.format = "PNG"  # as older versions of PIL open those of sixteen bits
+    assert np.abs(np.asarray(images.in_mode(png, "L"), dtype=int) - eight[..., 0]).max() <= 1
+    for mode in ("I", "F"):
+        with pytest.raises(ValueError, match="no known range"):
+            images.in_mode(grey(mode), "RGB")
+
+
+def test_a_timm_model_of_one_channel_gets_one_whatever_its_configuration_says():
+    import timm
+
+    model = timm.create_model("test_resnet", num_classes=2, in_chans=1).eval()
+    assert model.pretrained_cfg["input_size"][0] == 3
+    _, data = coar.load(model, {"image": [grey("L"), grey("I;16")], "label": [0, 1]})
+    pixels = batch_of(data)["pixel_values"]
+    assert pixels.shape[1] == 1 and (pixels[0] - pixels[1]).abs().max() < 0.05
+    assert model(pixels).shape == (2, 2)
+
+
+def test_a_transform_of_ones_own_makes_the_tensors(convnet):
+    def both_ways(image):
+        flat = torch.from_numpy(np.asarray(image, dtype=np.float32))
+        return torch.stack([flat, flat.T])
+
+    rows = {"image": [grey("L"), grey("L")], "label": [0, 2]}
+    with pytest.raises(coar.CoarError, match="a function from an image to a tensor, or pass batches"):
+        coar.load(convnet.model, rows)
+    _, data = coar.load(convnet.model, rows, preprocessor=both_ways)
+    assert coar.attribute(convnet.model, data, **PATHS).weights.shape[0] == 2
+    with pytest.raises(DataError, match="made a PngImageFile of an image"):
+        batch_of(coar.load(convnet.model, rows, preprocessor=lambda image: image)[1])

@@ -11,7 +11,7 @@ from torch import Tensor
 from hf_coar.data import preprocessors
 from hf_coar.data.batches import Batch
 from hf_coar.data.columns import Role, is_image, is_text, is_texts
-from hf_coar.data.images import IMAGE, decoded
+from hf_coar.data.images import IMAGE, decoded, in_mode
 from hf_coar.data.kinds import KINDS, Kind, Preparation, Reading, by_head, by_roles
 from hf_coar.data.language import ANSWER, PLACE, following, which
 from hf_coar.errors import DataError
@@ -46,7 +46,7 @@ def _processor(reading: Reading, whole: bool = False) -> Any:
 
 
 def _pictures(rows: Sequence[Row], column: str) -> list[Any]:
-    return [decoded(row[column]).convert("RGB") for row in rows]
+    return [in_mode(decoded(row[column]), "RGB") for row in rows]
 
 
 def _preparation(reading: Reading, make: Any) -> Preparation:

@@ -8,6 +8,8 @@ from torch import nn
 from hf_coar.errors import CoarError, DataError
 from hf_coar.models import record
 
+_FUNCTION = ", or a function from an image to a tensor"
+
 
 def load(loader: Any, model: nn.Module, what: str, preprocessor: Any = None) -> Any:
     """A tokenizer or image processor of transformers.
@@ -30,7 +32,7 @@ def load(loader: Any, model: nn.Module, what: str, preprocessor: Any = None) -> 
     if source is None:
         raise CoarError(
             f"the {type(model).__name__} given does not say where its {what} is; give preprocessor=…, a Hub id or "
-            f"folder that holds the {what}, or pass batches of tensors"
+            f"folder that holds the {what}{_FUNCTION if what == 'image processor' else ''}, or pass batches of tensors"
         )
     try:
         return loader.from_pretrained(source, revision=revision, trust_remote_code=False)
