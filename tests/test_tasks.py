@@ -302,6 +302,42 @@ def test_a_look_at_one_example_beside_a_pass_is_none_of_the_pass():
     assert torch.allclose(fresh.weights, known.weights, rtol=1e-4, atol=1e-6)
 
 
+def own_class(name):
+    """A class of one's own, as a folder with code brings it: in no mapping, without a word of its embeddings."""
+    import transformers
+
+    class Inner(transformers.PreTrainedModel):
+        config_class = transformers.PretrainedConfig
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.table, self.mid, self.head = torch.nn.Embedding(40, 8), torch.nn.Linear(8, 8), torch.nn.Linear(8, 3)
+            self.post_init()
+
+        def forward(self, input_ids, attention_mask=None, labels=None):
+            hidden = torch.relu(self.mid(self.table(input_ids)))
+            return type("Found", (), {"logits": self.head(hidden.mean(1))})()
+
+    Inner.__name__ = name
+    return Inner(transformers.PretrainedConfig(num_labels=3)).eval()
+
+
+def test_a_class_of_ones_own_is_known_by_how_it_is_called():
+    model = own_class("MineForSequenceClassification")
+    assert models.head(model).n == 3 and models.word_embeddings(model) is None
+    batch = {"input_ids": torch.arange(12).view(3, 4), "labels": torch.arange(3)}
+    options = {"method": coar.PathGradient(rounds=2), "ablated_fraction": 0.05, "progress": False}
+    attributions = coar.attribute(model, [batch], **options)
+    assert attributions.provenance.output == "margin"
+    names = {
+        "MineForCausalLM": "causal_lm",
+        "MineForMaskedLM": "masked_lm",
+        "ForThings": "own_loss",
+        "Mine": "own_loss",
+    }
+    assert {name: tasks.of(own_class(name)).name for name in names} == names
+
+
 class Selecting(torch.nn.Module):
     """Its loss is of the places that are attended, all examples' one after the other."""
 

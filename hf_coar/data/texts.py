@@ -11,7 +11,7 @@ from hf_coar.data.batches import Batch
 from hf_coar.data.columns import Columns, Role, Table, asked, is_text, several, the_one, without
 from hf_coar.data.kinds import KINDS, Kind, Preparation, Reading
 from hf_coar.errors import DataError
-from hf_coar.models import library, wrapped
+from hf_coar.models import library, word_embeddings, wrapped
 from hf_coar.models.classes import head
 from hf_coar.storage.texts import shortened
 
@@ -43,7 +43,7 @@ def cut_at(model: nn.Module, max_length: int) -> int:
     wanted = getattr(getattr(wrapped(model), "config", None), "max_position_embeddings", None)
     if type(wanted) is not int:
         return max_length
-    tokens = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    tokens = word_embeddings(model)
     # A table has up to two entries more than positions, or some that padding takes; where there is none (rotary,
     # relative positions) longer texts run.
     tables = [one for one in model.modules() if isinstance(one, nn.Embedding) and one is not tokens]
@@ -142,8 +142,7 @@ def check_tokenizer(tokenizer: Any, reading: Reading, role: str = "text") -> Non
             f"tokens of the first texts, such as {shortened(repr(texts[0]), 50)}: was the model saved without its "
             "tokenizer? Save it there, or give preprocessor=…, a Hub id or folder that holds it"
         )
-    embeddings = reading.model.get_input_embeddings() if hasattr(reading.model, "get_input_embeddings") else None
-    n_tokens = getattr(embeddings, "num_embeddings", None)
+    n_tokens = getattr(word_embeddings(reading.model), "num_embeddings", None)
     if n_tokens is not None and max(ids) >= n_tokens:
         raise DataError(
             f"the tokenizer gives token {max(ids)}, and the model knows tokens 0 to {n_tokens - 1}: it belongs to "

@@ -117,7 +117,7 @@ class Source:
     def speaks(self) -> bool:
         """Whether what is predicted at a position is a token of the vocabulary, and no class."""
         inner = models.wrapped(self.model)
-        has_words = models.library(inner) == "transformers" and inner.get_output_embeddings() is not None
+        has_words = models.library(inner) == "transformers" and models.word_embeddings(inner, "output") is not None
         return self.output.alignment is not None and (has_words or models.library(inner) == "torch")
 
     @property

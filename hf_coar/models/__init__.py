@@ -21,6 +21,7 @@ from hf_coar.models.calling import (
     output_modules,
     to,
     under_way,
+    word_embeddings,
 )
 from hf_coar.models.classes import Head, class_names, head
 from hf_coar.models.holding import check_is_model, check_usable, held, state_kept
@@ -64,5 +65,6 @@ __all__ = [
     "tasks",
     "to",
     "under_way",
+    "word_embeddings",
     "wrapped",
 ]

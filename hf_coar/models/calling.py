@@ -323,14 +323,27 @@ def _flatten(found: Any) -> list[nn.Module]:
 
 
 def _transformers_heads(model: nn.Module) -> list[nn.Module]:
-    embeddings = model.get_output_embeddings()
-    if isinstance(embeddings, nn.Module):
+    embeddings = word_embeddings(model, "output")
+    if embeddings is not None:
         return [embeddings]
     # Task models are a backbone under `base_model_prefix` and, beside it, what the task needs: the head.
     base = model.base_model
     if base is model:
         return []
     return [child for child in model.children() if child is not base and any(True for _ in child.parameters())]
+
+
+def word_embeddings(model: nn.Module, side: str = "input") -> nn.Module | None:
+    """The table of the words that a model reads ("input") or writes ("output"), as it says; None where it says none.
+
+    Classes of one's own may leave that to a base class that cannot tell, which transformers 5 says by an error.
+    """
+    get = getattr(model, f"get_{side}_embeddings", None)
+    try:
+        found = None if get is None else get()
+    except (NotImplementedError, AttributeError):
+        return None
+    return found if isinstance(found, nn.Module) else None
 
 
 def embedding_modules(model: nn.Module) -> list[nn.Module]:

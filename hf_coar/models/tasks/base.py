@@ -14,6 +14,7 @@ A new task is one call, beside the outputs that it brings::
 import functools
 import logging
 import operator
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -163,8 +164,9 @@ def _classes_of(mapping: str) -> list[str]:
 def of(model: nn.Module) -> Task:
     """The task of a model, by the class of its head.
 
-    The nearest class that a task names decides, then the library that the model comes from. Heads of transformers that
-    no task names are explained by their own loss; of a plain module all is taken for a classifier.
+    The nearest class that a task names decides, then the library that the model comes from, then, for a class of one's
+    own, how it is called. Heads of transformers that no task names are explained by their own loss; of a plain module
+    all is taken for a classifier.
     """
     inner = wrapped(model)
     source = library(inner)
@@ -176,8 +178,19 @@ def of(model: nn.Module) -> Task:
             task = TASKS[name]
             if task.only is None or task.only(inner):
                 return task
+    alike = _by_ending(inner) if source == "transformers" else None
+    if alike is not None:
+        return alike
     takes_labels = "labels" in calling.forward_names(inner)[0]
     return TASKS["own_loss" if takes_labels else "embedding"]
+
+
+def _by_ending(model: nn.Module) -> Task | None:
+    """The task of a class of one's own by the end of its name, which transformers' mappings have: `ForMaskedLM`."""
+    ending = re.search(r"For([A-Z]\w*)$", type(model).__name__)
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", ending[1]).upper() if ending else ""
+    found = [task for _, task in TASKS.items() if f"MODEL_FOR_{words}_MAPPING_NAMES" in task.heads]
+    return next((task for task in found if task.only is None or task.only(model)), None)
 
 
 def bind(
