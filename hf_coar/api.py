@@ -87,7 +87,9 @@ def load(
         DataError: no such data set, or none that the model can read; columns or labels that could be read in two ways.
     """
     columns = {**(columns or {}), **{r: c for r, c in _named(text, pair, image, label).items() if c is not None}}
-    if not isinstance(model, nn.Module):
+    if not isinstance(model, str | Path):
+        models.check_is_model(model)
+    else:
         model = models.load_model(model, revision, trust_remote_code, architecture=architecture)
     return model, data_module.load_data(
         data, model, split, data_revision, batch_size, streaming, max_length, columns, n_examples, data_seed,

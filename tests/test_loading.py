@@ -396,7 +396,9 @@ def test_what_is_no_data_set_is_told(folders, given, split, words):
     ("name", "content", "words"),
     [
         ("reviews.pkl", b"no", r"file of an unknown kind; known are \.parquet"),
-        ("reviews.csv", "text,label\nfin\xe9,0\n".encode("latin-1"), "codec can't decode byte 0xe9"),
+        ("reviews.csv", "text,label\nfin\xe9,0\n".encode("latin-1"), r"no text in UTF-8 \(0xe9 is in it\); save it"),
+        ("header.csv", b"text,label\n", "there are no rows in it"),
+        ("empty.jsonl", b"", "there are no rows in it"),
     ],
 )
 def test_files_that_cannot_be_read_say_why(folders, tmp_path, name, content, words):

@@ -183,6 +183,23 @@ def test_one_batch_is_data_and_a_table_is_none_yet(folders):
             coar.attribute(model, table, **PATHS)
 
 
+@pytest.mark.parametrize("name", ["./nothing", "rows.csv", "a/b/c"])
+def test_a_path_where_nothing_is_is_not_asked_of_the_hub(folders, name):
+    with pytest.raises(DataError, match="there is no such file or folder here"):
+        coar.load(folders / "named", name)
+
+
+def test_rows_inside_a_json_file_are_found(folders, tmp_path):
+    path = written(tmp_path / "d.json", json.dumps({"version": 1, "data": ROWS}))
+    assert batch_of(coar.load(folders / "named", path)[1])["labels"].tolist() == [0, 1]
+    answers = [{"text": "very dull", "answer_start": 2}, {"text": "dull", "answer_start": 7}]
+    asked = [{"question": ASKED["question"], "answers": answers}, {"question": "is it fine", "answers": []}]
+    paragraphs = [{"context": ASKED["context"], "qas": asked}, {"context": "a film", "qas": asked[1:]}]
+    squad = {"version": "v2.0", "data": [{"title": "films", "paragraphs": paragraphs}]}
+    _, data = coar.load(folders / "spans", written(tmp_path / "s.json", json.dumps(squad)))
+    assert batch_of(data)["start_positions"].tolist() == [6, 0, 0]
+
+
 # ------------------------------------------------------------------------------- lists and mappings in tables of text
 
 ASKED = {"question": "is it dull", "context": "a very dull film"}

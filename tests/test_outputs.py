@@ -336,3 +336,18 @@ def test_a_function_is_taken_as_it_is():
 def test_a_function_of_the_wrong_shape_is_an_error():
     with pytest.raises(CoarError, match=r"whole.*\(2, 3\).*\(2,\)"):
         outputs.get(outputs.Output("whole", "logits", lambda logits, batch: logits))(LOGITS, {})
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 1)])
+def test_one_number_an_example_may_have_an_axis_of_its_own_or_none(shape):
+    numbers, labels = torch.tensor([0.5, -1.0, 2.0]), torch.tensor([0, 1, 1])
+    by_hand = {
+        "regression": -((numbers - labels) ** 2),
+        "score": numbers,
+        "multi_label": torch.nn.functional.logsigmoid(numbers * (2 * labels - 1)),
+    }
+    for name, expected in by_hand.items():
+        found = outputs.get(name).function(numbers.view(shape), {"labels": labels})
+        assert found.tolist() == pytest.approx(expected.tolist())
+    with pytest.raises(DataError, match="output='multi_label' takes it for the logit of yes"):
+        outputs.get("margin").function(numbers.view(3, 1), {"labels": labels})

@@ -16,9 +16,18 @@ def attributions() -> coar.Attributions:
     return coar.attribute(MODEL, DATA, **OPTIONS)
 
 
+class Holding:
+    """As a pipeline or a trainer, it holds a model."""
+
+    model = MODEL
+
+
 EMPTY = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).to("meta")
 ID = "bert-base-uncased"
 CASES = {
+    "load a pipeline": (lambda a: coar.load(Holding(), DATA), "the module inside it, its .model, a Sequential"),
+    "attribute a pipeline": (lambda a: coar.attribute(Holding(), DATA), "the module inside it, its .model"),
+    "load a number": (lambda a: coar.load(3, DATA), "the model is a int, 3; give a module"),
     "attribute an id": (lambda a: coar.attribute(ID, DATA), f"the model is a str, '{ID}'; give .*load_model"),
     "components of an id": (lambda a: coar.find_components(ID), "the model is a str"),
     "ablate an id": (lambda a: coar.ablate(ID, a.components, [True] * 8).__enter__(), "the model is a str"),
@@ -54,3 +63,10 @@ def test_one_fraction_is_as_good_as_a_list_of_one(attributions):
         coar.evaluate(attributions, MODEL, DATA, fractions=given, n_masks=5, progress=False) for given in (0.2, [0.2])
     )
     assert one.correlation == several.correlation
+
+
+def test_the_one_input_that_goes_by_position_is_no_misspelled_entry(caplog):
+    coar.attribute(MODEL, [{"x": torch.eye(6), "labels": torch.arange(6) % 3}], **OPTIONS)
+    assert "takes no entry" not in caplog.text
+    coar.attribute(MODEL, [{**DATA[0], "mask": torch.ones(6)}], **OPTIONS)
+    assert "takes no entry mask" in caplog.text

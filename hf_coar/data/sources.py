@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from hf_coar.data import written
+from hf_coar.data import nested, written
 from hf_coar.data.columns import Table
 from hf_coar.errors import DataError
 from hf_coar.models.quiet import without_bars
@@ -97,6 +97,7 @@ def read(name: str, split: str | None, revision: str | None, streaming: bool) ->
     import datasets
 
     path = Path(name)
+    _check_there(name)
     if path.is_file() and path.suffix.lower() not in FILES:
         raise DataError(f"{name!r} is a file of an unknown kind; known are {', '.join(FILES)}")
     try:
@@ -106,9 +107,10 @@ def read(name: str, split: str | None, revision: str | None, streaming: bool) ->
         elif path.is_file():
             options = {"data_files": name, "streaming": streaming}
             options |= {} if (between := _separator(path)) is None else {"sep": between}
+            options |= {} if (field := nested.rows_in(path, _QUICK)) is None else {"field": field}
             with without_bars("datasets") if path.stat().st_size < _QUICK else nullcontext():
                 dataset = _load_split(datasets, FILES[path.suffix.lower()], split or "train", options)
-            dataset = written.read_back(dataset) if FILES[path.suffix.lower()] == "csv" else dataset
+            dataset = written.read_back(dataset) if FILES[path.suffix.lower()] == "csv" else nested.unnested(dataset)
         else:
             dataset = _load_split(datasets, name, split, {"revision": revision, "streaming": streaming})
     except DataError:
@@ -138,9 +140,22 @@ def _separator(path: Path) -> str | None:
 
 def _reason(error: BaseException) -> str:
     """The first line of what an error began with: what a reader of a file raised, not that there was an error."""
-    while error.__cause__ is not None:
+    while error.__cause__ is not None and not isinstance(error, ImportError):  # which says what to install
         error = error.__cause__
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    if isinstance(error, UnicodeDecodeError):
+        return (
+            f"it is no text in UTF-8 (0x{error.object[error.start]:02x} is in it); save it as UTF-8, or give "
+            "the table that pandas.read_csv(…, encoding='cp1252') reads, or 'utf-16'"
+        )
+    said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return "there are no rows in it" if said == "StopIteration" or "corresponds to no data" in said else said
+
+
+def _check_there(name: str) -> None:
+    """Raises `DataError` for a path of this machine where there is nothing, before the Hub is asked for it."""
+    local = Path(name).suffix.lower() in FILES or name.startswith((".", "/", "~")) or name.count("/") > 1
+    if local and not Path(name).exists():
+        raise DataError(f"no data set {name!r}: there is no such file or folder here (in {Path.cwd()})")
 
 
 def _load_split(datasets: Any, name: str, split: str | None, options: dict) -> Any:

@@ -94,8 +94,8 @@ def call(model: nn.Module, batch: Mapping[str, Any], without: Collection[str] = 
     if set(named) - {"use_cache"}:
         return model(**named)
     # Nothing is named as the forward has it: the one input, or that of a pair (inputs, labels), or an image.
-    place = next((name for name in _BY_POSITION if name in inputs), None) or (len(inputs) == 1 and next(iter(inputs)))
-    if not place or library(wrapped(model)) in ("transformers", "diffusers"):
+    place = by_position(inputs, without)
+    if place is None or library(wrapped(model)) in ("transformers", "diffusers"):
         raise ModelError(
             f"{type(model).__name__}.forward takes {', '.join(sorted(names))}, and the batch holds "
             f"{', '.join(sorted(inputs))}; name the inputs as the forward does, or give call=, a function of "
@@ -105,6 +105,12 @@ def call(model: nn.Module, batch: Mapping[str, Any], without: Collection[str] = 
 
 
 _BY_POSITION = ("inputs", "pixel_values")
+
+
+def by_position(batch: Mapping[str, Any], without: Collection[str] = TARGETS) -> str | None:
+    """The one entry that a forward gets by position where it names none of them; None where that could be several."""
+    inputs = [name for name in batch if name not in without and not _is_about(name)]
+    return next((name for name in _BY_POSITION if name in inputs), inputs[0] if len(inputs) == 1 else None)
 
 
 def _is_about(name: str) -> bool:

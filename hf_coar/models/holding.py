@@ -160,7 +160,11 @@ def check_usable(model: nn.Module) -> None:
 
 def check_is_model(model: Any) -> None:
     """Raises `CoarError` for what is no module, such as the id of one that was not loaded yet."""
-    check_kind(model, nn.Module, "the model", "a module, such as hf_coar.load(id, data) or models.load_model(id) gives")
+    inner = getattr(model, "model", None)
+    instead = "a module, such as hf_coar.load(id, data) or models.load_model(id) gives"
+    if isinstance(inner, nn.Module):
+        instead = f"the module inside it, its .model, a {type(inner).__name__}"  # of a pipeline, a trainer
+    check_kind(model, nn.Module, "the model", instead)
 
 
 _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")

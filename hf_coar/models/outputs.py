@@ -160,6 +160,11 @@ def _labels(logits: Tensor, batch: Batch) -> Tensor:
 
 def _check_classes(labels: Tensor, n_classes: int) -> None:
     low, high = int(labels.min()), int(labels.max())
+    if n_classes == 1 and (low, high) in ((0, 1), (1, 1)):
+        raise DataError(
+            "the model gives one number an example, and labels are no (0) or yes (1): output='multi_label' takes it "
+            "for the logit of yes, output='regression' for a number, output='score' for what counts itself"
+        )
     if low < 0 or high >= n_classes:
         raise DataError(
             f"labels run from {low} to {high}, and the model has {n_classes} classes (0 to {n_classes - 1}); "

@@ -146,7 +146,8 @@ def _tried(model: nn.Module, output: Output, batch: data_module.Batch) -> Tensor
     try:
         return output.of(model, batch)
     except CoarError as error:
-        error.args = (f"{error}. {tasks.explain(model, output)}",)
+        end = "" if str(error).endswith(("?", ".")) else "."
+        error.args = (f"{error}{end} {tasks.explain(model, output)}",)
         raise
     except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError) as error:
         if models.is_out_of_memory(error):
@@ -198,7 +199,8 @@ class _Noting(dict):
 def _tell_unread(model: nn.Module, output: Output, batch: data_module.Batch) -> None:
     """Warns of entries that neither the forward nor the output takes, such as a misspelled one."""
     names, takes_any = calling.forward_names(model)
-    known = names | {"inputs", "pixel_values"} | set(tasks.of(model).targets)
+    targets = tasks.of(model).targets
+    known = names | {"inputs", "pixel_values", calling.by_position(batch, targets)} | set(targets)
     rest = [name for name in batch if name not in known and not name.startswith(_SIDES)]
     if not rest or (takes_any and models.library(models.wrapped(model)) == "torch") or len(batch) == 1:
         return

@@ -32,18 +32,20 @@ def multi_label(logits: Tensor, batch: Batch) -> Tensor:
         raise DataError(
             f"labels run from {float(labels.min())} to {float(labels.max())}; of several labels each is 0 … 1"
         )
-    return -F.binary_cross_entropy_with_logits(logits, labels, reduction="none").flatten(1).mean(1)
+    return -F.binary_cross_entropy_with_logits(logits, labels, reduction="none").reshape(len(logits), -1).mean(1)
 
 
 @outputs.register("regression", unit="squared error")
 def regression(logits: Tensor, batch: Batch) -> Tensor:
     """Minus the squared error, mean over the numbers that are predicted (at most 0)."""
-    return -(logits - _floats(logits, batch)).square().flatten(1).mean(1)
+    return -(logits - _floats(logits, batch)).square().reshape(len(logits), -1).mean(1)
 
 
 @outputs.register("score", unit="of the model")
 def score(logits: Tensor, batch: Batch) -> Tensor:
     """The one number that a reward model, a reranker or a regression gives; labels play no part."""
+    if logits.dim() == 1:
+        return logits
     if logits.dim() != 2 or logits.shape[1] != 1:
         raise CoarError(
             f"'score' is for heads with one number an example, and the logits have shape {list(logits.shape)}"
