@@ -16,6 +16,7 @@ from hf_coar import models
 from hf_coar.components import Components, Group
 from hf_coar.data import Identity
 from hf_coar.editing import edited
+from hf_coar.storage import files
 
 CONFIG = {
     "model": {"id": "user/model", "revision": "0" * 40, "library": "torch", "class": "Tiny", "fingerprint": "f" * 32},
@@ -307,3 +308,17 @@ def test_attributions_of_the_first_version_still_fit_the_demo(monkeypatch):
 def test_the_record_of_an_edit_of_the_first_version_is_read():
     value = json.loads((BEFORE / "coar_edit-0.1.json").read_text())
     assert models.check_edit(value, "the record") == value and len(value["components"]) == 2
+
+
+def test_a_single_number_out_of_a_matrix_has_bytes(tmp_path):
+    """Its step to the next number is that of the matrix, and there is none: a run of one example holds such numbers."""
+    matrix = torch.arange(24.0).view(2, 12)
+    for part in (matrix[1:, 5], matrix[:, 5], matrix[1, 3:6], matrix[0, 0], matrix[:0]):
+        assert bytes(files.tensor_bytes(part)) == part.numpy().tobytes()
+    assert Identity.of_batch({"x": matrix[1:, 5:6]}).hashes["x"].shape == (1, 16)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3)).eval()
+    batch = {"x": torch.ones(1, 6), "labels": torch.zeros(1, dtype=torch.long)}
+    options = {"method": coar.PathGradient(rounds=2), "progress": False}
+    attributions = coar.attribute(model, [batch], out=tmp_path / "one", **options)
+    found = coar.Attributions.from_pretrained(tmp_path / "one")
+    assert torch.equal(found.weights, attributions.weights)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hf_coar.data.batches import Batch, size
 from hf_coar.errors import CorruptFileError, DataError
+from hf_coar.storage import files
 
 HASH_SIZE = 16  # bytes
 HASH = "hash:"  # of the names under which hashes lie among the results of a run
@@ -195,7 +196,7 @@ def _plain(value: Tensor) -> Tensor:
 
 def _digest(head: bytes, row: Tensor) -> bytes:
     digest = hashlib.blake2b(head, digest_size=HASH_SIZE)
-    digest.update(row.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    digest.update(files.tensor_bytes(row))
     return digest.digest()
 
 

@@ -91,8 +91,7 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
     """Whether two tensors are the same, bit for bit (NaN too)."""
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):
         return a is b
-    bytes_a, bytes_b = (tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for tensor in (a, b))
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(bytes_a, bytes_b)
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(files.as_bytes(a), files.as_bytes(b))
 
 
 def save(

@@ -230,5 +230,11 @@ def checksum(tensors: Mapping[str, torch.Tensor], about: Mapping[str, str] | Non
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The raw bytes of a tensor, in row-major order, on the CPU."""
+    return memoryview(as_bytes(tensor).numpy())
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The raw bytes of a tensor, in row-major order, on the CPU, uint8 [bytes]."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    # A single number, cut out of a matrix, counts as contiguous whatever the step to a next one that is not there.
+    return flat.as_strided(flat.shape, (1,)).view(torch.uint8)
