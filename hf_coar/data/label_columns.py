@@ -7,7 +7,7 @@ from typing import Any
 from hf_coar.data.columns import Table
 from hf_coar.data.labels import name_key
 from hf_coar.errors import DataError
-from hf_coar.models.classes import SEVERAL, Head
+from hf_coar.models.classes import CLASSES, SEVERAL, Head
 from hf_coar.storage.texts import shortened
 
 logger = logging.getLogger(__name__)
@@ -42,6 +42,12 @@ def one_a_class(table: Table, head: Head, asked: str | Sequence[str] | None = No
     if len(set(asked)) < len(asked) or (head.n is not None and len(asked) != head.n):
         raise DataError(f"label={list(asked)}: {len(set(asked))} columns, and the model needs one for each of {head.n}"
                         f" classes{f' ({shortened(str(list(head.names)), 120)})' if head.names else ''}")  # fmt: skip
+    if head.kind == CLASSES and head.n is not None:
+        logger.warning(
+            "labels: the model does not say that its classes are independent (config.problem_type = "
+            "'multi_label_classification'), and with a column each they are taken so; of one class an example give its "
+            "name or number in one column"
+        )
     named = {name_key(name): name for name in asked}
     if head.names is None or set(named) == {name_key(name) for name in head.names}:
         return tuple(asked) if head.names is None else tuple(named[name_key(name)] for name in head.names)
