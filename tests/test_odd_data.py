@@ -249,9 +249,11 @@ def test_words_and_tags_that_do_not_go_together_are_left_out(folders, tmp_path, 
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_lists_in_a_table_of_text_are_lists(folders, tmp_path, streaming):
+@pytest.mark.parametrize("whole", [False, True])
+def test_lists_in_a_table_of_text_are_lists(folders, tmp_path, streaming, whole):
     rows = [{"tokens": ["a", "dull"], "ner_tags": ["O", "X"]}, {"tokens": ["film"], "ner_tags": ["O"]}]
-    _, data = coar.load(folders / "tags", table(tmp_path, rows, "csv"), streaming=streaming)
+    path = table(tmp_path, rows, "csv")
+    _, data = coar.load(folders / "tags", tmp_path if whole else path, streaming=streaming)
     assert batch_of(data)["labels"].tolist() == [[-100, 0, 1, -100], [-100, 0, -100, -100]]
 
 

@@ -110,7 +110,6 @@ def read(name: str, split: str | None, revision: str | None, streaming: bool) ->
             options |= {} if (field := nested.rows_in(path, _QUICK)) is None else {"field": field}
             with without_bars("datasets") if path.stat().st_size < _QUICK else nullcontext():
                 dataset = _load_split(datasets, FILES[path.suffix.lower()], split or "train", options)
-            dataset = written.read_back(dataset) if FILES[path.suffix.lower()] == "csv" else nested.unnested(dataset)
         else:
             dataset = _load_split(datasets, name, split, {"revision": revision, "streaming": streaming})
     except DataError:
@@ -121,7 +120,8 @@ def read(name: str, split: str | None, revision: str | None, streaming: bool) ->
         if len(dataset) != 1:
             raise DataError(f"{name!r} has the splits {sorted(dataset)}; choose one, such as split={min(dataset)!r}")
         dataset = next(iter(dataset.values()))
-    return dataset
+    is_text = dataset.builder_name == "csv"  # of files, folders and the Hub alike
+    return written.read_back(dataset) if is_text else nested.unnested(dataset)
 
 
 def _separator(path: Path) -> str | None:
@@ -132,7 +132,7 @@ def _separator(path: Path) -> str | None:
         return None
     with path.open(encoding="utf-8", errors="replace") as file:
         head = file.readline(_HEAD)
-    found = next((mark for mark in (";", "\t") if "," not in head and mark in head), None)
+    found = next((mark for mark in (";", "\t", "|") if "," not in head and mark in head), None)
     if found is not None:
         logger.info("%s has %r between its columns", path.name, found)
     return found
