@@ -23,11 +23,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import KeyedRef
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from hf_coar.masking import FiredGroups
 
@@ -92,8 +92,9 @@ class _Tracker(TorchFunctionMode):
     def __init__(self, reads: DeltaReads, smoothing: Tensor | None) -> None:
         super().__init__()
         self.reads, self.smoothing = reads, smoothing
-        # By tensor, as long as somebody holds it: what nobody reads any more takes its contributions with it.
-        self._tracked: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        # By tensor, as long as somebody holds it: what nobody reads any more takes its contributions with it. (Torch's
+        # own dictionary of weak tensors does the same and takes several times as long, for every operation of a model.)
+        self._tracked: dict[int, tuple[KeyedRef, list[_Contribution]]] = {}
         self.paused = 0
 
     def observe(self, gated: Tensor, plain: Tensor, end: Tensor | None, level: Tensor) -> None:
@@ -103,7 +104,8 @@ class _Tracker(TorchFunctionMode):
 
     def contributions(self, tensor: Any) -> list[_Contribution]:
         """What is tracked in a tensor."""
-        return self._tracked.get(tensor, []) if isinstance(tensor, Tensor) else []
+        found = self._tracked.get(id(tensor))
+        return [] if found is None else found[1]
 
     def concerns(self, x: Tensor) -> bool:
         """Whether an element-wise function of x is not to run as usual."""
@@ -111,7 +113,9 @@ class _Tracker(TorchFunctionMode):
 
     def _track(self, tensor: Tensor, contributions: list[_Contribution]) -> None:
         if contributions:
-            self._tracked[tensor] = contributions
+            tracked = self._tracked
+            gone = KeyedRef(tensor, lambda ref: tracked.pop(ref.key, None), id(tensor))
+            tracked[id(tensor)] = (gone, contributions)
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -218,12 +222,14 @@ class _Followed:
 
     def smoothed(self, x: Tensor) -> Tensor:
         """function(x), in place if it is, with its mean slope."""
-        self.x = x.detach().clone()
+        with torch._C.DisableTorchFunction():
+            copy = x.detach().clone()
         with torch.no_grad():
-            copy = self.x.clone()
             value = self.function(copy)
-        result = _WithSlope.apply(x, value, self)
-        return x.copy_(result) if torch._C._is_alias_of(value, copy) else result
+        with torch._C.DisableTorchFunction():
+            self.x = x.detach().clone() if copy._version else copy  # what was written into is x no more
+            result = _WithSlope.apply(x, value, self)
+            return x.copy_(result) if torch._C._is_alias_of(value, copy) else result
 
     def slope(self) -> Tensor:
         """The slope that the backward pass takes."""

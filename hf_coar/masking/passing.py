@@ -166,14 +166,15 @@ class Pass:
         if self.note is not None:
             self.note(group, activation, of)
             return activation
-        rows = self.spread(gate, activation, group, where)
-        end = self.end(group, activation)
-        if end is None and isinstance(bias, Tensor):
-            end = _along_features(bias.to(activation.device, activation.dtype), activation, group.feature_axis)
-        found = activation * rows if end is None else torch.lerp(end, activation, rows)
-        self.fired(group)
-        if told and self.fired.observe is not None and torch.is_grad_enabled():  # else a look beside the gate pass
-            self.fired.observe(found, activation, end, rows)
+        with torch._C.DisableTorchFunction():  # who follows the model's operations has no business with these
+            rows = self.spread(gate, activation, group, where)
+            end = self.end(group, activation)
+            if end is None and isinstance(bias, Tensor):
+                end = _along_features(bias.to(activation.device, activation.dtype), activation, group.feature_axis)
+            found = activation * rows if end is None else torch.lerp(end, activation, rows)
+            self.fired(group)
+            if told and self.fired.observe is not None and torch.is_grad_enabled():  # else a look beside
+                self.fired.observe(found, activation, end, rows)
         return found
 
 
