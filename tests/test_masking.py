@@ -147,6 +147,31 @@ def test_positions_before_examples(granularity, n_positions, mixed_masks):
     assert far(together, torch.cat(alone)) < TOLERANCE
 
 
+class TurnedInPlace(nn.Module):
+    """What one layer gives is turned round where it lies, and given to the next."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        turned = self.first(x).transpose_(0, 1)
+        return self.second(turned).mean(0)
+
+
+def test_a_tensor_that_was_turned_in_place_is_looked_at_again(granularity, mixed_masks):
+    torch.manual_seed(0)
+    model, x = TurnedInPlace().eval(), torch.randn(4, 8, 6)
+    components = coar.find_components(model, granularity)
+    kept = mixed_masks(4, len(components), seed=1)
+    with torch.no_grad():
+        with coar.ablate(model, components, kept):
+            together = model(x)
+        for i in range(4):
+            with coar.ablate(model, components, kept[i]):
+                torch.testing.assert_close(together[i : i + 1], model(x[i : i + 1]))
+
+
 def test_fractional_gates_an_example_agree(rows_net, granularity):
     net = rows_net.double()
     components = coar.find_components(net.model, granularity)

@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from hf_coar import models
 from hf_coar.errors import CoarError, ModelError
@@ -47,17 +48,49 @@ class _Plain:
     value: Any
 
 
-def _sketch(value: Any, n: int, owners: Mapping[str, Tensor]) -> "_Sketch | _Plain | str":
-    if not isinstance(value, Tensor):
-        return _Plain(value) if isinstance(value, _PLAIN) else UNKNOWN
-    entries, sizes = {}, {len(one) for one in owners.values()}
-    x = value.detach()
-    for axis, size in enumerate(x.shape):
-        if size and (size % n == 0 or size in sizes):
-            rows = x.movedim(axis, 0).reshape(size, -1).float().nan_to_num(0.0, _LIMIT, -_LIMIT).clamp(-_LIMIT, _LIMIT)
-            weights = torch.cos(torch.arange(rows.shape[1], device=x.device) * 1.7 + 0.3)
-            entries[axis] = rows @ weights
-    return _Sketch(tuple(x.shape), x.is_floating_point(), entries, owners)
+class _Sketcher:
+    """Makes the sketches of one run of a model on `n` examples."""
+
+    def __init__(self, n: int, owners: Mapping[str, Tensor]) -> None:
+        self._n, self._owners, self._sizes = n, owners, {len(one) for one in owners.values()}
+        self._factors: dict[torch.device, Tensor] = {}
+        # What one module gives and others take, such as a mask for every layer, is looked at once.
+        self._known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+    def __call__(self, value: Any) -> "_Sketch | _Plain | str":
+        if not isinstance(value, Tensor):
+            return _Plain(value) if isinstance(value, _PLAIN) else UNKNOWN
+        if value.is_inference():  # does not count how often it was written
+            return self._sketch(value.detach())
+        version, known = self._known.get(value, (-1, None))
+        if version != value._version:
+            known = self._sketch(value.detach())
+            self._known[value] = (value._version, known)
+        return known
+
+    def _sketch(self, x: Tensor) -> _Sketch:
+        axes = [axis for axis, size in enumerate(x.shape) if size and (size % self._n == 0 or size in self._sizes)]
+        entries = {}
+        if axes:
+            values = x.float().nan_to_num(0.0, _LIMIT, -_LIMIT).clamp_(-_LIMIT, _LIMIT)
+            entries = {axis: self._entries(values, axis) for axis in axes}
+        return _Sketch(tuple(x.shape), x.is_floating_point(), entries, self._owners)
+
+    def _entries(self, x: Tensor, axis: int) -> Tensor:
+        """A weighted sum over all other axes, without moving any, [size of the axis]."""
+        before, after = x.shape[:axis].numel(), x.shape[axis + 1 :].numel()
+        x, factors = x.reshape(before, x.shape[axis], after), self._factors_of(before * after, x.device)
+        if before == 1:
+            return x[0] @ factors
+        if after == 1:
+            return factors @ x[:, :, 0]
+        return torch.bmm(x, factors.view(before, after, 1)).sum((0, 2))
+
+    def _factors_of(self, count: int, device: torch.device) -> Tensor:
+        known = self._factors.get(device)
+        if known is None or len(known) < count:
+            known = self._factors[device] = torch.cos(torch.arange(count, device=device) * 1.7 + 0.3)
+        return known[:count]
 
 
 _SEEN, _SINGLE, _GUESS = "seen", "single", "guess"
@@ -135,18 +168,18 @@ class _Recorder:
     """Sketches of the inputs and outputs of watched modules, run by run."""
 
     def __init__(self, n: int, packing: Packing | None = None) -> None:
-        self.n, self.owners = n, {} if packing is None else packing.owners
+        self._sketch = _Sketcher(n, {} if packing is None else packing.owners)
         self.calls: dict[str, list[list]] = {}
 
     def inputs(self, name: str, args: tuple, kwargs: Mapping[str, Any]) -> None:
         leaves = pytree.tree_leaves((args, dict(kwargs)))
-        self.calls.setdefault(name, []).append([[_sketch(leaf, self.n, self.owners) for leaf in leaves], None])
+        self.calls.setdefault(name, []).append([[self._sketch(leaf) for leaf in leaves], None])
 
     def outputs(self, name: str, output: Any) -> None:
         # Of a module that runs inside itself the innermost run ends first.
         for call in reversed(self.calls[name]):
             if call[1] is None:
-                call[1] = [_sketch(leaf, self.n, self.owners) for leaf in pytree.tree_leaves(output)]
+                call[1] = [self._sketch(leaf) for leaf in pytree.tree_leaves(output)]
                 return
 
     @contextmanager
