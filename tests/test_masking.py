@@ -172,6 +172,19 @@ def test_a_tensor_that_was_turned_in_place_is_looked_at_again(granularity, mixed
                 torch.testing.assert_close(together[i : i + 1], model(x[i : i + 1]))
 
 
+def test_one_mask_an_example_under_another_default_dtype(mixed_masks):
+    model, x, before = nn.Linear(6, 3).eval(), torch.randn(4, 6), torch.get_default_dtype()
+    components = coar.find_components(model)
+    kept = mixed_masks(4, len(components), seed=1)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.no_grad(), coar.ablate(model, components, kept):
+            together = model(x)
+    finally:
+        torch.set_default_dtype(before)
+    torch.testing.assert_close(together, torch.where(kept, model(x), model.bias))
+
+
 def test_fractional_gates_an_example_agree(rows_net, granularity):
     net = rows_net.double()
     components = coar.find_components(net.model, granularity)

@@ -89,7 +89,8 @@ class _Sketcher:
     def _factors_of(self, count: int, device: torch.device) -> Tensor:
         known = self._factors.get(device)
         if known is None or len(known) < count:
-            known = self._factors[device] = torch.cos(torch.arange(count, device=device) * 1.7 + 0.3)
+            steps = torch.arange(count, dtype=torch.float32, device=device)
+            known = self._factors[device] = torch.cos(steps * 1.7 + 0.3)
         return known[:count]
 
 
