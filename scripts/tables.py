@@ -4,11 +4,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 
-def rows_of(path: Path, n_keys: int = 1) -> dict[tuple[str, ...], str]:
-    """The rows of the first table of a Markdown file, by their first cells."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+def rows_of(path: Path, n_keys: int = 1, section: str | None = None) -> dict[tuple[str, ...], str]:
+    """The rows of the first table of a Markdown file, or of the one below a heading, by their first cells."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    if section is not None:
+        text = text.partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+    lines = text.splitlines()
     cells = {line: tuple(cell.strip() for cell in line.split("|")[1:-1]) for line in lines if line.startswith("| ")}
     return {row[:n_keys]: line for line, row in list(cells.items())[1:]}  # without the header
+
+
+def said(ratio: float, limit: float) -> str:
+    """Whether a ratio keeps a limit, as a cell."""
+    return "met" if round(ratio, 2) <= limit else "missed"
 
 
 def write(
