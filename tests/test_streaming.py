@@ -288,6 +288,56 @@ def test_memory_does_not_grow_with_the_number_of_examples():
     assert after[5000] < 1.1 * after[500] + 8 * 4 * 832 * 4500 / 2**20
 
 
+_LARGE = """
+import json, resource, sys
+import torch, transformers
+import hf_coar as coar
+from hf_coar.estimators.gates import one_pass
+from hf_coar.models import outputs
+from hf_coar.runs.plan import plan
+from hf_coar.runs.problem import Size
+torch.set_num_threads(1)
+torch.manual_seed(0)
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+def llama(width, n_layers):
+    config = transformers.LlamaConfig(
+        hidden_size=width, intermediate_size=11 * width // 4, num_hidden_layers=n_layers, num_attention_heads=16,
+        num_key_value_heads=4, vocab_size=8000,
+    )
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+
+def attributed(model):
+    components = coar.find_components(model)
+    found = coar.attribute(model, [batch], components, method=method, ablated_fraction=0.05, progress=False)
+    assert found.weights.isfinite().all() and (found.weights != 0).any()
+    return components
+
+method, batch = coar.PathGradient(passes=1), {"input_ids": torch.randint(1, 8000, (1, 32))}
+attributed(llama(64, 1))  # what is loaded once
+before = peak()
+model = llama(1024, int(sys.argv[1]))
+components = attributed(model)
+taken = peak() - before
+gated = one_pass(model, components, outputs.get("token_margin"), batch)
+planned = plan(model, batch, 1, len(components), method.parts(Size(len(components), 0.05)), one_pass=gated)
+print(json.dumps([planned.parameter_bytes, planned.memory_bytes, taken]))
+"""
+
+
+@pytest.mark.slow
+def test_a_language_model_in_half_precision_takes_the_memory_that_was_planned():
+    """A Llama of some 300 million parameters in bfloat16; `pytest tests/test_streaming.py -m slow -s` prints it."""
+    done = subprocess.run([sys.executable, "-c", _LARGE, "24"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    weights, planned, taken = json.loads(done.stdout.splitlines()[-1])
+    print({"MB of weights": weights >> 20, "MB planned": planned >> 20, "MB taken": taken >> 20})
+    assert weights > 500 << 20
+    assert weights < taken < 1.3 * planned
+
+
 def test_a_raw_data_set_is_described_by_its_fingerprint():
     raw = datasets.Dataset.from_dict({"inputs": [[0.0] * 6], "labels": [1]}).with_format("torch")
     raw.info.description = "some words"
