@@ -448,8 +448,8 @@ def undisturbed(tmp_path_factory):
 
 
 def later(method):
-    """Passes that measure single effects and checks, when all rounds are done."""
-    return 3 * (9 + 20) if method.name == "path_gradient" else 0
+    """Passes that measure single effects, far reads and checks, when all rounds are done."""
+    return 3 * (9 + 4 + 20) if method.name == "path_gradient" else 0
 
 
 @pytest.mark.parametrize("k", [0, 1, 2])
@@ -672,10 +672,11 @@ def test_costs_are_the_forward_passes(convnet):
     assert (few, more) == (3 * 20 + 1, 3 * 40 + 1), "and one pass looks for outliers"
     assert second - first == 20
     cost, calls_of_all = spent(coar.PathGradient(4, n_flips=3, check_masks=5))
-    assert cost == more + 3 + 1 + 5 and calls_of_all - second == 3 + 1 + 5
+    far = 3 * 3 + 1  # with a look for outliers
+    assert cost == more + 3 + 1 + 5 + far and calls_of_all - second == 3 + 1 + 5 + 3 + 1
     assert coar.PathGradient(2, **bare).cost(Size(9, 0.25)) == 3 * 2 * 4
     assert coar.PathGradient(2, **bare).cost(Size(9, 0.1)) == 3 * 2 * 5
-    assert coar.PathGradient(2).cost(Size(900, 0.1)) == 3 * 2 * 5 + 31 + 20
+    assert coar.PathGradient(2).cost(Size(900, 0.1)) == 3 * 2 * 5 + 31 + 20 + 10
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluation
