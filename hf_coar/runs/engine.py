@@ -348,11 +348,7 @@ class _Job:
         skipped = self.store.skipped
         if len(skipped) >= n_examples:
             raise DataError(f"none of the {n_examples} examples can be read; the first: {next(iter(skipped.values()))}")
-        if skipped:
-            if self.strict:
-                raise DataError(f"examples {list(skipped)[:8]} could not be read: {next(iter(skipped.values()))}")
-            logger.warning(
-                "%d of %d examples were left out because they cannot be read: %s; delete %s to try them again",
-                len(skipped), n_examples, list(skipped)[:8], self.store.folder / "skipped",
-            )  # fmt: skip
+        if skipped and self.strict:
+            raise DataError(f"examples {list(skipped)[:8]} could not be read: {next(iter(skipped.values()))}")
+        self.store.tell_skipped(n_examples)
         return n_examples

@@ -75,6 +75,7 @@ class Store:
         self._names: set[str] = set()
         self._done, self._before = Index(), Index()
         self._skipped: dict[int, str] = {}
+        self._told: set[int] = set()
         self._known = _Known()
         self._expected: tuple[Identity, list[int]] | None = None
         self._next_look = 0.0
@@ -179,6 +180,16 @@ class Store:
     def skipped(self) -> dict[int, str]:
         """Why an example was left out, by its index; in order."""
         return dict(sorted(self._skipped.items()))
+
+    def tell_skipped(self, n_examples: int) -> None:
+        """Warn of what was left out of so many examples; of the same ones once, however many parts a run has."""
+        if self._skipped.keys() == self._told:
+            return
+        self._told = set(self._skipped)
+        logger.warning(
+            "%d of %d examples were left out because they cannot be read: %s; delete %s to try them again",
+            len(self._told), n_examples, sorted(self._told)[:8], self.folder / "skipped",
+        )  # fmt: skip
 
     # ------------------------------------------------------------------------------------------------ how many, of what
 
