@@ -1,10 +1,11 @@
 """What stands in for an ablated component, side by side: zero, its mean, its value for another example.
 
-    python scripts/benchmark_ablations.py demo vit mobilenet smollm2 --models models
+    python scripts/benchmark_ablations.py demo vit mobilenet gpt2 smollm2 smollm2_units --models models
 
 `vit` is a small vision transformer trained in seconds on some of the demo's images. `demo` is the embedded network on
-its images; `mobilenet` (on photographs) and `smollm2` (its attention heads, on sequences of a novel) come from
-`scripts/convert_benchmark_models.py`. Means are taken over other examples than those that are attributed, where there
+its images; `mobilenet` (on photographs), `smollm2` (its attention heads, on sequences of a novel) and `smollm2_units`
+(its rows) come from `scripts/convert_benchmark_models.py`, `gpt2` (on the same novel) from
+`scripts/train_benchmark_models.py`. Means are taken over other examples than those that are attributed, where there
 are any. For every stand-in: attributions made at one fraction (by the path gradient; heads by leave-one-out), and
 five sizes of fresh random masks, of which the table says how many decisions survive (outputs above 0 that stay there)
 and how well the attributions predict the outputs (mean correlation over the masks). Beside it, how the weights
@@ -80,13 +81,31 @@ def mobilenet(args: argparse.Namespace) -> Case:
     return Case(model, [first], [rest], "unit", "margin", 0.01, sizes, rounds(4), min(args.masks, 40))
 
 
+def sequences(folder: Path, n_examples: int) -> tuple[nn.Module, list[dict[str, Tensor]], list[dict[str, Tensor]]]:
+    """A language model, so many sequences of a novel in one batch, and 16 others."""
+    model, tokens = models.load_model(folder), load_file(folder / "examples.safetensors")["input_ids"]
+    return model, [{"input_ids": tokens[:n_examples]}], [{"input_ids": tokens[16:32]}]
+
+
 def smollm2(args: argparse.Namespace) -> Case:
     """The attention heads of SmolLM2-135M on sequences of 32 tokens."""
-    folder = args.models / "smollm2"
-    model, examples = models.load_model(folder), load_file(folder / "examples.safetensors")
-    parts = [{"input_ids": examples["input_ids"][rows]} for rows in (slice(0, 8), slice(16, 32))]
+    model, data, others = sequences(args.models / "smollm2", 4)
     alone = coar.baselines.LeaveOneOut()  # what `method="auto"` takes for so few
-    return Case(model, parts[:1], parts[1:], "head", "token_margin", 0.1, (0.025, 0.05, 0.1, 0.2, 0.4), alone, 40)
+    return Case(model, data, others, "head", "token_margin", 0.1, (0.025, 0.05, 0.1, 0.2, 0.4), alone, 24)
+
+
+def smollm2_units(args: argparse.Namespace) -> Case:
+    """The rows of the matrices of SmolLM2-135M, at one in a hundred: at more, no decision is left."""
+    model, data, others = sequences(args.models / "smollm2", 4)
+    sizes = (0.0025, 0.005, 0.01, 0.02, 0.05)
+    return Case(model, data, others, "unit", "token_margin", 0.01, sizes, rounds(4), min(args.masks, 40))
+
+
+def gpt2(args: argparse.Namespace) -> Case:
+    """A small GPT-2 on sequences of a novel that it never saw."""
+    model, data, others = sequences(args.models / "gpt2", 16)
+    sizes = (0.0125, 0.025, 0.05, 0.1, 0.2)
+    return Case(model, data, others, "unit", "token_margin", 0.05, sizes, rounds(8), args.masks)
 
 
 def vit(args: argparse.Namespace) -> Case:
@@ -98,8 +117,10 @@ def vit(args: argparse.Namespace) -> Case:
 
 CASES: dict[str, Callable[[argparse.Namespace], Case]] = {
     "demo": embedded,
+    "gpt2": gpt2,
     "mobilenet": mobilenet,
     "smollm2": smollm2,
+    "smollm2_units": smollm2_units,
     "vit": vit,
 }
 

@@ -321,7 +321,8 @@ def run(args: argparse.Namespace, path: Path, results: dict[str, Any]) -> None:
         known = results[args.units] = {**about, "stand_ins": {}}
     with coar.running(report=False):
         for kind, entry in measure(model, clean, corrupt, args):
-            known["stand_ins"][kind] = entry
+            found = {**known["stand_ins"], kind: entry}
+            known["stand_ins"] = {name: found[name] for name in STAND_INS if name in found}
             path.write_text(json.dumps(results, indent=1) + "\n")
             show(results, args.out)
 

@@ -109,7 +109,9 @@ def picture(results: Mapping[str, Any]) -> Any:
     )
     lines = {}
     for row, (units, result) in zip(panels, results.items(), strict=True):
-        for axes, (kind, entry) in zip(row, result["stand_ins"].items(), strict=True):
+        for axes in row[len(result["stand_ins"]) :]:  # what was not run for these units
+            axes.set_visible(False)
+        for axes, (kind, entry) in zip(row, result["stand_ins"].items(), strict=False):
             for method, one in _unlike(entry["methods"]).items():
                 place = names.index(_name(method))
                 (lines[place],) = axes.plot(

@@ -69,6 +69,12 @@ def test_the_picture_has_a_panel_a_stand_in(measured, tmp_path):
     assert coar.plots.save(figure, tmp_path / "patching.png").stat().st_size > 5000
 
 
+def test_units_may_have_fewer_stand_ins_than_others(measured):
+    both = {**measured, "zero": measured["patch"]}
+    of = {"heads": {**ABOUT, "stand_ins": both}, "neurons": {**ABOUT, "stand_ins": measured}}
+    assert [axes.get_visible() for axes in script.patch_tables.picture(of).axes] == [True, True, True, False]
+
+
 def test_gains_have_the_sign_of_who_predicts_better():
     true = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
     gain, low, high = script.difference(true, -true, true)
