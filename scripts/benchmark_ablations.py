@@ -15,6 +15,7 @@ Figures are added to `ablations.json` in `--out`, of which `ablations.md` is mad
 """
 
 import argparse
+import functools
 import json
 import logging
 import platform
@@ -98,7 +99,7 @@ def smollm2_units(args: argparse.Namespace) -> Case:
     """The rows of the matrices of SmolLM2-135M, at one in a hundred: at more, no decision is left."""
     model, data, others = sequences(args.models / "smollm2", 4)
     sizes = (0.0025, 0.005, 0.01, 0.02, 0.05)
-    return Case(model, data, others, "unit", "token_margin", 0.01, sizes, rounds(4), min(args.masks, 40))
+    return Case(model, data, others, "unit", "token_margin", 0.01, sizes, rounds(2), min(args.masks, 24))
 
 
 def gpt2(args: argparse.Namespace) -> Case:
@@ -145,7 +146,10 @@ def figures(case: Case, ablation: Any, seed: int) -> tuple[dict[str, Any], Tenso
     found = {
         "n_components": len(components),
         "n_examples": len(attributions),
-        "decisions": {str(f): float((report.measured[f][:, right] > 0).float().mean()) for f in case.sizes},
+        "decisions": {
+            str(f): float((report.measured[f][:, right] > 0).float().mean()) if right.any() else None
+            for f in case.sizes
+        },
         "correlation": {str(f): report.correlation[f] for f in case.sizes},
         "slope": {str(f): report.slope[f] for f in case.sizes},
         "processor_seconds": round(spent, 1),
@@ -174,24 +178,27 @@ def gate_pass_ratios(case: Case, components: dict[str, coar.Components], repeats
     return {name: round(value / medians["zero"], 3) for name, value in medians.items()}
 
 
-def run(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """All stand-ins of one case."""
+def run(name: str, args: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> None:
+    """All stand-ins of one case; what was found is saved after each of them."""
     case, found, weights, components = CASES[name](args), {}, {}, {}
-    for kind, ablation in stand_ins(case).items():
-        found[kind], weights[kind], components[kind] = figures(case, ablation, args.seed)
-        logger.info("%s, %s: %s", name, kind, found[kind])
-    ratios = gate_pass_ratios(case, components)
-    for kind, entry in found.items():
-        pair = torch.stack([weights["zero"].flatten(), weights[kind].flatten()])
-        entry["weights_like_zero"] = float(torch.corrcoef(pair)[0, 1])
-        entry["gate_pass"] = ratios[kind]
     about = {
         "granularity": case.granularity,
         "output": case.output,
         "fraction": case.fraction,
         "method": said(case.method),
+        "n_masks": case.n_masks,
+        "seed": args.seed,
+        "machine": machine(),
     }
-    return {**about, "n_masks": case.n_masks, "seed": args.seed, "machine": machine(), "stand_ins": found}
+    for kind, ablation in stand_ins(case).items():
+        found[kind], weights[kind], components[kind] = figures(case, ablation, args.seed)
+        pair = torch.stack([weights["zero"].flatten(), weights[kind].flatten()])
+        found[kind] |= {"weights_like_zero": float(torch.corrcoef(pair)[0, 1]), "gate_pass": None}
+        logger.info("%s, %s: %s", name, kind, found[kind])
+        save({**about, "stand_ins": found})
+    for kind, ratio in gate_pass_ratios(case, components).items():
+        found[kind]["gate_pass"] = ratio
+    save({**about, "stand_ins": found})
 
 
 def machine() -> str:
@@ -217,14 +224,19 @@ def table(results: dict[str, Any]) -> str:
         ]
         for kind, entry in result["stand_ins"].items():
             cells = [
-                f"{100 * entry['decisions'][size]:.0f} % · {entry['correlation'][size]:.3f} · "
-                f"{entry['slope'][size]:.2f}"
+                f"{_share(entry['decisions'][size])} · {entry['correlation'][size]:.3f} · {entry['slope'][size]:.2f}"
                 for size in sizes
             ]
             like = f"{entry['weights_like_zero']:.2f}"
-            lines.append(f"| {kind} | {' | '.join(cells)} | {like} | {entry['gate_pass']:.2f} |")
+            gate_pass = "not run" if entry["gate_pass"] is None else f"{entry['gate_pass']:.2f}"
+            lines.append(f"| {kind} | {' | '.join(cells)} | {like} | {gate_pass} |")
         lines += ["", "Cells: decisions that survive · correlation · slope of measured on predicted.", ""]
     return "\n".join(lines)
+
+
+def _share(value: float | None) -> str:
+    """A share in percent; none where no output was above 0, as of language models' mean over all tokens."""
+    return "–" if value is None or value != value else f"{100 * value:.0f} %"
 
 
 def main() -> None:
@@ -239,9 +251,14 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     path = args.out / "ablations.json"
     results = json.loads(path.read_text()) if path.is_file() else {}
-    for name in args.cases:
-        results[name] = run(name, args)
+
+    def save(name: str, found: dict[str, Any]) -> None:
+        results[name] = found
         path.write_text(json.dumps(results, indent=2) + "\n")
+        (args.out / "ablations.md").write_text(table(results))
+
+    for name in args.cases:
+        run(name, args, functools.partial(save, name))
     (args.out / "ablations.md").write_text(table(results))
 
 

@@ -55,12 +55,12 @@ def test_components_lists_groups_and_what_was_left_out():
 
 def test_attribute_says_its_cost_before_and_resumes(run):
     shards = {path: path.stat().st_mtime_ns for path in run.glob("shards/*")}
-    assert len(shards) == 2 * 3  # rounds, flips, and fresh sets of two batches
+    assert len(shards) == 2 * 4  # rounds, flips, far reads, and fresh sets of two batches
     code, out, err = hf_coar(
         "attribute", MODEL, IMAGES, "--split", "train[:24]", "--rounds", 2, "--batch-size", 12, "--out", run, "--json"
     )
-    assert code == 0 and json.loads(out)["cost"] == 61 + 30 + 20
-    assert "832 components" in err and "110 forward passes an example" in err
+    assert code == 0 and json.loads(out)["cost"] == 61 + 30 + 10 + 20
+    assert "832 components" in err and "120 forward passes an example" in err
     assert {path: path.stat().st_mtime_ns for path in run.glob("shards/*")} == shards
 
 

@@ -133,7 +133,7 @@ def test_a_batch_that_does_not_fit_is_divided(method, fits, caplog):
     torch.testing.assert_close(found.weights, expected.weights, rtol=1e-4, atol=1e-5)
     look = [4] if fits > 1 else [2, 4]
     again = [4] if fits > 1 else [4, 2]
-    kinds = 3 if method == "path" else 1  # rounds, flips and fresh sets are passes of their own
+    kinds = 4 if method == "path" else 1  # rounds, flips, far reads and fresh sets are passes of their own
     assert errors == [*look, *(again * kinds)], "a look at the model, and then what fits is remembered"
     assert "out of memory with 4 examples at a time; going on with 2" in caplog.text
 
@@ -318,7 +318,7 @@ def test_the_plan_of_a_model_without_weights():
         model, example = torch.nn.Linear(1000, 1000), {"inputs": torch.zeros(1, 1000)}
     parts = coar.PathGradient(rounds=2).parts(Size(1000, 0.05))
     found = plan(model, example, 10, 1000, parts)
-    assert found.flops == 2e6 and found.passes == 60 + (1 + 32) + 20  # two rounds, flips, fresh sets
+    assert found.flops == 2e6 and found.passes == 60 + (1 + 32) + 10 + 20  # two rounds, flips, far reads, fresh sets
 
 
 ATTRIBUTE = ["attribute", str(DEMO / "model"), str(DEMO / "images.parquet"), "--split", "train[:70]"]
@@ -328,7 +328,7 @@ def test_a_dry_run_tells_the_cost_and_writes_nothing(tmp_path, capsys):
     out = tmp_path / "run"
     assert cli.main([*ATTRIBUTE, "--out", str(out), "--dry-run", "--worker", "1/2", "--rounds", "2"]) == 0
     text = capsys.readouterr().out
-    assert "9: 3 batches × 3 parts" in text and "at most 5 units each" in text and "process 1 of 2" in text
+    assert "12: 3 batches × 4 parts" in text and "at most 6 units each" in text and "process 1 of 2" in text
     assert cli.main([*ATTRIBUTE, "--out", str(out), "--dry-run", "--json", "--method", "regression"]) == 0
     assert json.loads(capsys.readouterr().out)["n_units"] == 3 * 79
     assert not out.exists()

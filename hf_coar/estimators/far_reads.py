@@ -1,10 +1,10 @@
 """Far reads: the strongest components read once more, while all gates go from 1 to a half together.
 
 Strong sets take the model where components count for something else, see `attributions.far`. Three passes along the
-diagonal of the gates tell what: on a small ViT, whose strong sets the weights predict with a correlation of .50 to .68,
-they raise it to .75 to .80, those of random sets of four times the fitted size from .51 – .70 to .73 – .86. To a half
-is better than to 0.7 or to nothing at all, where most networks are in a state that no set of anybody's leads to. Only
-the components that strong sets may hold are kept, which loses nothing; of the others a ratio is.
+diagonal of the gates tell what: `scripts/benchmark_rivals.py` and `benchmark_forecasts.py` have forecasts of strong and
+of large sets beside those of the weights alone. To a half is better than to 0.7 or to nothing at all, where most
+networks are in a state that no set of anybody's leads to. Only the components that strong sets may hold are kept, which
+loses nothing; of the others a ratio is.
 """
 
 import torch
