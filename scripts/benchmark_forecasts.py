@@ -1,6 +1,7 @@
 """Forecasts for sets of any size: correlation, slope and miss beside linear predictions, and whether intervals hold.
 
-    python scripts/benchmark_forecasts.py demo --n-examples 32 --seeds 0 1 2
+    python scripts/benchmark_forecasts.py demo --first 160 --n-examples 16 --n-masks 60 --seeds 0 1 2 3
+    python scripts/benchmark_forecasts.py vit --first 60 --n-examples 16 --n-masks 60 --seeds 0 1 2 3
     python scripts/benchmark_forecasts.py models/mobilenet --n-examples 16 --fraction 0.01 --rounds 2
     python scripts/benchmark_forecasts.py models/smollm2 --n-examples 8 --fraction 0.025 --output token_margin
 
