@@ -62,7 +62,7 @@ def test_a_tracker_of_your_own_gets_units_passes_and_figures(attributed, mlp, mo
     )
     assert all(isinstance(value, str | int | float | bool) for value in tracker.config.values())
     steps = [(step, values["units"]) for step, values in tracker.entries if "units" in values]
-    assert steps[0] == (1, 1) and steps[-1] == (6, 6)  # two batches: rounds, flips, fresh sets
+    assert steps[0] == (1, 1) and steps[-1] == (8, 8)  # two batches: rounds, flips, far reads, fresh sets
     passes = attributions.config["cost"] * len(attributions)
     spent = [values for _, values in tracker.entries if "forward_passes" in values][-1]
     assert 0.9 * passes <= spent["forward_passes"] <= passes  # a method may count passes beside those of its units
@@ -93,7 +93,7 @@ def test_what_was_there_already_counts_as_done_but_not_for_the_rate(attributed):
     attributed(first)
     attributed(second)
     last = {name: value for _, values in second.entries for name, value in values.items()}
-    assert last["units"] == 6 and "forward_passes_per_second" not in last
+    assert last["units"] == 8 and "forward_passes_per_second" not in last
 
 
 def test_trackers_are_closed_after_an_error(attributed, monkeypatch):
