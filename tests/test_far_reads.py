@@ -122,6 +122,17 @@ def test_fresh_sets_say_whether_far_effects_are_to_be_trusted():
 # ------------------------------------------------------------------------------------------------------ on real models
 
 
+def test_a_model_that_overflows_far_away_keeps_its_weights(demo_pair, monkeypatch, caplog):
+    model, batches = demo_pair
+    few = [{name: value[:2] for name, value in next(iter(batches)).items()}]
+    options = {"method": coar.PathGradient(2, check_masks=5), "ablated_fraction": 0.05, "progress": False}
+    whole = coar.attribute(model, few, **options)
+    monkeypatch.setattr(GateRounds, "along", lambda self, batch, *rest: torch.full((2, 832), torch.inf))
+    found = coar.attribute(model, few, **options)
+    assert found.forecast.far is None and "forecast by the weights alone" in caplog.text
+    assert torch.equal(found.weights, whole.weights)
+
+
 def test_saved_and_read_again(demo_attributions, tmp_path):
     assert demo_attributions.forecast.far is not None
     demo_attributions.save_pretrained(tmp_path)

@@ -8,6 +8,7 @@ background: gates that are half open instead of half as many closed ones. That i
 on twelve heads whose every mask was measured, endless rounds stay 7 % of the norm away from it at 5 %.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor
 
 from hf_coar import data as data_module
+from hf_coar.attributions.far import Far
 from hf_coar.attributions.forecast import Forecast
-from hf_coar.errors import CoarError
+from hf_coar.errors import CoarError, NonFiniteOutputError
 from hf_coar.estimators import checking, far_reads, flips
 from hf_coar.estimators.gates import GateRounds, Reads, Sums, n_blocks
 from hf_coar.estimators.outliers import Outliers, find
@@ -25,6 +27,8 @@ from hf_coar.estimators.shrinkage import BLOCK, shrink
 from hf_coar.runs.engine import Part
 from hf_coar.runs.measuring import parts_of
 from hf_coar.runs.problem import Estimates, Fit, Problem, Size
+
+logger = logging.getLogger(__name__)
 
 _NUMBERS = 4  # written for every component and example: soft, hard, gates and variance
 
@@ -202,12 +206,20 @@ class PathGradient(Estimator):
         forecast = Forecast(known.unablated, known.indices, known.effects, known.ratio(estimates))
         spent = flipped + 1 + self._checks
         if self._reads_far(problem.size):
-            far = far_reads.read(problem, self.gates(problem), estimates, self.max_outliers)
-            forecast, spent = replace(forecast, far=far), spent + far_reads.cost(bool(self.max_outliers))
+            forecast = replace(forecast, far=self._far(problem, estimates))
+            spent += far_reads.cost(bool(self.max_outliers))
         fit = replace(fit, cost=fit.cost + spent, forecast=forecast)
         if self._checks:
             fit, estimates = checking.checked(problem, fit, estimates, self._checks)
         return replace(fit, **problem.settled(estimates))
+
+    def _far(self, problem: Problem, estimates: Estimates) -> Far | None:
+        """What is read far from the whole model; None where there are no finite outputs, which no weight depends on."""
+        try:
+            return far_reads.read(problem, self.gates(problem), estimates, self.max_outliers)
+        except NonFiniteOutputError as error:
+            logger.warning("strong sets are forecast by the weights alone, as nothing is read far away: %s", error)
+            return None
 
     def gates(self, problem: Problem) -> GateRounds:
         """The rounds of a problem."""
