@@ -180,14 +180,24 @@ def test_texts_are_shared_too(texts, tmp_path, kind):  # noqa: F811
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
-def test_forecasts_of_the_page_are_those_of_the_package(source, page, tmp_path):  # noqa: F811
+@pytest.mark.parametrize("dead", [False, True])
+def test_forecasts_of_the_page_are_those_of_the_package(source, page, tmp_path, dead):  # noqa: F811
     data, text = data_of(page)
     script = re.search(r"function forecast\(at, ticked\) \{.*?\n\}", text, re.S)[0]
     ticked = [0, 2, 5]
+    if dead:  # components that do nothing take no share of anything
+        of = data["forecast"]
+        of["calibration"], of["total"] = None, [0.0] * len(of["weights"])
+        far = of["far"] or {"reach": 0.5, "trust": 1.0}
+        of["far"] = far | {name: [[0.0] * len(row) for row in of["weights"]] for name in ("of", "sizes")}
+        of["weights"] = of["singles"] = of["far"]["of"]
     code = f"const page = {json.dumps(data)}, about = page.about;\n{script}\n"
     code += f"console.log(JSON.stringify(page.examples.map((one, at) => forecast(at, {ticked}))));"
     (tmp_path / "run.js").write_text(code)
     found = json.loads(subprocess.run(["node", tmp_path / "run.js"], capture_output=True, check=True, text=True).stdout)
+    if dead:
+        assert [one["drop"] for one in found] == [0] * len(found)
+        return
     names = [data["components"][i]["full"] for i in ticked]
     places = {place: row for row, place in enumerate(source.attributions.places)}
     rows = [places[one["row"]] for one in data["examples"]]

@@ -55,6 +55,7 @@ def test_a_set_beyond_the_end_of_the_way_takes_far_effects_alone():
 
 def test_weights_that_are_all_zero_take_no_share():
     assert float(forecast().drops(torch.zeros(1, 4), gone(0, 1), 0.1)) == 0.0
+    assert Far.sizes(torch.zeros(1, 4)).tolist() == [[0.0] * 4]
 
 
 def test_scaled_weights_have_the_same_forecast():
@@ -141,7 +142,9 @@ def test_saved_and_read_again(demo_attributions, tmp_path):
     assert loaded.forecast.far.to_json() == demo_attributions.forecast.far.to_json()
 
 
-@pytest.mark.parametrize("damage", [{"reach": 2.0}, {"trust": -1.0}, {"indices": [1, 2]}, {"ratio": "much"}])
+@pytest.mark.parametrize(
+    "damage", [{"reach": 2.0}, {"reach": 0.05}, {"trust": -1.0}, {"indices": [1, 2]}, {"ratio": "much"}]
+)
 def test_damaged_far_reads_are_refused(demo_attributions, damage):
     record = demo_attributions.provenance.to_json()
     record["forecast"] = {**record["forecast"], "far": {**record["forecast"]["far"], **damage}}

@@ -1,10 +1,10 @@
 """Far reads: what components are worth where much of the model is gone.
 
 A weight is the effect of a component while a random few are ablated. Strong sets, such as the twenty strongest, take
-the model as far from itself as large random ones do, and there components count for something else: on a small ViT the
-weights of single images correlated with those far away by 0.2 to 0.9. So the strongest components are read again while
-all gates close together, half way, and a set is forecast between the two by the share of all weights that it takes. A
-component does not count among what is gone beside it, so that alone it keeps its single effect.
+the model as far from itself as large random ones do, and there components count for something else. So the strongest
+components are read again while all gates close together, half way, and a set is forecast between the two by the share
+of all weights that it takes. A component does not count among what is gone beside it, so that alone it keeps its single
+effect.
 """
 
 from collections.abc import Mapping, Sequence
@@ -62,10 +62,14 @@ class Far:
     @staticmethod
     def beside(weights: Tensor, gone: Tensor) -> Tensor:
         """The share of all weights that is gone beside a component of a set, on average, float32 [sets, examples]."""
-        size = weights.abs()
-        size = size / size.sum(1, keepdim=True).clamp_min(_TINY)
+        size = Far.sizes(weights)
         taken = gone @ size.T
         return taken - (gone @ size.square().T) / taken.clamp_min(_TINY)
+
+    @staticmethod
+    def sizes(weights: Tensor) -> Tensor:
+        """Every component's share of all weights of its example, float32 [examples, components]; 0 where all are 0."""
+        return weights.abs() / weights.abs().sum(1, keepdim=True).clamp_min(_TINY)
 
     def at(self, rows: Sequence[int]) -> "Far":
         """Those of some of the examples alone."""

@@ -290,7 +290,8 @@ class Forecast:
         """
         value, unablated, n_components = provenance.forecast, columns.get("unablated"), provenance.n_components or 0
         widths = {name: matrices[name].shape[1] if name in matrices else 0 for name in MATRICES}
-        if unablated is None or not provenance.ablated_fraction or not _is_sane(value, widths, n_components):
+        fraction = provenance.ablated_fraction
+        if unablated is None or not fraction or not _is_sane(value, widths, n_components, fraction):
             raise CorruptFileError("the forecast of these attributions is damaged; download or save them again")
         for name in widths.keys() & matrices.keys():  # a few columns, which every prediction reads
             matrices[name].verify()
@@ -308,14 +309,14 @@ class Forecast:
             torch.tensor(value.get("pairs", []), dtype=torch.long).view(-1, 2),
             matrices["interactions"].tensor() if widths["interactions"] else None,
             calibration,
-            Far.from_json(value["far"], matrices["far_effects"].tensor()) if "far" in value else None,
+            Far.from_json(value["far"], matrices["far_effects"].tensor()) if value.get("far") is not None else None,
         )
 
 
 _ENTRIES = ("limits", "spread", "scores")
 
 
-def _is_sane(value: Any, widths: Mapping[str, int], n_components: int) -> bool:
+def _is_sane(value: Any, widths: Mapping[str, int], n_components: int, fraction: float) -> bool:
     if not isinstance(value, Mapping) or not _are_numbers([value.get("ratio")]):
         return False
     flipped, pairs, calibration = value.get("flipped"), value.get("pairs", []), value.get("calibration")
@@ -323,7 +324,9 @@ def _is_sane(value: Any, widths: Mapping[str, int], n_components: int) -> bool:
         return False
     if not all(_are_indices(pair, n_components) and len(pair) == 2 for pair in pairs):
         return False
-    if len(pairs) != widths["interactions"] or not _is_sane_far(value.get("far"), widths["far_effects"], n_components):
+    if len(pairs) != widths["interactions"]:
+        return False
+    if not _is_sane_far(value.get("far"), widths["far_effects"], n_components, fraction):
         return False
     if calibration is None:
         return True
@@ -335,13 +338,16 @@ def _is_sane(value: Any, widths: Mapping[str, int], n_components: int) -> bool:
     return len(limits) == 2 and len(spread) == 3 and all(x >= 0 for x in (*limits, *spread, *scores))
 
 
-def _is_sane_far(value: Any, width: int, n_components: int) -> bool:
+def _is_sane_far(value: Any, width: int, n_components: int, fraction: float) -> bool:
     if value is None:
         return not width
     if not isinstance(value, Mapping) or not _are_indices(value.get("indices"), n_components):
         return False
     numbers = [value.get(name) for name in ("reach", "ratio", "trust")]
-    return len(value["indices"]) == width > 0 and _are_numbers(numbers) and 0 < numbers[0] <= 1 and 0 <= numbers[2] <= 1
+    if len(value["indices"]) != width or not width or not _are_numbers(numbers):
+        return False
+    reach, _, trust = numbers
+    return fraction < reach <= 1 and 0 <= trust <= 1
 
 
 def _are_indices(value: Any, n_components: int) -> bool:

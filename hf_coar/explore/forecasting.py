@@ -35,7 +35,7 @@ def arrays(attributions: Attributions, components: Sequence[int], rows: Sequence
         if far is not None:
             effects = (far.ratio * weights).index_copy(0, far.indices, far.effects[row])
             found["far"]["of"].append(_short(effects[index]))
-            found["far"]["sizes"].append(_short((weights.abs() / weights.abs().sum())[index]))
+            found["far"]["sizes"].append(_short(far.sizes(weights[None])[0, index]))
     return found
 
 
