@@ -9,6 +9,7 @@ import pytest
 import torch
 from rule_cases import BYPASSED, EXAMPLES, MIXED, MODELS, POSITIONS, WIDTH, ListedExperts, build
 from torch import Tensor, nn
+from transformers import T5Config, T5ForConditionalGeneration
 
 import hf_coar as coar
 from hf_coar import masking
@@ -486,6 +487,22 @@ def test_an_example_is_never_its_own_stand_in():
     assert not same.any()
     again = coar.Resample(data, seed=5).joined({"inputs": data[0]["inputs"].flip(0)})
     assert torch.equal(again["partner_inputs"].flip(0), joined["partner_inputs"])
+
+
+@pytest.mark.parametrize("kind", ["patch", "resample"])
+def test_where_partners_are_alike_there_is_nothing_to_reach(kind):
+    """With one prompt of the decoder its first layer makes the same for both, and no gradient says so."""
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=24, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    model, prompt = T5ForConditionalGeneration(config).eval(), torch.tensor([[3, 4], [5, 6]])
+    data, others = ([{"input_ids": torch.randint(2, 24, (2, 6)), "labels": prompt}] for _ in range(2))
+    ablation = coar.Patch(others) if kind == "patch" else coar.Resample(others, seed=0)
+    heads = coar.find_components(model, "head", ablation=ablation)
+    options = {"ablated_fraction": 0.2, "progress": False}
+    found = coar.attribute(model, data, heads, method=coar.PathGradient(rounds=2), **options)
+    size = found.weights.abs().mean(0)
+    inside = torch.tensor([component.group.module == "decoder.block.0.layer.0.SelfAttention.o" for component in heads])
+    assert inside.sum() == 2 and (size[inside] < 1e-6).all() and (size[~inside] > 1e-6).all()
 
 
 def test_zero_is_the_default_and_stays_as_it_was():

@@ -79,7 +79,8 @@ class OfPartners(Ablation):
 class Resample(OfPartners):
     """A component's value for another example, drawn at random among those of the same shape.
 
-    Which one is a pure function of the seed and of what the example is, so that batches and order do not matter.
+    Which one is a pure function of the seed and of what the example is, so that batches and order do not matter. Labels
+    are no part of it: a decoder that is prompted by the labels is prompted by the example's own.
 
     Attributes:
         data: where the others are drawn from, as for `attribute`; the first `most` of them are kept in memory.

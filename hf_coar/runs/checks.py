@@ -69,7 +69,11 @@ def blocked(masked: MaskedModel, output: Output, batch: data_module.Batch) -> li
         # As a rule none of them matters (modules that do not run for these examples), and one pass says so.
         if _same(plain, _ablated(masked, output, suspects, batch), tolerance):
             return []
-        return [group for group in suspects if not _same(plain, _ablated(masked, output, [group], batch), tolerance)]
+        suspects = [one for one in suspects if not _same(plain, _ablated(masked, output, [one], batch), tolerance)]
+        if masked.components.stand_in is not None:
+            # What stands in may be what is there: partners with one decoder prompt have the same first decoder layer.
+            suspects = [one for one in suspects if not _same(plain, _replaced(masked, output, one, batch), tolerance)]
+    return suspects
 
 
 def check_reached(masked: MaskedModel, output: Output, batch: data_module.Batch) -> None:
@@ -103,10 +107,21 @@ def _reached(masked: MaskedModel, output: Output, batch: data_module.Batch, leve
 
 
 def _ablated(masked: MaskedModel, output: Output, groups: Sequence[Group], batch: data_module.Batch) -> Tensor:
-    names = {group.parameter for group in groups}
-    kept = torch.cat([torch.full((group.size,), group.parameter not in names) for group in masked.components.groups])
-    with masked.zeroing.ablated(kept):
+    """Outputs with zero in the place of whole groups, whatever stands in: whether they matter at all."""
+    with masked.zeroing.ablated(_without(masked, groups)):
         return output.of(masked.model, batch)
+
+
+def _replaced(masked: MaskedModel, output: Output, group: Group, batch: data_module.Batch) -> Tensor:
+    """Outputs with what stands in for a group in its place."""
+    with masked.ablated(_without(masked, [group]), how="hooks"):
+        return output.of(masked.model, batch)
+
+
+def _without(masked: MaskedModel, groups: Sequence[Group]) -> Tensor:
+    """The mask that ablates whole groups, bool [components]."""
+    names = {group.parameter for group in groups}
+    return torch.cat([torch.full((group.size,), group.parameter not in names) for group in masked.components.groups])
 
 
 def _same(one: Tensor, other: Tensor, tolerance: float) -> bool:
