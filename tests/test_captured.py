@@ -65,6 +65,15 @@ def lstm():
     return Recurrent().eval(), [{"x": torch.randn(FEW, 5, 6), "labels": torch.zeros(FEW).long()}] * 2, "margin"
 
 
+def speech():
+    """Its first convolution's channels are normalised one by one."""
+    sizes = {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+    first = {"conv_dim": (8,), "conv_stride": (5,), "conv_kernel": (10,), "num_feat_extract_layers": 1}
+    config = transformers.HubertConfig(**sizes, **first, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2)
+    model = transformers.HubertForSequenceClassification(config).eval()
+    return model, [{"input_values": torch.randn(FEW, 200), "labels": torch.tensor([0, 1, 0, 1])}] * 2, "margin"
+
+
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch):
     """Graphs are made in the second pass of all."""
@@ -89,7 +98,7 @@ def assert_same_bits(one, other):
             torch.testing.assert_close(getattr(a, name), getattr(b, name), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("case", [resnet, vit, gpt2, bert])
+@pytest.mark.parametrize("case", [resnet, vit, gpt2, bert, speech])
 def test_a_replay_gives_the_same_bits(case):
     torch.manual_seed(0)
     model, batches, output = case()

@@ -45,6 +45,13 @@ def batch_norm(n_features):
     return norm
 
 
+def drawn(norm):
+    with torch.no_grad():
+        norm.weight.normal_()
+        norm.bias.normal_()
+    return norm
+
+
 def shortcut(x):
     return F.relu(x + torch.linspace(-1, 1, x.shape[1]))
 
@@ -76,12 +83,21 @@ NETS = {
     "scaled before relu": lambda: Readout(nn.Linear(6, 5), lambda x: F.relu(x * 2.5 / 3), 5),
     "convolution, batch norm, relu": lambda: Readout(nn.Conv2d(2, 4, 3), nn.ReLU(), 4, batch_norm(4)),
     "linear": lambda: Readout(nn.Linear(6, 5), lambda x: x, 5),
+    "every channel normalised, gelu": lambda: Readout(nn.Conv2d(2, 4, 3), nn.GELU(), 4, drawn(nn.GroupNorm(4, 4))),
+    "instance norm scaled, relu": lambda: Readout(
+        nn.Conv2d(2, 4, 3), lambda x: F.relu(x * 0.5 + 0.1), 4, drawn(nn.InstanceNorm2d(4, affine=True))
+    ),
+}
+# The same layers as one component: a normalisation of all of its features takes in nothing else.
+WHOLE = {
+    "whole layer normalised, gelu": lambda: Readout(nn.Linear(6, 5), nn.GELU(), 5, drawn(nn.LayerNorm(5))),
+    "whole layer normalised": lambda: Readout(nn.Linear(6, 5, bias=False), lambda x: x, 5, drawn(nn.LayerNorm(5))),
+    "whole layer in groups": lambda: Readout(nn.Conv2d(2, 4, 3), nn.ReLU(), 4, drawn(nn.GroupNorm(2, 4))),
 }
 
 
-def reads_and_exact(model, inputs, levels):
+def reads_and_exact(model, inputs, levels, components):
     """Delta reads at some gate levels, and y(in place) - y(ablated) one component at a time."""
-    components = coar.find_components(model)
     leaves = [part.contiguous().requires_grad_() for part in levels.split(components.sizes(), dim=1)]
     reads = DeltaReads()
     activations = elementwise_modules(model)
@@ -101,14 +117,15 @@ def reads_and_exact(model, inputs, levels):
     return corrected, exact, torch.cat(derivatives, dim=1)
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", NETS | WHOLE)
 def test_reads_are_the_exact_differences(name):
     torch.manual_seed(0)
-    model = NETS[name]().double().eval().requires_grad_(False)
+    model = (NETS | WHOLE)[name]().double().eval().requires_grad_(False)
     convolutional = isinstance(model.layer, nn.Conv2d)
     inputs = torch.randn((N_EXAMPLES, 2, 5, 5) if convolutional else (N_EXAMPLES, 6), dtype=torch.float64)
-    levels = torch.rand(N_EXAMPLES, len(coar.find_components(model)), dtype=torch.float64)
-    reads, exact, derivatives = reads_and_exact(model, inputs, levels)
+    components = coar.find_components(model, "module" if name in WHOLE else "unit", include=["layer"])
+    levels = torch.rand(N_EXAMPLES, len(components), dtype=torch.float64)
+    reads, exact, derivatives = reads_and_exact(model, inputs, levels, components)
     assert torch.allclose(reads, exact, atol=1e-9)
     if name == "linear":
         assert torch.equal(reads, derivatives)
@@ -120,7 +137,8 @@ def test_a_plain_derivative_is_left_where_no_nonlinearity_is_found():
     torch.manual_seed(0)
     model = Readout(nn.Linear(6, 5), nn.LayerNorm(5), 5).double().eval().requires_grad_(False)
     levels = torch.rand(N_EXAMPLES, 5, dtype=torch.float64)
-    reads, _, derivatives = reads_and_exact(model, torch.randn(N_EXAMPLES, 6, dtype=torch.float64), levels)
+    inputs, components = torch.randn(N_EXAMPLES, 6, dtype=torch.float64), coar.find_components(model)
+    reads, _, derivatives = reads_and_exact(model, inputs, levels, components)
     assert torch.equal(reads, derivatives)
 
 

@@ -7,9 +7,11 @@ exactly: f(x + (1 - g) u) - f(x - g u). So a delta read is
 
     derivative to the gate + sum over the f reached of  grad_f * [f(x + (1 - g) u) - f(x - g u) - f'(x) u]
 
-with grad_f the gradient arriving at the value of f. It needs no knowledge of the model: what is element-wise is found
-by running (module calls without parameters are tried out, functions are known by name), and where nothing is found the
-correction is zero and the derivative is left.
+with grad_f the gradient arriving at the value of f. A normalisation that takes in nothing but the component (of every
+channel by itself, or of a layer that is one component) forgets its size, so that no gate on it has a slope: there the
+difference is taken of the normalisation itself, see `contributions`. It needs no knowledge of the model: what is
+element-wise is found by running (module calls without parameters are tried out, functions are known by name), and where
+nothing is found the correction is zero and the derivative is left.
 
 *Smoothing*: what is read averages over random ablations, which move the x of every f. The slope of f at the one x of a
 pass is a noisy sample of the average slope, above all where f has a kink. So the backward pass can take the slope of f
@@ -21,7 +23,7 @@ the ablations move x would be right for a single pass; over many passes a narrow
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 from weakref import KeyedRef
 
@@ -29,6 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from hf_coar.estimators.contributions import NORMALISATIONS, Contribution, Norm, Normalised, Tracked, normalisation
 from hf_coar.masking import FiredGroups
 
 ELEMENTWISE = frozenset(
@@ -41,25 +44,6 @@ ELEMENTWISE = frozenset(
 _ADD = frozenset({"add", "add_", "__add__", "__iadd__", "__radd__", "sub", "sub_", "__sub__", "__isub__"})
 _MULTIPLY = frozenset({"mul", "mul_", "__mul__", "__imul__", "__rmul__", "div", "div_", "__truediv__", "__itruediv__"})
 _SAME = frozenset({"contiguous", "to", "float", "dropout", "type_as", "clone"})
-
-
-@dataclass(frozen=True)
-class _Contribution:
-    """One group's gated part of a tensor: tensor = ... + level * part; `level` remembers the gates it came from.
-
-    The part is (plain - end) * scale. It is made where it is wanted: what it is made of is there anyway, for the
-    derivatives to the gates, and most parts are never wanted.
-    """
-
-    plain: Tensor
-    end: Tensor | None
-    level: Tensor
-    scale: Any = None
-
-    def part(self) -> Tensor:
-        """The part itself, made anew."""
-        part = self.plain if self.end is None else self.plain - self.end
-        return part if self.scale is None else part * self.scale
 
 
 class DeltaReads:
@@ -94,15 +78,15 @@ class _Tracker(TorchFunctionMode):
         self.reads, self.smoothing = reads, smoothing
         # By tensor, as long as somebody holds it: what nobody reads any more takes its contributions with it. (Torch's
         # own dictionary of weak tensors does the same and takes several times as long, for every operation of a model.)
-        self._tracked: dict[int, tuple[KeyedRef, list[_Contribution]]] = {}
+        self._tracked: dict[int, tuple[KeyedRef, list[Tracked]]] = {}
         self.paused = 0
 
     def observe(self, gated: Tensor, plain: Tensor, end: Tensor | None, level: Tensor) -> None:
         """A gate was applied: gated = end + level * (plain - end)."""
         end = None if end is None else end.detach()
-        self._track(gated, [*self.contributions(gated), _Contribution(plain.detach(), end, level)])
+        self._track(gated, [*self.contributions(gated), Contribution(plain.detach(), end, level)])
 
-    def contributions(self, tensor: Any) -> list[_Contribution]:
+    def contributions(self, tensor: Any) -> list[Tracked]:
         """What is tracked in a tensor."""
         found = self._tracked.get(id(tensor))
         return [] if found is None else found[1]
@@ -111,7 +95,7 @@ class _Tracker(TorchFunctionMode):
         """Whether an element-wise function of x is not to run as usual."""
         return bool(self.contributions(x)) or (self.smoothing is not None and x.requires_grad)
 
-    def _track(self, tensor: Tensor, contributions: list[_Contribution]) -> None:
+    def _track(self, tensor: Tensor, contributions: list[Tracked]) -> None:
         if contributions:
             tracked = self._tracked
             gone = KeyedRef(tensor, lambda ref: tracked.pop(ref.key, None), id(tensor))
@@ -142,17 +126,30 @@ class _Tracker(TorchFunctionMode):
                 self._track(result, self.contributions(first))
         elif name == "batch_norm":
             self._track(result, self._scaled(first, _batch_norm_scale(*args, **kwargs)))
+        elif name in NORMALISATIONS:
+            self._normalised(first, result, normalisation(name, args, kwargs))
         elif name in _MULTIPLY and len(args) > 1 and isinstance(args[1], int | float):
             self._track(result, self._scaled(first, args[1] if "mul" in name else 1 / args[1]))
+
+    def _normalised(self, x: Tensor, result: Tensor, found: Norm | None) -> None:
+        """Follows what a normalisation takes together with nothing else, and corrects its reads."""
+        if found is None or not self.contributions(x):
+            return
+        norm, axes = found
+        alone = [one for one in self.contributions(x) if all(one.level.shape[axis] == 1 for axis in axes)]
+        behind = [Normalised(one, norm, x.detach()) for one in alone]
+        self._track(result, [*behind])
+        if behind and result.requires_grad:
+            result.register_hook(partial(_correct_normalised, behind, self.reads))
 
     @staticmethod
     def _same_shape(operand: Any, result: Tensor) -> bool:
         return isinstance(operand, Tensor) and operand.shape == result.shape
 
-    def _scaled(self, tensor: Tensor, scale: Any) -> list[_Contribution]:
+    def _scaled(self, tensor: Tensor, scale: Any) -> list[Tracked]:
         if scale is None:
             return []
-        return [replace(c, scale=scale if c.scale is None else c.scale * scale) for c in self.contributions(tensor)]
+        return [one.scaled(scale) for one in self.contributions(tensor)]
 
     def through(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Run an element-wise function, smoothed if asked for, and correct the reads when the gradient comes back."""
@@ -214,7 +211,7 @@ class _Followed:
         function: Callable[[Tensor], Tensor],
         x: Tensor,
         smoothing: Tensor | None,
-        contributions: list[_Contribution],
+        contributions: list[Tracked],
         reads: DeltaReads,
     ) -> None:
         self.function, self.x, self.smoothing = function, x, smoothing
@@ -260,13 +257,14 @@ class _WithSlope(torch.autograd.Function):
 
 
 @torch.no_grad()
-def _excess(function: Callable[[Tensor], Tensor], x: Tensor, slope: Tensor, contribution: _Contribution) -> Tensor:
-    part, level = contribution.part(), contribution.level.detach()
-    return (
-        function(torch.addcmul(x, part, 1 - level))
-        .sub_(function(torch.addcmul(x, part, level, value=-1)))
-        .addcmul_(slope, part, value=-1)
-    )
+def _excess(function: Callable[[Tensor], Tensor], x: Tensor, slope: Tensor, contribution: Tracked) -> Tensor:
+    whole, without, difference = contribution.ends(x)
+    return function(whole).sub_(function(without)).addcmul_(slope, difference, value=-1)
+
+
+def _correct_normalised(behind: Sequence[Normalised], reads: DeltaReads, gradient: Tensor) -> None:
+    for one in behind:
+        reads.add(one.level, one.excess(gradient))
 
 
 def _batch_norm_scale(
