@@ -289,7 +289,7 @@ def _attributed(
         warnings = checking.warnings_of(fit.checked, reliability, problem.ablated_fraction)
         for warning in warnings:
             logger.warning("%s", warning)
-        attributions.provenance = attributions.provenance.found(warnings=warnings)
+        attributions.provenance = attributions.provenance.found(warnings=(*problem.warnings, *warnings))
         run.figures({"reliability": reliability})
     return attributions
 

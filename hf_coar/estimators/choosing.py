@@ -14,6 +14,7 @@ from hf_coar import models
 from hf_coar.components import Group
 from hf_coar.errors import CoarError
 from hf_coar.estimators import budget as budgets
+from hf_coar.estimators import hard_choices
 from hf_coar.estimators.checking import DEFAULT_CHECKS
 from hf_coar.estimators.leave_one_out import LeaveOneOut, n_pairs
 from hf_coar.estimators.path_gradient import BatchReader, PathGradient
@@ -63,6 +64,8 @@ def settled(problem: Problem, method: Estimator | None, budget: float | str | No
             chosen, reason = (method, "") if method is not None else best_method(problem, blocked, budget)
         if method is None:
             method, reasons["method"] = chosen, f"method={chosen.name!r}: {reason}"
+        if method.differentiates:
+            _warn_of_hard_choices(problem)
     except (RuntimeError, MemoryError) as error:
         if not models.is_out_of_memory(error):
             raise
@@ -71,6 +74,14 @@ def settled(problem: Problem, method: Estimator | None, budget: float | str | No
     for reason in reasons.values():
         logger.info("chosen: %s", reason)
     return method, reasons
+
+
+def _warn_of_hard_choices(problem: Problem) -> None:
+    """Says of which modules gates tell next to nothing although they matter."""
+    groups = problem.first.tried(problem.model, lambda batch: hard_choices.found(problem, batch), checks.N_EXAMPLES)
+    if groups:
+        problem.warnings += (hard_choices.warning(groups, len(problem.components.groups)),)
+        logger.warning("%s", problem.warnings[-1])
 
 
 def kept(folder: Path, problem: Problem, method: Estimator, reasons: Reasons) -> tuple[Estimator, Reasons]:

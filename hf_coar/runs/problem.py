@@ -54,6 +54,7 @@ class Problem:
         store: of the run; results that it holds are not computed again. None where nothing is to be computed.
         identity: of the examples; known once something was computed.
         first: the first of the examples.
+        warnings: what a first look found that a person must know of, one line each.
     """
 
     masked: MaskedModel
@@ -64,6 +65,7 @@ class Problem:
     store: Store | None = None
     identity: Identity | None = None
     first: First | None = None
+    warnings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Nothing is read yet."""

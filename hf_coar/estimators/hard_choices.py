@@ -1,0 +1,74 @@
+"""Hard choices: modules that matter although next to nothing of it arrives at their gates.
+
+A router that sends every token to the best expert, or an index of the positions that are attended to, has no slope:
+what it does is a step. Where a little of it arrives all the same, by rounding or by a weight beside the choice, the
+module looks reached and its components as if they did nothing. So modules whose reads are faint beside those of others
+are ablated for a try, half of each.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hf_coar import data as data_module
+from hf_coar.components import Group
+from hf_coar.estimators.gates import GateRounds
+from hf_coar.runs.problem import Problem
+
+_FAINT = 0.01  # of what the strongest component of the median module does
+_FRACTION = 0.05  # at which modules are read where none is chosen yet
+# What half of a faint module does, in what its reads say, and in what the strongest component of the median module
+# does. With these, of 266 tiny random architectures of timm and transformers the router of one and the indexers of
+# three were found, and nothing else.
+_UNTOLD, _MATTERS = 10, 0.5
+
+
+def found(problem: Problem, batch: data_module.Batch) -> list[Group]:
+    """The groups that matter, and of which the gates tell next to nothing.
+
+    Args:
+        problem: of which one gate pass is made, and as a rule no other pass.
+        batch: a few examples, on the model's device.
+    """
+    masked, examples = problem.masked, range(data_module.size(batch))
+    if len(masked.components.groups) < 2:
+        return []
+    gates = GateRounds(masked, problem.output, problem.ablated_fraction or _FRACTION, problem.seed)
+    gates.passes.begin_batch()
+    reads = gates.single(batch, examples).soft.cpu().split(masked.components.sizes(), dim=1)
+    strongest = torch.stack([of_group.abs().max() for of_group in reads])
+    typical = float(strongest.median())
+    faint = [number for number in range(len(reads)) if strongest[number] < _FAINT * typical]
+    if not faint:
+        return []
+    with torch.no_grad():
+        whole = problem.output.of(problem.model, batch)
+
+        def untold(numbers: Sequence[int]) -> bool:
+            told = sum(reads[number][:, ::2].abs().sum(1) for number in numbers).mean()
+            with masked.ablated(_halved(masked.components.sizes(), numbers)):
+                lost = (whole - problem.output.of(problem.model, batch)).abs().mean().cpu()
+            return bool(lost > _UNTOLD * told) and bool(lost > _MATTERS * typical)
+
+        if len(faint) > 1 and not untold(faint):
+            return []
+        return [masked.components.groups[number] for number in faint if untold([number])]
+
+
+def warning(groups: Sequence[Group], n_groups: int) -> str:
+    """What a person must know, and do."""
+    names = ", ".join(group.module or group.parameter for group in groups[:4]) + (" …" if len(groups) > 4 else "")
+    return (
+        f"what {len(groups)} of {n_groups} modules do is a hard choice, which has no slope ({names}): their components "
+        "are given next to nothing, and matter; leave them out with find_components(model, exclude=[…]), or attribute "
+        "them by themselves, with include=[…] and method=hf_coar.baselines.LeaveOneOut()"
+    )
+
+
+def _halved(sizes: Sequence[int], numbers: Sequence[int]) -> Tensor:
+    """The mask that ablates every other component of some groups, from the first on, bool [components]."""
+    kept = [torch.ones(size, dtype=torch.bool) for size in sizes]
+    for number in numbers:
+        kept[number][::2] = False
+    return torch.cat(kept)
