@@ -173,7 +173,19 @@ def test_without_gradients(width, name):
     batch = {"x": torch.randn(2, 4), "labels": torch.tensor([0, 2])}
     method, reasons = choosing.settled(problem(Blocked(width).eval(), [batch]), None)
     reason = reasons["method"]
-    assert method.name == name and "no gradient" in reason
+    assert method.name == name and "no gradient" in reason and "exclude" not in reason
+
+
+def test_few_modules_without_a_gradient_can_be_left_out():
+    """What is chosen for all is for the sake of one; without that one the default has its way."""
+
+    class Half(Blocked):
+        def forward(self, x):
+            return self.second(torch.relu(self.first(x).detach()))
+
+    batch = {"x": torch.randn(2, 4), "labels": torch.tensor([0, 2])}
+    _, reasons = choosing.settled(problem(Half(4000).eval(), [batch]), None)
+    assert "components without these (exclude=['first', …]) have the default" in reasons["method"]
 
 
 # ------------------------------------------------------------------------------------------------------- the fraction

@@ -265,6 +265,8 @@ def _without_gradient(problem: Problem, blocked: Sequence[Group], found: Estimat
         f"{blocked[0].module}), so that the default method cannot run; taking method={found.name!r}, which needs "
         "forward passes only, and as a rule more of them"
     )
+    if len(blocked) < len(problem.components.groups):
+        said += f"; components without these (exclude=[{blocked[0].module!r}, …]) have the default"
     logger.warning("%s", said)
     return said
 
