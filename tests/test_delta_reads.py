@@ -7,7 +7,8 @@ from torch import nn
 
 import hf_coar as coar
 from hf_coar import masking
-from hf_coar.estimators.delta_reads import DeltaReads, elementwise_modules, followed
+from hf_coar.estimators.delta_reads import DeltaReads, followed
+from hf_coar.estimators.trying import elementwise_modules, normalising_modules
 
 N_EXAMPLES = 3
 
@@ -33,6 +34,17 @@ class NewGELU(nn.Module):
 
     def forward(self, x):
         return 0.5 * x * (1 + torch.tanh(0.8 * (x + 0.044715 * x.pow(3))))
+
+
+class RootMeanSquare(nn.Module):
+    """A normalisation in operations of its own, as most libraries write theirs."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(0.5, 2, width))
+
+    def forward(self, x):
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
 
 
 def batch_norm(n_features):
@@ -92,6 +104,7 @@ NETS = {
 WHOLE = {
     "whole layer normalised, gelu": lambda: Readout(nn.Linear(6, 5), nn.GELU(), 5, drawn(nn.LayerNorm(5))),
     "whole layer normalised": lambda: Readout(nn.Linear(6, 5, bias=False), lambda x: x, 5, drawn(nn.LayerNorm(5))),
+    "whole layer normalised by hand": lambda: Readout(nn.Linear(6, 5), F.relu, 5, RootMeanSquare(5)),
     "whole layer in groups": lambda: Readout(nn.Conv2d(2, 4, 3), nn.ReLU(), 4, drawn(nn.GroupNorm(2, 4))),
 }
 
@@ -100,8 +113,11 @@ def reads_and_exact(model, inputs, levels, components):
     """Delta reads at some gate levels, and y(in place) - y(ablated) one component at a time."""
     leaves = [part.contiguous().requires_grad_() for part in levels.split(components.sizes(), dim=1)]
     reads = DeltaReads()
-    activations = elementwise_modules(model)
-    with masking.MaskedModel(model, components).gated(leaves) as fired, followed(activations, fired, reads):
+    known = elementwise_modules(model), normalising_modules(model)
+    with (
+        masking.MaskedModel(model, components).gated(leaves) as fired,
+        followed(known[0], fired, reads, None, known[1]),
+    ):
         y = model(inputs).sum()
     derivatives = torch.autograd.grad(y, leaves, retain_graph=True)
     corrected = torch.cat([d + c for d, c in zip(derivatives, reads.corrections(leaves), strict=True)], dim=1)
@@ -159,6 +175,12 @@ def test_elementwise_modules_are_found_by_trying_them():
     outside += [nn.Linear(2, 2), nn.MaxPool2d(2)]
     model = nn.ModuleList([*inside, *outside]).eval()
     assert elementwise_modules(model) == inside
+
+
+def test_normalising_modules_are_found_by_trying_them():
+    inside = [nn.LayerNorm(4), nn.RMSNorm(4), RootMeanSquare(4)]
+    outside = [nn.BatchNorm1d(4), nn.GroupNorm(2, 4), nn.Linear(4, 1), nn.PReLU(4), nn.LayerNorm((3, 4)), nn.ReLU()]
+    assert normalising_modules(nn.ModuleList([*inside, *outside]).eval()) == inside
 
 
 def test_modules_are_restored_after_an_error():

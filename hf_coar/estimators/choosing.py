@@ -14,7 +14,7 @@ from hf_coar import models
 from hf_coar.components import Group
 from hf_coar.errors import CoarError
 from hf_coar.estimators import budget as budgets
-from hf_coar.estimators import hard_choices
+from hf_coar.estimators import faint
 from hf_coar.estimators.checking import DEFAULT_CHECKS
 from hf_coar.estimators.leave_one_out import LeaveOneOut, n_pairs
 from hf_coar.estimators.path_gradient import BatchReader, PathGradient
@@ -65,7 +65,7 @@ def settled(problem: Problem, method: Estimator | None, budget: float | str | No
         if method is None:
             method, reasons["method"] = chosen, f"method={chosen.name!r}: {reason}"
         if method.differentiates:
-            _warn_of_hard_choices(problem)
+            _warn_of_faint(problem)
     except (RuntimeError, MemoryError) as error:
         if not models.is_out_of_memory(error):
             raise
@@ -76,11 +76,15 @@ def settled(problem: Problem, method: Estimator | None, budget: float | str | No
     return method, reasons
 
 
-def _warn_of_hard_choices(problem: Problem) -> None:
+def _faint(problem: Problem) -> list[Group]:
+    return problem.first.tried(problem.model, lambda batch: faint.found(problem, batch), checks.N_EXAMPLES)
+
+
+def _warn_of_faint(problem: Problem) -> None:
     """Says of which modules gates tell next to nothing although they matter."""
-    groups = problem.first.tried(problem.model, lambda batch: hard_choices.found(problem, batch), checks.N_EXAMPLES)
+    groups = _faint(problem)
     if groups:
-        problem.warnings += (hard_choices.warning(groups, len(problem.components.groups)),)
+        problem.warnings += (faint.warning(groups, len(problem.components.groups)),)
         logger.warning("%s", problem.warnings[-1])
 
 
@@ -223,6 +227,9 @@ def best_method(
     seen = f"two rounds of path gradient have a reliability of {reliability:.2f}"
     if reliability < _NOISE:
         return one_by_one, f"{seen}, and {exact} passes are exact"
+    untold = len(_faint(problem))
+    if untold:
+        return one_by_one, f"next to nothing of what {untold} modules do arrives at gates, and {exact} passes are exact"
     return path, f"{seen}, and {exact} passes one by one would tell less"
 
 

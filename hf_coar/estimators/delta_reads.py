@@ -168,6 +168,16 @@ class _Tracker(TorchFunctionMode):
             value.register_hook(followed.correct)
         return value
 
+    def through_norm(self, norm: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Run a normalisation of the last axis, as one whatever it is made of."""
+        self.paused += 1
+        try:
+            result = norm(x)
+        finally:
+            self.paused -= 1
+        self._normalised(x, result, (norm, (x.dim() - 1,)))
+        return result
+
     def forget(self) -> None:
         """Let go of the tensors that were followed."""
         self._tracked.clear()
@@ -287,35 +297,39 @@ def _batch_norm_scale(
 
 @contextmanager
 def followed(
-    activations: list[nn.Module],
+    activations: Sequence[nn.Module],
     fired: FiredGroups,
     reads: DeltaReads,
     smoothing: Tensor | None = None,
+    norms: Sequence[nn.Module] = (),
 ) -> Iterator[None]:
     """Inside the block forward passes are followed; the backward passes of what they computed fill `reads`.
 
     Args:
-        activations: modules known to be element-wise, see `elementwise_modules`.
+        activations: modules known to be element-wise, see `trying.elementwise_modules`.
         fired: of the gates that are active, which tell of every gated output.
         reads: filled later, while gradients flow.
         smoothing: the width of the windows over which slopes are averaged, in standard deviations of what goes into the
             function, a number []; None for none.
+        norms: modules known to normalise their last axis, see `trying.normalising_modules`.
     """
     tracker = _Tracker(reads, smoothing)
     fired.observe = tracker.observe
     try:
         for module in activations:
-            module.forward = _followed(module, module.forward, tracker)
+            module.forward = _followed(module.forward, tracker)
+        for module in norms:
+            module.forward = _normalising(module.forward, tracker)
         with tracker:
             yield
     finally:
         fired.observe = None
         tracker.forget()
-        for module in activations:
+        for module in (*activations, *norms):
             module.__dict__.pop("forward", None)
 
 
-def _followed(module: nn.Module, forward: Callable[..., Tensor], tracker: _Tracker) -> Callable[..., Tensor]:
+def _followed(forward: Callable[..., Tensor], tracker: _Tracker) -> Callable[..., Tensor]:
     def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if tracker.paused or not tracker.concerns(x):
             return forward(x, *args, **kwargs)
@@ -324,28 +338,10 @@ def _followed(module: nn.Module, forward: Callable[..., Tensor], tracker: _Track
     return run
 
 
-def elementwise_modules(model: nn.Module) -> list[nn.Module]:
-    """Modules without parameters, children or buffers that act on every entry alone, found by trying them out."""
-    found = []
-    for module in model.modules():
-        if any(True for _ in module.children()) or any(True for _ in (*module.parameters(), *module.buffers())):
-            continue
-        if not isinstance(module, nn.Identity | nn.Dropout) and _is_elementwise(module):
-            found.append(module)
-    return found
+def _normalising(forward: Callable[..., Tensor], tracker: _Tracker) -> Callable[..., Tensor]:
+    def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if tracker.paused or not tracker.contributions(x) or args or kwargs:
+            return forward(x, *args, **kwargs)
+        return tracker.through_norm(forward, x)
 
-
-def _is_elementwise(module: nn.Module) -> bool:
-    x = torch.linspace(-2.1, 2.3, 24).reshape(2, 3, 2, 2)
-    changed = x.clone()
-    changed[1, 2, 0, 1] += 0.37
-    try:
-        with torch.no_grad():
-            value, flipped, moved = module(x.clone()), module(x.flip(0, 1, 2, 3).clone()), module(changed.clone())
-    except Exception:  # whatever a module that wants another input may raise
-        return False
-    if not isinstance(value, Tensor) or value.shape != x.shape or torch.equal(value, x):
-        return False
-    same_everywhere = torch.allclose(flipped.flip(0, 1, 2, 3), value, atol=1e-6)
-    differing = (moved != value).nonzero()
-    return same_everywhere and all(row.tolist() == [1, 2, 0, 1] for row in differing)
+    return run

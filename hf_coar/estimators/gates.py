@@ -13,7 +13,8 @@ from hf_coar import data as data_module
 from hf_coar.components import Components
 from hf_coar.errors import ModelError
 from hf_coar.estimators.captured import CapturedPasses
-from hf_coar.estimators.delta_reads import DeltaReads, elementwise_modules, followed
+from hf_coar.estimators.delta_reads import DeltaReads, followed
+from hf_coar.estimators.trying import elementwise_modules, normalising_modules
 from hf_coar.masking import MaskedModel
 from hf_coar.models.outputs import Output
 from hf_coar.runs import sampling
@@ -39,6 +40,7 @@ class GatePasses:
         self.masked, self.output, self.delta = masked, output, delta
         self._sizes = masked.components.sizes()
         self._activations = elementwise_modules(masked.model) if delta else []
+        self._norms = normalising_modules(masked.model) if delta else []
         self._inert: set[str] = set()
         stand_in = masked.components.stand_in
         self._passes = CapturedPasses(self._run, masked.model, stand_in is None or not stand_in.of_partners)
@@ -74,7 +76,7 @@ class GatePasses:
         with torch.enable_grad():
             with self.masked.gated(leaves) as fired, ExitStack() as stack:
                 if self.delta:
-                    stack.enter_context(followed(self._activations, fired, reads, smoothing))
+                    stack.enter_context(followed(self._activations, fired, reads, smoothing, self._norms))
                 values = self.output.of(self.masked.model, batch)
             check_differentiable(values, self.masked.model)
             derivatives = torch.autograd.grad(values.sum(), leaves, allow_unused=True, retain_graph=self.delta)

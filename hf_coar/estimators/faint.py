@@ -1,9 +1,9 @@
-"""Hard choices: modules that matter although next to nothing of it arrives at their gates.
+"""Faint modules: those that matter although next to nothing of it arrives at their gates.
 
-A router that sends every token to the best expert, or an index of the positions that are attended to, has no slope:
-what it does is a step. Where a little of it arrives all the same, by rounding or by a weight beside the choice, the
-module looks reached and its components as if they did nothing. So modules whose reads are faint beside those of others
-are ablated for a try, half of each.
+A router that sends every token to the best expert, or an index of the positions that are attended to, makes a hard
+choice: what it does is a step, and has no slope. Neither has the size of what is normalised later on. Where a little
+arrives all the same, by rounding or by a weight beside the choice, the module looks reached and its components as if
+they did nothing. So modules whose reads are faint beside those of others are ablated for a try, half of each.
 """
 
 from collections.abc import Sequence
@@ -60,9 +60,10 @@ def warning(groups: Sequence[Group], n_groups: int) -> str:
     """What a person must know, and do."""
     names = ", ".join(group.module or group.parameter for group in groups[:4]) + (" …" if len(groups) > 4 else "")
     return (
-        f"what {len(groups)} of {n_groups} modules do is a hard choice, which has no slope ({names}): their components "
-        "are given next to nothing, and matter; leave them out with find_components(model, exclude=[…]), or attribute "
-        "them by themselves, with include=[…] and method=hf_coar.baselines.LeaveOneOut()"
+        f"next to nothing of what {len(groups)} of {n_groups} modules do arrives at their gates ({names}), as behind a "
+        "hard choice or a normalisation: their weights say that they do nothing, and they matter; leave them out with "
+        "find_components(model, exclude=[…]), or attribute them by themselves, with include=[…] and "
+        "method=hf_coar.baselines.LeaveOneOut()"
     )
 
 

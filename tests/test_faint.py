@@ -1,4 +1,4 @@
-"""Hard choices: what has no slope and still matters is said, and nothing else is."""
+"""Faint modules: what has no slope and still matters is said, and nothing else is."""
 
 import logging
 
@@ -8,6 +8,9 @@ from torch import nn
 
 import hf_coar as coar
 from hf_coar import demo
+from hf_coar.estimators import choosing
+from hf_coar.masking import MaskedModel
+from hf_coar.runs.problem import Problem
 
 X = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
 
@@ -45,23 +48,23 @@ def first_value():
 
 def test_a_router_of_the_best_alone_is_named_in_the_log_and_the_provenance(caplog, tmp_path):
     found = attributed(Routed(1), caplog)
-    (warning,) = [line for line in found.provenance.warnings if "hard choice" in line]
+    (warning,) = [line for line in found.provenance.warnings if "next to nothing" in line]
     assert "1 of 7 modules" in warning and "(router)" in warning and "include=[…]" in warning
     assert warning in caplog.text
     found.save_pretrained(tmp_path / "saved")
-    assert "hard choice" in (tmp_path / "saved" / "README.md").read_text()
+    assert "next to nothing" in (tmp_path / "saved" / "README.md").read_text()
 
 
 def test_a_router_whose_weights_have_a_slope_is_not(caplog):
     assert not attributed(Routed(3), caplog).provenance.warnings
-    assert "hard choice" not in caplog.text
+    assert "next to nothing" not in caplog.text
 
 
 def test_what_is_ablated_one_by_one_needs_no_slope(caplog):
     found = attributed(Routed(1), caplog, coar.baselines.LeaveOneOut())
     router = torch.tensor([component.group.module == "router" for component in found.components])
     assert found.weights[:, router].abs().max() > 0.01
-    assert "hard choice" not in caplog.text
+    assert "next to nothing" not in caplog.text
 
 
 def test_a_layer_that_does_nothing_is_not_one(caplog):
@@ -69,11 +72,21 @@ def test_a_layer_that_does_nothing_is_not_one(caplog):
     model.router.weight.data[:3] = 0  # with these biases, the fourth always is chosen
     model.router.bias.data = torch.tensor([-99.0, -99.0, -99.0, 99.0])
     attributed(model, caplog)
-    assert "hard choice" not in caplog.text
+    assert "next to nothing" not in caplog.text
 
 
 def test_the_demo_has_none(caplog):
     model, images = coar.load(demo.MODEL, demo.IMAGES, split="train[:4]", batch_size=4)
     caplog.set_level(logging.WARNING)
     coar.attribute(model, images, method=coar.PathGradient(passes=3), ablated_fraction=0.05, progress=False)
-    assert "hard choice" not in caplog.text
+    assert "next to nothing" not in caplog.text
+
+
+@pytest.mark.parametrize(("chosen", "name"), [(1, "leave_one_out"), (3, "path_gradient")])
+def test_where_one_by_one_is_affordable_a_faint_module_decides(chosen, name, monkeypatch):
+    monkeypatch.setattr(choosing, "_usual", lambda size: 40.0)
+    monkeypatch.setattr(choosing, "_NOISE", -99.0)
+    model = Routed(chosen).eval()
+    masked = MaskedModel(model, coar.find_components(model))
+    method, reason = choosing.best_method(Problem(masked, [{"x": X}], coar.outputs.get("first_value"), 0.1, 0))
+    assert method.name == name and ("arrives at gates" in reason) == (chosen == 1)

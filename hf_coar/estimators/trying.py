@@ -1,0 +1,72 @@
+"""Modules known by what they do, not by their names: they are tried out on a few numbers."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+
+def elementwise_modules(model: nn.Module) -> list[nn.Module]:
+    """Modules without parameters, children or buffers that act on every entry alone, found by trying them out."""
+    found = []
+    for module in model.modules():
+        if _any(module.children()) or _any(module.parameters()) or _any(module.buffers()):
+            continue
+        if not isinstance(module, nn.Identity | nn.Dropout) and _is_elementwise(module):
+            found.append(module)
+    return found
+
+
+def _is_elementwise(module: nn.Module) -> bool:
+    x = torch.linspace(-2.1, 2.3, 24).reshape(2, 3, 2, 2)
+    changed = x.clone()
+    changed[1, 2, 0, 1] += 0.37
+    try:
+        with torch.no_grad():
+            value, flipped, moved = module(x.clone()), module(x.flip(0, 1, 2, 3).clone()), module(changed.clone())
+    except Exception:  # whatever a module that wants another input may raise
+        return False
+    if not isinstance(value, Tensor) or value.shape != x.shape or torch.equal(value, x):
+        return False
+    same_everywhere = torch.allclose(flipped.flip(0, 1, 2, 3), value, atol=1e-6)
+    differing = (moved != value).nonzero()
+    return same_everywhere and all(row.tolist() == [1, 2, 0, 1] for row in differing)
+
+
+def normalising_modules(model: nn.Module) -> list[nn.Module]:
+    """Modules that normalise the last axis by what they are given, such as every library's RMSNorm.
+
+    They have vectors of one length for parameters, if any module has them, and neither children nor buffers.
+    """
+    found = []
+    for module in model.modules():
+        sizes = {tuple(value.shape) for value in module.parameters()}
+        if len(sizes) == 1 and not _any(module.children()) and not _any(module.buffers()):
+            (shape,) = sizes
+            if len(shape) == 1 and shape[0] > 1 and _is_normalising(module, shape[0]):
+                found.append(module)
+    return found
+
+
+def _any(values: Iterable[object]) -> bool:
+    return any(True for _ in values)
+
+
+def _is_normalising(module: nn.Module, width: int) -> bool:
+    parameter = next(module.parameters())
+    if parameter.device.type == "meta":
+        return False
+    x = torch.arange(6 * width, device=parameter.device).mul(0.7).sin().add(0.1).reshape(2, 3, width)
+    x = x.to(parameter.dtype)
+    changed = x.clone()
+    changed[1, 2] = x[0, 0]
+    try:
+        with torch.no_grad():
+            value, larger, moved = module(x.clone()), module(3 * x), module(changed)
+    except Exception:  # whatever a module that wants another input may raise
+        return False
+    if not isinstance(value, Tensor) or value.shape != x.shape or not bool(value.isfinite().all()):
+        return False
+    close = 0.05 * float(value.abs().max())  # of half precision and of a small number below the root
+    apart = torch.equal(moved[0], value[0]) and torch.equal(moved[1, :2], value[1, :2])
+    return apart and close > 0 and bool((larger - value).abs().max() < close)
