@@ -184,11 +184,13 @@ def test_normalising_modules_are_found_by_trying_them():
 
 
 def test_modules_are_restored_after_an_error():
-    model = NETS["relu module in place"]().eval()
-    components = coar.find_components(model)
+    model = Readout(nn.Linear(6, 5), nn.ReLU(), 5, nn.LayerNorm(5)).eval()
+    components, own = coar.find_components(model, include=["layer"]), model.norm.forward
+    model.norm.forward = own  # as accelerate does, to move what a module is given
     with pytest.raises(RuntimeError, match="stop"):
         with masking.MaskedModel(model, components).gated([torch.zeros(N_EXAMPLES, 5)]) as fired:
-            with followed(elementwise_modules(model), fired, DeltaReads()):
+            with followed(elementwise_modules(model), fired, DeltaReads(), None, normalising_modules(model)):
+                assert model.norm.forward is not own and "forward" in model.activate.__dict__
                 raise RuntimeError("stop")
-    assert "forward" not in model.activate.__dict__
+    assert "forward" not in model.activate.__dict__ and model.norm.__dict__["forward"] is own
     assert fired.observe is None

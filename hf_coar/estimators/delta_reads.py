@@ -22,7 +22,7 @@ the ablations move x would be right for a single pass; over many passes a narrow
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 from weakref import KeyedRef
@@ -33,6 +33,7 @@ from torch.overrides import TorchFunctionMode
 
 from hf_coar.estimators.contributions import NORMALISATIONS, Contribution, Norm, Normalised, Tracked, normalisation
 from hf_coar.masking import FiredGroups
+from hf_coar.masking.sites import replace_forward
 
 ELEMENTWISE = frozenset(
     {
@@ -136,8 +137,7 @@ class _Tracker(TorchFunctionMode):
         if found is None or not self.contributions(x):
             return
         norm, axes = found
-        alone = [one for one in self.contributions(x) if all(one.level.shape[axis] == 1 for axis in axes)]
-        behind = [Normalised(one, norm, x.detach()) for one in alone]
+        behind = [Normalised(one, norm, x.detach()) for one in self.contributions(x) if _is_one(one.level, x, axes)]
         self._track(result, [*behind])
         if behind and result.requires_grad:
             result.register_hook(partial(_correct_normalised, behind, self.reads))
@@ -272,6 +272,11 @@ def _excess(function: Callable[[Tensor], Tensor], x: Tensor, slope: Tensor, cont
     return function(whole).sub_(function(without)).addcmul_(slope, difference, value=-1)
 
 
+def _is_one(level: Tensor, x: Tensor, axes: Sequence[int]) -> bool:
+    """Whether one gate covers all that is taken together along some axes of x."""
+    return level.dim() == x.dim() and all(level.shape[axis] == 1 for axis in axes)
+
+
 def _correct_normalised(behind: Sequence[Normalised], reads: DeltaReads, gradient: Tensor) -> None:
     for one in behind:
         reads.add(one.level, one.excess(gradient))
@@ -315,33 +320,30 @@ def followed(
     """
     tracker = _Tracker(reads, smoothing)
     fired.observe = tracker.observe
-    try:
+    with ExitStack() as stack:
         for module in activations:
-            module.forward = _followed(module.forward, tracker)
+            stack.callback(replace_forward(module, partial(_followed, tracker)))
         for module in norms:
-            module.forward = _normalising(module.forward, tracker)
+            stack.callback(replace_forward(module, partial(_normalising, tracker)))
+        stack.callback(tracker.forget)
+        stack.callback(setattr, fired, "observe", None)
         with tracker:
             yield
-    finally:
-        fired.observe = None
-        tracker.forget()
-        for module in (*activations, *norms):
-            module.__dict__.pop("forward", None)
 
 
-def _followed(forward: Callable[..., Tensor], tracker: _Tracker) -> Callable[..., Tensor]:
-    def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if tracker.paused or not tracker.concerns(x):
-            return forward(x, *args, **kwargs)
-        return tracker.through(lambda value: forward(value, *args, **kwargs), x)
+def _followed(tracker: _Tracker, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def run(*args: Any, **kwargs: Any) -> Tensor:
+        if tracker.paused or not args or not tracker.concerns(args[0]):
+            return forward(*args, **kwargs)
+        return tracker.through(lambda value: forward(value, *args[1:], **kwargs), args[0])
 
     return run
 
 
-def _normalising(forward: Callable[..., Tensor], tracker: _Tracker) -> Callable[..., Tensor]:
-    def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if tracker.paused or not tracker.contributions(x) or args or kwargs:
-            return forward(x, *args, **kwargs)
-        return tracker.through_norm(forward, x)
+def _normalising(tracker: _Tracker, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def run(*args: Any, **kwargs: Any) -> Tensor:
+        if tracker.paused or len(args) != 1 or kwargs or not tracker.contributions(args[0]):
+            return forward(*args, **kwargs)
+        return tracker.through_norm(forward, args[0])
 
     return run
