@@ -88,5 +88,6 @@ def test_where_one_by_one_is_affordable_a_faint_module_decides(chosen, name, mon
     monkeypatch.setattr(choosing, "_NOISE", -99.0)
     model = Routed(chosen).eval()
     masked = MaskedModel(model, coar.find_components(model))
-    method, reason = choosing.best_method(Problem(masked, [{"x": X}], coar.outputs.get("first_value"), 0.1, 0))
+    method, reasons = choosing.settled(Problem(masked, [{"x": X}], coar.outputs.get("first_value"), 0.1, 0), None)
+    reason = reasons["method"]
     assert method.name == name and ("arrives at gates" in reason) == (chosen == 1)

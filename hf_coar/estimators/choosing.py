@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,17 +56,18 @@ def settled(problem: Problem, method: Estimator | None, budget: float | str | No
     """
     reasons: Reasons = {}
     try:
-        blocked = problem.first.tried(problem.model, lambda batch: _checked(problem, method, batch), checks.N_EXAMPLES)
+        first = problem.first.tried(problem.model, lambda batch: _look(problem, method, batch), checks.N_EXAMPLES)
         if problem.ablated_fraction is None:
             problem.ablated_fraction, reasons["ablated_fraction"] = fraction(problem)
         if getattr(problem.output.call, "shares_pass", False):
             chosen, reason = _of_shared_passes(problem, method)
         else:
-            chosen, reason = (method, "") if method is not None else best_method(problem, blocked, budget)
+            chosen, reason = (method, "") if method is not None else best_method(problem, first, budget)
         if method is None:
             method, reasons["method"] = chosen, f"method={chosen.name!r}: {reason}"
-        if method.differentiates:
-            _warn_of_faint(problem)
+        if method.differentiates and first.faint:
+            problem.warnings += (faint.warning(first.faint, len(problem.components.groups)),)
+            logger.warning("%s", problem.warnings[-1])
     except (RuntimeError, MemoryError) as error:
         if not models.is_out_of_memory(error):
             raise
@@ -74,18 +76,6 @@ def settled(problem: Problem, method: Estimator | None, budget: float | str | No
     for reason in reasons.values():
         logger.info("chosen: %s", reason)
     return method, reasons
-
-
-def _faint(problem: Problem) -> list[Group]:
-    return problem.first.tried(problem.model, lambda batch: faint.found(problem, batch), checks.N_EXAMPLES)
-
-
-def _warn_of_faint(problem: Problem) -> None:
-    """Says of which modules gates tell next to nothing although they matter."""
-    groups = _faint(problem)
-    if groups:
-        problem.warnings += (faint.warning(groups, len(problem.components.groups)),)
-        logger.warning("%s", problem.warnings[-1])
 
 
 def kept(folder: Path, problem: Problem, method: Estimator, reasons: Reasons) -> tuple[Estimator, Reasons]:
@@ -131,16 +121,30 @@ def _chosen() -> dict[str, Estimator]:
     return {one.name: one for one in (PathGradient(), one_by_one, forward_only)}
 
 
-def _checked(problem: Problem, method: Estimator | None, batch: data_module.Batch) -> list[Group]:
-    """The groups that no gradient reaches, where a method is to be chosen."""
+class Look(NamedTuple):
+    """What a few examples say of a model before its run.
+
+    Attributes:
+        blocked: the groups that no gradient reaches although they matter.
+        faint: those that matter, and of which next to nothing arrives at the gates.
+    """
+
+    blocked: Sequence[Group] = ()
+    faint: Sequence[Group] = ()
+
+
+def _look(problem: Problem, method: Estimator | None, batch: data_module.Batch) -> Look:
+    """A look at a model that repeats itself, and that lets gradients through to a method that needs them."""
     checks.check_repeats(problem.model, problem.output, batch)
-    if getattr(problem.output.call, "shares_pass", False):
-        return []
-    if method is None:
-        return checks.blocked(problem.masked, problem.output, batch)
-    if method.differentiates:
-        checks.check_reached(problem.masked, problem.output, batch)
-    return []
+    if getattr(problem.output.call, "shares_pass", False) or (method is not None and not method.differentiates):
+        return Look()
+    reads = faint.reads(problem, batch)
+    if reads is None or any(not of_group.any() for of_group in reads.split(problem.components.sizes(), dim=1)):
+        if method is not None:
+            checks.check_reached(problem.masked, problem.output, batch)
+        elif blocked := checks.blocked(problem.masked, problem.output, batch):
+            return Look(blocked)
+    return Look() if reads is None else Look((), faint.found(problem, batch, reads))
 
 
 def fraction(problem: Problem) -> tuple[float, str]:
@@ -194,28 +198,30 @@ def _outputs(problem: Problem, batch: data_module.Batch, masks: Tensor) -> Tenso
 
 
 def best_method(
-    problem: Problem, blocked: Sequence[Group] = (), budget: float | str | None = None
+    problem: Problem, first: Look | None = None, budget: float | str | None = None
 ) -> tuple[Estimator, str]:
     """The best method for a problem, and why.
 
     Without a gradient, leave-one-out for few components and ARD regression for many. With one, leave-one-out wherever
     it costs no more than path gradient, the rest of the passes going into pairs; and for somewhat more components where
-    two rounds on a few examples show that gradients are mostly noise. A budget in passes has to afford it; what one in
-    minutes affords is not known yet, and path gradient is taken, which has a size for any.
+    gates tell next to nothing of some modules, or two rounds on a few examples show that gradients are mostly noise. A
+    budget in passes has to afford it; what one in minutes affords is not known yet, and path gradient is taken, which
+    has a size for any.
 
     Args:
         problem: of which the first examples are looked at.
-        blocked: groups that no gradient reaches.
+        first: what was seen of it.
         budget: in forward passes an example, or a time, or None.
     """
+    first = first or Look()
     n_components, path = len(problem.masked), PathGradient()
     amount, timed = (None, False) if budget is None else budgets.parse(budget)
     usual, exact = _usual(problem.size), n_components + 1 + DEFAULT_CHECKS
     one_by_one = _chosen()["leave_one_out"]
-    if blocked:
+    if first.blocked:
         found = _chosen()["regression"]
         found = one_by_one if budget is None and exact <= found.n_masks / 2 else found
-        return found, _without_gradient(problem, blocked, found)
+        return found, _without_gradient(problem, first.blocked, found)
     if timed or (amount is not None and exact > amount):
         return path, "its rounds can be as many as the budget affords"
     expected = without_a_look(problem.size, amount)
@@ -223,13 +229,13 @@ def best_method(
         return expected, f"{n_components} components ablated one by one cost no more than path gradient ({usual:g})"
     if exact > _DEARER * usual:
         return path, f"{n_components} components are too many to be ablated one by one"
+    if first.faint:
+        few = f"next to nothing of what {len(first.faint)} modules do arrives at gates"
+        return one_by_one, f"{few}, and {exact} passes are exact"
     reliability = _reliability(path, problem)
     seen = f"two rounds of path gradient have a reliability of {reliability:.2f}"
     if reliability < _NOISE:
         return one_by_one, f"{seen}, and {exact} passes are exact"
-    untold = len(_faint(problem))
-    if untold:
-        return one_by_one, f"next to nothing of what {untold} modules do arrives at gates, and {exact} passes are exact"
     return path, f"{seen}, and {exact} passes one by one would tell less"
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hf_coar import data as data_module
 from hf_coar.components import Group
+from hf_coar.errors import ModelError, NonFiniteOutputError
 from hf_coar.estimators.gates import GateRounds
 from hf_coar.runs.problem import Problem
 
@@ -24,30 +25,43 @@ _FRACTION = 0.05  # at which modules are read where none is chosen yet
 _UNTOLD, _MATTERS = 10, 0.5
 
 
-def found(problem: Problem, batch: data_module.Batch) -> list[Group]:
-    """The groups that matter, and of which the gates tell next to nothing.
+def reads(problem: Problem, batch: data_module.Batch) -> Tensor | None:
+    """What one gate pass says of a few examples, float32 [examples, components]; None where it says nothing.
 
     Args:
-        problem: of which one gate pass is made, and as a rule no other pass.
+        problem: a first look at it.
         batch: a few examples, on the model's device.
     """
-    masked, examples = problem.masked, range(data_module.size(batch))
-    if len(masked.components.groups) < 2:
-        return []
-    gates = GateRounds(masked, problem.output, problem.ablated_fraction or _FRACTION, problem.seed)
+    gates = GateRounds(problem.masked, problem.output, problem.ablated_fraction or _FRACTION, problem.seed)
     gates.passes.begin_batch()
-    reads = gates.single(batch, examples).soft.cpu().split(masked.components.sizes(), dim=1)
-    strongest = torch.stack([of_group.abs().max() for of_group in reads])
+    try:
+        return gates.single(batch, range(data_module.size(batch))).soft.cpu()
+    except (ModelError, NonFiniteOutputError):  # a run has other gates, and says what is wrong
+        return None
+
+
+def found(problem: Problem, batch: data_module.Batch, reads: Tensor) -> list[Group]:
+    """The groups that matter, and of which the gates tell next to nothing; as a rule without another pass.
+
+    Args:
+        problem: a first look at it.
+        batch: a few examples, on the model's device.
+        reads: of these, float32 [examples, components].
+    """
+    masked = problem.masked
+    sizes = masked.components.sizes()
+    by_group = reads.split(sizes, dim=1)
+    strongest = torch.stack([of_group.abs().max() for of_group in by_group])
     typical = float(strongest.median())
-    faint = [number for number in range(len(reads)) if strongest[number] < _FAINT * typical]
+    faint = [number for number in range(len(sizes)) if strongest[number] < _FAINT * typical]
     if not faint:
         return []
     with torch.no_grad():
         whole = problem.output.of(problem.model, batch)
 
         def untold(numbers: Sequence[int]) -> bool:
-            told = sum(reads[number][:, ::2].abs().sum(1) for number in numbers).mean()
-            with masked.ablated(_halved(masked.components.sizes(), numbers)):
+            told = sum(by_group[number][:, ::2].abs().sum(1) for number in numbers).mean()
+            with masked.ablated(_halved(sizes, numbers)):
                 lost = (whole - problem.output.of(problem.model, batch)).abs().mean().cpu()
             return bool(lost > _UNTOLD * told) and bool(lost > _MATTERS * typical)
 
