@@ -32,7 +32,7 @@ _SCALE_PRIOR = 0.15  # how far scales are from 1, from network to network
 # A weight is off for other reasons than noise, which no spread of rounds shows: half-open gates stand for closed ones,
 # slopes are averaged. None of it is there in a linear network, and so it is taken to grow with what linear predictions
 # leave of fresh outputs: this times the root of that share. See `scripts/benchmark_errors.py`.
-_UNSEEN = 0.375
+_UNSEEN = 0.5
 _FEWEST_VALUES = 24  # predicted and measured ones, below which a correlation says nothing
 _TRUSTS = (0.0, 0.5, 1.0)  # in what was read far from the whole model
 _TINY = 1e-12
