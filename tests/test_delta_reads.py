@@ -1,5 +1,8 @@
 """Delta reads: exact differences through a component's own nonlinearity, in one pass, whatever the gates' levels."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -194,3 +197,20 @@ def test_modules_are_restored_after_an_error():
                 raise RuntimeError("stop")
     assert "forward" not in model.activate.__dict__ and model.norm.__dict__["forward"] is own
     assert fired.observe is None
+
+
+@pytest.mark.parametrize("name", ["relu module in place", "in-place addition and relu", "relu function"])
+def test_nothing_of_a_pass_is_held_when_it_is_over(name):
+    """What is written in place becomes its own ancestor, if the function that wrote it holds it."""
+    model = NETS[name]().eval().requires_grad_(False)
+    components, seen = coar.find_components(model), []
+    model.layer.register_forward_hook(lambda module, given, made: seen.append(weakref.ref(made)))
+    gates, reads = [torch.rand(N_EXAMPLES, 5).requires_grad_()], DeltaReads()
+    with masking.MaskedModel(model, components).gated(gates) as fired:
+        with followed(elementwise_modules(model), fired, reads, torch.tensor(0.5, dtype=torch.float64)):
+            value = model(torch.randn(N_EXAMPLES, 6)).sum()
+    torch.autograd.grad(value, gates, retain_graph=True)
+    reads.corrections(gates)
+    del value, reads
+    gc.collect()
+    assert seen and all(one() is None for one in seen)

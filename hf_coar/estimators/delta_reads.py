@@ -109,8 +109,8 @@ class _Tracker(TorchFunctionMode):
         if self.paused or not isinstance(first, Tensor):
             return func(*args, **kwargs)
         if name in ELEMENTWISE and self.concerns(first):
-            rest = {key: value for key, value in kwargs.items() if key != "input"}
-            return self.through(lambda x: func(x, *args[1:], **rest), first)
+            others, rest = args[1:], {key: value for key, value in kwargs.items() if key != "input"}
+            return self.through(lambda x: func(x, *others, **rest), first)
         result = func(*args, **kwargs)
         if isinstance(result, Tensor):
             self._follow(name, first, args, kwargs, result)
@@ -152,7 +152,10 @@ class _Tracker(TorchFunctionMode):
         return [one.scaled(scale) for one in self.contributions(tensor)]
 
     def through(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """Run an element-wise function, smoothed if asked for, and correct the reads when the gradient comes back."""
+        """Run an element-wise function, smoothed if asked for, and correct the reads when the gradient comes back.
+
+        The function is kept for the backward pass and must not hold x: written in place, x would hold itself for good.
+        """
         contributions = self.contributions(x)
         followed = _Followed(function, x.detach(), self.smoothing, contributions, self.reads)
         self.paused += 1
@@ -335,7 +338,8 @@ def _followed(tracker: _Tracker, forward: Callable[..., Tensor]) -> Callable[...
     def run(*args: Any, **kwargs: Any) -> Tensor:
         if tracker.paused or not args or not tracker.concerns(args[0]):
             return forward(*args, **kwargs)
-        return tracker.through(lambda value: forward(value, *args[1:], **kwargs), args[0])
+        x, *others = args
+        return tracker.through(lambda value: forward(value, *others, **kwargs), x)
 
     return run
 
