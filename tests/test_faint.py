@@ -82,6 +82,23 @@ def test_the_demo_has_none(caplog):
     assert "next to nothing" not in caplog.text
 
 
+def test_faint_modules_that_say_what_they_do_hide_none(caplog):
+    """A wide one adds up to much that is told, beside which a router would not be noticed."""
+
+    class Beside(Routed):
+        def __init__(self) -> None:
+            super().__init__(1)
+            self.plain = nn.ModuleList(nn.Linear(6, 1) for _ in range(4))
+            self.aside = nn.Linear(6, 6000)
+
+        def forward(self, x):
+            aside = 1e-4 * torch.relu(self.aside(x)).sum(1, keepdim=True)
+            return super().forward(x) + 0.1 * sum(layer(x) for layer in self.plain) + aside
+
+    (warning,) = attributed(Beside(), caplog).provenance.warnings
+    assert "(router)" in warning and "1 of 12 modules" in warning
+
+
 @pytest.mark.parametrize(("chosen", "name"), [(1, "leave_one_out"), (3, "path_gradient")])
 def test_where_one_by_one_is_affordable_a_faint_module_decides(chosen, name, monkeypatch):
     monkeypatch.setattr(choosing, "_usual", lambda size: 40.0)
