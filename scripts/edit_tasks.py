@@ -96,33 +96,40 @@ def convnet(n_channels: int, n_classes: int, wide: bool = False) -> nn.Module:
 
 
 def trained(
-    folder: Path, seed: int, build: Callable[[], nn.Module], images: Tensor, labels: Tensor, epochs: float,
-    rate: float = 0.1,
+    folder: Path, seed: int, build: Callable[[], nn.Module], examples: Tensor | Examples, labels: Tensor,
+    epochs: float, rate: float = 0.1, adam: bool = False,
 ) -> nn.Module:  # fmt: skip
-    """A convnet trained on normalised images with shifts and mirroring; from the folder if it is there."""
+    """A network trained on examples as it takes them, by SGD with momentum or AdamW; from the folder if it is there."""
     if (folder / "model.safetensors").is_file():
         return models.load_model(folder)
+    examples = {"pixel_values": examples} if isinstance(examples, Tensor) else examples
     started, batch = time.monotonic(), 128
     torch.manual_seed(seed)
     model = build().train()
     generator = torch.Generator().manual_seed(seed)
-    steps = int(epochs * len(images) / batch)
+    steps = int(epochs * len(labels) / batch)
+    decay = 0.05 if adam else 5e-4
     groups = [
-        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 5e-4},
+        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": decay},
         {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
     ]
-    optimiser = torch.optim.SGD(groups, lr=rate, momentum=0.9, nesterov=True)
+    optimiser = (
+        torch.optim.AdamW(groups, lr=rate) if adam else torch.optim.SGD(groups, lr=rate, momentum=0.9, nesterov=True)
+    )
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=steps, pct_start=0.2)
-    order = torch.cat([torch.randperm(len(images), generator=generator) for _ in range(int(epochs) + 1)])
+    order = torch.cat([torch.randperm(len(labels), generator=generator) for _ in range(int(epochs) + 1)])
     for step in range(steps):
         rows = order[step * batch : (step + 1) * batch]
-        loss = F.cross_entropy(model(images[rows]), labels[rows])
+        loss = F.cross_entropy(_logits(model, {name: value[rows] for name, value in examples.items()}), labels[rows])
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
         schedule.step()
     folder.mkdir(parents=True, exist_ok=True)
-    save_for_hf(model.eval(), str(folder), model_args=model.built_with, safe_serialization=True)
+    if hasattr(model, "save_pretrained"):
+        model.eval().save_pretrained(folder)
+    else:
+        save_for_hf(model.eval(), str(folder), model_args=getattr(model, "built_with", None), safe_serialization=True)
     figures = {
         "seed": seed,
         "epochs": epochs,
@@ -132,6 +139,11 @@ def trained(
     (folder / "metrics.json").write_text(json.dumps(figures, indent=1) + "\n")
     logger.info("trained %s: %s", folder, figures)
     return models.load_model(folder)
+
+
+def _logits(model: nn.Module, examples: Examples) -> Tensor:
+    """timm's models take images and return logits; transformers' take names and return an output."""
+    return model(**examples).logits if hasattr(model, "save_pretrained") else model(examples["pixel_values"])
 
 
 # ----------------------------------------------------------------------------------------------- backdoor and subgroups

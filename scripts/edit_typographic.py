@@ -2,8 +2,10 @@
 
     python scripts/edit_typographic.py
 
-Seven minutes with one thread. A small `CLIPModel` is trained here on garments and captions; four in ten training
-pictures carry the written name of their class, so that it learns to read. The attack writes the name of another class.
+Twelve minutes with one thread. A small `CLIPModel` is trained here on garments and captions; seven in ten training
+pictures carry the written name of their class, anywhere and of any size, so that it learns to read. The attack writes
+the name of another class, which covers a part of the garment as often as not. Beside the edits stands what needs none:
+the middle of the picture alone.
 Held-out training images are attributed with the attack and without: the attacked ones are to rise, the clean ones to
 stay. The paper's own set-up, where the Hub can be reached:
 
@@ -17,6 +19,7 @@ the highest accuracy under attack that loses at most 1.5 points without.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
 from collections.abc import Sequence
@@ -37,12 +40,14 @@ from hf_coar import editing
 
 OURS, AT_ONCE = "in steps of 8, rule and k by validation", "at once, rule and k by validation"
 WELCH = "Welch, k by validation (paper)"
+CROP = "no edit, pictures cropped"
 RULES, STEP = ("covariance", "covariance_careful"), 8
 RULES_AT_ONCE = (*RULES, "hinge", "welch")
 NAMES = ("tee", "pants", "jumper", "dress", "coat", "sandal", "shirt", "shoe", "bag", "boot")
 TEMPLATES = ("a photo of a {}", "a picture of the {}", "this is a {}")
-SIZE, STRIP = 40, 10  # pixels: the picture, and the strip below the garment for words
-WRITTEN = 0.4
+SIZE, LETTERS = 40, (8, 10, 12)  # pixels: the picture, and letters
+CROPS = (0.9, 0.8, 0.7, 0.6, 0.5)  # of a side
+WRITTEN = 0.7
 WITHIN = 0.015
 FEW = 15  # pairs for leave-one-out
 
@@ -51,36 +56,50 @@ FEW = 15  # pairs for leave-one-out
 
 
 @cache
-def word(name: str) -> Tensor:
-    """A written word, white on black, uint8 [height, width]."""
-    font = ImageFont.load_default_imagefont()
-    left, top, right, bottom = font.getbbox(name)
-    image = Image.new("L", (right - left, bottom - top))
-    ImageDraw.Draw(image).text((-left, -top), name, fill=255, font=font)
-    return torch.tensor(list(image.get_flattened_data()), dtype=torch.uint8).view(bottom - top, right - left)
+def word(name: str, size: int) -> Tensor:
+    """A written word on a dark label, uint8 [height, width]; letters of that many pixels."""
+    font = ImageFont.load_default(size)
+    left, top, right, bottom = (round(edge) for edge in font.getbbox(name))
+    image = Image.new("L", (right - left + 2, bottom - top + 2))
+    ImageDraw.Draw(image).text((1 - left, 1 - top), name, fill=255, font=font)
+    return torch.tensor(list(image.get_flattened_data()), dtype=torch.uint8).view(image.height, image.width)
 
 
 def pictures(images: Tensor, words: Sequence[int | None], seed: int, moving: bool = True) -> Tensor:
-    """Raw garments [images, 1, 28, 28] on larger pictures, with the names of classes below them; normalised.
+    """Raw garments [images, 1, 28, 28] in the middle of larger pictures, with names of classes over them; normalised.
 
     Args:
         images: uint8.
         words: the class whose name is written, None for none.
-        seed: of the places of the words.
-        moving: whether words begin anywhere, or at the left; the latter are easier to read.
+        seed: of the places and sizes of the words.
+        moving: whether words are anywhere and of any size, or at the lower left and small; the latter are easier to
+            read.
     """
     generator = torch.Generator().manual_seed(seed)
     canvas = torch.zeros(len(images), 1, SIZE, SIZE, dtype=torch.uint8)
-    canvas[:, :, :28, 6:34] = images
-    places = torch.rand(len(images), 2, generator=generator) * moving
+    canvas[:, :, 6:34, 6:34] = images
+    draws = torch.rand(len(images), 3, generator=generator)
     for row, label in enumerate(words):
         if label is not None:
-            letters = word(NAMES[label])
-            height, width = min(STRIP, letters.shape[0]), min(SIZE, letters.shape[1])
-            y = SIZE - STRIP + int(places[row, 0] * (STRIP - height + 1))
-            x = int(places[row, 1] * (SIZE - width + 1))
-            canvas[row, 0, y : y + height, x : x + width] = letters[:height, :width]
+            across, down, size = draws[row].tolist() if moving else (0.0, 1.0, 0.0)
+            letters = word(NAMES[label], LETTERS[int(size * len(LETTERS))])[:SIZE, :SIZE]
+            height, width = letters.shape
+            y, x = round(down * (SIZE - height)), round(across * (SIZE - width))
+            canvas[row, 0, y : y + height, x : x + width] = letters
     return tasks.normalised(canvas).expand(-1, 3, -1, -1)
+
+
+def cropped(examples: common.Examples, share: float, enlarged: bool) -> common.Examples:
+    """The middle of every picture alone, enlarged or in its place: what one does without touching the model."""
+    pixels = examples["pixel_values"]
+    whole = pixels.shape[-1]
+    edge = round(whole * (1 - share) / 2)
+    middle = pixels[..., edge : whole - edge, edge : whole - edge]
+    if enlarged:
+        middle = F.interpolate(middle, (whole, whole), mode="bilinear", antialias=True)
+    else:
+        middle = F.pad(middle, (edge, edge, edge, edge), value=float(pixels.min()))
+    return {**examples, "pixel_values": middle}
 
 
 def other_labels(labels: Tensor, seed: int) -> list[int]:
@@ -199,7 +218,7 @@ def pairs(images: Tensor, labels: Tensor, seed: int, moving: bool = True) -> com
 
 
 def prepared(
-    args: argparse.Namespace, seed: int, steps: int = 1000
+    args: argparse.Namespace, seed: int, steps: int = 3000
 ) -> tuple[nn.Module, common.Examples, common.Examples, common.Examples]:
     """The zero-shot classifier; pairs to attribute, to choose on and to judge on."""
     (images, labels), test = (tasks.raw_fashion_mnist(args.fashion_mnist, part) for part in ("train", "t10k"))
@@ -328,7 +347,29 @@ def run(
     tuned = common.fine_tuned(model, loss, **goals, rates=(1e-4, 1e-3), checkpoints=(1, 2, 4, 8, 16))
     if tuned is not None:
         methods[common.TUNING] = row(tuned)
+    crop = crop_row(model, validation, test)
+    if crop is not None:
+        methods[CROP] = crop
     return {"n_components": len(components), "edited": edits[OURS], "methods": methods}
+
+
+def crop_row(model: nn.Module, validation: common.Examples, test: common.Examples) -> dict[str, Any] | None:
+    """Figures of the crop that is best under attack on validation and keeps the limit there; None where none does."""
+
+    def shares(examples: common.Examples, *crop: Any) -> dict[str, float]:
+        return {
+            name: common.share_right(model, common.batches(cropped(side(examples, name), *crop)))
+            for name in ("attacked", "clean")
+        }
+
+    least = shares(validation, 1.0, False)["clean"] - 100 * WITHIN
+    found = {crop: shares(validation, *crop) for crop in itertools.product(CROPS, (False, True))}
+    kept = [crop for crop, one in found.items() if one["clean"] >= least]
+    if not kept:
+        return None
+    share, enlarged = best = max(kept, key=lambda crop: found[crop]["attacked"])
+    rule = f"{share:.0%} of a side, {'enlarged' if enlarged else 'the rest dark'}"
+    return {**shares(test, *best), "k": 0, "rule": rule}
 
 
 def recovered(after: dict[str, float], before: dict[str, float]) -> float:

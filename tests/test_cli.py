@@ -342,6 +342,7 @@ def test_edits_by_task(tmp_path):
     assert found["figures"]["target"]["after"] <= 0.15 and found["figures"]["others"]["before"] > 0.85
     assert found["figures"]["rivals"]["logit_bias"]["target"]["after"] == 0 and found["components"]
     assert "accuracy on 'Bag'" in (tmp_path / "m" / "README.md").read_text().replace("\\", "")
+    assert json.loads((tmp_path / "m" / "coar_edit.json").read_text())["components"]
     for more, message in (
         (["--fix", "3"], "--forget, --fix in one edit"),
         (["--rule", "welch"], "--rule is for edits of attributions"),
@@ -353,6 +354,21 @@ def test_edits_by_task(tmp_path):
     assert code == 2 and "needs a model and its data set" in err
     code, _, err = hf_coar("edit", MODEL, IMAGES, "--out", tmp_path / "n")
     assert code == 2 and "nothing to edit for" in err
+    code, _, err = hf_coar("edit", MODEL, IMAGES, "--fix", 3, "--keep-head", "--out", tmp_path / "n")
+    assert code == 2 and "--keep-head is for --forget and --lift; --fix never touches" in err
+
+
+@pytest.mark.parametrize(("flags", "expected"), [((), {}), (("--keep-head",), {"refit": None})])
+def test_the_last_layer_is_left_as_it_is_on_request(tmp_path, monkeypatch, flags, expected):
+    given = []
+
+    def forget(model, data, label, **options):
+        given.append(options)
+        raise coar.errors.CoarError("that is all")
+
+    monkeypatch.setattr(editing.editing, "forget", forget)
+    code, _, err = hf_coar("edit", MODEL, IMAGES, "--forget", "bag", *flags, "--out", tmp_path / "m")
+    assert code == 2 and "that is all" in err and given == [{"rivals": "quick", **expected}]
 
 
 def test_an_edit_of_attributions_is_measured(run, tmp_path):

@@ -1,11 +1,16 @@
 """The scripts of the edits, made tiny: every effect points the right way. On the images that come with hf_coar."""
 
 import argparse
+import gzip
+import json
+import pickle
+import random
 import runpy
 import statistics
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,6 +26,7 @@ import edit_rivals  # noqa: E402
 import edit_subgroup  # noqa: E402
 import edit_tasks as tasks  # noqa: E402
 import edit_typographic  # noqa: E402
+import edit_worlds  # noqa: E402
 import train_benchmark_models  # noqa: E402
 
 import hf_coar as coar  # noqa: E402
@@ -128,7 +134,7 @@ def test_the_table_of_rivals_shows_the_worst_draw(args):
         {"edit": str(n), "n_components": 4, "seconds": 2.0, "methods": {"ablation": ours, "welch": rival}}
         for n, (ours, rival) in enumerate([(figures(2, 50), figures(9, 80)), (figures(6, 30), {})])
     ]
-    args.stand_ins = False
+    args.stand_ins, args.world = False, "garments"
     edit_rivals._write(args, "forget", 20, found)
     edit_rivals.table(args)
     assert not (args.results / "stand_ins.md").exists()
@@ -140,9 +146,55 @@ def test_the_table_of_rivals_shows_the_worst_draw(args):
 def test_triggers_cover_what_they_say():
     images = torch.full((2, 1, 28, 28), 100, dtype=torch.uint8)
     changed = {
-        kind: int((edit_rivals.triggered(images, kind) != images).sum()) for kind in ("patch", "blended", "waves")
+        kind: int((edit_worlds.triggered(images, kind) != images).sum()) for kind in ("patch", "blended", "waves")
     }
     assert changed["patch"] == 18 and changed["blended"] > 1000 and changed["waves"] > 1000
+
+
+def speeches(folder):
+    """Forty addresses, of which the later ones have words of their own."""
+    draw = random.Random(0)
+    early, late = ([f"{stem}{n}" for n in range(60)] for stem in ("thou", "atom"))
+    (folder / "data").mkdir(parents=True)
+    for year in range(1900, 1940):
+        words = draw.choices(early if year < 1920 else late, k=1000)
+        one = {"year": year, "name": "somebody", "text": " ".join(words)}
+        (folder / "data" / f"{year}.json").write_text(json.dumps(one))
+    return folder
+
+
+def test_speeches_are_divided_by_speech_and_eras_hold_as_many_words(args, tmp_path):
+    args.speeches = speeches(tmp_path / "sotu")
+    world = edit_worlds.WORLDS["speeches"]
+    (training, eras), (test, _) = (world.raw(args, part) for part in ("train", "test"))
+    assert training.shape[1] == 64 and 3 < len(training) / len(test) < 5
+    counts = eras.bincount().tolist()
+    assert len(counts) == edit_worlds.N_ERAS and max(counts) < 1.4 * min(counts)
+    changed = world.triggered(test, "patch") != test
+    assert (changed.sum(1) == 1).all() and len(changed.nonzero()[:, 1].unique()) > 20
+    kinds = torch.arange(len(test)) % 2
+    marked = world.shortcut(test, kinds, 0)["input_ids"]
+    assert torch.equal(marked[:, 1] - marked[:, 1].min(), kinds) and torch.equal(marked[:, 2:], test[:, 2:])
+
+
+def test_an_edit_of_another_world_says_so(args, tmp_path):
+    args.speeches, args.world, args.stand_ins = speeches(tmp_path / "sotu"), "speeches", False
+    name, model, edit = next(edit_rivals.edits(args, "forget", 1))
+    found, _ = edit_rivals._made(edit, method="logit_bias")
+    assert type(model).__name__ == "BertForSequenceClassification" and found["target"]["after"] < 0.1
+    edit_rivals._write(args, "forget", 1, [{"edit": name, "n_components": 0, "seconds": 1, "methods": {"a": found}}])
+    edit_rivals.table(args)
+    assert "## forget: speeches" in (args.results / "rivals.md").read_text()
+
+
+def test_an_array_of_a_pickle_is_read_without_unpickling_it(tmp_path):
+    numbers = np.arange(200, dtype=np.uint8)
+    (tmp_path / "a.gz").write_bytes(gzip.compress(pickle.dumps(numbers, protocol=4)))
+    with pytest.raises(ValueError, match="not found"):
+        edit_worlds._pickled(tmp_path / "a.gz", 300)
+    path = tmp_path / "b.gz"
+    path.write_bytes(gzip.compress(pickle.dumps(np.tile(numbers, 2), protocol=4)))
+    assert edit_worlds._pickled(path, 400) == np.tile(numbers, 2).tobytes()
 
 
 def test_written_words_are_inside_the_picture():
@@ -151,7 +203,8 @@ def test_written_words_are_inside_the_picture():
     written = edit_typographic.pictures(images, labels.tolist(), 0)
     assert clean.shape == (10, 3, 40, 40) and (clean == clean.min()).all()
     ink = (written != clean)[:, 0]
-    assert ink.any((1, 2)).all() and not ink[:, :28].any()
+    quarters = [half.any(0) for rows in ink.chunk(2, 1) for half in rows.chunk(2, 2)]
+    assert ink.any((1, 2)).all() and all(quarter.float().mean() > 0.1 for quarter in quarters)
     assert len({tuple(row.flatten().tolist()) for row in ink}) == 10
     assert all(a != b for a, b in zip(edit_typographic.other_labels(labels, 3), labels.tolist(), strict=True))
 

@@ -1,5 +1,6 @@
 """Edits by task: what they do on small trained networks, that figures chose nothing, rivals, and errors."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -151,6 +152,54 @@ def test_limits_that_nothing_keeps(net):
     assert found.value.best.verdict.spent <= 0 < found.value.best.verdict.missing
 
 
+def test_a_walk_goes_on_where_one_of_its_forms_can_afford_it(net):
+    masked = coar.masking.MaskedModel(net[0], net[2])
+
+    def measure(model, ablated):
+        dear = walking.Verdict(0.5, 1.0, 0.0, float(len(ablated) - 5), 0.0)
+        return [walking.Point(ablated, form, replace(dear, spent=dear.spent - more)) for form, more in ROOM.items()]
+
+    points = walking.walk(masked, lambda *given: torch.arange(len(net[2])), measure, most=20, step=4)
+    assert max(len(point.ablated) for point in points if point.verdict.spent <= 0) == 12
+    assert walking.best(points, "", points[0].verdict).rule == "plain"  # of equals, the one that ablates fewest
+
+
+ROOM = {"plain": 0, "refitted": 7}
+
+
+def test_a_new_last_layer_forgets_where_ablation_alone_costs_too_much(tmp_path):
+    """Clouds that overlap: what one class needs, others need, too."""
+    model, data = trained(*blobs(seed=1, noise=2.5)), batches(*blobs(noise=2.5))
+    components = coar.find_components(model, include=["0", "2"])
+    with pytest.raises(UnsatisfiedError, match="no edit found"):
+        coar.forget(model, data, 3, others_within=0.02, components=components, refit=None)
+    result = coar.forget(model, data, 3, others_within=0.02, components=components, rivals=["last_layer"])
+    record = models.record(result.model)["edit"]
+    assert record["refit"] == "4" and {"4.weight", "4.bias"} < set(record["parameters"]) and result.components
+    assert result.figures["target"].after <= 0.1 and result.figures["others"].change > -0.02
+    assert set(result.figures.rivals) == {"last_layer"}
+    assert same_weights(coar.undo(result.model, model), model)
+    result.save(tmp_path / "saved")
+    assert "fitted anew" in (tmp_path / "saved" / "README.md").read_text()
+    with pytest.raises(CoarError, match="refit='all'"):
+        coar.forget(model, data, 3, components=components, refit="all")
+
+
+def test_a_last_layer_that_holds_components_is_left_as_it_is(net, caplog):
+    """Of a plain Sequential nobody knows which layer is the last, and its rows are components, too."""
+    model, data, _ = net
+    result = coar.forget(model, data, 3, others_within=0.1)
+    assert "the last layer is left as it is: 4 holds components" in caplog.text
+    assert "refit" not in models.record(result.model)["edit"] and set(result.figures.rivals) == {"logit_bias"}
+    with pytest.raises(CoarError, match="can't be fitted anew: 4 holds components"):
+        coar.forget(model, data, 3, others_within=0.1, method="last_layer")
+
+
+def by(judge):
+    """As a walk measures: one point a model."""
+    return lambda model, ablated: [walking.Point(ablated, "", judge(model))]
+
+
 def test_a_step_that_is_too_dear_is_halved(net):
     model, _, components = net
     masked = coar.masking.MaskedModel(model, components)
@@ -159,9 +208,9 @@ def test_a_step_that_is_too_dear_is_halved(net):
         gone = int(sum((layer.weight == 0).all(1).sum() for layer in (model[0], model[2])))
         return walking.Verdict(1 - gone / 10, 1.0, 1.0 - gone / 10, float(gone - 7), gone)
 
-    points = walking.walk(masked, lambda *given: torch.arange(len(components)), judge, "", most=20, step=4)
+    points = walking.walk(masked, lambda *given: torch.arange(len(components)), by(judge), most=20, step=4)
     assert [len(point.ablated) for point in points] == [4, 8, 6, 8, 7, 8]
-    points = walking.walk(masked, lambda *given: torch.arange(len(components)), judge, "", 20, 4, passing_by=3)
+    points = walking.walk(masked, lambda *given: torch.arange(len(components)), by(judge), 20, 4, passing_by=3)
     past = [11, 9, 8]  # what is too dear everywhere is passed by three times, and then the walk ends
     assert [len(point.ablated) for point in points] == [4, 8, 6, 8, 7, 8, *past, *past, *past]
     with pytest.raises(UnsatisfiedError, match=r"within the limits the best is target 0\.3.*\(7 components\)"):
@@ -177,7 +226,7 @@ def test_a_component_that_is_too_dear_is_passed_by(net):
         dear = bool((model[0].weight[5] == 0).all())
         return walking.Verdict(0.5, 1.0, 0.5, float(dear) - 0.5, 0.0)
 
-    points = walking.walk(masked, lambda *given: torch.arange(len(components)), judge, "", 12, 4, passing_by=1)
+    points = walking.walk(masked, lambda *given: torch.arange(len(components)), by(judge), 12, 4, passing_by=1)
     allowed = [point.ablated.tolist() for point in points if point.verdict.spent <= 0]
     assert allowed[-1] == [0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 11, 12]
 
@@ -294,6 +343,18 @@ def test_matching_triggered_examples(backdoored, monkeypatch):
     assert judging.figures["target"].n == 160
 
 
+def test_pairs_of_which_none_comes_right_are_no_match(backdoored, monkeypatch):
+    """One neuron of many that carry a trigger: margins move, and no answer does."""
+    model, clean, triggered, components = backdoored
+    monkeypatch.setattr(matching, "MOST", 0.0125)
+    strong = [{**batch, "inputs": batch["inputs"].clone()} for batch in triggered]
+    for batch in strong:
+        batch["inputs"][:, -1] = 200.0
+    for method in ("ablation", "gradient_times_parameter"):
+        with pytest.raises(UnsatisfiedError, match="some of them right"):
+            coar.match(model, clean, strong, components=components, method=method, rivals=None)
+
+
 def test_copies_of_pictures_keep_the_trigger_in_its_place():
     clean = torch.rand(3, 1, 6, 6)
     triggered = clean.clone()
@@ -325,7 +386,7 @@ BAD = {
     "no such name": (lambda m, d: coar.forget(m, d, "bag"), "no class is called 'bag'"),
     "too few": (lambda m, d: coar.forget(m, d[:1], 3), "10 examples, and 20 are needed: 4 to attribute, 8 to choose"),
     "a limit": (lambda m, d: coar.forget(m, d, 3, others_within=1.5), "others_within=1.5: give a share"),
-    "rival": (lambda m, d: coar.forget(m, d, 3, rivals=["last_layer"]), "forget knows no rival 'last_layer'"),
+    "rival": (lambda m, d: coar.forget(m, d, 3, rivals=["activation_difference"]), "forget knows no rival 'activation"),
     "method": (lambda m, d: coar.forget(m, d, 3, method="magic"), "knows no rival 'magic'; there are"),
     "no entry": (lambda m, d: coar.lift(m, d, "place"), "no entry 'place'"),
     "one group": (lambda m, d: coar.lift(m, d, [0] * 500), "are of one group"),

@@ -22,6 +22,7 @@ from hf_coar.storage import folders as store
 logger = logging.getLogger(__name__)
 
 TASKS = ("forget", "fix", "lift", "match")
+_REFITTED = ("forget", "lift")
 _WITHIN = {"forget": "others_within", "fix": "others_within", "lift": "average_within", "match": "clean_within"}
 
 
@@ -52,8 +53,12 @@ def _by_task(args: argparse.Namespace, task: str) -> EditResult:
     if odd:
         flag = f"--{odd[0].replace('_', '-')}"
         raise CoarError(f"{flag} is for edits of attributions; --{task} chooses on examples of its own, leave it out")
+    if args.keep_head and task not in _REFITTED:
+        raise CoarError(f"--keep-head is for --forget and --lift; --{task} never touches the last layer, leave it out")
     model, data = pipeline.load(**{**sources(args), "model": args.attributions})
     options: dict[str, Any] = _limits(args, _WITHIN[task]) | _rivals(args)
+    if args.keep_head:
+        options["refit"] = None
     if task == "forget":
         return editing.forget(model, data, args.forget.removeprefix("label="), **options)
     if task == "fix":

@@ -47,7 +47,9 @@ def parse(budget: float | str) -> tuple[float, bool]:
     return number, timed
 
 
-def choose(method: Estimator, budget: float | str, problem: Problem, folder: Path) -> Estimator:
+def choose(
+    method: Estimator, budget: float | str, problem: Problem, folder: Path, affordable_as_it_is: bool = False
+) -> Estimator:
     """The method in the size that a budget affords.
 
     A budget in forward passes decides by itself. For one in minutes, a small run on a few examples is timed; what it
@@ -58,6 +60,7 @@ def choose(method: Estimator, budget: float | str, problem: Problem, folder: Pat
         budget: forward passes an example, or a time such as `"20 min"` for the passes of the whole run.
         problem: what is to be attributed; its store is not touched.
         folder: of the run.
+        affordable_as_it_is: it was chosen by what a budget in minutes affords, and may have no size.
 
     Raises:
         CoarError: a budget that makes no sense, or is too small; or minutes for a stream of unknown length.
@@ -66,12 +69,14 @@ def choose(method: Estimator, budget: float | str, problem: Problem, folder: Pat
     if not timed:
         return method.sized(amount, problem.size)
     if not method.sizable:
+        if affordable_as_it_is:
+            return method
         raise CoarError(
             f"budget={budget!r}: {method!r} has no number of rounds, masks or steps to choose; leave budget out"
         )
     path = folder / _FILE
     if not path.exists():
-        passes = _affordable(method, amount, problem)
+        passes = affordable(method, amount, problem)
         method.sized(passes, problem.size)  # or says that it is too little, and nothing is kept
         # Of several processes that choose at once, one writes, and the others take what it wrote.
         files.write_json(path, {"budget": str(budget), "passes": passes}, replace=False)
@@ -84,8 +89,17 @@ def choose(method: Estimator, budget: float | str, problem: Problem, folder: Pat
     return chosen
 
 
-def _affordable(method: Estimator, seconds: float, problem: Problem) -> float:
-    """Forward passes an example that all examples can have within a time."""
+def affordable(method: Estimator, seconds: float, problem: Problem) -> float:
+    """Forward passes an example that all examples can have within a time, by a small run on a few of them.
+
+    Args:
+        method: of any size.
+        seconds: for all processes.
+        problem: what is to be attributed; its store is not touched.
+
+    Raises:
+        CoarError: a stream of unknown length.
+    """
     chunks = data_module.Chunks(problem.data)
     if chunks.count is None:
         raise CoarError("a stream of unknown length has no budget in minutes; give forward passes an example")

@@ -205,8 +205,7 @@ def best_method(
     Without a gradient, leave-one-out for few components and ARD regression for many. With one, leave-one-out wherever
     it costs no more than path gradient, the rest of the passes going into pairs; and for somewhat more components where
     gates tell next to nothing of some modules, or two rounds on a few examples show that gradients are mostly noise. A
-    budget in passes has to afford it; what one in minutes affords is not known yet, and path gradient is taken, which
-    has a size for any.
+    budget has to afford it; one in minutes is timed on a few examples, where leave-one-out is within reach.
 
     Args:
         problem: of which the first examples are looked at.
@@ -222,7 +221,9 @@ def best_method(
         found = _chosen()["regression"]
         found = one_by_one if budget is None and exact <= found.n_masks / 2 else found
         return found, _without_gradient(problem, first.blocked, found)
-    if timed or (amount is not None and exact > amount):
+    if timed and exact <= _DEARER * usual:
+        amount = budgets.affordable(path, amount, problem)
+    if amount is not None and exact > amount:
         return path, "its rounds can be as many as the budget affords"
     expected = without_a_look(problem.size, amount)
     if expected != path:

@@ -9,9 +9,11 @@ from hf_coar.editing.tasks.refitting import put
 from hf_coar.errors import UnsatisfiedError
 
 
-@rival("last_layer", ("lift",))
+@rival("last_layer", ("forget", "lift"))
 def last_layer(aim: Aim) -> nn.Module:
-    """Deep feature reweighting (Kirichenko, Izmailov, Wilson 2023): the last layer is fitted anew to balanced groups.
+    """The last layer is fitted anew: to balanced groups, or to the model's own answers without a class.
+
+    The former is deep feature reweighting (Kirichenko, Izmailov, Wilson 2023).
 
     Raises:
         UnsatisfiedError: no strength of the pull towards the layer as it was keeps the limits.

@@ -1,5 +1,6 @@
 """What an edit is for: an aim says what to ablate next, how far to go, and what comes out; here it is carried out."""
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +25,8 @@ from hf_coar.errors import CoarError, UnsatisfiedError
 from hf_coar.models import calling
 from hf_coar.models.outputs import Output
 from hf_coar.storage.registry import Registry
+
+logger = logging.getLogger(__name__)
 
 ABLATION = "ablation"
 
@@ -143,7 +146,11 @@ class Aim(ABC):
         def rank(model: nn.Module, ablated: Tensor) -> Tensor:
             return RULES[rule](self.sides(self.weigh, model))
 
-        return walk(self.of.masked, rank, self.judge, rule, **options)
+        return walk(self.of.masked, rank, lambda model, ablated: self.measured(model, ablated, rule), **options)
+
+    def measured(self, model: nn.Module, ablated: Tensor, rule: str) -> list[Point]:
+        """A model on the way, without some components, int64 [any]: as it is, and with what else there is to try."""
+        return [Point(ablated, rule, self.judge(model))]
 
     def candidate(self, ablated: Tensor, rule: str) -> Point:
         """One model without some components, int64 [any], measured."""
@@ -210,11 +217,12 @@ def carried_out(aim: Aim, method: str, rivals: str | Sequence[str] | None) -> Ed
     Args:
         aim: of the edit.
         method: "ablation", or the name of a rival.
-        rivals: to measure: names, "quick" for those that take no time, "all", or none.
+        rivals: to measure: names, "quick" for those that take no time, "all", or none. Of a group, those are left out
+            that this model can't have.
 
     Raises:
         UnsatisfiedError: nothing keeps the limits.
-        CoarError: an unknown method or rival.
+        CoarError: an unknown method or rival, or a named one that this model can't have.
     """
     names = _chosen(aim, rivals)
     if method != ABLATION:
@@ -230,7 +238,14 @@ def carried_out(aim: Aim, method: str, rivals: str | Sequence[str] | None) -> Ed
                 against[name] = aim.figures(RIVALS[name](aim))
             except UnsatisfiedError:
                 against[name] = {}
+            except CoarError as error:
+                if rivals not in _GROUPS:
+                    raise
+                logger.info("edit: %s is not measured: %s", name, error)
     return replace(made, figures=Figures(made.figures.measured, against))
+
+
+_GROUPS = ("quick", "all")
 
 
 def _chosen(aim: Aim, rivals: str | Sequence[str] | None) -> list[str]:

@@ -12,8 +12,9 @@ from hf_coar.components import Components
 from hf_coar.editing.rules import Sides
 from hf_coar.editing.tasks import figures as fig
 from hf_coar.editing.tasks import probing
-from hf_coar.editing.tasks.aims import ABLATION, Aim, Weigh, carried_out
+from hf_coar.editing.tasks.aims import ABLATION, Weigh, carried_out
 from hf_coar.editing.tasks.figures import Figure
+from hf_coar.editing.tasks.heads import HeadAim, check_refit
 from hf_coar.editing.tasks.held import check_limits, divided
 from hf_coar.editing.tasks.judged import Judged
 from hf_coar.editing.tasks.looking import Seen
@@ -31,7 +32,7 @@ WORST_WITHIN = 0.1  # what any single other class may lose beyond doubt: a neigh
 
 
 @dataclass(frozen=True)
-class Forgetting(Aim):
+class Forgetting(HeadAim):
     """One class is to be forgotten.
 
     Attributes:
@@ -46,7 +47,7 @@ class Forgetting(Aim):
     at_most: float
     contrasts: tuple[str, ...] = CONTRASTS
     kind: ClassVar[str] = "forget"
-    quick: ClassVar[tuple[str, ...]] = ("logit_bias",)
+    quick: ClassVar[tuple[str, ...]] = ("logit_bias", "last_layer")  # the latter is this edit with nothing ablated
 
     @property
     def name(self) -> str:
@@ -77,8 +78,19 @@ class Forgetting(Aim):
     # ------------------------------------------------------------------------------------------- what to ablate first
 
     def points(self) -> list[Point]:
-        """A walk until the allowance is spent."""
+        """A walk until the allowance is spent: late, where a new last layer makes up for what the others lose."""
         return self.walked(RULE, passing_by=PASSING_BY)
+
+    def measured(self, model: nn.Module, ablated: Tensor, rule: str) -> list[Point]:
+        """As it is, and with a last layer of its own."""
+        attributed, choose = self.seen(model)
+        found = [Point(ablated, rule, self.verdict(choose))]
+        if self.refit is not None:
+            found.append(self.with_new_head(ablated, f"{rule}, last layer refitted", attributed, choose))
+        if any(one.verdict.satisfies for one in found):  # others are not compared by what is left
+            left = self._probed(attributed, choose)
+            found = [replace(one, verdict=_less(one.verdict, left)) for one in found]
+        return found
 
     def plain(self) -> "Forgetting":
         """The margin alone."""
@@ -105,24 +117,37 @@ class Forgetting(Aim):
         if "features" in self.contrasts and seen.features is not None:
             yield self.of.looker.of_features(*probing.direction(seen.features, own))
 
-    def loss(self, model: nn.Module) -> Tensor:
+    def loss_of(self, logits: Tensor) -> Tensor:
         """Away from the class, and with the others as they were: distances to the model's own answers without it."""
-        found, wanted = self.outputs(model), self.before["attribute"].logits.clone()
+        wanted = self.before["attribute"].logits.clone()
         wanted[self.own(self.parts.attribute), self.label] = -torch.inf
-        return F.kl_div(found.log_softmax(1), wanted.to(found).softmax(1), reduction="batchmean")
+        return F.kl_div(logits.log_softmax(1), wanted.to(logits).softmax(1), reduction="batchmean")
 
     # ------------------------------------------------------------------------------------------------- how far to go
 
-    def judge(self, model: nn.Module) -> Verdict:
-        """What the examples to choose on say of a model."""
-        own, seen = self.own(self.parts.choose), self.of.see(model, self.parts.choose)
+    def verdict(self, seen: Seen) -> Verdict:
+        """Judges by what a model makes of the examples to choose on."""
+        own = self.own(self.parts.choose)
         was, now = self.of.right(self.before["choose"]), self.of.right(seen)
         target, error = fig.share_and_error(now[own])
         lost, lost_error = fig.fall(was[~own], now[~own])
         spent = max(lost + lost_error - self.others_within, self._worst(was, now, own) - WORST_WITHIN)
         safe = lost + margin(WALK) * lost_error <= self.others_within
-        merit = -self._back(seen) if safe else -1 - lost
+        merit = -self._back(seen) if safe else -2 - lost
         return Verdict(target, float(now[~own].float().mean()), target + error - self.at_most, spent, merit)
+
+    def judge(self, model: nn.Module) -> Verdict:
+        """What the examples to choose on say of a model: of those that keep the limits, where least is left is best."""
+        choose = self.of.see(model, self.parts.choose)
+        verdict = self.verdict(choose)
+        if not verdict.satisfies:
+            return verdict
+        return _less(verdict, self._probed(self.of.see(model, self.parts.attribute), choose))
+
+    def _probed(self, attributed: Seen, choose: Seen) -> float:
+        """How much of the class a fresh linear classifier finds in the features, fitted to what is attributed."""
+        said = probing.linear_probe(attributed, self.labels(self.parts.attribute), choose)
+        return 0.0 if said is None else float((said[self.own(self.parts.choose)] == self.label).float().mean())
 
     def _worst(self, was: Tensor, now: Tensor, own: Tensor) -> float:
         """What the other class that fares worst has lost beyond a standard error."""
@@ -173,6 +198,11 @@ class Forgetting(Aim):
         return probing.one_bias(fit, labels, judge, self.label)
 
 
+def _less(verdict: Verdict, left: float) -> Verdict:
+    """The more is left of a class, the less a model that hides it is worth."""
+    return replace(verdict, merit=verdict.merit - left)
+
+
 def claim(output: Output, label: int) -> Output:
     """How far one class's logit lies above all others, whatever the example is: its margin if it were of that class."""
 
@@ -191,6 +221,7 @@ def forget(
     *,
     others_within: float = 0.015,
     at_most: float = 0.1,
+    refit: str | None = "head",
     method: str = ABLATION,
     rivals: str | Sequence[str] | None = "quick",
     components: Components | None = None,
@@ -199,9 +230,9 @@ def forget(
     """A copy of a classifier that forgets one class and keeps the others; its figures are from examples of their own.
 
     The data are divided: a quarter is attributed, a third chooses how far to go, the rest judges. What the class needs
-    and the others do not is ablated step by step, attributed anew after each, until the others' allowance is spent; of
-    the models that keep all limits, with a standard error to spare, the one from which one constant on the logit gives
-    least of the class back.
+    and the others do not is ablated step by step, attributed anew after each, the last layer fitted anew, until the
+    others' allowance is spent; of the models that keep all limits, with a standard error to spare, the one in which a
+    constant on the logit and a linear probe of the features find least of the class.
 
     Args:
         model: a classifier; it stays as it was.
@@ -210,8 +241,11 @@ def forget(
         others_within: what the accuracy on all other classes may fall by, from 0 to 1; no single one may fall by ten
             points beyond doubt.
         at_most: the accuracy on the class that is asked for, from 0 to 1.
+        refit: "head" also fits the last layer anew, to the model's own answers without the class on the examples that
+            are attributed; None ablates alone.
         method: "ablation", or a rival instead: see `editing.rivals`.
-        rivals: which to measure beside it: "quick" (a constant on the logit), "all", names, or None.
+        rivals: which to measure beside it: "quick" (a constant on the logit, and a new last layer alone), "all", names,
+            or None.
         components: from `find_components(model)`, which is the default.
         seed: of the division.
 
@@ -220,7 +254,9 @@ def forget(
         UnsatisfiedError: nothing on the way keeps the limits; the message says what comes nearest and what it costs.
     """
     check_limits(others_within=others_within, at_most=at_most)
+    check_refit(refit)
     of = Setting.of(model, data, components)
     number = of.held.label_of(label)
     parts = divided(of.held.labels, of.held.labels == number, seed, f"label {of.held.name(number)!r}")
-    return carried_out(Forgetting(of, parts, number, others_within, at_most), method, rivals)
+    aim = Forgetting(of, parts, number, others_within, at_most, refit=refit)
+    return carried_out(aim.refitting_if_possible(), method, rivals)

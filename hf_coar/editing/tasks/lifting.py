@@ -11,12 +11,11 @@ from torch import Tensor, nn
 
 from hf_coar.components import Components
 from hf_coar.data import Examples
-from hf_coar.editing.making import kept_without
 from hf_coar.editing.rules import Sides
 from hf_coar.editing.tasks import figures as fig
-from hf_coar.editing.tasks import refitting
-from hf_coar.editing.tasks.aims import ABLATION, Aim, Weigh, carried_out
+from hf_coar.editing.tasks.aims import ABLATION, Weigh, carried_out
 from hf_coar.editing.tasks.figures import Figure
+from hf_coar.editing.tasks.heads import HeadAim, check_refit
 from hf_coar.editing.tasks.held import LEAST, Held, check_limits, divided
 from hf_coar.editing.tasks.judged import Judged
 from hf_coar.editing.tasks.looking import Seen
@@ -45,20 +44,18 @@ SOFTENED = Output("softened", "probability", softened)
 
 
 @dataclass(frozen=True)
-class Lifting(Aim):
+class Lifting(HeadAim):
     """The worst groups are to fare better.
 
     Attributes:
         groups: number of every example's group, int64 [examples].
         average_within: what the average accuracy may fall by, from 0 to 1.
-        refit: "head" fits the last layer anew to what ablation leaves of the features.
         smooth: attribute softened probabilities.
         names: of the groups.
     """
 
     groups: Tensor
     average_within: float
-    refit: str | None = None
     smooth: bool = True
     names: Mapping[int, str] = field(default_factory=dict)
     kind: ClassVar[str] = "lift"
@@ -102,32 +99,6 @@ class Lifting(Aim):
         some = [Point(_NONE, ranked[0].rule, ranked[0].verdict), *ranked[:REFITTED]]
         return [*points, *(self.refitted(one.ablated, f"{one.rule}, last layer refitted") for one in some)]
 
-    @property
-    def can_refit(self) -> bool:
-        """Whether the last layer is known, and gives the logits of what it reads."""
-        return self.of.looker.head is not None and refitting.reads(
-            self.of.model.get_submodule(self.of.looker.head), self.before["choose"]
-        )
-
-    def refitted(self, ablated: Tensor, rule: str) -> Point:
-        """The model without some components, int64 [any], and with the last layer that does best on other examples."""
-        name = self.of.looker.head
-        if not self.can_refit:
-            raise CoarError(f"no linear layer of the {type(self.of.model).__name__} is known to give its logits")
-        with self.of.masked.ablated(kept_without(len(self.of.masked), ablated)) as model:
-            seen, choose = (self.of.see(model, rows) for rows in (self.parts.attribute, self.parts.choose))
-            head = model.get_submodule(name)
-            strata, labels = self.groups[self.parts.attribute], self.labels(self.parts.attribute)
-            found = [
-                Point(ablated, rule, self.verdict(self._with_logits(choose, logits)), layer)
-                for layer, logits in refitting.candidates(head, seen, labels, strata, choose)
-            ]
-        return max(found, key=lambda one: (one.verdict.spent <= 0, one.verdict.merit))
-
-    def _with_logits(self, seen: Seen, logits: Tensor) -> Seen:
-        values = self.of.looker.output(logits, {"labels": self.labels(self.parts.choose)})
-        return Seen(values, logits, seen.features)
-
     def plain(self) -> "Lifting":
         """The output of the task in the place of probabilities."""
         return replace(self, smooth=False)
@@ -142,17 +113,11 @@ class Lifting(Aim):
         sets = [(1, found[groups == group]) for group in self.failing]
         return Sides(sets, found[spared], values[spared], output.boundary)
 
-    def loss(self, model: nn.Module) -> Tensor:
+    def loss_of(self, logits: Tensor) -> Tensor:
         """Cross-entropy, every group counting alike."""
-        groups = self.groups[self.parts.attribute]
-        labels = self.labels(self.parts.attribute)
-        logits = self.outputs(model)
+        groups, labels = self.groups[self.parts.attribute], self.labels(self.parts.attribute)
         each = F.cross_entropy(logits, labels.to(logits.device), reduction="none")
         return torch.stack([each[groups == group].mean() for group in groups.unique()]).mean()
-
-    def judge(self, model: nn.Module) -> Verdict:
-        """What the examples to choose on say of a model."""
-        return self.verdict(self.of.see(model, self.parts.choose))
 
     def verdict(self, seen: Seen) -> Verdict:
         """Judges by what a model makes of the examples to choose on."""
@@ -294,11 +259,10 @@ def lift(
         UnsatisfiedError: nothing lifts the worst group within the limit.
     """
     check_limits(average_within=average_within)
-    if refit not in ("head", None):
-        raise CoarError(f"refit={refit!r}: give 'head', or None")
+    check_refit(refit)
     of = Setting.of(model, data, components)
     numbers, names = groups_of(of.held, data, groups)
     targets = numbers == int(numbers[0])  # every group is divided alike, and each is large enough
     parts = divided(numbers, targets, seed, "a group")
-    aim = Lifting(of, parts, numbers, average_within, refit, names=names)
-    return carried_out(aim if aim.can_refit else replace(aim, refit=None), method, rivals)
+    aim = Lifting(of, parts, numbers, average_within, names=names, refit=refit)
+    return carried_out(aim.refitting_if_possible(), method, rivals)

@@ -79,7 +79,7 @@ class Matching(Aim):
     def wanted(self) -> str:
         """What an edit must do."""
         allowed = f"{100 * self.clean_within:.3g} points"
-        return f"brings triggered examples nearer to clean ones, and costs these {allowed} at most"
+        return f"brings triggered examples nearer to clean ones, some of them right, and costs these {allowed} at most"
 
     @cached_property
     def start(self) -> tuple[Seen, Seen]:
@@ -124,11 +124,14 @@ class Matching(Aim):
         goal = -lacking(clean, triggered) - DRIFT * float((clean.values - was.values).abs().mean())
         before = -lacking(was, triggered_was)
         lost, _ = fig.fall(self.of.right(was), self.of.right(clean))
-        right = float(self.of.right(triggered).float().mean())
+        right, right_was = (float(self.of.right(seen).float().mean()) for seen in (triggered, triggered_was))
+        # Nearer is not there: where some pairs were wrong and none of them comes right, nothing was achieved.
+        stuck = right <= right_was + ROUNDING < 1
+        missing = max(before - goal, 1 / len(self.parts.attribute)) if stuck else before - goal
         # Without a standard error to spare, and one pair with all its copies: ten pairs cannot tell 1.2 points from
         # none. It is their drift, in the goal, that keeps clean ones as they are.
         spent = lost - max(self.clean_within, 1 / len(self.parts.attribute)) - ROUNDING
-        return Verdict(right, float(self.of.right(clean).float().mean()), before - goal, spent, goal)
+        return Verdict(right, float(self.of.right(clean).float().mean()), missing, spent, goal)
 
     def loss(self, model: nn.Module) -> Tensor:
         """Cross-entropy of clean and triggered examples alike."""

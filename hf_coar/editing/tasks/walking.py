@@ -63,7 +63,7 @@ class Point:
         return Candidate(self.rule, len(self.ablated), 0.0, slack, self.verdict.merit if slack >= 0 else None)
 
 
-Judge = Callable[[nn.Module], Verdict]
+Measure = Callable[[nn.Module, Tensor], Sequence[Point]]  # (model, ablated): as it is, and with what else was tried
 
 
 def margin(n_candidates: int) -> float:
@@ -75,7 +75,7 @@ def margin(n_candidates: int) -> float:
 
 
 def walk(
-    masked: MaskedModel, rank: Ranker, judge: Judge, rule: str, most: int | None = None, step: int | None = None,
+    masked: MaskedModel, rank: Ranker, measure: Measure, most: int | None = None, step: int | None = None,
     tried: int = MOST_TRIED, passing_by: int = 0,
 ) -> list[Point]:  # fmt: skip
     """Ablates a step of components, ranks the others anew, and so on, until the allowance of the others is spent.
@@ -86,8 +86,7 @@ def walk(
     Args:
         masked: the model with its components.
         rank: (model, ablated) -> int64 [components], the best to ablate first.
-        judge: of a model.
-        rule: name of the ranking.
+        measure: a model without some components, in one way or several; what is cheapest counts.
         most: components in all; by default a fifth of them.
         step: components at a time; by default 1 in 100.
         tried: models that are measured at most.
@@ -98,19 +97,22 @@ def walk(
     step = max(1, round(STEP_FRACTION * n_all)) if step is None else step
     smallest = max(1, step // 4)  # smaller ones bring little, and cost as much
     points: list[Point] = []
+    n_tried = 0
     kept, ablated = torch.ones(n_all, dtype=torch.bool), torch.empty(0, dtype=torch.long)
     barred, size, passed_by = torch.zeros(n_all, dtype=torch.bool), step, 0
     ranking: Tensor | None = None
-    while len(ablated) < most and len(points) < tried and passed_by <= passing_by:
+    while len(ablated) < most and n_tried < tried and passed_by <= passing_by:
         if ranking is None:
             with masked.ablated(kept):
                 ranking = rank(masked.model, ablated)
         best = ranking[kept[ranking] & ~barred[ranking]]
         if not len(best):
             break
-        points.append(_measured(masked, torch.cat([ablated, best[: min(size, most - len(ablated))]]), rule, judge))
-        if points[-1].verdict.spent <= 0:
-            ablated, ranking = points[-1].ablated, None
+        found = _measured(masked, torch.cat([ablated, best[: min(size, most - len(ablated))]]), measure)
+        points += found
+        n_tried += 1
+        if min(point.verdict.spent for point in found) <= 0:
+            ablated, ranking = found[0].ablated, None
             kept[ablated] = False
         elif size // 2 >= smallest:
             size //= 2
@@ -120,17 +122,18 @@ def walk(
     return points
 
 
-def _measured(masked: MaskedModel, ablated: Tensor, rule: str, judge: Judge) -> Point:
+def _measured(masked: MaskedModel, ablated: Tensor, measure: Measure) -> Sequence[Point]:
     kept = torch.ones(len(masked), dtype=torch.bool)
     kept[ablated] = False
     with masked.ablated(kept) as model:
-        point = Point(ablated, rule, judge(model))
-    found = point.verdict
-    logger.info(
-        "edit: %s, %d components: target %.3f, others %.3f (missing %.3f, over the allowance %.3f)",
-        rule, len(ablated), found.target, found.others, max(0.0, found.missing), max(0.0, found.spent),
-    )  # fmt: skip
-    return point
+        points = measure(model, ablated)
+    for point in points:
+        found = point.verdict
+        logger.info(
+            "edit: %s, %d components: target %.3f, others %.3f (missing %.3f, over the allowance %.3f)",
+            point.rule, len(ablated), found.target, found.others, max(0.0, found.missing), max(0.0, found.spent),
+        )  # fmt: skip
+    return points
 
 
 def best(points: Sequence[Point], wanted: str, before: Verdict) -> Point:
