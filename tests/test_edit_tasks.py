@@ -355,6 +355,17 @@ def test_pairs_of_which_none_comes_right_are_no_match(backdoored, monkeypatch):
             coar.match(model, clean, strong, components=components, method=method, rivals=None)
 
 
+def test_a_match_goes_in_longer_steps_where_there_are_many_components(backdoored, monkeypatch):
+    model, clean, triggered, components = backdoored
+    monkeypatch.setattr(matching, "MOST", 0.2)  # 16 of 80 neurons
+    lengths = []
+    for steps in (48, 4):
+        monkeypatch.setattr(matching, "STEPS", steps)
+        result = coar.match(model, clean, triggered, clean_within=0.2, components=components, rivals=None)
+        lengths.append([count for count, *_ in result.frontier])
+    assert lengths[0][1:3] == [1, 2] and lengths[1][1:3] == [4, 8] and len(lengths[1]) < len(lengths[0])
+
+
 def test_copies_of_pictures_keep_the_trigger_in_its_place():
     clean = torch.rand(3, 1, 6, 6)
     triggered = clean.clone()

@@ -85,7 +85,7 @@ class HeadAim(Aim):
         return self.of.see(model, self.parts.attribute), self.of.see(model, self.parts.choose)
 
     def with_new_head(self, ablated: Tensor, rule: str, attributed: Seen, choose: Seen) -> Point:
-        """The same, where it is known what a model without them makes of the examples.
+        """A model without some components, and with the last layer that does best, by what it makes of the examples.
 
         Args:
             ablated: which components, int64 [any].
