@@ -195,6 +195,28 @@ def test_a_last_layer_that_holds_components_is_left_as_it_is(net, caplog):
         coar.forget(model, data, 3, others_within=0.1, method="last_layer")
 
 
+class Tied(nn.Module):
+    """The last layer is also a table that the beginning reads, as in language models."""
+
+    def __init__(self, net: nn.Sequential) -> None:
+        super().__init__()
+        self.body, self.head = net[:4], net[4]
+        self.table = nn.Embedding(N_CLASSES, 40)
+        self.table.weight = self.head.weight
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(inputs)) + 0 * self.table.weight.sum()
+
+
+def test_a_last_layer_that_others_share_is_left_as_it_is(net, caplog):
+    model, data = Tied(trained(*blobs(seed=1))).eval(), net[1]
+    components = coar.find_components(model, include=["body.*"])
+    with pytest.raises(CoarError, match=r"head shares its weight with table\.weight"):
+        coar.forget(model, data, 3, others_within=0.1, components=components, method="last_layer")
+    result = coar.forget(model, data, 3, others_within=0.1, components=components)
+    assert "left as it is: head shares its weight" in caplog.text and result.components
+
+
 def by(judge):
     """As a walk measures: one point a model."""
     return lambda model, ablated: [walking.Point(ablated, "", judge(model))]

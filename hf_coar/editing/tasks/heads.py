@@ -66,7 +66,9 @@ class HeadAim(Aim):
         groups = self.of.masked.components.groups
         if any(parameters & {one.parameter, *one.shared_by} for one in groups):
             return f"{name} holds components: what is ablated in it would be fitted anew"
-        return ""
+        own = {id(one) for one in model.get_submodule(name).parameters()}
+        users = {one for one, value in model.named_parameters(remove_duplicate=False) if id(value) in own} - parameters
+        return f"{name} shares its weight with {', '.join(sorted(users))}" if users else ""
 
     def refitting_if_possible(self) -> Self:
         """This aim, without a new last layer where none can be had; says so."""
@@ -94,7 +96,7 @@ class HeadAim(Aim):
             choose: the examples to choose on.
 
         Raises:
-            CoarError: no linear layer is known to give the logits, or it holds components itself.
+            CoarError: no linear layer is known to give the logits, or it holds components or others' weights.
         """
         if self.unfit:
             raise CoarError(f"the last layer can't be fitted anew: {self.unfit}")
