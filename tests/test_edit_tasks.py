@@ -195,6 +195,16 @@ def test_a_last_layer_that_holds_components_is_left_as_it_is(net, caplog):
         coar.forget(model, data, 3, others_within=0.1, method="last_layer")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_last_layer_is_known_by_what_it_gives_in_any_precision(dtype):
+    torch.manual_seed(0)
+    head, features = nn.Linear(40, 5).to(dtype), torch.randn(64, 40).to(dtype)
+    with torch.no_grad():
+        logits = head(features).float()
+    assert refitting.reads(head, Seen(torch.zeros(64), logits, features.float()))
+    assert not refitting.reads(head, Seen(torch.zeros(64), 1.2 * logits, features.float()))
+
+
 class Tied(nn.Module):
     """The last layer is also a table that the beginning reads, as in language models."""
 

@@ -60,8 +60,10 @@ class HeadAim(Aim):
     def unfit(self) -> str:
         """Why the last layer can't be fitted anew; empty where it can. Asked for before anything is ablated."""
         name, model = self.of.looker.head, self.of.model
-        if name is None or not refitting.reads(model.get_submodule(name), self.before["choose"]):
+        if name is None:
             return f"no linear layer of the {type(model).__name__} is known to give its logits"
+        if not refitting.reads(model.get_submodule(name), self.before["choose"]):
+            return f"what {name} makes of its inputs are not the logits"
         parameters = {f"{name}.{one}" for one, _ in model.get_submodule(name).named_parameters()}
         groups = self.of.masked.components.groups
         if any(parameters & {one.parameter, *one.shared_by} for one in groups):
