@@ -4,6 +4,7 @@
     python scripts/benchmark_rivals.py demo --seeds 5 6 7 8 9
     python scripts/benchmark_rivals.py vit --n-examples 8 --seeds 3 4 5 6 7
     python scripts/benchmark_rivals.py models/mobilenet --n-examples 4 --fraction 0.01 --seeds 0 1 2
+    python scripts/benchmark_rivals.py models/gpt2 --n-examples 8 --seeds 0 1 2
     python scripts/benchmark_rivals.py models/smollm2 --granularity head --n-examples 4 --seeds 0 1 2
 
 `demo` is the embedded model, `vit` a small one trained here in seconds; the others come from
