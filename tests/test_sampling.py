@@ -152,3 +152,12 @@ def test_the_order_of_a_split_keeps_equal_words_in_place():
     ties = sampling.words(3, sampling.PATHS, 1, 2, 5000) % np.uint32(70_000) * np.uint32(61_001)
     assert (sampling._stable_order(ties) == np.argsort(ties, kind="stable")).all()
     assert len(np.unique(ties)) < 5000
+
+
+def test_what_a_device_makes_of_words_is_the_same_bit_for_bit():
+    words = [sampling.words(7, sampling.PATHS, example, 3, 4999) for example in range(3)]
+    here = torch.from_numpy(np.stack(words).view(np.int32)).long() & 0xFFFFFFFF
+    levels = [sampling.uniforms(7, sampling.PATHS, example, 3, 4999) for example in range(3)]
+    assert torch.equal(sampling.uniforms_of(here), torch.from_numpy(np.stack(levels)))
+    splits = [sampling.balanced_split(7, sampling.PATHS, example, 3, 4999, 7) for example in range(3)]
+    assert torch.equal(sampling.balanced_splits_of(here, 7), torch.from_numpy(np.stack(splits)))

@@ -78,7 +78,7 @@ def test_nothing_waits_in_a_pass(case):
     rounds.round(batch, examples, 0)
     with Waits() as waits:
         rounds.round(batch, examples, 1)
-    assert rounds.blocks == 5 and waits.found == {"gates.py": 1}, "one look a round: whether all is finite"
+    assert rounds.blocks == 5 and not waits.found
     passes, part = MaskedPasses(masked, output, Masks(len(masked), 0.05, 8, 0, 0)), Part("masks", 0, 8, 8.0, 8)
     passes.compute(batch, 0, part)
     with Waits() as waits:

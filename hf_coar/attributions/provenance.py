@@ -40,7 +40,7 @@ class Provenance:
         seed: of all draws.
         cost: forward passes an example that were spent, a forward and backward pass counted as three.
         versions: of the libraries that computed.
-        dtype: "bfloat16" or "float16" where passes ran in lower precision, else None.
+        dtype: "bfloat16", "float16" or "tf32" where passes ran in lower precision, else None.
         checked: what fresh masks said of them, or None.
         forecast: what predictions need beside the tensors of the attributions, see `Forecast.to_json`; or None.
         warnings: what a person must know before using them, one line each.

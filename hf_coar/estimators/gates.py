@@ -16,6 +16,7 @@ from hf_coar.estimators.captured import CapturedPasses
 from hf_coar.estimators.delta_reads import DeltaReads, followed
 from hf_coar.estimators.trying import elementwise_modules, normalising_modules
 from hf_coar.masking import MaskedModel
+from hf_coar.models.calling import sent
 from hf_coar.models.outputs import Output
 from hf_coar.runs import sampling
 from hf_coar.runs.measuring import check_finite
@@ -163,12 +164,14 @@ class Reads:
         hard: float32 [examples, components], mean of what was read while its gate was 1.
         gates: float32 [examples, components], the mean gate.
         output: float32 [examples], the mean output.
+        outputs: float32 [passes, examples], of every pass.
     """
 
     soft: Tensor
     hard: Tensor
     gates: Tensor
     output: Tensor
+    outputs: Tensor
 
 
 class GateRounds:
@@ -199,7 +202,7 @@ class GateRounds:
         gates = torch.full((len(examples), self.n_components), level, device=_device(batch))
         values, reads = self.passes(batch, gates, _SMOOTHING_OF_ONE_PASS if self.smooth else 0.0)
         check_finite(values, examples[0], f"all gates at {level:.3g}", self.output)
-        return Reads(reads, reads, gates, values)
+        return Reads(reads, reads, gates, values, values[None])
 
     def context(
         self, batch: data_module.Batch, examples: Sequence[int], index: int, apart: Tensor | None = None
@@ -208,14 +211,10 @@ class GateRounds:
 
         All components are read. Arguments as for `round`, `hard` is nothing.
         """
-        draw = [
-            sampling.uniforms(self.seed, sampling.CONTEXTS, example, index, self.n_components) for example in examples
-        ]
-        gates = (torch.from_numpy(np.stack(draw)).to(_device(batch)) >= self.fraction).float()
+        gates = (self._uniforms(sampling.CONTEXTS, examples, index, _device(batch)) >= self.fraction).float()
         gates = gates if apart is None else gates.masked_fill(apart, 1.0)
         values, reads = self.passes(batch, gates, self._smoothing(index))
-        check_finite(values, examples[0], f"context {index}", self.output)
-        return Reads(reads, torch.zeros_like(reads), gates, values)
+        return Reads(reads, torch.zeros_like(reads), gates, values, values[None])
 
     def along(
         self, batch: data_module.Batch, examples: Sequence[int], reach: float, apart: Tensor | None = None
@@ -250,10 +249,9 @@ class GateRounds:
             index: of the round, from 0.
             apart: components that stay in place and are not read, bool [examples, components].
         """
-        levels, block = self._draw(examples, index)
-        levels, block = levels.to(_device(batch)), block.to(_device(batch))
+        levels, block = self._draw(examples, index, _device(batch))
         if apart is not None:
-            block[apart] = -1
+            block.masked_fill_(apart, -1)
         soft, hard, gates = (torch.zeros_like(levels) for _ in range(3))
         outputs = []
         for b in range(self.blocks):
@@ -265,36 +263,54 @@ class GateRounds:
             hard += reads * ~in_block
             gates += level / self.blocks
             outputs.append(values)
-        self._check_finite(torch.stack(outputs), examples[0], index)
         hard = hard / max(self.blocks - 1, 1)
-        output = torch.stack(outputs).mean(0)
-        return Reads(soft, hard if apart is None else hard.masked_fill_(apart, 0.0), gates, output)
+        every = torch.stack(outputs)
+        return Reads(soft, hard if apart is None else hard.masked_fill_(apart, 0.0), gates, every.mean(0), every)
 
-    def _check_finite(self, outputs: Tensor, first: int, index: int) -> None:
-        """Looks at the outputs [passes, examples] of a round at once, so that no pass waits for the one before."""
+    def check_finite(self, outputs: Tensor, first: int, index: int) -> None:
+        """Raises `NonFiniteOutputError` where an output [passes, examples] of a round, or a context, is not finite.
+
+        Called once all rounds of a batch are on their way: on an accelerator every look waits for what is under way,
+        and the next round is drawn while this one is computed.
+        """
         if not bool(outputs.isfinite().all()):
             for b, values in enumerate(outputs):
                 check_finite(values, first, f"round {index}, pass {b}", self.output)
 
-    def _draw(self, examples: Sequence[int], index: int) -> tuple[Tensor, Tensor]:
+    def _draw(self, examples: Sequence[int], index: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Gate levels float32 and block numbers int32, both [examples, components]."""
-        seed, count, levels, blocks = self.seed, self.n_components, [], []
-        for example in examples:
-            # Rounds 2k and 2k + 1 are antithetic: the same draw and its complement.
-            draw = sampling.uniforms(seed, sampling.PATHS, example, 2 * (index // 2), count)
-            levels.append(1 - draw if index % 2 else draw)
-            blocks.append(sampling.balanced_split(seed, sampling.PATHS, example, 2 * index + 1, count, self.blocks))
-        return torch.from_numpy(np.stack(levels)), torch.from_numpy(np.stack(blocks))
+        # Rounds 2k and 2k + 1 are antithetic: the same draw and its complement.
+        levels = self._uniforms(sampling.PATHS, examples, 2 * (index // 2), device)
+        return 1 - levels if index % 2 else levels, self._blocks(examples, 2 * index + 1, device)
+
+    def _uniforms(self, purpose: int, examples: Sequence[int], sub_index: int, device: torch.device) -> Tensor:
+        """Uniform numbers, float32 [examples, components]."""
+        if device.type == "cuda":
+            return sampling.uniforms_of(self._words(purpose, examples, sub_index, device))
+        seed, count = self.seed, self.n_components
+        draws = [sampling.uniforms(seed, purpose, example, sub_index, count) for example in examples]
+        return torch.from_numpy(np.stack(draws)).to(device)
+
+    def _blocks(self, examples: Sequence[int], sub_index: int, device: torch.device) -> Tensor:
+        """The block of every component, int32 [examples, components]."""
+        if device.type == "cuda":
+            return sampling.balanced_splits_of(self._words(sampling.PATHS, examples, sub_index, device), self.blocks)
+        seed, count, blocks = self.seed, self.n_components, self.blocks
+        splits = [sampling.balanced_split(seed, sampling.PATHS, one, sub_index, count, blocks) for one in examples]
+        return torch.from_numpy(np.stack(splits)).to(device)
+
+    def _words(self, purpose: int, examples: Sequence[int], sub_index: int, device: torch.device) -> Tensor:
+        """Raw words, int64 [examples, components]: what takes longer than drawing these, an accelerator does."""
+        drawn = [sampling.words(self.seed, purpose, example, sub_index, self.n_components) for example in examples]
+        # Not every operation takes unsigned numbers.
+        return sent(torch.from_numpy(np.stack(drawn).view(np.int32)), device).long() & 0xFFFFFFFF
 
     def _others(self, examples: Sequence[int], levels: Tensor, index: int, b: int) -> Tensor:
         """Gates of the components outside the block: 1, or a random background of 0 and 1."""
         if not self.background:
             return torch.ones_like(levels)
-        draw = [
-            sampling.uniforms(self.seed, sampling.BACKGROUND, example, index * self.blocks + b, self.n_components)
-            for example in examples
-        ]
-        return (torch.from_numpy(np.stack(draw)).to(levels.device) >= self.background).to(levels.dtype)
+        draw = self._uniforms(sampling.BACKGROUND, examples, index * self.blocks + b, levels.device)
+        return (draw >= self.background).to(levels.dtype)
 
 
 def _device(batch: data_module.Batch) -> torch.device:
@@ -314,11 +330,11 @@ class Sums:
 
     def add(self, rows: Sequence[int], reads: Reads) -> None:
         """A round of some examples, given by their rows in the batch."""
-        index = torch.as_tensor(rows, device=self.soft.device)
+        index = sent(torch.as_tensor(rows), self.soft.device)
         parts = ((self.soft, reads.soft), (self.squared, reads.soft.square()), (self.hard, reads.hard))
         for total, part in (*parts, (self.gates, reads.gates), (self.output, reads.output)):
             total.index_add_(0, index, part)
-        self.rounds[index] += 1
+        self.rounds.index_add_(0, index, torch.ones_like(reads.output))
 
     def means(self) -> dict[str, Tensor]:
         """`soft`, `hard`, `gates` and `variance` (of the mean of the soft reads; from two rounds on), float32

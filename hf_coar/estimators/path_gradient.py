@@ -273,6 +273,7 @@ class BatchReader:
         self.sums: Sums | None = None
         self.outliers: Outliers | None = None
         self._rows = list(range(data_module.size(batch)))
+        self._unchecked: list[tuple[Tensor, int, int]] = []  # outputs of rounds, see `GateRounds.check_finite`
         gates.passes.begin_batch()
 
     def single(self) -> dict[str, Tensor]:
@@ -286,6 +287,7 @@ class BatchReader:
         while self.rounds < wanted and self._rows:
             self.next_round()
             if self.method.rounds == "auto" and self.rounds % 2 == 0:
+                self._check_finite()
                 enough = (self.sums.reliability() >= self.method.reliability).tolist()
                 self._rows = [row for row in self._rows if not enough[row]]
         return self.means()
@@ -311,15 +313,23 @@ class BatchReader:
         whole = len(rows) == count
         some = self.batch if whole else data_module.take(self.batch, rows)
         read = read or self.gates.round
-        self.sums.add(rows, read(some, [self.first + row for row in rows], self.rounds, apart))
+        examples = [self.first + row for row in rows]
+        reads = read(some, examples, self.rounds, apart)
+        self.sums.add(rows, reads)
+        self._unchecked.append((reads.outputs, examples[0], self.rounds))
         self.rounds += 1
 
     def means(self) -> dict[str, Tensor]:
         """What the rounds so far tell, see `gates.Sums.means`; with `outliers` and `effects` if they are set apart."""
+        self._check_finite()
         found = self.sums.means()
         if self.outliers is None:
             return found
         return found | {"outliers": self.outliers.indices, "effects": self.outliers.effects}
+
+    def _check_finite(self) -> None:
+        while self._unchecked:
+            self.gates.check_finite(*self._unchecked.pop(0))
 
 
 def _is_even(value: object, least: int) -> bool:

@@ -22,6 +22,7 @@ from hf_coar.errors import CoarError, ModelMismatchError, check_kind
 from hf_coar.masking import constants, gating, weights
 from hf_coar.masking.gating import FiredGroups
 from hf_coar.masking.partners import Partners
+from hf_coar.models import calling
 
 _HOW = ("auto", "hooks", "weights")
 
@@ -88,7 +89,7 @@ class MaskedModel:
 
     def _ablated(self, kept: Tensor, how: str) -> Iterator[nn.Module]:
         if how == "auto":
-            how = "weights" if self._by_weights(kept) else "hooks"
+            how = "weights" if self.is_in_weights(kept) else "hooks"
         if how == "hooks":
             with self.gated(kept.split(self.components.sizes(), dim=-1)) as fired:
                 yield self.model
@@ -105,7 +106,8 @@ class MaskedModel:
             with _FINGERPRINTS.masked(self.model), block:
                 yield self.model
 
-    def _by_weights(self, kept: Tensor) -> bool:
+    def is_in_weights(self, kept: Tensor) -> bool:
+        """Whether `ablated` changes stored weights for this mask, and the model itself runs as it is."""
         offloaded = any(tensor.device.type == "meta" for tensor in self._tensors)
         one_mask = kept.dim() == 1 and not kept.requires_grad
         return one_mask and not offloaded and weights.editable(self.components, kept) and self._can_be_written
@@ -195,7 +197,7 @@ class MaskedModel:
             if low == high:
                 continue
             if tensor.device not in sent:
-                sent[tensor.device] = places.to(tensor.device)
+                sent[tensor.device] = calling.sent(places, tensor.device)
             rows = sent[tensor.device][low:high]
             if group.block > 1:
                 rows = (rows[:, None] * group.block + torch.arange(group.block, device=rows.device)).flatten()

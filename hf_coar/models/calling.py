@@ -128,10 +128,17 @@ def row(batch: Mapping[str, Any], index: int) -> dict[str, Any]:
     return {name: value[index : index + 1] for name, value in batch.items()}
 
 
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device, without waiting for what is under way there."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()  # of other memory the copy waits for all that the device was given before
+    return tensor.to(device, non_blocking=True)
+
+
 def to(value: Any, device: torch.device) -> Any:
     """An entry of a batch, or a whole batch, with all tensors in it on a device."""
     if isinstance(value, Tensor):
-        moved = value.to(device, non_blocking=True)
+        moved = sent(value, device)
         return moved.clone() if moved.is_inference() and not torch.is_inference_mode_enabled() else moved
     if isinstance(value, Mapping):
         return {name: to(one, device) for name, one in value.items()}

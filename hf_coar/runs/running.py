@@ -14,6 +14,7 @@ from hf_coar import models
 from hf_coar.errors import CoarError, check_count
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+TF32 = "tf32"
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,9 @@ class Running:
     """How passes run. Nothing here changes the numbers beyond rounding, and none but `dtype` is stored.
 
     Attributes:
-        dtype: "bfloat16" or "float16": matrix products and convolutions in lower precision (autocast). That is rounding
-            of a few per cent, so it is recorded, and a run does not resume with another one.
+        dtype: "bfloat16" or "float16": matrix products and convolutions in lower precision (autocast); "tf32": float32
+            of ten bits on GPUs that have it, elsewhere nothing else than without. That is rounding of a few per cent,
+            so it is recorded, and a run does not resume with another one.
         compile: "auto": gate passes of a shape that comes often go through a captured graph, which gives the same bits
             (on an accelerator the same up to rounding), see `estimators.captured`. True, or the name of a backend: they
             do from the beginning, and that graph and the model in masked passes are compiled by `torch.compile`, which
@@ -50,8 +52,9 @@ class Running:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        if self.dtype is not None and self.dtype not in _DTYPES:
-            raise CoarError(f"dtype={self.dtype!r}; there are {', '.join(_DTYPES)}, and None for the model's own")
+        if self.dtype is not None and self.dtype not in (*_DTYPES, TF32):
+            known = ", ".join((*_DTYPES, TF32))
+            raise CoarError(f"dtype={self.dtype!r}; there are {known}, and None for the model's own")
         if self.batch_size is not None:
             check_count(self.batch_size, "batch_size")
         if not isinstance(self.compile, bool | str):
@@ -89,6 +92,11 @@ def running(**options: Any) -> Iterator[Running]:
         _current.reset(token)
 
 
+def rounding() -> float:
+    """How much of the largest value compilers and accelerators, whose sums have no fixed order, may change."""
+    return 1e-3 if current().dtype is None else 0.05
+
+
 def current() -> Running:
     """The options of the innermost `running` block."""
     return _current.get()
@@ -121,5 +129,20 @@ def autocast(device: torch.device, dtype: str | None) -> contextlib.AbstractCont
     """Matrix products and convolutions in lower precision inside the block, if one is given."""
     if dtype is None:
         return contextlib.nullcontext()
+    if dtype == TF32:
+        return _tf32()
     # No cache of casted weights: masks change them in place.
     return torch.autocast(device.type, _DTYPES[dtype], cache_enabled=False)
+
+
+@contextmanager
+def _tf32() -> Iterator[None]:
+    places = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
+    before = [place.fp32_precision for place in places]
+    try:
+        for place in places:
+            place.fp32_precision = TF32
+        yield
+    finally:
+        for place, value in zip(places, before, strict=True):
+            place.fp32_precision = value

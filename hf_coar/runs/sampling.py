@@ -101,6 +101,18 @@ def _stable_order(words: np.ndarray) -> np.ndarray:
     return order[np.argsort((words >> np.uint32(16)).astype(np.uint16)[order], kind="stable")]
 
 
+def uniforms_of(words: Tensor) -> Tensor:
+    """What `uniforms` makes of its words, on their device: float32 from int64 of any shape, bit for bit."""
+    return ((words >> 9).float() + 0.5) * 2.0**-23
+
+
+def balanced_splits_of(words: Tensor, n_blocks: int) -> Tensor:
+    """What `balanced_split` makes of its words, on their device: int32 from int64 [draws, count], bit for bit."""
+    order = words.argsort(dim=1, stable=True)
+    blocks = torch.arange(words.shape[1], dtype=torch.int32, device=words.device) % n_blocks
+    return torch.empty_like(words, dtype=torch.int32).scatter_(1, order, blocks.expand_as(order))
+
+
 def check_seed(seed: int) -> None:
     """Raises `CoarError` unless the seed is an integer from 0 to 2^64 - 1."""
     if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < 2**64:

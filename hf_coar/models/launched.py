@@ -1,0 +1,77 @@
+"""What a CUDA device is to do, recorded and launched as one: launches from Python take longer than small kernels run.
+
+A recording reads and writes the addresses that it was made with. So inputs are copied to where they were, what comes
+out is written over by the next launch, and a model that was moved in between is recorded again.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+Operations = Callable[..., tuple[Tensor, ...]]
+
+
+class Recording:
+    """Operations on tensors of a CUDA device, recorded at the first call of all and launched from then on."""
+
+    def __init__(self, operations: Operations, inputs: Sequence[Tensor], weights: Iterable[Tensor]) -> None:
+        """Record.
+
+        Args:
+            operations: what is done to the inputs; it makes no gradients, and looks at no value.
+            inputs: of the shapes that they will always have.
+            weights: all that is read beside them.
+
+        Raises:
+            Exception: whatever stands against it: a copy from the host, an operation that waits, no memory.
+        """
+        self._operations, self._weights = operations, [weight for weight in weights if weight.is_cuda]
+        self._inputs = [one.clone() for one in inputs]
+        self._record()
+
+    def _record(self) -> None:
+        self._addresses = [weight.data_ptr() for weight in self._weights]
+        self._graph = self._outputs = None  # before another takes as much memory
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):  # libraries choose their kernels, which is not to be recorded
+            self._operations(*self._inputs)
+        torch.cuda.current_stream().wait_stream(aside)
+        recorded = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(recorded):
+            self._outputs = self._operations(*self._inputs)
+        self._graph = recorded
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """What the operations give."""
+        if [weight.data_ptr() for weight in self._weights] != self._addresses:
+            self._record()
+        for mine, given in zip(self._inputs, inputs, strict=True):
+            mine.copy_(given)
+        self._graph.replay()
+        return tuple(one.clone() for one in self._outputs)
+
+
+def recorded(operations: Operations, inputs: Sequence[Tensor], weights: Iterable[Tensor]) -> Operations:
+    """A `Recording` of the operations; the operations themselves where there can be none, which is said."""
+    try:
+        return Recording(operations, inputs, weights)
+    except Exception as error:  # whatever a model's own code does
+        lines = str(error).strip().splitlines() or [""]
+        logger.info("operations are launched one by one: %s: %s", type(error).__name__, lines[0][:200])
+        torch.cuda.empty_cache()
+        return operations
+
+
+def check_equal(found: Iterable[Tensor], replayed: Iterable[Tensor], allowed: float) -> None:
+    """Raises `ValueError` if a replay gives something else than what was found, by more than a part of the largest."""
+    for one, other in zip(found, replayed, strict=True):
+        if torch.equal(one, other):
+            continue
+        off = float((one - other).abs().max() / one.abs().max().clamp_min(1e-30))
+        if not off <= allowed:
+            raise ValueError(f"the graph's values differ by {off:.2g} of the largest")

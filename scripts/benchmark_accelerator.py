@@ -1,0 +1,296 @@
+"""The engine on a CUDA device: passes and whole default runs beside plain ones, and a large ridge.
+
+    python scripts/benchmark_accelerator.py --write
+    python scripts/benchmark_accelerator.py --models vit_b16 --dtypes bfloat16 --batches 8
+    python scripts/benchmark_accelerator.py --ridge 83000 50000
+
+ViT-B/16 and ResNet-50 on 224 × 224 images and SmolLM2-135M on sequences of 128 tokens, of real size with random
+weights; the data lie in memory. Sides take turns; a figure is the median over the repeats. "own code" is
+`compile=False`, "recorded" `compile="auto"` with graphs from the second pass on.
+
+    plain        forward, and forward with backward to the one input, milliseconds a pass of a batch
+    masked       a masked pass of the same batch (20 a unit, as checks are), over the plain forward
+    gate         a gate pass as PathGradient makes it, over the plain forward with backward
+    host         of a gate pass: the time until all its work is handed to the device, over what the pass takes
+    busy         of gate passes: the time that kernels run, over all
+    whole        a default run of `coar.attribute` at 5 %, from the model to what is saved, over as many plain passes
+"""
+
+import argparse
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmark_engine import resnet50, vit_b16
+
+import hf_coar as coar
+from hf_coar import models
+from hf_coar.estimators import captured
+from hf_coar.estimators.gates import GateRounds, n_blocks
+from hf_coar.estimators.regression import solve
+from hf_coar.masking import MaskedModel
+from hf_coar.models import outputs
+from hf_coar.runs import sampling
+from hf_coar.runs.engine import Part, autocast, running
+from hf_coar.runs.measuring import MaskedPasses
+
+RESULTS = Path(__file__).parent / "results" / "accelerator.md"
+FRACTION, N_MASKS = 0.05, 20
+DTYPES = {"float32": None, "tf32": "tf32", "bfloat16": "bfloat16"}
+
+
+def smollm2() -> tuple[Any, Any]:
+    """A language model of SmolLM2-135M's size, sequences of 128 tokens."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True}
+    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49152}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **heads)), [{"input_ids": torch.randint(0, 49152, (1, 128))}]
+
+
+NETWORKS = {"vit_b16": (vit_b16, 64), "resnet50": (resnet50, 64), "smollm2": (smollm2, 16)}
+
+
+class Bench:
+    """One network with batches of random data."""
+
+    def __init__(self, name: str, n_batches: int) -> None:
+        """Build it on the device; batches stay on the host."""
+        torch.manual_seed(0)
+        make, size = NETWORKS[name]
+        model, ((one,)) = make()[0], make()[1][:1]
+        self.model = model.eval().to("cuda").requires_grad_(False)
+        self.batches = [self._batch(one, size) for _ in range(n_batches)]
+        self.components = coar.find_components(self.model)
+        self.output = outputs.get("token_margin" if name == "smollm2" else "margin")
+        self.size = size
+
+    @staticmethod
+    def _batch(one: dict[str, torch.Tensor], size: int) -> dict[str, torch.Tensor]:
+        if "input_ids" in one:
+            return {"input_ids": torch.randint(0, 49152, (size, one["input_ids"].shape[1]))}
+        return {"pixel_values": torch.randn(size, *one["pixel_values"].shape[1:]), "labels": torch.arange(size)}
+
+    def forwards(self, count: int, batches: list[dict]) -> None:
+        """Plain passes."""
+        with torch.no_grad():
+            for batch in batches:
+                there = models.to(batch, torch.device("cuda"))
+                for _ in range(count):
+                    self.output(models.logits(self.model, there), there)
+
+    def gradients(self, count: int, batches: list[dict]) -> None:
+        """Plain passes forward and backward."""
+        for batch in batches:
+            there = models.to(batch, torch.device("cuda"))
+            inputs = {name: one for name, one in there.items() if name != "labels"}
+            if "input_ids" in inputs:
+                inputs["inputs_embeds"] = self.model.get_input_embeddings()(inputs.pop("input_ids"))
+            leaf = next(iter(inputs.values())).detach().requires_grad_()
+            inputs[next(iter(inputs))] = leaf
+            for _ in range(count):
+                values = self.output(models.logits(self.model, inputs), there)
+                torch.autograd.grad(values.sum(), leaf)
+
+    def whole(self) -> float:
+        """A default run without its page; the cost, in forward passes an example."""
+        with tempfile.TemporaryDirectory() as folder:
+            found = coar.attribute(
+                self.model, self.batches, self.components, output=self.output, ablated_fraction=FRACTION, out=folder,
+                progress=False,
+            )  # fmt: skip
+        return found.provenance.cost
+
+
+def timed(act: Callable[[], Any]) -> float:
+    """Seconds until the device is done."""
+    torch.cuda.synchronize()
+    begun = time.perf_counter()
+    act()
+    torch.cuda.synchronize()
+    return time.perf_counter() - begun
+
+
+def passes(bench: Bench, dtype: str | None, repeats: int) -> dict[str, float]:
+    """Plain, masked and gate passes of one batch."""
+    batch = models.to(bench.batches[0], torch.device("cuda"))
+    masked, one = MaskedModel(bench.model, bench.components), [batch]
+    part, examples = Part("masks", 0, N_MASKS, float(N_MASKS), N_MASKS), range(bench.size)
+    sides: dict[str, Callable[[], Any]] = {
+        "forward": lambda: bench.forwards(N_MASKS, one), "gradient": lambda: bench.gradients(10, one)
+    }  # fmt: skip
+    rounds = {}
+    for name, compile in (("own", False), ("recorded", "auto")):
+        with running(compile=compile):
+            masks = MaskedPasses(masked, bench.output, sampling.Masks(len(masked), FRACTION, N_MASKS, 0, 0))
+        rounds[name] = GateRounds(masked, bench.output, FRACTION, 0)
+        sides[f"masked {name}"] = _running(compile, lambda m=masks: m.compute(batch, 0, part))
+        sides[f"gate {name}"] = _running(compile, lambda r=rounds[name]: r.round(batch, examples, 0))
+        rounds[name].passes.begin_batch()
+    found: dict[str, list[float]] = {side: [] for side in sides}
+    with autocast(torch.device("cuda"), dtype), running(dtype=dtype):
+        for number in range(repeats + 1):  # the first is for warming up
+            for side, act in sides.items():
+                seconds = timed(act)
+                if number:
+                    found[side].append(seconds / (N_MASKS if side.startswith(("forward", "masked")) else 10))
+        figures = {side: statistics.median(times) for side, times in found.items()}
+        gates = torch.full((bench.size, len(masked)), 0.9, device="cuda")
+        for name, compile in (("own", False), ("recorded", "auto")):
+            act = _running(compile, lambda r=rounds[name]: r.passes(batch, gates, 0.5))
+            act()
+            torch.cuda.synchronize()
+            begun = time.perf_counter()
+            act()
+            figures[f"host {name}"] = time.perf_counter() - begun
+            figures[f"busy {name}"] = busy(lambda act=act: [act() for _ in range(5)])
+    figures["recorded at all"] = float(bool(rounds["recorded"].passes._passes._trusted))
+    return figures
+
+
+def _running(compile: bool | str, act: Callable[[], Any]) -> Callable[[], Any]:
+    def run() -> Any:
+        with running(compile=compile):
+            return act()
+
+    return run
+
+
+def busy(act: Callable[[], Any]) -> float:
+    """The share of the time in which kernels run."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        seconds = timed(act)
+    return sum(event.self_device_time_total for event in seen.key_averages()) / 1e6 / seconds
+
+
+def wholes(bench: Bench, dtype: str | None, repeats: int) -> dict[str, float]:
+    """Default runs, and as many plain passes."""
+    n_gated, cost = coar.PathGradient().rounds * n_blocks(FRACTION), 0.0
+    device, found = torch.device("cuda"), {"own": [], "plain": [], "recorded": []}
+
+    def plain() -> None:
+        with autocast(device, dtype):
+            bench.gradients(n_gated, bench.batches)
+            bench.forwards(round(cost - 3 * n_gated), bench.batches)
+
+    for _ in range(repeats):
+        for side in found:
+            if side == "plain":
+                found[side].append(timed(plain))
+                continue
+            with running(dtype=dtype, compile="auto" if side == "recorded" else False, report=False):
+                begun = time.perf_counter()
+                cost = bench.whole()
+                found[side].append(time.perf_counter() - begun)
+    return {side: statistics.median(times) for side, times in found.items()} | {"cost": cost}
+
+
+def ridge(n_components: int, n_masks: int, n_examples: int = 64) -> str:
+    """Seconds of a ridge regression."""
+    torch.manual_seed(0)
+    masks = torch.rand(n_masks, n_components, device="cuda") >= FRACTION
+    weights = torch.randn(n_components, n_examples, device="cuda") / n_components**0.5
+    values = torch.cat([(~part).float() @ weights for part in masks.split(4096)])
+    values += 0.1 * torch.randn_like(values)
+    masks, values = masks.cpu(), values.cpu()
+    begun = time.perf_counter()
+    fitted, _ = solve(coar.Ridge(), masks, values)
+    seconds = time.perf_counter() - begun
+    right = torch.corrcoef(torch.stack([fitted[0], -weights[:, 0].cpu()]))[0, 1]
+    return f"| {n_components:,} × {n_masks:,}, {n_examples} examples | {seconds:.1f} s | {float(right):.3f} |"
+
+
+HEADERS = {
+    "Passes": (
+        "| network | precision | forward, ms | forward + backward, ms | masked: own code | recorded | gate: own code | "
+        "recorded | host: own code | recorded | busy: own code | recorded |"
+    ),
+    "Whole default runs": (
+        "| network | precision | images or texts | cost | plain, s | own code, s | recorded, s | own code ÷ plain | "
+        "recorded ÷ plain |"
+    ),
+    "Ridge": "| components × masks | time | correlation with the planted weights |",
+}
+
+
+def measure(args: argparse.Namespace) -> dict[str, list[str]]:
+    """Rows by table, printed as they are found."""
+    found: dict[str, list[str]] = {}
+
+    def add(table: str, row: str) -> None:
+        found.setdefault(table, []).append(row)
+        print(row, flush=True)
+
+    captured._AFTER_LAUNCHES = 0.0
+    if args.ridge:
+        add("Ridge", ridge(*args.ridge))
+    for name in args.models:
+        bench = Bench(name, args.batches)
+        for precision in args.dtypes:
+            dtype = DTYPES[precision]
+            for place in (torch.backends.cuda.matmul, torch.backends.cudnn.conv):
+                place.fp32_precision = "ieee"
+            one = passes(bench, dtype, args.repeats)
+            ratio = [one[f"masked {how}"] / one["forward"] for how in ("own", "recorded")]
+            ratio += [one[f"gate {how}"] / one["gradient"] for how in ("own", "recorded")]
+            shares = [one[f"host {how}"] / one[f"gate {how}"] for how in ("own", "recorded")]
+            shares += [one[f"busy {how}"] for how in ("own", "recorded")]
+            add(
+                "Passes",
+                f"| {name}, {bench.size} | {precision} | {1e3 * one['forward']:.1f} | {1e3 * one['gradient']:.1f} | "
+                + " | ".join([f"{value:.2f}" for value in ratio] + [f"{value:.0%}" for value in shares])
+                + (" |" if one["recorded at all"] else ", not recorded |"),
+            )
+            if args.no_whole:
+                continue
+            run = wholes(bench, dtype, args.whole_repeats)
+            data = f"{args.batches} × {bench.size}"
+            add(
+                "Whole default runs",
+                f"| {name}, {len(bench.components):,} | {precision} | {data} | {run['cost']:.0f} | "
+                f"{run['plain']:.1f} | {run['own']:.1f} | {run['recorded']:.1f} | "
+                f"{run['own'] / run['plain']:.2f} | {run['recorded'] / run['plain']:.2f} |",
+            )
+        del bench
+        torch.cuda.empty_cache()
+    return found
+
+
+def write(found: dict[str, list[str]]) -> None:
+    """The page of one call."""
+    device = torch.cuda.get_device_name()
+    parts = [f"# The engine on a CUDA device\n\n{__doc__.strip()}", f"Device: {device}, torch {torch.__version__}, "
+             f"Python {platform.python_version()}."]  # fmt: skip
+    for table, rows in found.items():
+        header = HEADERS[table]
+        body = "\n".join([header, "|---" * (header.count("|") - 1) + "|", *rows])
+        parts.append(f"## {table}\n\n{body}")
+    RESULTS.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="*", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["tf32", "bfloat16"])
+    parser.add_argument("--batches", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--whole-repeats", type=int, default=2)
+    parser.add_argument("--no-whole", action="store_true")
+    parser.add_argument("--ridge", type=int, nargs=2, metavar=("COMPONENTS", "MASKS"))
+    parser.add_argument("--write", action="store_true")
+    args = parser.parse_args()
+    found = measure(args)
+    if args.write:
+        write(found)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""On a CUDA device: the numbers of the CPU to rounding, graphs launched as one, nothing that waits, little memory."""
+
+import logging
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_captured import FEW, bert, gpt2, resnet, rounds_of, vit
+
+import hf_coar as coar
+from hf_coar import demo
+from hf_coar.estimators import captured, live
+from hf_coar.estimators.gates import GateRounds
+from hf_coar.estimators.regression import solve
+from hf_coar.masking import MaskedModel
+from hf_coar.models import launched, outputs
+from hf_coar.runs import measuring, sampling
+from hf_coar.runs.engine import Part
+from hf_coar.runs.measuring import MaskedPasses
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+CASES = pytest.mark.parametrize("case", [resnet, vit, gpt2, bert])
+
+
+@pytest.fixture(autouse=True)
+def _exact(monkeypatch):
+    """Convolutions and matrix products in all of float32's bits; graphs in the second pass of all."""
+    torch.manual_seed(0)
+    for place in (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn):
+        monkeypatch.setattr(place, "fp32_precision", "ieee")
+    monkeypatch.setattr(captured, "_AFTER_LAUNCHES", 0.0)
+
+
+def on(device, case):
+    """The case's model and batches there."""
+    model, batches, output = case()
+    model.requires_grad_(False)
+    return model.to(device), [{name: one.to(device) for name, one in batch.items()} for batch in batches], output
+
+
+def assert_close(found, expected, rtol=1e-3):
+    """Every field of these reads, relative to its largest value."""
+    for one, other in zip(found, expected, strict=True):
+        for name in ("soft", "hard", "gates", "output"):
+            a, b = getattr(one, name).cpu(), getattr(other, name).cpu()
+            assert float((a - b).abs().max()) <= rtol * float(b.abs().max().clamp_min(1e-6)), name
+
+
+@CASES
+def test_gate_passes_are_those_of_the_cpu_and_are_launched_as_one(case, caplog):
+    model, batches, output = case()
+    model.requires_grad_(False)
+    expected, _ = rounds_of(model, batches, output, compile=False)
+    model = model.to("cuda")
+    there = [{name: one.to("cuda") for name, one in batch.items()} for batch in batches]
+    eager, _ = rounds_of(model, there, output, compile=False)
+    with caplog.at_level(logging.INFO, "hf_coar"):
+        found, passes = rounds_of(model, there, output, compile="auto")
+    assert_close(eager, expected)
+    assert_close(found, expected)
+    assert passes._trusted, caplog.text
+    assert isinstance(next(iter(passes._graphs.values())), launched.Recording), caplog.text
+
+
+def masked_passes(model, batches, output, compile, n_masks=20):
+    masked = MaskedModel(model, coar.find_components(model))
+    masks = sampling.Masks(len(masked), 0.05, n_masks, 0, sampling.MASKS)
+    with coar.running(compile=compile):
+        passes = MaskedPasses(masked, outputs.get(output), masks)
+        part = Part("masks", 0, n_masks, float(n_masks), n_masks)
+        found = [passes.compute(batch, 0, part)["outputs"] for batch in batches]
+    return torch.cat(found), passes
+
+
+@CASES
+def test_masked_passes_are_those_of_the_cpu_and_are_launched_as_one(case, caplog):
+    model, batches, output = on("cpu", case)
+    expected, _ = masked_passes(model, batches, output, compile=False)
+    model = model.to("cuda")
+    there = [{name: one.to("cuda") for name, one in batch.items()} for batch in batches]
+    eager, _ = masked_passes(model, there, output, compile=False)
+    with caplog.at_level(logging.INFO, "hf_coar"):
+        found, passes = masked_passes(model, there, output, compile="auto")
+    scale = float(expected.abs().max())
+    assert float((eager - expected).abs().max()) <= 1e-3 * scale
+    assert float((found - expected).abs().max()) <= 1e-3 * scale
+    assert passes._forward._trusted, caplog.text
+
+
+def test_a_model_that_was_moved_is_recorded_again():
+    model, batches, output = on("cuda", vit)
+    rounds = GateRounds(MaskedModel(model, coar.find_components(model)), outputs.get(output), 0.1, 0)
+    expected, found = [], []
+    for compile, reads in ((False, expected), ("auto", found)):
+        for _ in range(3):
+            with coar.running(compile=compile):
+                rounds.passes.begin_batch()
+                reads.append(rounds.round(batches[0], range(FEW), 0))
+            model.cpu()
+            filler = [torch.full_like(one, float("nan"), device="cuda") for one in model.parameters()]
+            model.cuda()
+            del filler
+    assert_close(found, expected)
+
+
+@CASES
+def test_nothing_of_ours_waits_in_a_pass(case):
+    model, batches, output = on("cuda", case)
+    masked = MaskedModel(model, coar.find_components(model))
+    rounds, examples = GateRounds(masked, outputs.get(output), 0.1, seed=0), range(FEW)
+    passes = MaskedPasses(masked, outputs.get(output), sampling.Masks(len(masked), 0.05, 20, 0, 0))
+    part = Part("masks", 0, 20, 20.0, 20)
+    for compile in (False, "auto"):
+        with coar.running(compile=compile):
+            rounds.passes.begin_batch()
+            for index in range(2):
+                rounds.round(batches[0], examples, index)
+            passes.compute(batches[0], 0, part)
+            in_rounds = waits(lambda: rounds.round(batches[0], examples, 2))
+            in_masks = waits(lambda: passes.compute(batches[0], 0, part))
+        assert not in_rounds, in_rounds
+        assert len(in_masks) <= 1, in_masks
+
+
+def waits(act):
+    """Where our code made the host wait for the device."""
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            act()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    found = [f"{one.filename}:{one.lineno}" for one in said if "synchroniz" in str(one.message)]
+    return [place for place in found if "hf_coar" in place and "site-packages" not in place]
+
+
+ALONE = """
+import sys, torch, hf_coar as coar
+from hf_coar import demo
+from safetensors.torch import save_file
+for place in (torch.backends.cuda.matmul, torch.backends.cudnn.conv):
+    place.fp32_precision = "ieee"
+model, data = coar.load(demo.MODEL, demo.IMAGES, split="train[:24]", batch_size=8)
+with coar.running(progress=False, report=False, dtype=sys.argv[2] or None):
+    found = coar.attribute(model, data, ablated_fraction=0.05, out=sys.argv[1])
+save_file({"weights": found.weights}, sys.argv[1] + ".safetensors")
+print(next(model.parameters()).device)
+"""
+
+
+def run_alone(folder, visible=None, dtype=""):
+    environment = {**os.environ} | ({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})
+    command = [sys.executable, "-c", ALONE, str(folder), dtype]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.startswith("cpu"), "a model goes home"
+    return load_file(f"{folder}.safetensors")["weights"]
+
+
+def test_a_default_run_is_that_of_the_cpu(tmp_path):
+    expected = run_alone(tmp_path / "cpu", visible="")
+    for dtype, least in (("", 0.9999), ("tf32", 0.999), ("bfloat16", 0.97)):
+        found = run_alone(tmp_path / f"gpu{dtype}", dtype=dtype)
+        correlation = float(torch.corrcoef(torch.stack([found.flatten(), expected.flatten()]))[0, 1])
+        assert correlation >= least, dtype
+
+
+def test_a_batch_that_does_not_fit_is_divided(caplog, tmp_path):
+    import timm
+
+    model = timm.create_model("resnet18", num_classes=10).cuda().eval()
+    data = [{"x": torch.randn(96, 3, 224, 224), "labels": torch.arange(96) % 10}]
+    torch.cuda.empty_cache()
+    allowed = torch.cuda.memory_allocated() + 2 * 2**30
+    torch.cuda.set_per_process_memory_fraction(allowed / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        with caplog.at_level(logging.WARNING, "hf_coar"), coar.running(progress=False):
+            method = coar.PathGradient(rounds=2).bare()
+            found = coar.attribute(model, data, method=method, ablated_fraction=0.1, out=tmp_path / "run")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert found.weights.isfinite().all() and len(found.weights) == 96
+    assert "memory" in caplog.text
+
+
+def test_regressions_are_solved_as_on_the_cpu():
+    masks = sampling.Masks(300, 0.1, 200, 0, sampling.MASKS).rows(0, 200)
+    values = (~masks).float() @ torch.randn(300, 4) + 0.1 * torch.randn(200, 4)
+    for solver in (coar.Ridge(), coar.ARD(), coar.Lasso()):
+        here, there = solver.fit(masks, values), solve(solver, masks, values)
+        assert torch.allclose(here[0], there[0], atol=1e-3 * float(here[0].abs().max())), solver
+        assert there[0].device.type == "cpu"
+
+
+def test_edits_and_live_rounds_stay_where_the_model_is():
+    model, data = coar.load(demo.MODEL, demo.IMAGES, split="train[:600]", batch_size=100)
+    model = model.cuda()
+    first = next(iter(data))
+    few = {name: one[:2] for name, one in first.items()}
+    *_, last = live.rounds(model, few, coar.find_components(model), max_rounds=2)
+    assert last.rounds == 2 and last.weights.device.type == "cpu"
+    edited = coar.forget(model, data, label=3, rivals=None)
+    assert next(edited.model.parameters()).device.type == "cuda"
+    assert edited.figures.to_json()["target"]["after"] < 0.5
+
+
+def test_recording_takes_only_what_is_worth_it(monkeypatch):
+    model, batches, output = on("cuda", vit)
+    _, passes = masked_passes(model, batches, output, compile="auto", n_masks=measuring._WORTH - 1)
+    assert not passes._forward._recordings
