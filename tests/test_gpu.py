@@ -4,7 +4,9 @@ import logging
 import os
 import subprocess
 import sys
+import traceback
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +28,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
+OURS = str(Path(coar.__file__).parent)
 CASES = pytest.mark.parametrize("case", [resnet, vit, gpt2, bert])
 
 
@@ -125,22 +128,33 @@ def test_nothing_of_ours_waits_in_a_pass(case):
             passes.compute(batches[0], 0, part)
             in_rounds = waits(lambda: rounds.round(batches[0], examples, 2))
             in_masks = waits(lambda: passes.compute(batches[0], 0, part))
-        assert not in_rounds, in_rounds
-        assert len(in_masks) <= 1, in_masks
+        assert not in_rounds
+        # Whether all is finite, and whether a recording gives what the model's own code gives.
+        assert [place.split(":")[0] for place in in_masks] in (
+            ["/runs/measuring.py"],
+            ["/models/launched.py", "/runs/measuring.py"],
+        )
 
 
 def waits(act):
-    """Where our code made the host wait for the device."""
+    """Where our code made the host wait for the device; what transformers asks of its masks is its own."""
+    found = []
+
+    def said(message, category, filename, lineno, *rest):
+        frames = [f"{one.filename}:{one.lineno}" for one in traceback.extract_stack()]
+        if "synchroniz" in str(message) and not any("masking_utils.py" in place for place in frames):
+            found.append(next(place for place in reversed(frames) if OURS in place))
+
     torch.cuda.synchronize()
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
         warnings.simplefilter("always")
+        patch.setattr(warnings, "showwarning", said)
         torch.cuda.set_sync_debug_mode("warn")
         try:
             act()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    found = [f"{one.filename}:{one.lineno}" for one in said if "synchroniz" in str(one.message)]
-    return [place for place in found if "hf_coar" in place and "site-packages" not in place]
+    return [place.removeprefix(OURS) for place in found]
 
 
 ALONE = """
