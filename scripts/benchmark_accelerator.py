@@ -6,7 +6,7 @@
 
 ViT-B/16 and ResNet-50 on 224 × 224 images and SmolLM2-135M on sequences of 128 tokens, of real size with random
 weights; the data lie in memory. Sides take turns; a figure is the median over the repeats. "own code" is
-`compile=False`, "recorded" `compile="auto"` with graphs from the second pass on.
+`compile=False`, "recorded" `compile="auto"` with graphs from the second pass on, "compiled" `compile=True`.
 
     plain        forward, and forward with backward to the one input, milliseconds a pass of a batch
     masked       a masked pass of the same batch (20 a unit, as checks are), over the plain forward
@@ -41,6 +41,7 @@ from hf_coar.runs.measuring import MaskedPasses
 
 RESULTS = Path(__file__).parent / "results" / "accelerator.md"
 FRACTION, N_MASKS = 0.05, 20
+WAYS: list[tuple[str, bool | str]] = [("own", False), ("recorded", "auto"), ("compiled", True)]
 DTYPES = {"float32": None, "tf32": "tf32", "bfloat16": "bfloat16"}
 
 
@@ -116,7 +117,7 @@ def timed(act: Callable[[], Any]) -> float:
     return time.perf_counter() - begun
 
 
-def passes(bench: Bench, dtype: str | None, repeats: int) -> dict[str, float]:
+def passes(bench: Bench, dtype: str | None, repeats: int, compile: bool) -> dict[str, float]:
     """Plain, masked and gate passes of one batch."""
     batch = models.to(bench.batches[0], torch.device("cuda"))
     masked, one = MaskedModel(bench.model, bench.components), [batch]
@@ -124,13 +125,14 @@ def passes(bench: Bench, dtype: str | None, repeats: int) -> dict[str, float]:
     sides: dict[str, Callable[[], Any]] = {
         "forward": lambda: bench.forwards(N_MASKS, one), "gradient": lambda: bench.gradients(10, one)
     }  # fmt: skip
-    rounds = {}
-    for name, compile in (("own", False), ("recorded", "auto")):
-        with running(compile=compile):
+    rounds, ways = {}, WAYS if compile else WAYS[:2]
+    for name, how in ways:
+        with running(compile=how):
             masks = MaskedPasses(masked, bench.output, sampling.Masks(len(masked), FRACTION, N_MASKS, 0, 0))
         rounds[name] = GateRounds(masked, bench.output, FRACTION, 0)
-        sides[f"masked {name}"] = _running(compile, lambda m=masks: m.compute(batch, 0, part))
-        sides[f"gate {name}"] = _running(compile, lambda r=rounds[name]: r.round(batch, examples, 0))
+        if how is not True:
+            sides[f"masked {name}"] = _running(how, lambda m=masks: m.compute(batch, 0, part))
+        sides[f"gate {name}"] = _running(how, lambda r=rounds[name]: r.round(batch, examples, 0))
         rounds[name].passes.begin_batch()
     found: dict[str, list[float]] = {side: [] for side in sides}
     with autocast(torch.device("cuda"), dtype), running(dtype=dtype):
@@ -141,8 +143,8 @@ def passes(bench: Bench, dtype: str | None, repeats: int) -> dict[str, float]:
                     found[side].append(seconds / (N_MASKS if side.startswith(("forward", "masked")) else 10))
         figures = {side: statistics.median(times) for side, times in found.items()}
         gates = torch.full((bench.size, len(masked)), 0.9, device="cuda")
-        for name, compile in (("own", False), ("recorded", "auto")):
-            act = _running(compile, lambda r=rounds[name]: r.passes(batch, gates, 0.5))
+        for name, how in ways:
+            act = _running(how, lambda r=rounds[name]: r.passes(batch, gates, 0.5))
             act()
             torch.cuda.synchronize()
             begun = time.perf_counter()
@@ -210,7 +212,7 @@ def ridge(n_components: int, n_masks: int, n_examples: int = 64) -> str:
 HEADERS = {
     "Passes": (
         "| network | precision | forward, ms | forward + backward, ms | masked: own code | recorded | gate: own code | "
-        "recorded | host: own code | recorded | busy: own code | recorded |"
+        "recorded | compiled | host: own code | recorded | compiled | busy: own code | recorded | compiled |"
     ),
     "Whole default runs": (
         "| network | precision | images or texts | cost | plain, s | own code, s | recorded, s | own code ÷ plain | "
@@ -218,6 +220,13 @@ HEADERS = {
     ),
     "Ridge": "| components × masks | time | correlation with the planted weights |",
 }
+
+
+def _share(figures: dict[str, float], what: str, of: str | None, percent: bool = False) -> str:
+    if what not in figures:
+        return "not run"
+    value = figures[what] / (figures[of] if of else 1)
+    return f"{value:.0%}" if percent else f"{value:.2f}"
 
 
 def measure(args: argparse.Namespace) -> dict[str, list[str]]:
@@ -237,15 +246,15 @@ def measure(args: argparse.Namespace) -> dict[str, list[str]]:
             dtype = DTYPES[precision]
             for place in (torch.backends.cuda.matmul, torch.backends.cudnn.conv):
                 place.fp32_precision = "ieee"
-            one = passes(bench, dtype, args.repeats)
-            ratio = [one[f"masked {how}"] / one["forward"] for how in ("own", "recorded")]
-            ratio += [one[f"gate {how}"] / one["gradient"] for how in ("own", "recorded")]
-            shares = [one[f"host {how}"] / one[f"gate {how}"] for how in ("own", "recorded")]
-            shares += [one[f"busy {how}"] for how in ("own", "recorded")]
+            one = passes(bench, dtype, args.repeats, args.compile)
+            masked = [_share(one, f"masked {how}", "forward") for how, _ in WAYS[:2]]
+            gated = [_share(one, f"gate {how}", "gradient") for how, _ in WAYS]
+            host = [_share(one, f"host {how}", f"gate {how}", percent=True) for how, _ in WAYS]
+            at_work = [_share(one, f"busy {how}", None, percent=True) for how, _ in WAYS]
             add(
                 "Passes",
                 f"| {name}, {bench.size} | {precision} | {1e3 * one['forward']:.1f} | {1e3 * one['gradient']:.1f} | "
-                + " | ".join([f"{value:.2f}" for value in ratio] + [f"{value:.0%}" for value in shares])
+                + " | ".join([*masked, *gated, *host, *at_work])
                 + (" |" if one["recorded at all"] else ", not recorded |"),
             )
             if args.no_whole:
@@ -284,6 +293,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--whole-repeats", type=int, default=2)
     parser.add_argument("--no-whole", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="gate passes through torch.compile as well: minutes")
     parser.add_argument("--ridge", type=int, nargs=2, metavar=("COMPONENTS", "MASKS"))
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()

@@ -72,7 +72,7 @@ class Sets:
         count = len(weights)
         words = sampling.words(self.seed, sampling.CHECKS, example, number, count + 2)
         if self.is_typical(number):
-            return torch.from_numpy(words[:count].astype("int64") >= round(self.fraction * 2**32))
+            return torch.from_numpy(words[:count] >= round(self.fraction * 2**32))
         which, how_many = int(words[count]) % 3, float(words[count + 1]) / 2**32
         is_random = number % 5 == 4
         most = max(1.0, (2 if is_random else 1) * self.fraction * count)
@@ -94,10 +94,10 @@ def measured_sets(problem: Problem, sets: Sets, estimates: Estimates, count: int
         with torch.no_grad():
             for number in range(part.start, part.stop):
                 kept = torch.stack([sets.kept(w, i, number) for w, i in zip(weights, examples, strict=True)])
-                kept = kept.to(data_module.device_of(batch))
+                # Nothing waits: on an accelerator the next sets are drawn while these are measured.
                 with problem.masked.ablated(kept, how="hooks"):
-                    found.append(problem.output.of(problem.masked.model, batch).cpu())
-        return {"outputs": torch.stack(found, dim=1)}
+                    found.append(problem.output.of(problem.masked.model, batch))
+        return {"outputs": torch.stack(found, dim=1).cpu()}
 
     return problem.compute(check_parts(count), compute, "fresh sets")["outputs"].T
 

@@ -82,8 +82,8 @@ def _effects(passes: GatePasses, batch: data_module.Batch, outputs: Tensor, indi
         if not len(rows):
             break
         some = data_module.take(batch, rows)
-        kept = torch.ones(len(rows), len(passes.masked), dtype=torch.bool, device=indices.device)
-        kept[torch.arange(len(rows)), indices[rows, place]] = False
+        kept = torch.ones(len(rows), len(passes.masked), dtype=torch.bool)
+        kept[torch.arange(len(rows)), indices[rows, place].cpu()] = False
         with passes.masked.ablated(kept, how="hooks"):
             values = passes.output.of(passes.masked.model, some)
         effects[rows, place] = outputs[rows] - values

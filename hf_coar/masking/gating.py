@@ -86,8 +86,9 @@ def gated(
     Yields:
         Which groups were reached.
     """
-    every = list(zip(components.groups, gates, strict=True))
-    pairs = [(group, gate) for group, gate in every if gate.requires_grad or not bool((gate == 1).all())]
+    ablating = [gate.requires_grad or not bool((gate == 1).all()) for gate in gates]
+    every = list(zip(components.groups, _sent(gates, models.device_of(model)), strict=True))
+    pairs = [pair for pair, one in zip(every, ablating, strict=True) if one]
     fired = FiredGroups(model, [group for group, _ in pairs])
     if partners is not None and pairs:
         pairs = every  # what the partners give is kept for the next mask, which may be of other groups
@@ -113,6 +114,13 @@ def gated(
         if partners is not None and pairs:
             stack.callback(replace_forward(model, partial(partners.first, state)))
         yield fired
+
+
+def _sent(gates: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
+    """The gates on a CUDA device in one transfer; what is elsewhere goes, group by group, where it is wanted."""
+    if device.type != "cuda" or any(gate.device.type != "cpu" or gate.requires_grad for gate in gates):
+        return gates
+    return calling.sent(torch.cat(list(gates), dim=-1), device).split([gate.shape[-1] for gate in gates], dim=-1)
 
 
 @contextmanager
