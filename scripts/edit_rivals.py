@@ -50,7 +50,7 @@ CONTRASTS = {
 }  # fmt: skip
 N_CLASSES_EACH, N_WRONG_EACH, N_PAIRS, N_DRAWS, N_MEAN = 2, 4, 10, 2, 512
 OURS = "ablation"
-SHOWN = ("target", "others", "worst_other", "probe", "recovery", "neighbours")
+SHOWN = ("target", "others", "worst_other", "probe", "recovery", "relearned", "neighbours")
 
 
 def classifier(args: argparse.Namespace, seed: int) -> tuple[nn.Module, list[dict[str, Tensor]]]:
@@ -214,7 +214,7 @@ def _section(kind: str, runs: list[dict]) -> str:
     rows = [["before", "", *(_cell(column) for column in starts)]]
     for name in names:
         made = [edit for edit in edits_ if edit["methods"].get(name)]
-        low = ("probe", "recovery", *(("target",) if kind.split(":")[0] in ("forget", "removal") else ()))
+        low = ("probe", "recovery", "relearned", *(("target",) if kind.split(":")[0] in ("forget", "removal") else ()))
         cells = [_cell([_value(e, name, key, "after") for e in made], max if key in low else min) for key in keys]
         rows.append([f"**{name}**" if name == OURS else name, f"{len(made)} of {len(edits_)}", *cells])
     seeds = ", ".join(str(one["seed"]) for one in runs)

@@ -235,7 +235,7 @@ def run(args: argparse.Namespace, task: str, seed: int) -> None:
 # ------------------------------------------------------------------------------------------------------------ the table
 
 SHOWN = {"target": "target", "moved": "moved", "others": "others", "worst_other": "worst of them", "probe": "probe",
-         "recovery": "given back", "neighbours": "neighbours"}  # fmt: skip
+         "recovery": "given back", "relearned": "relearned", "neighbours": "neighbours"}  # fmt: skip
 
 
 def table(args: argparse.Namespace) -> str:

@@ -1,5 +1,6 @@
 """Edits by task: what they do on small trained networks, that figures chose nothing, rivals, and errors."""
 
+import copy
 from dataclasses import replace
 from itertools import pairwise
 
@@ -11,11 +12,14 @@ from torch import nn
 
 import hf_coar as coar
 from hf_coar import editing, models
-from hf_coar.editing.tasks import fixing, held, lifting, matching, probing, refitting, walking
+from hf_coar.editing.tasks import figures as fig
+from hf_coar.editing.tasks import fixing, held, lifting, matching, probing, refitting, relearning, walking
 from hf_coar.editing.tasks.looking import Looker, Seen
+from hf_coar.editing.tasks.setting import Setting
 from hf_coar.errors import CoarError, UnsatisfiedError
 
 N_CLASSES, WIDTH = 5, 12
+OF_FORGETTING = {"target", "others", "worst_other", "probe", "recovery", "relearned"}
 
 
 def blobs(n_examples=500, seed=0, noise=1.6):
@@ -88,7 +92,7 @@ def test_forgetting_a_class(net, forgotten):
         assert figures[name].before == pytest.approx(float(right(model, data, part).float().mean()))
         assert figures[name].after == pytest.approx(float(right(forgotten.model, data, part).float().mean()))
         assert figures[name].low <= figures[name].after <= figures[name].high and figures[name].n == len(part)
-    assert set(figures) == {"target", "others", "worst_other", "probe", "recovery"}
+    assert set(figures) == OF_FORGETTING
     record = models.record(forgotten.model)["edit"]
     assert tuple(record["components"]) == forgotten.components and len(forgotten.components) > 0
     assert same_weights(coar.undo(forgotten.model, model), model)
@@ -125,11 +129,55 @@ def test_a_constant_hides_and_does_not_remove(net, forgotten):
     assert {"fine_tuning", "welch", "gradient_times_parameter"} <= set(forgotten.figures.rivals)
 
 
+def test_what_a_constant_hides_is_relearned_at_once(forgotten):
+    hidden, own = forgotten.figures.rivals["logit_bias"]["relearned"], forgotten.figures["relearned"]
+    assert hidden.before == own.before > 0.9 and hidden.n == own.n == forgotten.figures["target"].n
+    assert hidden.after == pytest.approx(hidden.before, abs=0.02)
+    assert own.after < hidden.after - 0.1
+
+
+def relearned(model, data, rows=slice(None)):
+    """Of class 3, by the first half of some data; judged by the rest."""
+    of = Setting.of(model, data, None)
+    labels = of.held.labels[:250][rows]
+    lesson = relearning.lesson(labels, torch.arange(250)[rows])
+    own = 250 + (of.held.labels[250:] == 3).nonzero()[:, 0]
+    return None if lesson is None else relearning.relearned(of, model, 3, lesson, own)
+
+
+def test_what_is_not_in_the_features_is_not_relearned_soon(net):
+    model, data, _ = net
+    before = state_of(model)
+    known = relearned(model, data)
+    assert same_state(model, before) and torch.equal(known, relearned(model, data))
+    blind, (inputs, labels) = copy.deepcopy(model), blobs()
+    apart = F.normalize(inputs[labels == 3].mean(0) - inputs[labels == 0].mean(0), dim=0)
+    with torch.no_grad():
+        blind[0].weight -= (blind[0].weight @ apart)[:, None] * apart  # to class 3 as to class 0
+    assert known.mean() > 0.9 and relearned(blind, data).mean() < known.mean() - 0.2
+
+
+def test_relearning_is_left_out_where_it_cannot_be_measured(net):
+    model, data, _ = net
+    assert relearned(model, data, slice(50)) is not None  # ten of every class
+    assert relearned(model, data, slice(49)) is None
+    assert relearning.trainable(model) and not relearning.trainable(copy.deepcopy(model).half())
+    assert not relearning.trainable(nn.ReLU())
+
+
+def test_shares_of_examples_have_intervals_like_whole_ones():
+    before, after = torch.tensor([True, True, False, True]), torch.tensor([True, False, True, True])
+    whole = fig.of_shares("", before, after)
+    assert whole == fig.of_shares("", before.float(), after.float()) and whole.after == 0.75
+    parts = fig.of_shares("", before.float(), after / 2)
+    assert parts.after == 0.375 and parts.low < 0.375 < parts.high and 0 < parts.spread < whole.spread + 0.5
+
+
 @pytest.mark.parametrize("method", ["logit_bias", "fine_tuning"])
 def test_rivals_give_the_same_result(net, method, tmp_path):
     model, data, components = net
     result = coar.forget(model, data, 3, others_within=0.1, components=components, method=method, rivals=None)
-    assert set(result.figures) == {"target", "others", "worst_other", "probe", "recovery"} and not result.components
+    assert set(result.figures) == OF_FORGETTING and not result.components
     assert same_weights(coar.undo(result.model, model), model)
     result.save(tmp_path / "saved")
     card = (tmp_path / "saved" / "README.md").read_text()

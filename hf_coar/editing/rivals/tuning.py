@@ -1,13 +1,14 @@
 """Fine-tuning: all parameters of the model go down the task's own loss, on the examples that are attributed."""
 
-import torch
+import itertools
+
 from torch import nn
 
+from hf_coar.editing.tasks import descending
 from hf_coar.editing.tasks.aims import Aim, changed_copy, note_changed, rival
 from hf_coar.editing.tasks.walking import Verdict
 from hf_coar.errors import UnsatisfiedError
 
-RATES = (1e-5, 1e-4, 1e-3, 5e-3)
 CHECKPOINTS = (1, 2, 4, 8, 16, 32)
 
 
@@ -23,15 +24,10 @@ def fine_tuning(aim: Aim) -> nn.Module:
         UnsatisfiedError: no rate and number of steps keeps the limits.
     """
     best: tuple[Verdict, nn.Module] | None = None
-    for rate in RATES:
-        tuned = changed_copy(aim, "fine_tuning").eval()
-        parameters = [one for one in tuned.parameters() if one.is_floating_point()]
-        optimiser = torch.optim.Adam([one.requires_grad_() for one in parameters], lr=rate)
-        for step in range(1, max(CHECKPOINTS) + 1):
-            optimiser.zero_grad()
-            with torch.enable_grad():
-                aim.loss(tuned).backward()
-            optimiser.step()
+    for rate in descending.RATES:
+        tuned = changed_copy(aim, "fine_tuning")
+        walk = descending.steps(tuned, lambda model: [aim.loss(model)], rate)
+        for step in itertools.islice(walk, max(CHECKPOINTS)):
             if step not in CHECKPOINTS:
                 continue
             verdict = aim.judge(tuned)

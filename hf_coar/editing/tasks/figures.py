@@ -71,14 +71,16 @@ def of_shares(what: str, before: Tensor, after: Tensor) -> Figure:
 
     Args:
         what: in words.
-        before: which examples count, of the model as it was, bool [examples].
-        after: of the edited one, bool [examples].
+        before: which examples count, of the model as it was, bool [examples]; or how much of each does, float32 from
+            0 to 1, of which the intervals are rather too wide.
+        after: of the edited one, likewise.
     """
-    n, share = len(after), float(after.float().mean())
-    gained, lost = int((after & ~before).sum()), int((before & ~after).sum())
+    before, after = before.float(), after.float()
+    n, share, change = len(after), float(after.mean()), after - before
+    gained, lost = float(change.clamp_min(0).sum()), float((-change).clamp_min(0).sum())
     # Half an example more of each of four kinds, so that no change at all is not certain either.
     spread = _Z * math.sqrt(gained + lost + 1 - (gained - lost) ** 2 / (n + 2)) / (n + 2)
-    return Figure(what, float(before.float().mean()), share, *interval(share, n), n, spread=spread)
+    return Figure(what, float(before.mean()), share, *interval(share, n), n, spread=spread)
 
 
 def of_means(what: str, before: Tensor, after: Tensor, unit: str = "") -> Figure:
@@ -114,7 +116,7 @@ class Figures(Mapping[str, Figure]):
     """Figures by name, such as `figures["target"].after`; those of the rivals by their names in `rivals`.
 
     Attributes:
-        measured: "target", "others", "worst_other", "probe", "recovery", …, as far as the task has them.
+        measured: "target", "others", "worst_other", "probe", "recovery", "relearned", …, as far as the task has them.
         rivals: by rival, the same figures of the model that it makes.
     """
 

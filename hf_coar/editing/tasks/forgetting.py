@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from hf_coar.components import Components
 from hf_coar.editing.rules import Sides
 from hf_coar.editing.tasks import figures as fig
-from hf_coar.editing.tasks import probing
+from hf_coar.editing.tasks import probing, relearning
 from hf_coar.editing.tasks.aims import ABLATION, Weigh, carried_out
 from hf_coar.editing.tasks.figures import Figure
 from hf_coar.editing.tasks.heads import HeadAim, check_refit
@@ -164,7 +165,7 @@ class Forgetting(HeadAim):
     # ------------------------------------------------------------------------------------------------------- figures
 
     def figures(self, model: nn.Module) -> dict[str, Figure]:
-        """On the examples to judge on; probe and constant are fitted to those to choose on."""
+        """On the examples to judge on; probe and constant are fitted to those to choose on, which also teach again."""
         fit, seen = self.of.see(model, self.parts.choose), self.of.see(model, self.parts.judge)
         labels, own, before = self.labels(self.parts.judge), self.own(self.parts.judge), self.before
         was, now = self.of.right(before["judge"]), self.of.right(seen)
@@ -183,7 +184,24 @@ class Forgetting(HeadAim):
             said = [probe(one, self.labels(self.parts.choose), other) for one, other in parts]
             if said[0] is not None and said[1] is not None:
                 found[key] = fig.of_shares(what, *(one[own] == self.label for one in said))
+        again = self._relearned_before, self._relearned(model)
+        if again[0] is not None and again[1] is not None:
+            what = f"{self.name} relearned from {relearning.EACH} examples a class, mean of {relearning.STEPS} steps"
+            found["relearned"] = fig.of_shares(what, *again)
         return found
+
+    @cached_property
+    def _relearned_before(self) -> Tensor | None:
+        """What the model that was never edited shows, fine-tuned equally: beside the edit and all rivals."""
+        return self._relearned(self.of.model)
+
+    def _relearned(self, model: nn.Module) -> Tensor | None:
+        """How fast a model learns the class from some examples to choose on: float32 [those to judge on], or None."""
+        rows = relearning.lesson(self.labels(self.parts.choose), self.parts.choose)
+        if rows is None:
+            return None
+        own = self.parts.judge[self.own(self.parts.judge)]
+        return relearning.relearned(self.of, model, self.label, rows, own)
 
     @property
     def limits(self) -> dict[str, float]:

@@ -76,16 +76,26 @@ def one_bias(fit: Seen, fit_labels: Tensor, judge: Seen, label: int) -> Tensor |
     """
     if fit.logits is None or judge.logits is None:
         return None
-    rest = fit.logits.clone()
+    logits = judge.logits.clone()
+    logits[:, label] += best_bias(fit.logits, fit_labels, label)
+    return logits.argmax(1)
+
+
+def best_bias(logits: Tensor, labels: Tensor, label: int) -> Tensor:
+    """The constant that, added to one logit, makes the model right most often: a scalar, 0 where none helps.
+
+    Args:
+        logits: float32 [examples, classes]; the mean accuracy over the classes counts.
+        labels: of the examples, int64 [examples].
+        label: of the logit.
+    """
+    rest = logits.clone()
     rest[:, label] = -torch.inf
     other, said = rest.max(1)
-    missing = other - fit.logits[:, label]  # a constant above it makes the model say the label
-    classes, places = fit_labels.unique(return_inverse=True)
+    missing = other - logits[:, label]  # a constant above it makes the model say the label
+    classes, places = labels.unique(return_inverse=True)
     share = 1 / torch.bincount(places).float()[places] / len(classes)
     biases = torch.cat([torch.zeros(1), missing.quantile(torch.linspace(0, 1, _BIASES)) + 1e-4])
     taken = biases[:, None] > missing
-    right = torch.where(taken, fit_labels == label, said == fit_labels).float() @ share
-    bias = biases[right.argmax()]
-    logits = judge.logits.clone()
-    logits[:, label] += bias
-    return logits.argmax(1)
+    right = torch.where(taken, labels == label, said == labels).float() @ share
+    return biases[right.argmax()]
