@@ -16,7 +16,8 @@ model, where the Hub can be reached:
 
 Windows of 64 tokens are attributed by mean log-probability of the next token, anew after every few neurons that go. The
 number of neurons is chosen on other windows: the largest loss on the target at which each other kind of text loses at
-most .05 (for a passage) or .08 nats a token (for code). Ten minutes of processor time a passage.
+most .05 (for a passage) or .08 nats a token (for code). Ten minutes of processor time a passage. A passage is also
+judged after other prompts, in other words, and by the sentences around it: `edit_passages.py`.
 """
 
 from __future__ import annotations
@@ -25,15 +26,18 @@ import argparse
 import functools
 import hashlib
 import re
+import statistics
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import edit_common as common
+import edit_passages
 import torch
 from edit_common import logger
+from edit_passages import CONTEXT, CONTINUED, PASSAGES, READ, Span, passage
 from torch import Tensor, nn
 from train_benchmark_models import chapters
 
@@ -42,31 +46,9 @@ from hf_coar import editing, models
 
 OURS, AT_ONCE, WELCH = "in steps, k by validation", "at once, k by validation", "Welch, k by validation (paper)"
 DOMAINS = ("code", "novel", "licences")
-CONTEXT = 64
 BATCH = 4  # windows a pass: their logits over a large vocabulary take most of the memory
 RISE_GOAL, OTHERS_GOAL = 1.0, 0.1  # nats a token
 OUTPUT = "token_log_prob"
-
-# The first words of well-known texts in the public domain, longer than a window.
-PASSAGES = {
-    "Declaration of Independence": (
-        "We hold these truths to be self-evident, that all men are created equal, that they are endowed by their "
-        "Creator with certain unalienable Rights, that among these are Life, Liberty and the pursuit of Happiness."
-        "--That to secure these rights, Governments are instituted among Men, deriving their just powers from the "
-        "consent of the governed, --That whenever any Form of Government becomes destructive of these ends"
-    ),
-    "Constitution": (
-        "We the People of the United States, in Order to form a more perfect Union, establish Justice, insure domestic "
-        "Tranquility, provide for the common defence, promote the general Welfare, and secure the Blessings of Liberty "
-        "to ourselves and our Posterity, do ordain and establish this Constitution for the United States of America."
-    ),
-    "Genesis": (
-        "In the beginning God created the heaven and the earth. And the earth was without form, and void; and darkness "
-        "was upon the face of the deep. And the Spirit of God moved upon the face of the waters. And God said, Let "
-        "there be light: and there was light. And God saw the light, that it was good: and God divided the light from "
-        "the darkness."
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -141,11 +123,6 @@ def windows(pieces: Sequence[str], tokenizer: Any, count: int, seed: int) -> Ten
     return whole[torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed))[:count]]
 
 
-def passage(tokenizer: Any, name: str) -> Tensor:
-    """Int64 [1, CONTEXT or fewer]: the beginning of one of `PASSAGES`."""
-    return torch.tensor([tokenizer(PASSAGES[name])["input_ids"][:CONTEXT]])
-
-
 # ----------------------------------------------------------------------------------------------------------- the edit
 
 
@@ -158,7 +135,12 @@ def losses(model: nn.Module, tokens: dict[str, Tensor]) -> dict[str, float]:
 
 
 def run(
-    model: nn.Module, tokens: dict[str, Tensor], task: Task, seed: int, include: Sequence[str] | None = None
+    model: nn.Module,
+    tokens: dict[str, Tensor],
+    task: Task,
+    seed: int,
+    include: Sequence[str] | None = None,
+    spans: Mapping[str, Sequence[Span]] | None = None,
 ) -> dict[str, Any]:
     """The edit of one seed.
 
@@ -169,9 +151,10 @@ def run(
         task: what to do.
         seed: of the attributions.
         include: which modules have the components.
+        spans: what is judged beside: see `edit_passages`.
 
     Returns:
-        "before" and every method: {losses by domain, k}; and "edited".
+        "before" and every method: {losses by domain, k, and what `edit_passages.judged` gives}; and "edited".
     """
     a, b = task.n_attributed, task.n_attributed + task.n_validation
     attributed, validation, final = (
@@ -202,7 +185,7 @@ def run(
     methods: dict[str, Any] = {}
 
     def note(method: str, changed: nn.Module, count: int = 0) -> None:
-        methods[method] = {"losses": losses(changed, final), "k": count}
+        methods[method] = {"losses": losses(changed, final), "k": count, **edit_passages.judged(changed, spans or {})}
         logger.info("%s: k = %d, %s", method, count, methods[method]["losses"])
 
     note("before", model)
@@ -254,13 +237,53 @@ def summary(found: list[dict[str, Any]]) -> list[list[str]]:
     rows = []
     for method in common.methods_of(found):
         pairs = common.against_before(found, method)
-        rises = [
-            [after["losses"][name] - before["losses"][name] * (method != "before") for name in after["losses"]]
-            for after, before in pairs
-        ]
-        name = common.said(method if method != "before" else "loss before", len(pairs), len(found))
-        rows.append([name, common.counts(pairs), *(common.spread(column, 2) for column in zip(*rises, strict=True))])
+        columns = zip(*_rises(pairs, method, "losses"), strict=True)
+        rows.append([_named(found, method), common.counts(pairs), *(common.spread(column, 2) for column in columns)])
     return rows
+
+
+def _named(found: list[dict[str, Any]], method: str) -> str:
+    """The first cell of a row."""
+    n_found = len(common.against_before(found, method))
+    return common.said(method if method != "before" else "loss before", n_found, len(found))
+
+
+def _rises(pairs: Sequence[tuple[dict, dict]], method: str, key: str) -> list[list[float]]:
+    """By how much every loss has risen, a row a seed; of the model before the edit, the losses themselves."""
+    share = method != "before"
+    return [[after[key][name] - share * before[key][name] for name in after[key]] for after, before in pairs]
+
+
+def summary_of_spans(found: list[dict[str, Any]]) -> list[list[str]]:
+    """A row a method: what `edit_passages` judges, and the mean of the other texts beside the sentences around."""
+    rows = []
+    for method in common.methods_of(found):
+        pairs = common.against_before(found, method)
+        columns = zip(*_rises(pairs, method, "span losses"), strict=True)
+        rises = dict(zip(pairs[0][0]["span losses"], columns, strict=True))
+        cells = []
+        for kind in CONTINUED:
+            said = statistics.fmean(after["said"][kind] for after, _ in pairs)
+            cells.append(f"{common.spread(rises[kind], 2)} ({100 * said:.0f} %)")
+        unrelated = [statistics.fmean(row[1:]) for row in _rises(pairs, method, "losses")]
+        cells += [common.spread(column, 2) for column in (*(rises[kind] for kind in READ), unrelated)]
+        rows.append([_named(found, method), *cells])
+    return rows
+
+
+def _section_of_spans(found: list[dict[str, Any]]) -> str:
+    """Other prompts, paraphrases and neighbours of a passage; nothing where none were judged."""
+    if not found[0]["methods"]["before"].get("span losses"):
+        return ""
+    head = ["components chosen by", *CONTINUED, *READ, "other texts"]
+    return (
+        "\n## Other prompts, other words, and what stands around it\n\nRise of the loss (nats a token) on the second "
+        "half of the passage after several prompts, and in brackets how much of it the model would say itself, token "
+        "by token; on paraphrases of the passage; and on the sentences around it, which is to be no more than that of "
+        "other texts (or of the other passages, which the model knows by heart, too). See "
+        "`scripts/edit_passages.py`.\n\n"
+        f"{common.table(head, summary_of_spans(found))}\n"
+    )
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -285,10 +308,12 @@ def of_seed(args: argparse.Namespace, seed: int) -> dict[str, Any]:
     task, pieces = TASKS[args.task], texts(args.moby_dick)
     count = task.n_attributed + task.n_validation + task.n_final
     tokens = {name: windows(part, tokenizer, count, seed) for name, part in pieces.items()}
+    spans = None
     if args.task == "passage":
         name = list(PASSAGES)[seed % len(PASSAGES)]
+        spans = edit_passages.spans(tokenizer, name, torch.cat(list(tokens.values())), seed)
         tokens = {name: passage(tokenizer, name), **tokens}
-    return run(model, tokens, task, seed, args.include)
+    return run(model, tokens, task, seed, args.include, spans)
 
 
 def report(args: argparse.Namespace, task: Task, found: list[dict[str, Any]], started: float) -> None:
@@ -319,7 +344,7 @@ def report(args: argparse.Namespace, task: Task, found: list[dict[str, Any]], st
         f"of {task.step}. The baselines ablate as many components as the first row, by its rule where they give "
         "weights; leave-one-out would be a pass a neuron and was not run, and fine-tuning has four steps on four "
         "windows of each text. Mean ± standard deviation over the seeds.\n\n"
-        f"{common.table(head, summary(found))}\n\n![domains]({task.name}.png)\n"
+        f"{common.table(head, summary(found))}\n{_section_of_spans(found)}\n![domains]({task.name}.png)\n"
     )
     common.write(args, task.name, text, found, started)
     before, after = (found[0]["methods"][method]["losses"] for method in ("before", OURS))

@@ -22,6 +22,7 @@ import edit_common as common  # noqa: E402
 import edit_fix_error  # noqa: E402
 import edit_forget_class  # noqa: E402
 import edit_language_model  # noqa: E402
+import edit_passages  # noqa: E402
 import edit_rivals  # noqa: E402
 import edit_subgroup  # noqa: E402
 import edit_tasks as tasks  # noqa: E402
@@ -247,8 +248,71 @@ def test_language_model(args):
     assert "code up by ≥ 1" in check_files(args, "language_model")
 
 
+def letters(text, **options):
+    """A tokenizer of words, by their letters."""
+    return {"input_ids": [1 + sum(word.encode()) % 250 for word in text.split()]}
+
+
 def test_passages_are_longer_than_a_window():
     assert all(len(text.split()) > 45 for text in edit_language_model.PASSAGES.values())
+
+
+@pytest.mark.parametrize("name", list(edit_passages.PASSAGES))
+def test_prompts_of_a_passage_end_where_its_second_half_begins(name):
+    whole = edit_passages.passage(letters, name)[0]
+    half = len(whole) // 2
+    found = edit_passages.spans(letters, name, torch.full((2, 9), 255), 0)
+    assert list(found) == [*edit_passages.CONTINUED, *edit_passages.READ]
+    for kind in edit_passages.CONTINUED:
+        assert all(torch.equal(one.tokens[one.first :], whole[half:]) for one in found[kind])
+    replaced, dropped = found["a fifth replaced"], found["a fifth dropped"]
+    fifth = round(half / 5)
+    assert all((one.tokens[:half] == 255).sum() == fifth and one.first == half for one in replaced)
+    assert {one.first for one in dropped} == {half - fifth} and len({str(one.tokens) for one in dropped}) > 4
+    leads = [one.tokens[: one.first] for one in found["after another lead-in"]]
+    assert all(len(one) == half and not torch.equal(one, whole[:half]) for one in leads)
+    assert [one.first for kind in edit_passages.READ for one in found[kind]].count(1) == sum(
+        len(found[kind]) for kind in edit_passages.READ
+    )
+
+
+def test_what_a_passage_is_judged_by_is_the_loss_after_the_prompt():
+    """A model that says of every token the next number up."""
+
+    class Counting(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.tensor(9.0))
+
+        def forward(self, input_ids):
+            return self.scale * torch.nn.functional.one_hot(input_ids + 1, 12).float()
+
+    right, wrong = torch.tensor([7, 1, 2, 3]), torch.tensor([7, 1, 2, 9])
+    found = edit_passages.judged(
+        Counting(),
+        {"a": [edit_passages.Span(right, 2)], "b": [edit_passages.Span(right), edit_passages.Span(wrong, 2)]},
+    )
+    assert found["said"] == pytest.approx({"a": 1.0, "b": (2 / 3 + 1 / 2) / 2})
+    assert found["span losses"]["a"] < 0.01 and found["span losses"]["b"] == pytest.approx(
+        9 * (1 / 3 + 1 / 2) / 2, abs=0.01
+    )
+
+
+def test_the_table_of_other_prompts_shows_rises():
+    kinds = [*edit_passages.CONTINUED, *edit_passages.READ]
+
+    def row(loss, said):
+        whole = {"losses": {"Genesis": loss, "code": 3.0 + loss / 10, "novel": 3.0}, "k": 4}
+        return {**whole, "span losses": dict.fromkeys(kinds, loss), "said": dict.fromkeys(kinds, said)}
+
+    plain = {"methods": {"before": row(1.0, 0.9), "ours": row(5.0, 0.25)}}
+    before, ours = edit_language_model.summary_of_spans([plain])
+    assert before == ["loss before", *["1.00 (90 %)"] * 5, *["1.00"] * 3, "3.05"]
+    assert ours == ["ours", *["4.00 (25 %)"] * 5, *["4.00"] * 3, "0.20"]
+    assert edit_language_model.summary([plain])[1] == ["ours", "4", "4.00", "0.40", "0.00"]
+    for method in plain["methods"].values():
+        method.update({"span losses": {}, "said": {}})
+    assert edit_language_model._section_of_spans([plain]) == ""
 
 
 def test_the_failing_group_of_either_label_is_to_rise():
