@@ -15,9 +15,10 @@ from hf_coar.models import calling
 
 EACH = 10  # examples of every class
 STEPS = 8
-# Of the rival's rates, the fastest that leaves the other classes: in 16 steps three networks that were never edited
-# lose one point of them, and 2 to 9 at the next rate, at which the class comes and goes from step to step.
-RATE = descending.RATES[1]
+# Of the rival's rates, those at which it happens: at the lower one a last layer that was turned round is not back in
+# time (.1 % of a class of which the higher finds 69), and the higher one shakes networks that need no more than the
+# lower (it cost three that were never edited 2 to 9 points of the others in 16 steps). The highest destroys them.
+RATES = descending.RATES[1:3]
 _SEED = 0
 
 
@@ -47,8 +48,9 @@ def trainable(model: nn.Module) -> bool:
 def relearned(of: Setting, model: nn.Module, label: int, rows: Tensor, judged: Tensor) -> Tensor | None:
     """After what share of the first steps a model says a class, float32 [examples].
 
-    A copy is fine-tuned on all classes. Whoever wants a class back begins with what costs nothing, so the constant on
-    its logit that serves best is added first: no number of small steps makes up for a logit of -1,000.
+    A copy is fine-tuned on all classes, at the rate at which most of these examples are right on the way. Whoever wants
+    a class back begins with what costs nothing, so the constant on its logit that serves best is added first: no number
+    of small steps makes up for a logit of -1,000.
 
     Args:
         of: how the model is looked at, and where the examples are.
@@ -65,17 +67,35 @@ def relearned(of: Setting, model: nn.Module, label: int, rows: Tensor, judged: T
         return None
     shift = torch.zeros(seen.logits.shape[1])
     shift[label] = probing.best_bias(seen.logits, of.held.labels[rows], label)
+    found = [_relearned_at(rate, of, model, shift, rows, judged) for rate in RATES]
+    _, said = max(found, key=lambda one: one[0])  # of equals the lower rate
+    return (said == label).float().mean(0)
+
+
+def _relearned_at(
+    rate: float, of: Setting, model: nn.Module, shift: Tensor, rows: Tensor, judged: Tensor
+) -> tuple[int, Tensor]:
+    """How many examples to learn from were right when the steps began, and what is said of those that judge after each.
+
+    Args:
+        rate: of the steps.
+        of: as of `relearned`.
+        model: likewise.
+        shift: constants on the logits, float32 [classes].
+        rows: as of `relearned`.
+        judged: likewise; what is said of them is int64 [steps, examples].
+    """
     tuned = models.copy_with_record(model)
-    device = models.device_of(tuned)
+    device, n_right = models.device_of(tuned), 0
     batches = [data_module.to_device(batch, device) for batch in of.held.at(rows, BATCH)]
-    moved = shift.to(device)
 
     def losses(tuned: nn.Module) -> Iterator[Tensor]:
+        nonlocal n_right
         for batch in batches:
-            logits = calling.logits_of(of.looker.output.call(tuned, batch)).float() + moved
+            logits = calling.logits_of(of.looker.output.call(tuned, batch)).float() + shift.to(device)
+            n_right += int((logits.argmax(1) == batch["labels"]).sum())
             yield F.cross_entropy(logits, batch["labels"].long(), reduction="sum") / len(rows)
 
-    said = torch.zeros(len(judged))
-    for _ in islice(descending.steps(tuned, losses, RATE), STEPS):
-        said += (of.see(tuned, judged).logits + shift).argmax(1) == label
-    return said / STEPS
+    steps = islice(descending.steps(tuned, losses, rate), STEPS)
+    said = [(of.see(tuned, judged).logits + shift).argmax(1) for _ in steps]
+    return n_right, torch.stack(said)
