@@ -184,7 +184,7 @@ class Forgetting(HeadAim):
             said = [probe(one, self.labels(self.parts.choose), other) for one, other in parts]
             if said[0] is not None and said[1] is not None:
                 found[key] = fig.of_shares(what, *(one[own] == self.label for one in said))
-        again = self._relearned_before, self._relearned(model)
+        again = self._relearned_before, self._relearned(model, fit)
         if again[0] is not None and again[1] is not None:
             what = f"{self.name} relearned from {relearning.EACH} examples a class, mean of {relearning.STEPS} steps"
             found["relearned"] = fig.of_shares(what, *again)
@@ -193,15 +193,16 @@ class Forgetting(HeadAim):
     @cached_property
     def _relearned_before(self) -> Tensor | None:
         """What the model that was never edited shows, fine-tuned equally: beside the edit and all rivals."""
-        return self._relearned(self.of.model)
+        return self._relearned(self.of.model, self.before["choose"])
 
-    def _relearned(self, model: nn.Module) -> Tensor | None:
+    def _relearned(self, model: nn.Module, fit: Seen) -> Tensor | None:
         """How fast a model learns the class from some examples to choose on: float32 [those to judge on], or None."""
-        rows = relearning.lesson(self.labels(self.parts.choose), self.parts.choose)
-        if rows is None:
+        labels = self.labels(self.parts.choose)
+        rows = relearning.lesson(labels, self.parts.choose)
+        if rows is None or fit.logits is None or not relearning.trainable(model):
             return None
-        own = self.parts.judge[self.own(self.parts.judge)]
-        return relearning.relearned(self.of, model, self.label, rows, own)
+        bias, own = probing.best_bias(fit.logits, labels, self.label), self.own(self.parts.judge)
+        return relearning.relearned(self.of, model, self.label, bias, rows, self.parts.judge[own])
 
     @property
     def limits(self) -> dict[str, float]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hf_coar import data as data_module
 from hf_coar import models
-from hf_coar.editing.tasks import descending, probing
+from hf_coar.editing.tasks import descending
 from hf_coar.editing.tasks.setting import BATCH, Setting
 from hf_coar.models import calling
 
@@ -45,57 +45,54 @@ def trainable(model: nn.Module) -> bool:
     return wide and len(parameters) > 0
 
 
-def relearned(of: Setting, model: nn.Module, label: int, rows: Tensor, judged: Tensor) -> Tensor | None:
+def relearned(of: Setting, model: nn.Module, label: int, bias: Tensor, rows: Tensor, judged: Tensor) -> Tensor:
     """After what share of the first steps a model says a class, float32 [examples].
 
     A copy is fine-tuned on all classes, at the rate at which most of these examples are right on the way. Whoever wants
-    a class back begins with what costs nothing, so the constant on its logit that serves best is added first: no number
-    of small steps makes up for a logit of -1,000.
+    a class back begins with what costs nothing, a constant on its logit: no number of small steps makes up for -1,000.
 
     Args:
         of: how the model is looked at, and where the examples are.
         model: it stays as it was.
         label: of the class.
+        bias: the constant, a scalar; that of `probing.best_bias` of more examples than are learned from, as of these
+            few it may leave less of a class than there was.
         rows: of the examples to learn from.
-        judged: of those that judge, all of the class; None is returned where the model has no logits of classes, or
-            parameters that cannot be trained.
+        judged: of those that judge, all of the class.
     """
-    if not trainable(model):
-        return None
-    seen = of.see(model, rows)
-    if seen.logits is None:
-        return None
-    shift = torch.zeros(seen.logits.shape[1])
-    shift[label] = probing.best_bias(seen.logits, of.held.labels[rows], label)
-    found = [_relearned_at(rate, of, model, shift, rows, judged) for rate in RATES]
+    found = [_relearned_at(rate, of, model, label, bias, rows, judged) for rate in RATES]
     _, said = max(found, key=lambda one: one[0])  # of equals the lower rate
     return (said == label).float().mean(0)
 
 
 def _relearned_at(
-    rate: float, of: Setting, model: nn.Module, shift: Tensor, rows: Tensor, judged: Tensor
+    rate: float, of: Setting, model: nn.Module, label: int, bias: Tensor, rows: Tensor, judged: Tensor
 ) -> tuple[int, Tensor]:
     """How many examples to learn from were right when the steps began, and what is said of those that judge after each.
 
     Args:
         rate: of the steps.
-        of: as of `relearned`.
+        of: as of `relearned`, as all others.
         model: likewise.
-        shift: constants on the logits, float32 [classes].
-        rows: as of `relearned`.
+        label: likewise.
+        bias: likewise.
+        rows: likewise.
         judged: likewise; what is said of them is int64 [steps, examples].
     """
     tuned = models.copy_with_record(model)
     device, n_right = models.device_of(tuned), 0
     batches = [data_module.to_device(batch, device) for batch in of.held.at(rows, BATCH)]
 
+    def shifted(logits: Tensor) -> Tensor:
+        return logits + bias.to(logits) * F.one_hot(torch.tensor(label, device=logits.device), logits.shape[1])
+
     def losses(tuned: nn.Module) -> Iterator[Tensor]:
         nonlocal n_right
         for batch in batches:
-            logits = calling.logits_of(of.looker.output.call(tuned, batch)).float() + shift.to(device)
+            logits = shifted(calling.logits_of(of.looker.output.call(tuned, batch)).float())
             n_right += int((logits.argmax(1) == batch["labels"]).sum())
             yield F.cross_entropy(logits, batch["labels"].long(), reduction="sum") / len(rows)
 
     steps = islice(descending.steps(tuned, losses, rate), STEPS)
-    said = [(of.see(tuned, judged).logits + shift).argmax(1) for _ in steps]
+    said = [shifted(of.see(tuned, judged).logits).argmax(1) for _ in steps]
     return n_right, torch.stack(said)
