@@ -396,9 +396,9 @@ def write(found: dict[str, Sequence[str]]) -> None:
 
 
 NOTES = """\
-Machine: two CPU cores, other work going on, float32; the last column says how a row was run. GPU: not run. c and f
-include the start of a run: what tells where the examples are in every module, whether every gate acts, and (f) which
-components are outliers; batches of two examples are where fixed costs weigh most.
+Machine: two CPU cores, other work going on, float32; the last column says how a row was run. On a GPU: see
+accelerator.md. c and f include the start of a run: what tells where the examples are in every module, whether every
+gate acts, and (f) which components are outliers; batches of two examples are where fixed costs weigh most.
 
 Memory, 500 against 5,000 examples of the demo (`pytest tests/test_streaming.py -m slow -s`): 913 MB against 918 MB
 while passes run; 938 MB against 1,026 MB afterwards, when the results are in memory."""

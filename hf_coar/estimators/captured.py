@@ -30,7 +30,6 @@ logger = logging.getLogger(__name__)
 # 40 % (MobileNetV2) of every later pass. After 64 passes, as it was at first, it did not pay in a demo run of 320.
 _AFTER = 60.0
 _AFTER_LAUNCHES = 10.0  # of host time on a CUDA device, all of which a graph launched as one saves
-_AFTER_LAUNCHED = 300.0  # of a device's time, after which a run is long enough for compiled kernels
 _KEPT = 4  # graphs of different shapes
 
 Reads = tuple[Tensor, Tensor]  # values [examples], reads [examples, components]
@@ -55,8 +54,6 @@ class CapturedPasses:
         self._seconds: Counter[Hashable] = Counter()
         self._passes_of_batch: Counter[Hashable] = Counter()
         self._trusted: set[Hashable] = set()
-        self._replays: Counter[Hashable] = Counter()
-        self._compiled: set[Hashable] = set()  # for whose graphs that was tried
 
     def begin_batch(self) -> None:
         """Other examples come."""
@@ -71,7 +68,6 @@ class CapturedPasses:
         key = (wanted, _shape(gates), _shape(smoothing), *((name, _shape(value)) for name, value in batch.items()))
         if key in self._trusted:
             calling.tell()
-            self._replays[key] += 1
             return self._replayed(key, batch, gates, smoothing)
         begun = time.monotonic()
         found = self._run(batch, gates, smoothing)
@@ -105,10 +101,7 @@ class CapturedPasses:
             if key not in self._graphs:
                 self._graphs[key] = self._captured(batch, gates, smoothing, wanted)
             exact = wanted == "auto" and gates.device.type == "cpu"
-            begun = time.monotonic()
             launched.check_equal(found, self._replayed(key, batch, gates, smoothing), 0.0 if exact else rounding())
-            if self._replays[key] * (time.monotonic() - begun) > _AFTER_LAUNCHED:
-                self._compile(key, _inputs(batch, gates, smoothing), found)
             self._trusted.add(key)
         except Exception as error:  # whatever a model's own code does with tensors that hold no values
             if models.is_out_of_memory(error):
@@ -119,23 +112,6 @@ class CapturedPasses:
             logger.log(level, "gate passes of %s run as its own code: %s", name, _reason(error))
         if len(self._graphs) > _KEPT:
             self._trusted.discard(self._graphs.popitem(last=False)[0])
-
-    def _compile(self, key: Hashable, inputs: list[Tensor], found: Reads) -> None:
-        """Compiled kernels in the place of the recorded ones, if they give what was found."""
-        recording = self._graphs[key]
-        if key in self._compiled or not isinstance(recording, launched.Recording):
-            return
-        self._compiled.add(key)
-        begun = time.monotonic()
-        try:
-            compiled = _compiled(recording.operations, True, inputs[0].device)
-            with torch.no_grad(), torch.autocast("cuda", enabled=False):
-                launched.check_equal(found, compiled(*inputs), rounding())
-        except Exception as error:  # of a compiler; there is a recording
-            logger.info("gate passes are not compiled: %s", _reason(error))
-            return
-        self._graphs[key] = compiled
-        logger.info("gate passes are compiled from here on (made in %.0f s)", time.monotonic() - begun)
 
     def _captured(
         self, batch: data_module.Batch, gates: Tensor, smoothing: Tensor | None, wanted: bool | str

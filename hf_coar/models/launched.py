@@ -16,11 +16,7 @@ Operations = Callable[..., tuple[Tensor, ...]]
 
 
 class Recording:
-    """Operations on tensors of a CUDA device, recorded once and launched from then on.
-
-    Attributes:
-        operations: as they were given.
-    """
+    """Operations on tensors of a CUDA device, recorded once and launched from then on."""
 
     def __init__(self, operations: Operations, inputs: Sequence[Tensor], weights: Iterable[Tensor]) -> None:
         """Record.
@@ -33,7 +29,7 @@ class Recording:
         Raises:
             Exception: whatever stands against it: a copy from the host, an operation that waits, no memory.
         """
-        self.operations, self._weights = operations, [weight for weight in weights if weight.is_cuda]
+        self._operations, self._weights = operations, [weight for weight in weights if weight.is_cuda]
         self._inputs = [one.clone() for one in inputs]
         self._record()
 
@@ -43,11 +39,11 @@ class Recording:
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):  # libraries choose their kernels, which is not to be recorded
-            self.operations(*self._inputs)
+            self._operations(*self._inputs)
         torch.cuda.current_stream().wait_stream(aside)
         recorded = torch.cuda.CUDAGraph()
         with torch.cuda.graph(recorded):
-            self._outputs = self.operations(*self._inputs)
+            self._outputs = self._operations(*self._inputs)
         self._graph = recorded
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
