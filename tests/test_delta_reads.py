@@ -1,6 +1,7 @@
 """Delta reads: exact differences through a component's own nonlinearity, in one pass, whatever the gates' levels."""
 
 import gc
+import math
 import weakref
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 import hf_coar as coar
 from hf_coar import masking
 from hf_coar.estimators.delta_reads import DeltaReads, followed
+from hf_coar.estimators.gates import GatePasses
 from hf_coar.estimators.trying import elementwise_modules, normalising_modules
 
 N_EXAMPLES = 3
@@ -177,7 +179,14 @@ def test_elementwise_modules_are_found_by_trying_them():
     outside = [nn.Softmax(-1), nn.LayerNorm(2), nn.Identity(), nn.Dropout(), nn.Flatten(), nn.AvgPool2d(1), nn.GLU()]
     outside += [nn.Linear(2, 2), nn.MaxPool2d(2)]
     model = nn.ModuleList([*inside, *outside]).eval()
-    assert elementwise_modules(model) == inside
+    assert list(elementwise_modules(model)) == inside
+
+
+def test_clamps_are_found_by_trying_them():
+    clamps = {nn.ReLU(): (0, math.inf), nn.ReLU6(inplace=True): (0, 6), nn.Hardtanh(-0.5, 20.0): (-0.5, 20)}
+    others = [nn.GELU(), nn.LeakyReLU(), nn.Hardsigmoid(), nn.Hardswish(), nn.Threshold(1.0, 0.0), nn.Tanh()]
+    found = elementwise_modules(nn.ModuleList([*clamps, *others]))
+    assert list(found.values()) == [*clamps.values(), *[None] * len(others)]
 
 
 def test_normalising_modules_are_found_by_trying_them():
@@ -214,3 +223,51 @@ def test_nothing_of_a_pass_is_held_when_it_is_over(name):
     del value, reads
     gc.collect()
     assert seen and all(one() is None for one in seen)
+
+
+class Residual(nn.Module):
+    """What an activation wrote into goes on to a sum, and through the activation behind it."""
+
+    def __init__(self, activation):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.activation = activation
+
+    def forward(self, x):
+        x = self.activation(self.first(x))
+        return self.activation(self.second(x) + x).mean((2, 3))
+
+
+KEPT = torch.tensor([0.0, 1.0]).repeat(3)[:, None]
+
+
+def zero_some_(x):
+    x[:, :, ::2] = 0
+    return x
+
+
+IN_PLACE = {
+    "relu": (lambda x: F.relu(x, inplace=True), F.relu),
+    "relu module": (nn.ReLU(inplace=True), nn.ReLU()),
+    "hardtanh": (lambda x: F.hardtanh_(x, -0.2, 0.3), lambda x: F.hardtanh(x, -0.2, 0.3)),
+    "another function": (lambda x: F.relu(zero_some_(x) + 0.1), lambda x: F.relu(x * KEPT + 0.1)),
+    "a number": (lambda x: F.relu(x.mul_(2.0)), lambda x: F.relu(x * 2.0)),
+    "a clamp": (lambda x: x.clamp_(min=0), lambda x: x.clamp(min=0)),
+}
+
+
+@pytest.mark.parametrize("smoothing", [None, 0.5])
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_it_does_not_matter_whether_a_model_writes_in_place(name, smoothing):
+    torch.manual_seed(0)
+    inputs, found = torch.randn(3, 2, 6, 6), []
+    source = Residual(None).requires_grad_(False)
+    for activation in IN_PLACE[name]:
+        model = Residual(activation).eval().requires_grad_(False)
+        model.load_state_dict(source.state_dict())
+        passes = GatePasses(
+            masking.MaskedModel(model, coar.find_components(model)), coar.outputs.get("logit"), delta=True
+        )
+        gates = torch.linspace(0.1, 0.9, 3 * len(passes.masked)).view(3, -1)
+        found.append(passes({"x": inputs, "labels": torch.arange(3)}, gates, smoothing or 0.0)[1])
+    assert torch.allclose(*found, atol=1e-6 * float(found[1].abs().max()))

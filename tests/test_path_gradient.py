@@ -10,6 +10,7 @@ from hf_coar import data
 from hf_coar.estimators import flips, live
 from hf_coar.estimators.delta_reads import DeltaReads, _mean_slope, followed
 from hf_coar.estimators.gates import Sums
+from hf_coar.estimators.trying import elementwise_modules
 from hf_coar.masking import FiredGroups, ablate
 from hf_coar.runs.problem import Size
 
@@ -143,6 +144,13 @@ def test_the_mean_slope_is_the_mean_of_the_slopes():
         assert torch.allclose(_mean_slope(function, x, 0.5)[0], expected, atol=1e-3)
 
 
+@pytest.mark.parametrize("module", [nn.ReLU(), nn.ReLU6(), nn.Hardtanh(-0.3, 0.2)])
+def test_the_mean_slope_of_a_clamp_is_known_without_its_values(module):
+    x = torch.randn(3, 4, 5, 5, generator=torch.Generator().manual_seed(0))
+    (bounds,) = elementwise_modules(module).values()
+    assert torch.allclose(_mean_slope(module, x, 0.5, bounds), _mean_slope(module, x, 0.5), atol=1e-6)
+
+
 @pytest.mark.parametrize("in_place", [False, True])
 def test_smoothing_leaves_the_forward_pass_as_it_is(in_place):
     torch.manual_seed(0)
@@ -150,7 +158,7 @@ def test_smoothing_leaves_the_forward_pass_as_it_is(in_place):
     x = torch.randn(2, 2, 9, 9, requires_grad=True)
     plain = net(x)
     (slope,) = torch.autograd.grad(plain.sum(), x)
-    with followed([net[1], net[3]], FiredGroups(net, []), DeltaReads(), smoothing=0.5):
+    with followed(dict.fromkeys([net[1], net[3]]), FiredGroups(net, []), DeltaReads(), smoothing=0.5):
         smoothed = net(x)
     (other,) = torch.autograd.grad(smoothed.sum(), x)
     assert torch.equal(plain, smoothed)

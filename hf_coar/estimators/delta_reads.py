@@ -21,7 +21,7 @@ the ablations move x would be right for a single pass; over many passes a narrow
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -31,7 +31,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from hf_coar.errors import ModelError
 from hf_coar.estimators.contributions import NORMALISATIONS, Contribution, Norm, Normalised, Tracked, normalisation
+from hf_coar.estimators.trying import Bounds
 from hf_coar.masking import FiredGroups
 from hf_coar.masking.sites import replace_forward
 
@@ -42,6 +44,13 @@ ELEMENTWISE = frozenset(
         "selu_", "softplus", "logsigmoid",
     }
 )  # fmt: skip
+_INFINITE = float("inf")
+# What of these is left as it is: between the bounds, beyond which there is nothing but them.
+_CLAMPS: dict[str, Callable[..., Bounds]] = {
+    "relu": lambda *_: (0.0, _INFINITE),
+    "relu_": lambda *_: (0.0, _INFINITE),
+    "relu6": lambda *_: (0.0, 6.0),
+}
 _ADD = frozenset({"add", "add_", "__add__", "__iadd__", "__radd__", "sub", "sub_", "__sub__", "__isub__"})
 _MULTIPLY = frozenset({"mul", "mul_", "__mul__", "__imul__", "__rmul__", "div", "div_", "__truediv__", "__itruediv__"})
 _SAME = frozenset({"contiguous", "to", "float", "dropout", "type_as", "clone"})
@@ -79,7 +88,8 @@ class _Tracker(TorchFunctionMode):
         self.reads, self.smoothing = reads, smoothing
         # By tensor, as long as somebody holds it: what nobody reads any more takes its contributions with it. (Torch's
         # own dictionary of weak tensors does the same and takes several times as long, for every operation of a model.)
-        self._tracked: dict[int, tuple[KeyedRef, list[Tracked]]] = {}
+        # With its version: what is written into holds something else.
+        self._tracked: dict[int, tuple[KeyedRef, int, list[Tracked]]] = {}
         self.paused = 0
 
     def observe(self, gated: Tensor, plain: Tensor, end: Tensor | None, level: Tensor) -> None:
@@ -88,9 +98,9 @@ class _Tracker(TorchFunctionMode):
         self._track(gated, [*self.contributions(gated), Contribution(plain.detach(), end, level)])
 
     def contributions(self, tensor: Any) -> list[Tracked]:
-        """What is tracked in a tensor."""
+        """What is tracked in a tensor, as it is now."""
         found = self._tracked.get(id(tensor))
-        return [] if found is None else found[1]
+        return [] if found is None or found[1] != tensor._version else found[2]
 
     def concerns(self, x: Tensor) -> bool:
         """Whether an element-wise function of x is not to run as usual."""
@@ -100,7 +110,7 @@ class _Tracker(TorchFunctionMode):
         if contributions:
             tracked = self._tracked
             gone = KeyedRef(tensor, lambda ref: tracked.pop(ref.key, None), id(tensor))
-            tracked[id(tensor)] = (gone, contributions)
+            tracked[id(tensor)] = (gone, tensor._version, contributions)
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -110,34 +120,40 @@ class _Tracker(TorchFunctionMode):
             return func(*args, **kwargs)
         if name in ELEMENTWISE and self.concerns(first):
             others, rest = args[1:], {key: value for key, value in kwargs.items() if key != "input"}
-            return self.through(lambda x: func(x, *others, **rest), first)
+            bounds = _CLAMPS[name](*others) if name in _CLAMPS else None
+            return self.through(lambda x: func(x, *others, **rest), first, bounds)
+        operands = args[:2] or (first,)
+        held = [self.contributions(operand) for operand in operands]  # before anything is written into them
         result = func(*args, **kwargs)
-        if isinstance(result, Tensor):
-            self._follow(name, first, args, kwargs, result)
+        if isinstance(result, Tensor) and any(held):
+            # Whose shape is another one was broadcast, and its parts would have to be.
+            alike = [some if self._same_shape(x, result) else [] for x, some in zip(operands, held, strict=True)]
+            self._follow(name, args, kwargs, first, alike, result)
         return result
 
-    def _follow(self, name: str, first: Tensor, args: tuple, kwargs: dict, result: Tensor) -> None:
+    def _follow(
+        self, name: str, args: tuple, kwargs: dict, first: Tensor, held: list[list[Tracked]], result: Tensor
+    ) -> None:
+        """Tracks in a result what its first two operands held."""
         if name in _ADD:
-            both = [c for operand in args[:2] for c in self.contributions(operand) if self._same_shape(operand, result)]
-            if both and "sub" in name and self.contributions(args[1]):
+            if "sub" in name and any(held[1:]):
                 return  # the second operand enters with the other sign; rare, and then the derivative is left
-            self._track(result, both)
+            self._track(result, [one for some in held for one in some])
         elif name in _SAME:
-            if result.shape == first.shape:
-                self._track(result, self.contributions(first))
+            self._track(result, held[0])
         elif name == "batch_norm":
-            self._track(result, self._scaled(first, _batch_norm_scale(*args, **kwargs)))
+            self._track(result, _scaled(held[0], _batch_norm_scale(*args, **kwargs)))
         elif name in NORMALISATIONS:
-            self._normalised(first, result, normalisation(name, args, kwargs))
+            self._normalised(first, held[0], result, normalisation(name, args, kwargs))
         elif name in _MULTIPLY and len(args) > 1 and isinstance(args[1], int | float):
-            self._track(result, self._scaled(first, args[1] if "mul" in name else 1 / args[1]))
+            self._track(result, _scaled(held[0], args[1] if "mul" in name else 1 / args[1]))
 
-    def _normalised(self, x: Tensor, result: Tensor, found: Norm | None) -> None:
+    def _normalised(self, x: Tensor, held: list[Tracked], result: Tensor, found: Norm | None) -> None:
         """Follows what a normalisation takes together with nothing else, and corrects its reads."""
-        if found is None or not self.contributions(x):
+        if found is None or not held:
             return
         norm, axes = found
-        behind = [Normalised(one, norm, x.detach()) for one in self.contributions(x) if _is_one(one.level, x, axes)]
+        behind = [Normalised(one, norm, x.detach()) for one in held if _is_one(one.level, x, axes)]
         self._track(result, [*behind])
         if behind and result.requires_grad:
             result.register_hook(partial(_correct_normalised, behind, self.reads))
@@ -146,18 +162,13 @@ class _Tracker(TorchFunctionMode):
     def _same_shape(operand: Any, result: Tensor) -> bool:
         return isinstance(operand, Tensor) and operand.shape == result.shape
 
-    def _scaled(self, tensor: Tensor, scale: Any) -> list[Tracked]:
-        if scale is None:
-            return []
-        return [one.scaled(scale) for one in self.contributions(tensor)]
-
-    def through(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    def through(self, function: Callable[[Tensor], Tensor], x: Tensor, bounds: Bounds | None = None) -> Tensor:
         """Run an element-wise function, smoothed if asked for, and correct the reads when the gradient comes back.
 
         The function is kept for the backward pass and must not hold x: written in place, x would hold itself for good.
         """
         contributions = self.contributions(x)
-        followed = _Followed(function, x.detach(), self.smoothing, contributions, self.reads)
+        followed = _Followed(function, x.detach(), self.smoothing, contributions, self.reads, bounds)
         self.paused += 1
         try:
             if self.smoothing is not None and x.requires_grad:
@@ -174,16 +185,21 @@ class _Tracker(TorchFunctionMode):
     def through_norm(self, norm: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Run a normalisation of the last axis, as one whatever it is made of."""
         self.paused += 1
+        held = self.contributions(x)
         try:
             result = norm(x)
         finally:
             self.paused -= 1
-        self._normalised(x, result, (norm, (x.dim() - 1,)))
+        self._normalised(x, held, result, (norm, (x.dim() - 1,)))
         return result
 
     def forget(self) -> None:
         """Let go of the tensors that were followed."""
         self._tracked.clear()
+
+
+def _scaled(held: list[Tracked], scale: Any) -> list[Tracked]:
+    return [] if scale is None else [one.scaled(scale) for one in held]
 
 
 def _slope(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -194,7 +210,9 @@ def _slope(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _mean_slope(function: Callable[[Tensor], Tensor], x: Tensor, smoothing: Tensor) -> Tensor:
+def _mean_slope(
+    function: Callable[[Tensor], Tensor], x: Tensor, smoothing: Tensor, bounds: Bounds | None = None
+) -> Tensor:
     """The slope averaged over a uniform window around x, whose standard deviation is `smoothing` times that of x."""
     # Of one example, or one position of one: images have their example first, sequences any order of axes.
     axes = tuple(range(1, x.dim())) if x.dim() > 3 else (-1,)
@@ -202,7 +220,17 @@ def _mean_slope(function: Callable[[Tensor], Tensor], x: Tensor, smoothing: Tens
     # Not x.std(), which is several times slower.
     deviation = (mean_square - x.mean(axes, keepdim=True).square()).clamp_min(_SMALL**2).sqrt()
     half = (smoothing * 3**0.5) * deviation
+    if bounds is not None:
+        low, high = bounds
+        slope = _share_above(x, half, low)
+        return slope if high == _INFINITE else slope.sub_(_share_above(x, half, high))
     return function(x + half).sub_(function(x - half)).div_(2 * half)
+
+
+def _share_above(x: Tensor, half: Tensor, bound: float) -> Tensor:
+    """Which part of the window around x lies above a bound; in a third of the time that two values and a ratio take."""
+    scale = 0.5 / half
+    return torch.addcmul(0.5 - bound * scale, x, scale).clamp_(0, 1)
 
 
 _SMALL = 1e-6
@@ -217,6 +245,8 @@ class _Followed:
         smoothing: of its slope, see `followed`.
         contributions: to x.
         reads: what is corrected. It does not hold its tracker: a tensor would hold itself.
+        wrote: whether the function wrote into x.
+        bounds: between which the function leaves its input as it is, and beyond which it gives these; None for others.
     """
 
     def __init__(
@@ -226,26 +256,33 @@ class _Followed:
         smoothing: Tensor | None,
         contributions: list[Tracked],
         reads: DeltaReads,
+        bounds: Bounds | None,
     ) -> None:
-        self.function, self.x, self.smoothing = function, x, smoothing
+        self.function, self.x, self.smoothing, self.wrote, self.bounds = function, x, smoothing, False, bounds
         self.contributions, self.reads = contributions, reads
 
     def smoothed(self, x: Tensor) -> Tensor:
         """function(x), in place if it is, with its mean slope."""
-        with torch._C.DisableTorchFunction():
-            copy = x.detach().clone()
-        with torch.no_grad():
-            value = self.function(copy)
-        with torch._C.DisableTorchFunction():
-            self.x = x.detach().clone() if copy._version else copy  # what was written into is x no more
-            result = _WithSlope.apply(x, value, self)
-            return x.copy_(result) if torch._C._is_alias_of(value, copy) else result
+        if not x._is_view():
+            return _WithSlope.apply(x, self)
+        # Into a view no function of our own may write.
+        result = _WithSlope.apply(x.clone(), self)
+        return x.copy_(result) if self.wrote else result
+
+    def value(self, x: Tensor) -> Tensor:
+        """function(x), while x is kept for the slope."""
+        self.x, version = x.clone(), x._version  # what goes into a function may be written into later, too
+        value = self.function(x)
+        self.wrote = x._version != version
+        if self.wrote and not torch._C._is_alias_of(value, x):
+            raise ModelError("an activation writes into what it is given, and returns something else")
+        return x if self.wrote else value
 
     def slope(self) -> Tensor:
         """The slope that the backward pass takes."""
         if self.smoothing is None:
             return _slope(self.function, self.x)
-        return _mean_slope(self.function, self.x, self.smoothing)
+        return _mean_slope(self.function, self.x, self.smoothing, self.bounds)
 
     def correct(self, gradient: Tensor, slope: Tensor | None = None) -> None:
         """Adds to the reads by how much the exact difference of every contribution exceeds slope × part."""
@@ -255,18 +292,21 @@ class _Followed:
 
 
 class _WithSlope(torch.autograd.Function):
-    """A value that was computed without gradients, and the slope that it is to have."""
+    """An element-wise function with the slope that it is to have."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, value: Tensor, followed: _Followed) -> Tensor:
+    def forward(ctx: Any, x: Tensor, followed: _Followed) -> Tensor:
         ctx.followed = followed
+        value = followed.value(x)
+        if followed.wrote:
+            ctx.mark_dirty(x)
         return value
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         slope = ctx.followed.slope()
         ctx.followed.correct(gradient, slope)
-        return gradient * slope, None, None
+        return gradient * slope, None
 
 
 @torch.no_grad()
@@ -305,7 +345,7 @@ def _batch_norm_scale(
 
 @contextmanager
 def followed(
-    activations: Sequence[nn.Module],
+    activations: Mapping[nn.Module, Bounds | None],
     fired: FiredGroups,
     reads: DeltaReads,
     smoothing: Tensor | None = None,
@@ -324,8 +364,8 @@ def followed(
     tracker = _Tracker(reads, smoothing)
     fired.observe = tracker.observe
     with ExitStack() as stack:
-        for module in activations:
-            stack.callback(replace_forward(module, partial(_followed, tracker)))
+        for module, bounds in activations.items():
+            stack.callback(replace_forward(module, partial(_followed, tracker, bounds)))
         for module in norms:
             stack.callback(replace_forward(module, partial(_normalising, tracker)))
         stack.callback(tracker.forget)
@@ -334,12 +374,12 @@ def followed(
             yield
 
 
-def _followed(tracker: _Tracker, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _followed(tracker: _Tracker, bounds: Bounds | None, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def run(*args: Any, **kwargs: Any) -> Tensor:
         if tracker.paused or not args or not tracker.concerns(args[0]):
             return forward(*args, **kwargs)
         x, *others = args
-        return tracker.through(lambda value: forward(value, *others, **kwargs), x)
+        return tracker.through(lambda value: forward(value, *others, **kwargs), x, bounds)
 
     return run
 

@@ -40,7 +40,7 @@ class GatePasses:
         """
         self.masked, self.output, self.delta = masked, output, delta
         self._sizes = masked.components.sizes()
-        self._activations = elementwise_modules(masked.model) if delta else []
+        self._activations = elementwise_modules(masked.model) if delta else {}
         self._norms = normalising_modules(masked.model) if delta else []
         self._inert: set[str] = set()
         stand_in = masked.components.stand_in

@@ -5,16 +5,30 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+Bounds = tuple[float, float]  # of a clamp: what lies between is left as it is; the upper one may be infinite
 
-def elementwise_modules(model: nn.Module) -> list[nn.Module]:
-    """Modules without parameters, children or buffers that act on every entry alone, found by trying them out."""
-    found = []
+
+def elementwise_modules(model: nn.Module) -> dict[nn.Module, Bounds | None]:
+    """Modules without parameters, children or buffers that act on every entry alone, found by trying them out.
+
+    With the bounds of those that are clamps, such as ReLU; None for others.
+    """
+    found = {}
     for module in model.modules():
         if _any(module.children()) or _any(module.parameters()) or _any(module.buffers()):
             continue
         if not isinstance(module, nn.Identity | nn.Dropout) and _is_elementwise(module):
-            found.append(module)
+            found[module] = _bounds(module)
     return found
+
+
+def _bounds(module: nn.Module) -> Bounds | None:
+    x = torch.cat([torch.linspace(-9.37, 9.31, 94), torch.tensor([-1e4, 1e4])])
+    with torch.no_grad():
+        value = module(x.clone())
+    low, high = float(value[-2]), float(value[-1])
+    high = high if high < 1e4 else float("inf")
+    return (low, high) if low > -1e4 and torch.equal(value, x.clamp(low, high)) else None
 
 
 def _is_elementwise(module: nn.Module) -> bool:
