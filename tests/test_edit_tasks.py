@@ -14,6 +14,7 @@ import hf_coar as coar
 from hf_coar import editing, models
 from hf_coar.editing.tasks import figures as fig
 from hf_coar.editing.tasks import fixing, held, lifting, matching, probing, refitting, relearning, walking
+from hf_coar.editing.tasks.forgetting import Forgetting
 from hf_coar.editing.tasks.looking import Looker, Seen
 from hf_coar.editing.tasks.setting import Setting
 from hf_coar.errors import CoarError, UnsatisfiedError
@@ -245,6 +246,32 @@ def test_a_new_last_layer_forgets_where_ablation_alone_costs_too_much(tmp_path):
     assert "fitted anew" in (tmp_path / "saved" / "README.md").read_text()
     with pytest.raises(CoarError, match="refit='all'"):
         coar.forget(model, data, 3, components=components, refit="all")
+
+
+@pytest.mark.parametrize("noise", [1.0, 2.5])
+def test_an_edit_leaves_no_more_of_a_class_than_a_new_last_layer_alone(noise, tmp_path):
+    model, data = trained(*blobs(seed=1, noise=noise)), batches(*blobs(noise=noise))
+    components = coar.find_components(model, include=["0", "2"])
+    of = Setting.of(model, data, components)
+    parts = held.divided(of.held.labels, of.held.labels == 3, 0, "label 3")
+    aim = Forgetting(of, parts, 3, 0.05, 0.1, refit="head")
+    points = aim.points()
+    (alone,) = [one for one in points if not len(one.ablated)]
+    assert alone.rule.endswith("last layer refitted") and alone.verdict.satisfies
+    assert walking.best(points, aim.wanted, alone.verdict).verdict.merit >= alone.verdict.merit
+
+
+def test_an_edit_of_nothing_but_a_last_layer_is_told_saved_and_undone(tmp_path, monkeypatch):
+    model, data = trained(*blobs(seed=1, noise=1.0)), batches(*blobs(noise=1.0))
+    components = coar.find_components(model, include=["0", "2"])
+    monkeypatch.setattr(Forgetting, "walked", lambda *_, **__: [])
+    result = coar.forget(model, data, 3, others_within=0.05, components=components, rivals=None)
+    assert result.components == () and models.record(result.model)["edit"]["refit"] == "4"
+    assert result.figures["target"].after <= 0.1
+    result.save(tmp_path / "saved")
+    assert "changed by nothing ablated, last layer refitted" in (tmp_path / "saved" / "README.md").read_text()
+    assert same_weights(coar.undo(result.model, model), model)
+    result.plot.frontier()
 
 
 def test_a_last_layer_that_holds_components_is_left_as_it_is(net, caplog):

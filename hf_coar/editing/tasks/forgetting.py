@@ -79,8 +79,14 @@ class Forgetting(HeadAim):
     # ------------------------------------------------------------------------------------------- what to ablate first
 
     def points(self) -> list[Point]:
-        """A walk until the allowance is spent: late, where a new last layer makes up for what the others lose."""
-        return self.walked(RULE, passing_by=PASSING_BY)
+        """A walk until the allowance is spent: late, where a new last layer makes up for what the others lose.
+
+        And that layer with nothing ablated: on features that hold the class anyway, it is what hides it best.
+        """
+        points = self.walked(RULE, passing_by=PASSING_BY)
+        if self.refit is None:
+            return points
+        return [*points, *self.measured(self.of.model, torch.empty(0, dtype=torch.long), "nothing ablated")[1:]]
 
     def measured(self, model: nn.Module, ablated: Tensor, rule: str) -> list[Point]:
         """As it is, and with a last layer of its own."""
