@@ -86,7 +86,8 @@ class Forgetting(HeadAim):
         points = self.walked(RULE, passing_by=PASSING_BY)
         if self.refit is None:
             return points
-        return [*points, *self.measured(self.of.model, torch.empty(0, dtype=torch.long), "nothing ablated")[1:]]
+        alone = self.measured(self.of.model, torch.empty(0, dtype=torch.long), RULE)[1:]
+        return [*points, *(replace(one, rule="a new last layer alone") for one in alone)]
 
     def measured(self, model: nn.Module, ablated: Tensor, rule: str) -> list[Point]:
         """As it is, and with a last layer of its own."""
