@@ -1,0 +1,93 @@
+"""Masked passes that are launched as one on a CUDA device, here with a stand-in for it; on a real one, test_gpu."""
+
+import logging
+
+import pytest
+import torch
+from conftest import build_net
+
+import hf_coar as coar
+from hf_coar.errors import CoarError
+from hf_coar.masking import MaskedModel
+from hf_coar.models import calling, launched, outputs
+from hf_coar.runs import measuring
+from hf_coar.runs.engine import Part, autocast
+from hf_coar.runs.sampling import Masks
+
+N_MASKS = 20
+
+
+class Recording:
+    """Does what it was given, and counts; `off` is added to what comes out."""
+
+    made: list["Recording"] = []
+    off = 0.0
+
+    def __init__(self, operations, inputs, weights):
+        self.operations, self.replays = operations, 0
+        self.made.append(self)
+
+    def __call__(self, *inputs):
+        self.replays += 1
+        with calling.unheard():
+            return tuple(one + self.off for one in self.operations(*inputs))
+
+
+@pytest.fixture
+def recordings(monkeypatch):
+    """Those that were made; every batch can be recorded."""
+    monkeypatch.setattr(Recording, "made", [])
+    monkeypatch.setattr(measuring.launched, "Recording", Recording)
+    keys = staticmethod(lambda batch: tuple(one.shape for one in batch.values()))
+    monkeypatch.setattr(measuring._Forward, "_key", keys)
+    return Recording.made
+
+
+def measured(n_masks, n_batches=2):
+    torch.manual_seed(0)
+    net = build_net("convnet")
+    net.model.requires_grad_(False)
+    masked = MaskedModel(net.model, coar.find_components(net.model))
+    passes = measuring.MaskedPasses(masked, outputs.get("margin"), Masks(len(masked), 0.2, n_masks, 0, 0))
+    part, heard = Part("masks", 0, n_masks, float(n_masks), n_masks), []
+    with calling.heard(lambda: heard.append(1)):
+        found = [passes.compute(net.batch, 0, part)["outputs"] for _ in range(n_batches)]
+    return torch.stack(found), len(heard)
+
+
+def test_a_recording_is_made_once_and_checked_for_every_batch(recordings):
+    found, heard = measured(N_MASKS)
+    (recording,) = recordings
+    # Of the 20 passes of a batch two are the model's own, and one of these is made both ways.
+    assert recording.replays == 2 * (N_MASKS - 1) and heard == 2 * N_MASKS
+    assert torch.equal(found[0], found[1]) and found.std(2).min() > 0
+
+
+def test_what_gives_other_values_is_not_used(recordings, monkeypatch, caplog):
+    expected, _ = measured(measuring._WORTH - 1)
+    assert not recordings, "not worth it"
+    monkeypatch.setattr(Recording, "off", 0.5)
+    with caplog.at_level(logging.INFO, "hf_coar"):
+        found, _ = measured(N_MASKS)
+    assert len(recordings) == 1 and recordings[0].replays == 1
+    assert torch.equal(found[:, :, : measuring._WORTH - 1], expected)
+    assert "masked passes of ConvNet run as its own code: ValueError: the graph's values differ" in caplog.text
+
+
+def test_equal_means_to_rounding_and_never_nan():
+    one = torch.tensor([1.0, -2.0])
+    launched.check_equal([one], [one + 1e-4], 1e-3)
+    for other in (one + 0.1, torch.tensor([1.0, torch.nan])):
+        with pytest.raises(ValueError, match="differ by"):
+            launched.check_equal([one], [other], 1e-3)
+
+
+def test_tf32_holds_inside_a_run_alone():
+    place = torch.backends.cuda.matmul
+    before = place.fp32_precision
+    with pytest.raises(KeyError), autocast(torch.device("cpu"), "tf32"):
+        assert place.fp32_precision == "tf32"
+        raise KeyError
+    assert place.fp32_precision == before
+    with pytest.raises(CoarError, match="there are bfloat16, float16, tf32"), coar.running(dtype="tf16"):
+        pass
