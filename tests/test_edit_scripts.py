@@ -53,10 +53,10 @@ def check_files(args, name):
 
 def test_fix_error(args):
     model, _, examples = tasks.classifier(args, 0)
-    found = edit_fix_error.run(model, examples, 0, 2, 40, 200, 350, singles=False, rounds=2)
+    found = edit_fix_error.run(model, examples, 0, 4, 40, 200, 350, singles=False, rounds=2)
     edits = {name: found[name] for name in edit_fix_error.methods_of([found])}
     ours, random = edits[edit_fix_error.OURS], edits[common.RANDOM]
-    assert sum(edit["fixed"] for edit in ours) == 2 > sum(edit["fixed"] for edit in random)
+    assert sum(edit["fixed"] for edit in ours) == 4 > sum(edit["fixed"] for edit in random)
     assert statistics.fmean(edit_fix_error.losses(ours)) < 3
     edit_fix_error.report(args, [found], 0.0)
     text = check_files(args, "fix_error")
