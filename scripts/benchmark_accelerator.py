@@ -289,7 +289,8 @@ sets were drawn while the device works, and not since.
 All of this was measured before activations that write in place ceased to be copied, and slopes of clamps to be made of
 two values, which took a third of those bytes off ResNet-50 (7.3 to 4.0 times those of a plain pass).
 
-**Not run**: SmolLM2, whole runs in bfloat16 and of ResNet-50, runs of many batches, several GPUs."""
+**Not run**: SmolLM2, whole runs in bfloat16 and of ResNet-50, runs of many batches, several GPUs (recordings are of one
+device only, and are filled with NaN before the first launch; both were added after these runs)."""
 
 
 def write(found: dict[str, list[str]]) -> None:

@@ -82,6 +82,14 @@ def test_equal_means_to_rounding_and_never_nan():
             launched.check_equal([one], [other], 1e-3)
 
 
+def test_nothing_is_recorded_over_several_devices():
+    here, there = torch.ones(2), torch.ones(2, device="meta")
+    for inputs in ([here], [here, there]):
+        with pytest.raises(ValueError, match="its tensors are on cpu"):
+            launched.Recording(max, inputs, [])
+    assert launched.recorded(max, [here], []) is max, "then operations go one by one"
+
+
 def test_tf32_holds_inside_a_run_alone():
     place = torch.backends.cuda.matmul
     before = place.fp32_precision

@@ -27,23 +27,31 @@ class Recording:
             weights: all that is read beside them.
 
         Raises:
-            Exception: whatever stands against it: a copy from the host, an operation that waits, no memory.
+            ValueError: tensors of several devices: what the others do would not be recorded, and is needed.
+            Exception: whatever else stands against it: a copy from the host, an operation that waits, no memory.
         """
         self._operations, self._weights = operations, [weight for weight in weights if weight.is_cuda]
+        devices = {one.device for one in (*inputs, *self._weights)}
+        if len(devices) != 1 or not all(one.is_cuda for one in inputs):
+            raise ValueError(f"its tensors are on {', '.join(sorted(map(str, devices)))}")
+        (self._device,) = devices
         self._inputs = [one.clone() for one in inputs]
         self._record()
 
     def _record(self) -> None:
         self._addresses = [weight.data_ptr() for weight in self._weights]
         self._graph = self._outputs = None  # before another takes as much memory
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):  # libraries choose their kernels, which is not to be recorded
-            self._operations(*self._inputs)
-        torch.cuda.current_stream().wait_stream(aside)
-        recorded = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(recorded):
-            self._outputs = self._operations(*self._inputs)
+        with torch.cuda.device(self._device):  # whose streams are recorded
+            aside = torch.cuda.Stream()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):  # libraries choose their kernels, which is not to be recorded
+                self._operations(*self._inputs)
+            torch.cuda.current_stream().wait_stream(aside)
+            recorded = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(recorded):
+                self._outputs = self._operations(*self._inputs)
+        for one in self._outputs:
+            one.fill_(torch.nan)  # what no launch writes is not taken for what it gives
         self._graph = recorded
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -52,7 +60,8 @@ class Recording:
             self._record()
         for mine, given in zip(self._inputs, inputs, strict=True):
             mine.copy_(given)
-        self._graph.replay()
+        with torch.cuda.device(self._device):
+            self._graph.replay()
         return tuple(one.clone() for one in self._outputs)
 
 

@@ -129,6 +129,8 @@ class _Forward:
 
     def _recorded(self, batch: data_module.Batch) -> launched.Operations:
         names, weights = list(batch), [*self._model.parameters(), *self._model.buffers()]
+        if any(one.is_meta for one in weights):
+            raise ValueError("parts of it are kept elsewhere")
 
         def run(*inputs: Tensor) -> tuple[Tensor]:
             return (self._output.of(self._model, dict(zip(names, inputs, strict=True))),)
