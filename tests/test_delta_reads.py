@@ -246,11 +246,17 @@ def zero_some_(x):
     return x
 
 
+def into_a_view_(x):
+    F.relu_(x[:, :2])
+    return x
+
+
 IN_PLACE = {
     "relu": (lambda x: F.relu(x, inplace=True), F.relu),
     "relu module": (nn.ReLU(inplace=True), nn.ReLU()),
     "hardtanh": (lambda x: F.hardtanh_(x, -0.2, 0.3), lambda x: F.hardtanh(x, -0.2, 0.3)),
     "another function": (lambda x: F.relu(zero_some_(x) + 0.1), lambda x: F.relu(x * KEPT + 0.1)),
+    "a view": (into_a_view_, lambda x: torch.cat([F.relu(x[:, :2]), x[:, 2:]], dim=1)),
     "a number": (lambda x: F.relu(x.mul_(2.0)), lambda x: F.relu(x * 2.0)),
     "a clamp": (lambda x: x.clamp_(min=0), lambda x: x.clamp(min=0)),
 }
