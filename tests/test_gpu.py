@@ -46,7 +46,12 @@ def on(device, case):
     """The case's model and batches there."""
     model, batches, output = case()
     model.requires_grad_(False)
-    return model.to(device), [{name: one.to(device) for name, one in batch.items()} for batch in batches], output
+    return model.to(device), sent(batches) if device == "cuda" else batches, output
+
+
+def sent(batches):
+    """The same on the device."""
+    return [{name: one.to("cuda") for name, one in batch.items()} for batch in batches]
 
 
 def assert_close(found, expected, rtol=1e-3):
@@ -59,11 +64,10 @@ def assert_close(found, expected, rtol=1e-3):
 
 @CASES
 def test_gate_passes_are_those_of_the_cpu_and_are_launched_as_one(case, caplog):
-    model, batches, output = case()
-    model.requires_grad_(False)
+    model, batches, output = on("cpu", case)
     expected, _ = rounds_of(model, batches, output, compile=False)
     model = model.to("cuda")
-    there = [{name: one.to("cuda") for name, one in batch.items()} for batch in batches]
+    there = sent(batches)
     eager, _ = rounds_of(model, there, output, compile=False)
     with caplog.at_level(logging.INFO, "hf_coar"):
         found, passes = rounds_of(model, there, output, compile="auto")
@@ -88,7 +92,7 @@ def test_masked_passes_are_those_of_the_cpu_and_are_launched_as_one(case, caplog
     model, batches, output = on("cpu", case)
     expected, _ = masked_passes(model, batches, output, compile=False)
     model = model.to("cuda")
-    there = [{name: one.to("cuda") for name, one in batch.items()} for batch in batches]
+    there = sent(batches)
     eager, _ = masked_passes(model, there, output, compile=False)
     with caplog.at_level(logging.INFO, "hf_coar"):
         found, passes = masked_passes(model, there, output, compile="auto")

@@ -58,8 +58,8 @@ def measured(n_masks, n_batches=2):
 def test_a_recording_is_made_once_and_checked_for_every_batch(recordings):
     found, heard = measured(N_MASKS)
     (recording,) = recordings
-    # Of the 20 passes of a batch two are the model's own, and one of these is made both ways.
-    assert recording.replays == 2 * (N_MASKS - 1) and heard == 2 * N_MASKS
+    # Of the 20 passes of a batch three (or two, once there is a recording) are the model's own, the last of them both.
+    assert recording.replays == (N_MASKS - 2) + (N_MASKS - 1) and heard == 2 * N_MASKS
     assert torch.equal(found[0], found[1]) and found.std(2).min() > 0
 
 
@@ -72,6 +72,19 @@ def test_what_gives_other_values_is_not_used(recordings, monkeypatch, caplog):
     assert len(recordings) == 1 and recordings[0].replays == 1
     assert torch.equal(found[:, :, : measuring._WORTH - 1], expected)
     assert "masked passes of ConvNet run as its own code: ValueError: the graph's values differ" in caplog.text
+
+
+def test_what_knows_one_mask_alone_is_not_used(recordings, monkeypatch):
+    class OfOneMask(Recording):
+        def __init__(self, operations, inputs, weights):
+            super().__init__(operations, inputs, weights)
+            found = operations(*inputs)
+            self.operations = lambda *_: found
+
+    expected, _ = measured(measuring._WORTH - 1)
+    monkeypatch.setattr(measuring.launched, "Recording", OfOneMask)
+    found, _ = measured(N_MASKS)
+    assert len(recordings) == 1 and torch.equal(found[:, :, : measuring._WORTH - 1], expected)
 
 
 def test_equal_means_to_rounding_and_never_nan():

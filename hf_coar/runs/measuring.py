@@ -76,13 +76,14 @@ _WORTH = 16  # passes over a batch; recording takes about as long as five
 class _Forward:
     """The outputs of batches by one model whose weights change, launched as one on a CUDA device.
 
-    Whether a recording gives what the model's own code gives, every batch shows in its second pass.
+    Whether a recording gives what the model's own code gives, every batch shows in its second pass, and the batch that
+    it is made with in its third: under another mask than it knows.
     """
 
     def __init__(self, model: nn.Module, output: Output) -> None:
         self._model, self._output = model, output
         self._possible = True
-        self._recordings: dict[Hashable, launched.Operations] = {}
+        self._recordings: dict[Hashable, launched.Recording] = {}
         self._passes, self._trusted, self._worth = 0, False, False
 
     def begin_batch(self, n_passes: int) -> None:
@@ -99,7 +100,7 @@ class _Forward:
             return self._replayed(key, batch)
         found = self._output.of(self._model, batch)
         self._passes += 1
-        if self._passes == 2:
+        if self._passes >= 2:
             self._prepare(key, batch, found)
         return found
 
@@ -114,12 +115,13 @@ class _Forward:
         return self._recordings[key](*batch.values())[0]
 
     def _prepare(self, key: Hashable, batch: data_module.Batch, found: Tensor) -> None:
-        """Let the batch's other passes be launched as one, if that gives what was found."""
+        """Make a recording, or let the batch's other passes be launched as one if it gives what was found."""
         try:
-            if key not in self._recordings:
+            if key in self._recordings:
+                launched.check_equal([found], [self._replayed(key, batch)], rounding())
+                self._trusted = True
+            else:
                 self._recordings = {key: self._recorded(batch)}  # the last batch may be shorter; one is kept
-            launched.check_equal([found], [self._replayed(key, batch)], rounding())
-            self._trusted = True
         except Exception as error:  # whatever a model's own code does
             self._possible, self._recordings = False, {}
             torch.cuda.empty_cache()
@@ -127,7 +129,7 @@ class _Forward:
             name = type(self._model).__name__
             logger.info("masked passes of %s run as its own code: %s: %s", name, type(error).__name__, lines[0][:200])
 
-    def _recorded(self, batch: data_module.Batch) -> launched.Operations:
+    def _recorded(self, batch: data_module.Batch) -> launched.Recording:
         names, weights = list(batch), [*self._model.parameters(), *self._model.buffers()]
         if any(one.is_meta for one in weights):
             raise ValueError("parts of it are kept elsewhere")

@@ -68,16 +68,9 @@ def relearned(of: Setting, model: nn.Module, label: int, bias: Tensor, rows: Ten
 def _relearned_at(
     rate: float, of: Setting, model: nn.Module, label: int, bias: Tensor, rows: Tensor, judged: Tensor
 ) -> tuple[int, Tensor]:
-    """How many examples to learn from were right when the steps began, and what is said of those that judge after each.
+    """How many of the lesson were right when each step began, and what is said of those that judge after each.
 
-    Args:
-        rate: of the steps.
-        of: as of `relearned`, as all others.
-        model: likewise.
-        label: likewise.
-        bias: likewise.
-        rows: likewise.
-        judged: likewise; what is said of them is int64 [steps, examples].
+    The latter is int64 [steps, examples]; the arguments are those of `relearned`.
     """
     tuned = models.copy_with_record(model)
     device, n_right = models.device_of(tuned), 0
