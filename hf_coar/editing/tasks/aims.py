@@ -42,12 +42,14 @@ class Aim(ABC):
         parts: which examples do what.
         kind: such as "forget".
         quick: rivals that are measured unless others are asked for.
+        rules: names of the rankings that are tried, one after the other.
     """
 
     of: Setting
     parts: Parts
     kind: ClassVar[str] = ""
     quick: ClassVar[tuple[str, ...]] = ()
+    rules: ClassVar[tuple[str, ...]] = ("covariance",)
 
     @property
     @abstractmethod
@@ -140,9 +142,11 @@ class Aim(ABC):
         """Attributions by one pass, float64 [examples, components]."""
         return weights(self.of.masked, output, batches).double()
 
-    def walked(self, rule: str, **options: Any) -> list[Point]:
-        """A walk that ends when the allowance is spent, with what `sides` says after every step."""
+    def walked(self, **options: Any) -> list[Point]:
+        """By every rule a walk that ends when the allowance is spent, with what `sides` says after every step."""
+        return [point for rule in self.rules for point in self._walked(rule, **options)]
 
+    def _walked(self, rule: str, **options: Any) -> list[Point]:
         def rank(model: nn.Module, ablated: Tensor) -> Tensor:
             return RULES[rule](self.sides(self.weigh, model))
 

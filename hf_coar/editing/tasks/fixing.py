@@ -21,8 +21,6 @@ from hf_coar.editing.tasks.walking import Point, Verdict, margin
 from hf_coar.errors import CoarError
 from hf_coar.models import calling
 
-# Boldest first: what trusts the weights fixes at a tenth of the cost where it fixes, and careful is there where not.
-RULES_TRIED = ("covariance_bold", "covariance")
 MOST = 60  # components
 SURE = 0.01  # above the boundary, in the unit of the output, from which an example counts as fixed
 NEIGHBOURS = 10  # wrong examples nearest to those fixed, among those to judge on
@@ -40,6 +38,8 @@ class Fixing(Aim):
     examples: tuple[int, ...]
     others_within: float
     kind: ClassVar[str] = "fix"
+    # Boldest first: what trusts the weights fixes at a tenth of the cost where it fixes, and careful is there where not.
+    rules: ClassVar[tuple[str, ...]] = ("covariance_bold", "covariance")
     quick: ClassVar[tuple[str, ...]] = ("fine_tuning",)
 
     @property
@@ -76,7 +76,7 @@ class Fixing(Aim):
         """By every rule the fewest components that fix, measured."""
         sides = self.sides(self.weigh, self.of.model)
         found = []
-        for rule in RULES_TRIED:
+        for rule in self.rules:
             ranking = RULES[rule](sides)
             count = next((k for k in range(1, min(MOST, len(ranking)) + 1) if self._fixed(ranking[:k])), MOST)
             found.append(self.candidate(ranking[:count], rule))
@@ -99,7 +99,7 @@ class Fixing(Aim):
         lacking = self._lacking(model)
         # Accuracy alone is coarse: an edit changes a handful of a thousand predictions.
         smooth = torch.sigmoid(seen.values - self.of.boundary).mean()
-        spent = lost + margin(len(RULES_TRIED)) * error - self.others_within
+        spent = lost + margin(len(self.rules)) * error - self.others_within
         return Verdict(float(lacking <= 0), float(self.of.right(seen).float().mean()), lacking, spent, float(smooth))
 
     def loss(self, model: nn.Module) -> Tensor:

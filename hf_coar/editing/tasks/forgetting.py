@@ -23,7 +23,6 @@ from hf_coar.editing.tasks.setting import BATCH, EditResult, Setting
 from hf_coar.editing.tasks.walking import WALK, Point, Verdict, margin
 from hf_coar.models.outputs import Output
 
-RULE = "covariance"
 # "claim" and "features" cost a pass a step each, and on the demo's bags left no less that one constant gives back.
 CONTRASTS: tuple[str, ...] = ()
 # On two networks with seeds of their own, six classes: without it one was not forgotten within the limits, and of two
@@ -83,10 +82,10 @@ class Forgetting(HeadAim):
 
         And that layer with nothing ablated: on features that hold the class anyway, it is what hides it best.
         """
-        points = self.walked(RULE, passing_by=PASSING_BY)
+        points = self.walked(passing_by=PASSING_BY)
         if self.refit is None:
             return points
-        alone = self.measured(self.of.model, torch.empty(0, dtype=torch.long), RULE)[1:]
+        alone = self.measured(self.of.model, torch.empty(0, dtype=torch.long), "")[1:]
         return [*points, *(replace(one, rule="a new last layer alone") for one in alone)]
 
     def measured(self, model: nn.Module, ablated: Tensor, rule: str) -> list[Point]:

@@ -24,7 +24,6 @@ from hf_coar.editing.tasks.walking import Point, Verdict, margin
 from hf_coar.errors import CoarError
 from hf_coar.models.outputs import Output
 
-RULES_TRIED = ("welch", "covariance")
 TEMPERATURE = 2.0
 STEP_FRACTION = 0.02  # of the components: a tenth or more of them go, and two walks at 1 in 100 take minutes
 MOST_TRIED = 12  # models measured on a walk
@@ -59,6 +58,7 @@ class Lifting(HeadAim):
     smooth: bool = True
     names: Mapping[int, str] = field(default_factory=dict)
     kind: ClassVar[str] = "lift"
+    rules: ClassVar[tuple[str, ...]] = ("welch", "covariance")
     quick: ClassVar[tuple[str, ...]] = ("last_layer",)
 
     @property
@@ -91,7 +91,7 @@ class Lifting(HeadAim):
     def points(self) -> list[Point]:
         """A walk by either rule, on probabilities that are softened."""
         step = max(1, round(STEP_FRACTION * len(self.of.masked)))
-        points = [point for rule in RULES_TRIED for point in self.walked(rule, step=step, tried=MOST_TRIED)]
+        points = self.walked(step=step, tried=MOST_TRIED)
         if self.refit is None:
             return points
         # The layer is fitted to few of them: what ranks high without it does so with it.
@@ -123,7 +123,7 @@ class Lifting(HeadAim):
         """Judges by what a model makes of the examples to choose on."""
         part, was = self.parts.choose, self.of.right(self.before["choose"])
         now = self.of.right(seen)
-        z = margin(len(RULES_TRIED))
+        z = margin(len(self.rules))
         lost, error = fig.fall(was, now)
         groups = self.groups[part]
         # The lower bound of the group that fares worst: groups of few examples look good or bad by chance.

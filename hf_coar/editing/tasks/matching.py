@@ -23,7 +23,6 @@ from hf_coar.editing.tasks.walking import Point, Verdict
 from hf_coar.errors import CoarError
 from hf_coar.models import calling
 
-RULES_TRIED = ("lightly_penalised", "covariance")
 MOST = 0.02  # of the components: a few pairs cannot tell good from bad among more
 STEPS = 48  # of a walk; one by one the 341 of MobileNetV2 took over ten minutes
 DRIFT = 0.5  # how much the drift of clean margins counts against margins of triggered ones
@@ -69,6 +68,7 @@ class Matching(Aim):
     shown_on: tuple[Held, Held]
     clean_within: float
     kind: ClassVar[str] = "match"
+    rules: ClassVar[tuple[str, ...]] = ("lightly_penalised", "covariance")
     quick: ClassVar[tuple[str, ...]] = ("gradient_times_parameter",)
 
     @property
@@ -106,7 +106,7 @@ class Matching(Aim):
         """One component after the other, by either rule; of large models a few at a time."""
         most = max(1, int(MOST * len(self.of.masked)))
         how = {"most": most, "step": max(1, most // STEPS), "tried": min(most, 2 * STEPS)}
-        return [point for rule in RULES_TRIED for point in self.walked(rule, **how)]
+        return self.walked(**how)
 
     def sides(self, weigh: Weigh, model: nn.Module) -> Sides:
         """Triggered against clean ones."""

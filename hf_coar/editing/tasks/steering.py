@@ -21,8 +21,6 @@ from hf_coar.errors import CoarError
 from hf_coar.masking import MaskedModel
 from hf_coar.models import tasks
 
-RULE = "covariance"
-
 
 @dataclass(frozen=True)
 class Steering(Aim):
@@ -57,7 +55,7 @@ class Steering(Aim):
 
     def points(self) -> list[Point]:
         """A walk until the allowance is spent."""
-        return self.walked(RULE)
+        return self.walked()
 
     def sides(self, weigh: Weigh, model: nn.Module) -> Sides:
         """Those to move against the rest."""
