@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import edit_rankings  # noqa: F401  (registers them)
 import torch
 from torch import Tensor, nn
 

@@ -1,4 +1,4 @@
-"""Rankings that were tried for edits and are not in the package: each beside the package's two, by task.
+"""Edits by one ranking alone: the package's two beside nine that were tried, by task.
 
     python scripts/edit_rules.py fix --seeds 1 2
     python scripts/edit_rules.py match --world animals --seeds 20 21 --trigger patch
@@ -6,25 +6,20 @@
 
 Every task is carried out with one ranking alone in the place of its own, on the networks of `edit_rivals.py`; figures
 are from examples that chose nothing. Adds to `runs/edits/rules/`; `table` writes `scripts/results/edits/rules.md`.
-Importing this file registers the rankings, so that `coar.edit(rule=…)` knows them.
+The rankings themselves: `edit_rankings.py`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 from pathlib import Path
 from typing import Any
 
 import edit_common as common
 import edit_rivals
-import torch
-from torch import Tensor
-
 from hf_coar import editing
-from hf_coar.editing.rules import best_first, forward_selection
 from hf_coar.editing.tasks import fixing, forgetting, lifting, matching
 from hf_coar.errors import UnsatisfiedError
 
@@ -68,13 +63,47 @@ def _short(row: dict[str, Any]) -> str:
     )  # fmt: skip
 
 
+def table(args: argparse.Namespace) -> None:
+    """`rules.md`, with its JSON, of everything that is done."""
+    runs = [json.loads(path.read_text()) for path in sorted((args.runs / "rules").glob("*.json"))]
+    text = ["# Edits by one ranking alone\n\n" + __doc__.split("\n\n")[0] + "\n"]
+    for kind in dict.fromkeys(one["kind"].split("-")[0] for one in runs):
+        text.append(_section(kind, [one for one in runs if one["kind"].split("-")[0] == kind]))
+    args.results.mkdir(parents=True, exist_ok=True)
+    (args.results / "rules.md").write_text("\n".join(text), encoding="utf-8")
+    (args.results / "rules.json").write_text(json.dumps(runs, indent=1) + "\n")
+
+
+def _section(kind: str, runs: list[dict[str, Any]]) -> str:
+    by_world: dict[str, list[dict[str, Any]]] = {}
+    for one in runs:
+        by_world.setdefault(one["world"], []).extend(one["edits"])
+    names = [name for name in next(iter(by_world.values()))[0] if name != "edit"]
+    head = ["ranking", *(f"{world} ({len(edits)})" for world, edits in by_world.items())]
+    rows = [[name, *(_cell([edit.get(name) for edit in edits]) for edits in by_world.values())] for name in names]
+    what = "edits that keep the limits: target after, others' change, percent and points, means of those"
+    return f"## {kind}\n\n{common.table(head, rows)}\n\nIn brackets the edits. {what[0].upper()}{what[1:]}.\n"
+
+
+def _cell(edits: list[dict[str, Any] | None]) -> str:
+    made = [one for one in edits if one]
+    if not made:
+        return "0"
+    target = statistics.fmean(100 * one["target"][1] for one in made)
+    others = statistics.fmean(100 * (one["others"][1] - one["others"][0]) for one in made)
+    return f"{len(made)}: {target:.1f}, {others:+.1f}"
+
+
 def main() -> None:
     """Command line."""
     made = edit_rivals.parser(__doc__, (*AIMS, "table"))
     args = made.parse_args()
+    if args.kind == "table":
+        return table(args)
     edit_rivals.begin(args)
     for seed in args.seeds or [1]:
         run(args, args.kind, seed)
+    return None
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import edit_fix_error  # noqa: E402
 import edit_forget_class  # noqa: E402
 import edit_language_model  # noqa: E402
 import edit_passages  # noqa: E402
+import edit_rankings  # noqa: E402
 import edit_rivals  # noqa: E402
 import edit_subgroup  # noqa: E402
 import edit_tasks as tasks  # noqa: E402
@@ -31,6 +32,7 @@ import edit_worlds  # noqa: E402
 import train_benchmark_models  # noqa: E402
 
 import hf_coar as coar  # noqa: E402
+from hf_coar import editing  # noqa: E402
 
 
 @pytest.fixture
@@ -49,6 +51,28 @@ def check_files(args, name):
     card = (args.cards / f"edited_{name}.md").read_text(encoding="utf-8")
     assert "ablated" in card and "| before | after |" in card and str(args.runs) not in card
     return (args.results / f"{name}.md").read_text(encoding="utf-8")
+
+
+# Gains 5, 4, 3, 1; the references lose 2, 0, -1, 0 on average, the last one by turns 2 and -2.
+HAND = editing.Sides(
+    [(1, torch.tensor([[-5.0, -4.0, -3.0, -1.0]], dtype=torch.float64))],
+    torch.tensor([[2.0, 0.0, -1.0, 2.0], [2.0, 0.0, -1.0, -2.0]], dtype=torch.float64), torch.ones(2).double(),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("ranking", "expected"),
+    [
+        ("mean_difference", [0, 1, 2, 3]),  # 5 + 2, 4 + 0, 3 - 1, 1 + 0
+        ("penalised", [1, 2, 0, 3]),  # 5 - 8, 4, 3 - 4, 1 - 8
+        ("lightly_penalised", [1, 0, 2, 3]),  # 3, 4, 2, -1
+        ("hinge", [1, 2, 0, 3]),  # 5 - 6, 4, 3, 1 - 3
+        ("hinge_careful", [1, 2, 3, 0]),  # 5 - 12, 4, 3, 1 - 6
+        ("harm_over_spread", [2, 1, 3, 0]),  # 3 + 3 and 4 by next to nothing, 1 by the root of 2, 5 - 6 by nothing
+    ],
+)
+def test_rankings_that_were_tried(ranking, expected):
+    assert edit_rankings.TRIED[ranking](HAND).tolist() == expected
 
 
 def test_fix_error(args):

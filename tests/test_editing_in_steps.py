@@ -73,12 +73,12 @@ def test_a_single_step_is_an_edit_at_once(convnet, rule):
 def test_what_is_gone_has_no_weight_and_is_not_taken_twice(convnet):
     model, _, attributing, calls = convnet
     state = state_of(model)
-    edited = coar.edit(model, attributing, **SIDES, rule="hinge", n_components=7, step=3)
+    edited = coar.edit(model, attributing, **SIDES, rule="covariance", n_components=7, step=3)
     record = models.record(edited)["edit"]
     assert len(calls) == 3 and len(set(record["indices"])) == 7
     for taken, found in zip((0, 3, 6), calls, strict=True):
         assert (found.weights[:, record["indices"][:taken]] == 0).all()
-        ranking = editing.rank_components(found, **SIDES, rule="hinge").tolist()
+        ranking = editing.rank_components(found, **SIDES, rule="covariance").tolist()
         left = [index for index in ranking if index not in record["indices"][:taken]]
         assert record["indices"][taken : taken + 3] == left[: min(3, 7 - taken)]
     assert same_state(model, state)
@@ -142,7 +142,7 @@ def test_the_best_of_several_walks(convnet):
         return attribute(it, data, coar.PathGradient(rounds=0), output="log_prob")
 
     edited = coar.edit(
-        model, [attributing, by_log_prob], **SIDES, rule=["hinge", "welch"], validation=lambda it: -lower(it),
+        model, [attributing, by_log_prob], **SIDES, rule=["covariance", "welch"], validation=lambda it: -lower(it),
         constraint=kept, step=1, n_components=6,
     )  # fmt: skip
     record = models.record(edited)["edit"]
@@ -160,7 +160,13 @@ def test_the_best_of_several_walks(convnet):
 def test_the_whole_model_is_attributed_once_for_all_rules(convnet):
     model, data, attributing, calls = convnet
     coar.edit(
-        model, attributing, **SIDES, rule=["hinge", "welch"], validation=editing.accuracy(data), step=6, n_components=6
+        model,
+        attributing,
+        **SIDES,
+        rule=["covariance", "welch"],
+        validation=editing.accuracy(data),
+        step=6,
+        n_components=6,
     )
     assert len(calls) == 1
 

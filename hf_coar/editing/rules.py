@@ -55,11 +55,6 @@ class Sides:
         """Float64 [components]: by how much ablating each lowers the references' outputs, on average."""
         return self.reference.mean(0)
 
-    @cached_property
-    def spread(self) -> Tensor:
-        """Float64 [components]: standard error of the difference between targets and references, mean over the sets."""
-        return torch.stack([_standard_error(weights, self.reference) for _, weights in self.targets]).mean(0)
-
 
 Rule = Callable[[Sides], Tensor]
 
@@ -114,64 +109,10 @@ def welch(sides: Sides) -> Tensor:
     return best_first(sum(-sign * _welch(weights, sides.reference) for sign, weights in sides.targets))
 
 
-@rule("mean_difference")
-def mean_difference(sides: Sides) -> Tensor:
-    """Difference of the means of targets and references: Welch's numerator."""
-    return best_first(sum(-sign * (weights.mean(0) - sides.harm) for sign, weights in sides.targets))
-
-
-@rule("penalised")
-def penalised(sides: Sides) -> Tensor:
-    """Gain - 4 · mean_R |w|: for few components, or few targets."""
-    return best_first(sides.gain - 4 * sides.reference.abs().mean(0))
-
-
-@rule("lightly_penalised")
-def lightly_penalised(sides: Sides) -> Tensor:
-    """Gain - mean_R |w|."""
-    return best_first(sides.gain - sides.reference.abs().mean(0))
-
-
-@rule("hinge")
-def hinge(sides: Sides) -> Tensor:
-    """Gain - 3 · mean_R max(w, 0): only what the references would lose counts against a component."""
-    return best_first(sides.gain - 3 * sides.reference.clamp_min(0).mean(0))
-
-
-@rule("hinge_careful")
-def hinge_careful(sides: Sides) -> Tensor:
-    """Gain - 6 · mean_R max(w, 0): for many small steps."""
-    return best_first(sides.gain - 6 * sides.reference.clamp_min(0).mean(0))
-
-
-@rule("harm_over_spread")
-def harm_over_spread(sides: Sides) -> Tensor:
-    """(Gain - 3 · harm) / spread: Welch's denominator under a numerator that counts harm as harm."""
-    return best_first((sides.gain - 3 * sides.harm) / sides.spread)
-
-
 @rule("covariance")
 def covariance(sides: Sides) -> Tensor:
     """Forward selection of the best ratio of gain and drift of the references, `forward_selection` with rho .02."""
     return forward_selection(sides, rho=0.02)
-
-
-@rule("covariance_bold")
-def covariance_bold(sides: Sides) -> Tensor:
-    """Forward selection with rho .002: trusts the weights more. Cheaper where it works, and it works less often."""
-    return forward_selection(sides, rho=0.002)
-
-
-@rule("covariance_careful")
-def covariance_careful(sides: Sides) -> Tensor:
-    """Forward selection with rho .1: trusts the weights less."""
-    return forward_selection(sides, rho=0.1)
-
-
-@rule("covariance_hinge")
-def covariance_hinge(sides: Sides) -> Tensor:
-    """Forward selection with rho .005, and a drift that counts falling outputs ten times as much as rising ones."""
-    return forward_selection(sides, rho=0.005, falling_only=True)
 
 
 # What `rule="auto"` tries: the two that won most. Nine of them on 120 validation examples once cost 6.4 points where
@@ -179,7 +120,12 @@ def covariance_hinge(sides: Sides) -> Tensor:
 AUTO = ("covariance", "welch")
 
 
-def forward_selection(sides: Sides, rho: float, falling_only: bool = False) -> Tensor:
+def mean_square(changes: Tensor, importance: Tensor) -> Tensor:
+    """Weighted mean square over the references, [references, …] -> [any]."""
+    return importance @ changes.square() / len(changes)
+
+
+def forward_selection(sides: Sides, rho: float, drift: Callable[[Tensor, Tensor], Tensor] = mean_square) -> Tensor:
     """Adds one component after the other, so that components that harm the same references do not come together.
 
     Every step takes the one that makes (sum of gains) / sqrt(drift + rho · noise) largest. The drift is the mean square
@@ -189,7 +135,8 @@ def forward_selection(sides: Sides, rho: float, falling_only: bool = False) -> T
     Args:
         sides: targets and references.
         rho: how much noise; larger = closer to the plain order by gain and spread.
-        falling_only: count rising outputs of references a tenth.
+        drift: (changes [references, …], importance [references]) -> how far the references move [any], positive changes
+            being falls of their outputs; by default the mean square.
 
     Returns:
         int64 [components]; components that are not expected to help come last.
@@ -197,17 +144,17 @@ def forward_selection(sides: Sides, rho: float, falling_only: bool = False) -> T
     reference, gain = sides.reference, sides.gain
     importance = _importance(sides)
     noise = rho * float((importance[:, None] * reference.square()).mean())
-    drift, total = torch.zeros(len(reference), dtype=torch.float64), 0.0
+    moved, total = torch.zeros(len(reference), dtype=torch.float64), 0.0
     allowed = gain > 0
     chosen: list[int] = []
-    alone = gain / (_drift(reference, importance, falling_only) + noise).sqrt().clamp_min(_TINY)
+    alone = gain / (drift(reference, importance) + noise).sqrt().clamp_min(_TINY)
     for step in range(1, min(_FORWARD_STEPS, int(allowed.sum())) + 1):
-        size = _drift(drift[:, None] + reference, importance, falling_only)
+        size = drift(moved[:, None] + reference, importance)
         ratio = (total + gain) / (size + noise * step).sqrt().clamp_min(_TINY)
         best = int(torch.where(allowed, ratio, -torch.inf).argmax())
         chosen.append(best)
         allowed[best] = False
-        drift, total = drift + reference[:, best], total + float(gain[best])
+        moved, total = moved + reference[:, best], total + float(gain[best])
     order = best_first(alone)
     left = torch.ones(len(gain), dtype=torch.bool)
     left[chosen] = False
@@ -226,11 +173,3 @@ def _importance(sides: Sides) -> Tensor:
     scale = distance.median().clamp_min(_TINY) / 2
     importance = torch.sigmoid(-distance / scale).clamp_min(1e-6)
     return importance / importance.mean()
-
-
-def _drift(changes: Tensor, importance: Tensor, falling_only: bool) -> Tensor:
-    """Weighted mean square over the references [examples, …]; positive changes are falls of the output."""
-    square = importance @ changes.square() / len(changes)
-    if falling_only:
-        square = importance @ changes.clamp_min(0).square() / len(changes) + 0.1 * square
-    return square

@@ -41,10 +41,11 @@ def welch(aim: Aim) -> nn.Module:
 
 @rival("gradient_times_parameter", KINDS)
 def gradient_times_parameter(aim: Aim) -> nn.Module:
-    """Gradient times parameter in the place of attributions, by the better of two rules of its own."""
+    """Gradient times parameter in the place of attributions, by the better of two rankings of its own."""
     sides = aim.plain().sides(lambda output, batches: gradients(aim, output, batches).double(), aim.of.model)
+    by_gain = best_first(sides.gain - sides.reference.abs().mean(0))
     return _chosen(
-        aim, {f"gradient × parameter, {rule}": RULES[rule](sides) for rule in ("welch", "lightly_penalised")}
+        aim, {"gradient × parameter, welch": RULES["welch"](sides), "gradient × parameter, gain - |harm|": by_gain}
     )
 
 

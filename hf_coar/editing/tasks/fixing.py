@@ -38,8 +38,6 @@ class Fixing(Aim):
     examples: tuple[int, ...]
     others_within: float
     kind: ClassVar[str] = "fix"
-    # Boldest first: what trusts the weights fixes at a tenth of the cost where it fixes, and careful is there where not.
-    rules: ClassVar[tuple[str, ...]] = ("covariance_bold", "covariance")
     quick: ClassVar[tuple[str, ...]] = ("fine_tuning",)
 
     @property
@@ -73,7 +71,7 @@ class Fixing(Aim):
         return Sides(sets, of_all[~targets], values[~targets], self.of.looker.output.boundary)
 
     def points(self) -> list[Point]:
-        """By every rule the fewest components that fix, measured."""
+        """By every ranking the fewest components that fix, measured."""
         sides = self.sides(self.weigh, self.of.model)
         found = []
         for rule in self.rules:
@@ -164,7 +162,7 @@ def fix(
 ) -> EditResult:
     """A copy of the model that gets some wrong examples right, at the least cost to others.
 
-    The fewest components whose ablation makes them right, by two rules; other examples choose between these, and yet
+    The fewest components whose ablation makes them right; other examples tell whether these cost too much, and yet
     others judge. Whether the wrong examples nearest to them come right, too, is among the figures.
 
     Args:

@@ -68,7 +68,6 @@ class Matching(Aim):
     shown_on: tuple[Held, Held]
     clean_within: float
     kind: ClassVar[str] = "match"
-    rules: ClassVar[tuple[str, ...]] = ("lightly_penalised", "covariance")
     quick: ClassVar[tuple[str, ...]] = ("gradient_times_parameter",)
 
     @property
@@ -103,7 +102,7 @@ class Matching(Aim):
         return clean, triggered
 
     def points(self) -> list[Point]:
-        """One component after the other, by either rule; of large models a few at a time."""
+        """One component after the other; of large models a few at a time."""
         most = max(1, int(MOST * len(self.of.masked)))
         how = {"most": most, "step": max(1, most // STEPS), "tried": min(most, 2 * STEPS)}
         return self.walked(**how)

@@ -119,16 +119,7 @@ def _load_script(base: Mapping[str, Any], source: str) -> str:
 
 _RULES = {
     "welch": "Welch's t between the targets' and the other examples' weights, a component at a time (COAR-Edit)",
-    "mean_difference": "difference of the mean weights of the targets and the others",
-    "penalised": "gain on the targets, minus four times the mean size of the effect on the others",
-    "lightly_penalised": "gain on the targets, minus the mean size of the effect on the others",
-    "hinge": "gain on the targets, minus three times what the others lose on average",
-    "hinge_careful": "gain on the targets, minus six times what the others lose on average",
-    "harm_over_spread": "gain on the targets minus three times the harm to the others, over the spread of both",
     "covariance": "forward selection: most gain on the targets for the least drift of the others",
-    "covariance_bold": "forward selection: most gain on the targets for the least drift of the others, boldly",
-    "covariance_careful": "forward selection: most gain on the targets for the least drift of the others, warily",
-    "covariance_hinge": "forward selection: most gain on the targets for the least fall of the others",
 }
 
 
