@@ -14,11 +14,11 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from pathlib import Path
 from typing import Any
 
 import edit_common as common
 import edit_rivals
+
 from hf_coar import editing
 from hf_coar.editing.tasks import fixing, forgetting, lifting, matching
 from hf_coar.errors import UnsatisfiedError
