@@ -1,7 +1,7 @@
 """What rivals make of the same processor time: every one on the same gates, judged on the same fresh sets.
 
     pip install captum
-    python scripts/benchmark_rivals.py demo --seeds 5 6 7 8 9
+    python scripts/benchmark_rivals.py demo --seeds 10 11 12 13 14
     python scripts/benchmark_rivals.py vit --n-examples 8 --seeds 3 4 5 6 7
     python scripts/benchmark_rivals.py models/mobilenet --n-examples 4 --fraction 0.01 --seeds 0 1 2
     python scripts/benchmark_rivals.py models/gpt2 --n-examples 8 --seeds 0 1 2
