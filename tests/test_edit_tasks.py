@@ -337,7 +337,9 @@ def test_a_step_that_is_too_dear_is_halved(net):
     points = walking.walk(masked, lambda *given: torch.arange(len(components)), by(judge), 20, 4, passing_by=3)
     past = [11, 9, 8]  # what is too dear everywhere is passed by three times, and then the walk ends
     assert [len(point.ablated) for point in points] == [4, 8, 6, 8, 7, 8, *past, *past, *past]
-    with pytest.raises(UnsatisfiedError, match=r"within the limits the best is target 0\.3.*\(7 components, with its .* 0\.3 short"):
+    with pytest.raises(
+        UnsatisfiedError, match=r"within the limits the best is target 0\.3.*\(7 components, with its .* 0\.3 short"
+    ):
         walking.best(points, "does it", judge(model))
     assert walking.margin(1) == 1 < walking.margin(2) < walking.margin(9) < 3
 

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import importlib.metadata
 import inspect
 import json
 import math
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import hf_coar as coar
-from hf_coar import masking, models
+from hf_coar import api, masking, models
 from hf_coar.errors import (
     CoarError,
     DataError,
@@ -841,6 +842,14 @@ def test_the_configuration_says_what_determines_the_numbers(judged):
     assert config["method"]["name"] == "path_gradient" and config["method"]["rounds"] == 4
     assert config["ablated_fraction"] == 0.1 and config["seed"] == 0
     assert config["n_components"] == len(found.components) and "torch" in config["versions"]
+
+
+def test_a_library_that_no_installer_knows_does_not_cost_a_run(monkeypatch):
+    def unknown(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", unknown)
+    assert api._versions() == {"hf_coar": ".".join(coar.__version__.split(".")[:2])}
 
 
 def test_a_card_that_somebody_wrote_is_kept(judged, tmp_path):

@@ -9,12 +9,12 @@ import io
 import json
 import logging
 from collections.abc import Sequence
-from importlib.metadata import version
 from importlib.resources import files as resources
 from pathlib import Path
 from string import Template
 from typing import Any
 
+from hf_coar import __version__
 from hf_coar.attributions import Attributions
 from hf_coar.data.showing import image_column
 from hf_coar.errors import CoarError
@@ -130,7 +130,7 @@ def _page(
     # A text may hold `</script>`, and some separators end a line in JavaScript.
     data = json.dumps(content, ensure_ascii=True, separators=(",", ":")).replace("<", "\\u003c")
     template = (resources("hf_coar.storage") / "templates" / "share.html.template").read_text(encoding="utf-8")
-    return Template(template).substitute(data=data, version=version("hf_coar")).encode()
+    return Template(template).substitute(data=data, version=__version__).encode()
 
 
 def _about(source: Source) -> dict[str, Any]:

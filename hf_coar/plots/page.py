@@ -13,7 +13,6 @@ import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import version
 from importlib.resources import files as resources
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Any
 
 import torch
 
-from hf_coar import plots
+from hf_coar import __version__, plots
 from hf_coar.attributions import Attributions, artefact, labelled, looks
 from hf_coar.data import showing
 from hf_coar.errors import CoarError
@@ -383,7 +382,7 @@ def _html(
         title=text(_title(attributions)),
         subtitle=text(_subtitle(attributions)),
         body="\n".join(body),
-        version=version("hf_coar"),
+        version=__version__,
     )
 
 
@@ -418,7 +417,7 @@ def _markdown(
                 *pictures,
             ]
             parts += [f"```python\n{section.code}\n```"] if section.code else []
-    parts.append(f"Made by hf_coar {version('hf_coar')}.")
+    parts.append(f"Made by hf_coar {__version__}.")
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
