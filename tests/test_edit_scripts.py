@@ -25,6 +25,7 @@ import edit_language_model  # noqa: E402
 import edit_passages  # noqa: E402
 import edit_rankings  # noqa: E402
 import edit_rivals  # noqa: E402
+import edit_rules  # noqa: E402
 import edit_subgroup  # noqa: E402
 import edit_tasks as tasks  # noqa: E402
 import edit_typographic  # noqa: E402
@@ -358,6 +359,24 @@ def test_tables_say_where_a_method_found_nothing():
     found = [{edit_forget_class.AT_ONCE: [edit], common.RANDOM: [{**edit, "after": 80.0}] * 2}]
     cells = {row[0]: row[1] for row in edit_forget_class.summary(found)}
     assert cells == {edit_forget_class.AT_ONCE: "1 of 2", common.RANDOM: "0 of 2"}
+
+
+def test_the_table_of_rankings_counts_the_edits_that_keep_the_limits(args):
+    figures = {"target": [0.0, 1.0], "others": [0.9, 0.895], "components": 3}
+    for seed, welch in ((1, None), (2, figures)):
+        run = {
+            "kind": "fix",
+            "world": "garments",
+            "seed": seed,
+            "edits": [{"edit": "1", "welch": welch, "own": figures}],
+        }
+        folder = args.runs / "rules"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"fix-garments-{seed}.json").write_text(json.dumps(run))
+    edit_rules.table(args)
+    text = (args.results / "rules.md").read_text()
+    assert "| ranking | garments (2) |" in text
+    assert "| welch | 1: 100.0, -0.5 |" in text and "| own | 2: 100.0, -0.5 |" in text
 
 
 @pytest.mark.slow
