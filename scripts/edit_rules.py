@@ -24,11 +24,12 @@ from hf_coar.editing.tasks import fixing, forgetting, lifting, matching
 from hf_coar.errors import UnsatisfiedError
 
 SAID = (
-    "Made by `scripts/edit_rules.py`: the package's two rankings beside nine that were tried, each alone in the place of "
-    "a task's own (the first row of each table); `forget` and `lift` with a new last layer. In brackets how many edits; "
-    "then how many keep the limits on the examples to choose on, with one standard error to spare, with two rankings "
-    "one and a half; and of those, on examples that chose nothing, the target after the edit in percent and what "
-    "others gain, in points. On networks of seeds 1 to 30, by which rules were chosen before."
+    "Made by `scripts/edit_rules.py`: the package's two rankings beside nine that were tried, each alone in the "
+    "place of a task's own (the first row of each table); `forget` and `lift` with a new last layer. In brackets "
+    "how many edits; then how many keep the limits on the examples to choose on, with one standard error to "
+    "spare, with two rankings one and a half; and of those, on examples that chose nothing, the target after the "
+    "edit in percent and what others gain, in points. On networks of seeds 1 to 30, by which rules were chosen "
+    "before."
 )
 AIMS = {"fix": fixing.Fixing, "forget": forgetting.Forgetting, "lift": lifting.Lifting, "match": matching.Matching}
 
