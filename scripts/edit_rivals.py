@@ -1,11 +1,11 @@
 """Edits by task beside all their rivals, on networks trained with the run's own seed: `coar.forget` and its like.
 
-    python scripts/edit_rivals.py forget --seeds 25 26 27 28 29
-    python scripts/edit_rivals.py removal --seeds 25 26 27 28 29
-    python scripts/edit_rivals.py fix --seeds 20 21 22 23 24
-    python scripts/edit_rivals.py lift --seeds 20 21 22 23 24
-    python scripts/edit_rivals.py match --seeds 20 21 22 23 24 --trigger patch
-    python scripts/edit_rivals.py forget --world speeches --seeds 21   # other data and networks: edit_worlds.py
+    python scripts/edit_rivals.py forget --seeds 35 36 37
+    python scripts/edit_rivals.py removal --seeds 25
+    python scripts/edit_rivals.py fix --seeds 40 41 42 43 44
+    python scripts/edit_rivals.py lift --seeds 40 41 42 43 44
+    python scripts/edit_rivals.py match --seeds 40 41 42 43 --trigger patch
+    python scripts/edit_rivals.py forget --world speeches --seeds 35   # other data and networks: edit_worlds.py
     python scripts/edit_rivals.py forget --stand-ins --seeds 20 21 22   # zero against mean instead of rivals
     python scripts/edit_rivals.py table
 

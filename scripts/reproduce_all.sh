@@ -36,14 +36,13 @@ $python scripts/edit_subgroup.py --fashion-mnist "$images" --first-seed 3
 $python scripts/edit_backdoor.py --fashion-mnist "$images" --first-seed 6
 $python scripts/edit_typographic.py --fashion-mnist "$images" --first-seed 20
 # The edits by task beside all their rivals, on networks of their own: garments, then other data and architectures.
-for kind in forget removal; do
-    $python scripts/edit_rivals.py "$kind" --fashion-mnist "$images" --seeds 25 26 27 28 29
-done
+$python scripts/edit_rivals.py forget --fashion-mnist "$images" --seeds 35 36 37
+$python scripts/edit_rivals.py removal --fashion-mnist "$images" --seeds 25
 for kind in fix lift match; do
-    $python scripts/edit_rivals.py "$kind" --fashion-mnist "$images" --seeds 20 21 22 23 24
+    $python scripts/edit_rivals.py "$kind" --fashion-mnist "$images" --seeds 40 41 42 43 44
 done
 for trigger in blended waves; do
-    $python scripts/edit_rivals.py match --fashion-mnist "$images" --seeds 20 21 22 23 24 --trigger "$trigger"
+    $python scripts/edit_rivals.py match --fashion-mnist "$images" --seeds 40 41 42 --trigger "$trigger"
 done
 if [[ ! -d runs/worlds ]]; then
     mkdir -p runs/worlds
@@ -56,7 +55,7 @@ if [[ ! -d runs/worlds ]]; then
 fi
 for world in animals garments-vit speeches animals-mobilenet; do
     for kind in forget fix lift match; do
-        $python scripts/edit_rivals.py "$kind" --world "$world" --seeds 20 21 22 --fashion-mnist "$images" \
+        $python scripts/edit_rivals.py "$kind" --world "$world" --seeds 40 41 --fashion-mnist "$images" \
             --animals runs/worlds/animals --speeches runs/worlds/package --mobilenet runs/models/mobilenet
     done
 done
