@@ -31,7 +31,7 @@ from hf_coar.editing.tasks import matching
 
 OURS, AT_ONCE = "one by one, rule and k on the pairs", "penalised at once, k on the pairs"
 WELCH = "Welch, k on the pairs (paper)"
-RULES = ("lightly_penalised", "covariance")
+RULES = ("penalised", "covariance")
 DRIFT = 0.5  # how much the drift of clean margins counts
 N_PAIRS, N_DRAWS, LARGEST_SHARE = 10, 3, 0.02
 POISONED, WRONG_LABEL = 0.05, 0
@@ -144,7 +144,7 @@ def of_pairs(
             model, lambda it: common.attribute(it, copies, components, seed, rounds=0), increase=range(n_copies),
             rule=RULES, validation=goal(model, *copies), n_components=max(numbers), step=1,
         ),
-        AT_ONCE: coar.edit(model, whole, **sides, rule="penalised", validation=restored, n_components=numbers),
+        AT_ONCE: coar.edit(model, whole, **sides, rule="heavily_penalised", validation=restored, n_components=numbers),
     }  # fmt: skip
     rows: dict[str, dict[str, Any]] = {}
 
@@ -156,7 +156,7 @@ def of_pairs(
         note(method, accuracies(edited), len(entries["indices"]), entries["rule"])
     weights = common.baseline_weights(model, pairs_, components, singles=singles)
     rankings = {WELCH: editing.rank_components(whole, **sides)}
-    rankings |= common.baseline_rankings(model, components, weights, sides, "penalised", seed)
+    rankings |= common.baseline_rankings(model, components, weights, sides, "heavily_penalised", seed)
     counts: dict[str, int | None] = dict.fromkeys(rankings, rows[OURS]["k"])
     counts[WELCH] = common.chosen_of(model, components, rankings[WELCH], restored, numbers=numbers)
     for name, ranking in rankings.items():

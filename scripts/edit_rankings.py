@@ -35,8 +35,7 @@ TRIED: dict[str, editing.Rule] = {
     "mean_difference": lambda sides: best_first(
         sum(-sign * (weights.mean(0) - sides.harm) for sign, weights in sides.targets)
     ),
-    "penalised": lambda sides: best_first(sides.gain - 4 * sides.reference.abs().mean(0)),
-    "lightly_penalised": lambda sides: best_first(sides.gain - sides.reference.abs().mean(0)),
+    "heavily_penalised": lambda sides: best_first(sides.gain - 4 * sides.reference.abs().mean(0)),
     "hinge": lambda sides: best_first(sides.gain - 3 * sides.reference.clamp_min(0).mean(0)),
     "hinge_careful": lambda sides: best_first(sides.gain - 6 * sides.reference.clamp_min(0).mean(0)),
     "harm_over_spread": lambda sides: best_first((sides.gain - 3 * sides.harm) / _spread(sides)),

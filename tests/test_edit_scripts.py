@@ -65,15 +65,15 @@ HAND = editing.Sides(
     ("ranking", "expected"),
     [
         ("mean_difference", [0, 1, 2, 3]),  # 5 + 2, 4 + 0, 3 - 1, 1 + 0
-        ("penalised", [1, 2, 0, 3]),  # 5 - 8, 4, 3 - 4, 1 - 8
-        ("lightly_penalised", [1, 0, 2, 3]),  # 3, 4, 2, -1
+        ("heavily_penalised", [1, 2, 0, 3]),  # 5 - 8, 4, 3 - 4, 1 - 8
+        ("penalised", [1, 0, 2, 3]),  # 3, 4, 2, -1
         ("hinge", [1, 2, 0, 3]),  # 5 - 6, 4, 3, 1 - 3
         ("hinge_careful", [1, 2, 3, 0]),  # 5 - 12, 4, 3, 1 - 6
         ("harm_over_spread", [2, 1, 3, 0]),  # 3 + 3 and 4 by next to nothing, 1 by the root of 2, 5 - 6 by nothing
     ],
 )
 def test_rankings_that_were_tried(ranking, expected):
-    assert edit_rankings.TRIED[ranking](HAND).tolist() == expected
+    assert editing.RULES[ranking](HAND).tolist() == expected
 
 
 def test_fix_error(args):

@@ -238,9 +238,9 @@ def test_gain_and_harm():
     assert given.harm.tolist() == [2.0, -1.0]
 
 
-def test_two_rules_are_tried_where_none_is_named():
+def test_there_are_three_rules_and_two_are_tried_where_none_is_named():
     own = [name for name, found in editing.RULES.items() if found.__module__.startswith("hf_coar.")]
-    assert sorted(own) == sorted(editing.AUTO) == ["covariance", "welch"]
+    assert sorted(own) == ["covariance", "penalised", "welch"] and sorted(editing.AUTO) == ["covariance", "welch"]
 
 
 def test_welch_rewards_harm_and_covariance_does_not():

@@ -109,6 +109,12 @@ def welch(sides: Sides) -> Tensor:
     return best_first(sum(-sign * _welch(weights, sides.reference) for sign, weights in sides.targets))
 
 
+@rule("penalised")
+def penalised(sides: Sides) -> Tensor:
+    """Gain - mean_R |w|: bolder than `covariance`, for a handful of targets such as the pairs of `match`."""
+    return best_first(sides.gain - sides.reference.abs().mean(0))
+
+
 @rule("covariance")
 def covariance(sides: Sides) -> Tensor:
     """Forward selection of the best ratio of gain and drift of the references, `forward_selection` with rho .02."""

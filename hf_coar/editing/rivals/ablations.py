@@ -43,10 +43,7 @@ def welch(aim: Aim) -> nn.Module:
 def gradient_times_parameter(aim: Aim) -> nn.Module:
     """Gradient times parameter in the place of attributions, by the better of two rankings of its own."""
     sides = aim.plain().sides(lambda output, batches: gradients(aim, output, batches).double(), aim.of.model)
-    by_gain = best_first(sides.gain - sides.reference.abs().mean(0))
-    return _chosen(
-        aim, {"gradient × parameter, welch": RULES["welch"](sides), "gradient × parameter, gain - |harm|": by_gain}
-    )
+    return _chosen(aim, {f"gradient × parameter, {rule}": RULES[rule](sides) for rule in ("welch", "penalised")})
 
 
 @rival("activation_difference", ("match",))

@@ -119,6 +119,7 @@ def _load_script(base: Mapping[str, Any], source: str) -> str:
 
 _RULES = {
     "welch": "Welch's t between the targets' and the other examples' weights, a component at a time (COAR-Edit)",
+    "penalised": "gain on the targets, minus the mean size of the effect on the others",
     "covariance": "forward selection: most gain on the targets for the least drift of the others",
 }
 
