@@ -254,7 +254,7 @@ def report(args: argparse.Namespace, found: list[dict[str, Any]], started: float
         "ten pairs of images; accuracy on test images of the nine other classes, with the trigger and without. "
         f"Targets: triggered > {TRIGGERED_GOAL:.0f} % in every draw, clean down by ≤ {CLEAN_LOSS_GOAL} points. "
         "The baselines ablate as many components as the first row; gradient × parameter and leave-one-out by the rule "
-        f"*penalised*. Chosen in the first row: {rules}. Mean ± standard deviation over the models.\n\n"
+        f"*heavily_penalised*. Chosen in the first row: {rules}. Mean ± standard deviation over the models.\n\n"
         f"{common.table(head, summary(found))}\n\n![draws](backdoor.png)\n"
     )
     common.write(args, "backdoor", text, found, started)

@@ -1,4 +1,4 @@
-"""Edits by one ranking alone: the package's two beside nine that were tried, by task.
+"""Edits by one ranking alone: the package's three beside eight that were tried, by task.
 
     python scripts/edit_rules.py fix --seeds 1 2
     python scripts/edit_rules.py match --world animals --seeds 20 21 --trigger patch
@@ -24,7 +24,7 @@ from hf_coar.editing.tasks import fixing, forgetting, lifting, matching
 from hf_coar.errors import UnsatisfiedError
 
 SAID = (
-    "Made by `scripts/edit_rules.py`: the package's two rankings beside nine that were tried, each alone in the "
+    "Made by `scripts/edit_rules.py`: the package's three rankings beside eight that were tried, each alone in the "
     "place of a task's own (the first row of each table); `forget` and `lift` with a new last layer. In brackets "
     "how many edits; then how many keep the limits on the examples to choose on, with one standard error to "
     "spare, with two rankings one and a half; and of those, on examples that chose nothing, the target after the "

@@ -23,7 +23,7 @@ import edit_fix_error  # noqa: E402
 import edit_forget_class  # noqa: E402
 import edit_language_model  # noqa: E402
 import edit_passages  # noqa: E402
-import edit_rankings  # noqa: E402
+import edit_rankings  # noqa: E402, F401
 import edit_rivals  # noqa: E402
 import edit_rules  # noqa: E402
 import edit_subgroup  # noqa: E402

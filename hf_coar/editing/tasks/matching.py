@@ -68,8 +68,8 @@ class Matching(Aim):
     shown_on: tuple[Held, Held]
     clean_within: float
     kind: ClassVar[str] = "match"
-    # By the latter alone a noise that is blended over pictures comes out half as far, and a patch in one network of four
-    # three quarters as far, at two points less of clean pictures.
+    # By the latter alone a noise that is blended over pictures comes out half as far, and a patch in one network of
+    # four three quarters as far, while clean pictures lose two points less.
     rules: ClassVar[tuple[str, ...]] = ("penalised", "covariance")
     quick: ClassVar[tuple[str, ...]] = ("gradient_times_parameter",)
 
