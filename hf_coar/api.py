@@ -3,15 +3,14 @@
 import logging
 import operator
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from hf_coar import __version__, estimators, models
 from hf_coar import data as data_module
+from hf_coar import estimators, models
 from hf_coar.attributions import Attributions, Provenance
 from hf_coar.components import Components
 from hf_coar.errors import CoarError, check_kind
@@ -30,6 +29,7 @@ from hf_coar.runs.problem import Problem
 from hf_coar.runs.store import Store
 from hf_coar.storage import folders
 from hf_coar.storage.registry import dotted
+from hf_coar.storage.versions import version_of
 
 logger = logging.getLogger(__name__)
 
@@ -382,13 +382,8 @@ def _provenance(problem: Problem, data: Any, method: Estimator) -> Provenance:
 
 def _versions() -> dict[str, str]:
     """Major and minor version of the libraries that compute; a patch release does not stop a run from resuming."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"hf_coar": __version__}
-    for name in ("torch", "transformers", "timm"):
-        with suppress(PackageNotFoundError):  # run from a folder that no installer knows
-            found[name] = version(name)
-    return {name: ".".join(one.split("+")[0].split(".")[:2]) for name, one in found.items()}
+    names = ("hf_coar", "torch", "transformers", "timm")
+    return {name: ".".join(version_of(name).split("+")[0].split(".")[:2]) for name in names}
 
 
 def _tell_cost(problem: Problem, method: Estimator) -> None:

@@ -14,7 +14,6 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from hf_coar import __version__
 from hf_coar.attributions import Attributions
 from hf_coar.data.showing import image_column
 from hf_coar.errors import CoarError
@@ -26,6 +25,7 @@ from hf_coar.models.calling import Call
 from hf_coar.models.outputs import Output, OutputFunction
 from hf_coar.storage import cards, files
 from hf_coar.storage.texts import shortened
+from hf_coar.storage.versions import version_of
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ def _page(
     # A text may hold `</script>`, and some separators end a line in JavaScript.
     data = json.dumps(content, ensure_ascii=True, separators=(",", ":")).replace("<", "\\u003c")
     template = (resources("hf_coar.storage") / "templates" / "share.html.template").read_text(encoding="utf-8")
-    return Template(template).substitute(data=data, version=__version__).encode()
+    return Template(template).substitute(data=data, version=version_of("hf_coar")).encode()
 
 
 def _about(source: Source) -> dict[str, Any]:

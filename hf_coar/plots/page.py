@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from hf_coar import __version__, plots
+from hf_coar import plots
 from hf_coar.attributions import Attributions, artefact, labelled, looks
 from hf_coar.data import showing
 from hf_coar.errors import CoarError
@@ -29,6 +29,7 @@ from hf_coar.judging.evaluation import Report
 from hf_coar.plots.canvas import Figure
 from hf_coar.storage import cards, files, folders, labels
 from hf_coar.storage.escaping import for_markdown
+from hf_coar.storage.versions import version_of
 
 logger = logging.getLogger(__name__)
 
@@ -382,7 +383,7 @@ def _html(
         title=text(_title(attributions)),
         subtitle=text(_subtitle(attributions)),
         body="\n".join(body),
-        version=__version__,
+        version=version_of("hf_coar"),
     )
 
 
@@ -417,7 +418,7 @@ def _markdown(
                 *pictures,
             ]
             parts += [f"```python\n{section.code}\n```"] if section.code else []
-    parts.append(f"Made by hf_coar {__version__}.")
+    parts.append(f"Made by hf_coar {version_of('hf_coar')}.")
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
