@@ -4,7 +4,7 @@
     python scripts/edit_rivals.py removal --seeds 25
     python scripts/edit_rivals.py fix --seeds 40 41 42 43 44
     python scripts/edit_rivals.py lift --seeds 40 41 42 43 44
-    python scripts/edit_rivals.py match --seeds 40 41 42 43 --trigger patch
+    python scripts/edit_rivals.py match --seeds 50 51 52 53 --trigger patch
     python scripts/edit_rivals.py forget --world speeches --seeds 35   # other data and networks: edit_worlds.py
     python scripts/edit_rivals.py forget --stand-ins --seeds 20 21 22   # zero against mean instead of rivals
     python scripts/edit_rivals.py table

@@ -38,11 +38,11 @@ $python scripts/edit_typographic.py --fashion-mnist "$images" --first-seed 20
 # The edits by task beside all their rivals, on networks of their own: garments, then other data and architectures.
 $python scripts/edit_rivals.py forget --fashion-mnist "$images" --seeds 35 36 37
 $python scripts/edit_rivals.py removal --fashion-mnist "$images" --seeds 25
-for kind in fix lift match; do
+for kind in fix lift; do
     $python scripts/edit_rivals.py "$kind" --fashion-mnist "$images" --seeds 40 41 42 43 44
 done
-for trigger in blended waves; do
-    $python scripts/edit_rivals.py match --fashion-mnist "$images" --seeds 40 41 42 --trigger "$trigger"
+for trigger in patch blended waves; do
+    $python scripts/edit_rivals.py match --fashion-mnist "$images" --seeds 50 51 52 53 --trigger "$trigger"
 done
 if [[ ! -d runs/worlds ]]; then
     mkdir -p runs/worlds
