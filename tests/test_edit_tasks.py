@@ -341,6 +341,9 @@ def test_a_step_that_is_too_dear_is_halved(net):
         UnsatisfiedError, match=r"within the limits the best is target 0\.3.*\(7 components, with its .* 0\.3 short"
     ):
         walking.best(points, "does it", judge(model))
+    beyond = [walking.Point(torch.arange(n), "", walking.Verdict(0.0, 0.9, 5.0 - n, 0.1, 0.0)) for n in (2, 3)]
+    with pytest.raises(UnsatisfiedError, match=r"meets the target; nearest comes .*3 components.*2 short.*0\.1 over"):
+        walking.best(beyond, "does it", judge(model))
     assert walking.margin(1) == 1 < walking.margin(2) < walking.margin(9) < 3
 
 

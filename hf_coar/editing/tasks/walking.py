@@ -155,6 +155,8 @@ def best(points: Sequence[Point], wanted: str, before: Verdict) -> Point:
     said = [f"without an edit: target {before.target:.3g}, others {before.others:.3g}"]
     said += [f"within the limits the best is {_said(cheap)}"] if cheap else []
     said += [f"the target is met at {_said(there)}"] if there else ["no model on the way meets the target"]
+    if not cheap and not there and points:
+        said += [f"nearest comes {_said(min(points, key=lambda one: one.verdict.missing))}"]
     error = UnsatisfiedError(
         f"no edit found that {wanted} on the examples to choose on. "
         f"{'; '.join(said)}. Allow more, ask for less, or give more data"
