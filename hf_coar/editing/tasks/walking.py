@@ -167,7 +167,8 @@ def best(points: Sequence[Point], wanted: str, before: Verdict) -> Point:
 
 def _said(point: Point) -> str:
     """A model in words: what is measured may look well within limits that its margin for chance exceeds."""
-    verdict, lacks = point.verdict, [f"{len(point.ablated)} components"]
-    for what, value in (("short of the target", verdict.missing), ("over the allowance", verdict.spent)):
-        lacks += [f"with its margin for chance {value:.2g} {what}"] if value > 0 else []
-    return f"target {verdict.target:.3g}, others {verdict.others:.3g} ({', '.join(lacks)})"
+    verdict = point.verdict
+    gaps = (("short of the target", verdict.missing), ("over the allowance", verdict.spent))
+    lacks = " and ".join(f"{value:.2g} {what}" for what, value in gaps if value > 0)
+    lacks = f", with its margin for chance {lacks}" if lacks else ""
+    return f"target {verdict.target:.3g}, others {verdict.others:.3g} ({len(point.ablated)} components{lacks})"
