@@ -6,13 +6,16 @@
 
 ViT-B/16 and ResNet-50 on 224 × 224 images and SmolLM2-135M on sequences of 128 tokens, of real size with random
 weights; the data lie in memory. Sides take turns; a figure is the median over the repeats. "own code" is
-`compile=False`, "recorded" `compile="auto"` with graphs from the second pass on, "compiled" `compile=True`.
+`compile=False`, "recorded" `compile="auto"` with graphs from the second pass on: gate passes captured, what lies
+between products compiled, and all of it launched as one; masked passes launched as one.
 
     plain        forward, and forward with backward to the one input, milliseconds a pass of a batch
     masked       a masked pass of the same batch (20 a unit, as checks are), over the plain forward
     gate         a gate pass as PathGradient makes it, over the plain forward with backward
     host         of a gate pass: the time until all its work is handed to the device, over what the pass takes
     busy         of gate passes: the time that kernels run, over all
+    made in      seconds from the first gate pass until a recording of it can be launched
+    memory       the most that a gate pass takes beside the weights, over the same of the plain forward with backward
     whole        a default run of `coar.attribute` at 5 %, from the model to what is saved, over as many plain passes
 """
 
@@ -34,14 +37,14 @@ from hf_coar.estimators import captured
 from hf_coar.estimators.gates import GateRounds, n_blocks
 from hf_coar.estimators.regression import solve
 from hf_coar.masking import MaskedModel
-from hf_coar.models import outputs
+from hf_coar.models import launched, outputs
 from hf_coar.runs import sampling
 from hf_coar.runs.engine import Part, autocast, running
 from hf_coar.runs.measuring import MaskedPasses
 
 RESULTS = Path(__file__).parent / "results" / "accelerator.md"
 FRACTION, N_MASKS = 0.05, 20
-WAYS: list[tuple[str, bool | str]] = [("own", False), ("recorded", "auto"), ("compiled", True)]
+WAYS: list[tuple[str, bool | str]] = [("own", False), ("recorded", "auto")]
 DTYPES = {"float32": None, "tf32": "tf32", "bfloat16": "bfloat16"}
 
 
@@ -117,7 +120,19 @@ def timed(act: Callable[[], Any]) -> float:
     return time.perf_counter() - begun
 
 
-def passes(bench: Bench, dtype: str | None, repeats: int, compile: bool) -> dict[str, float]:
+def most_memory(act: Callable[[], Any]) -> float:
+    """Bytes at most, beside those that are there before."""
+    act()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    act()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def passes(bench: Bench, dtype: str | None, repeats: int) -> dict[str, float]:
     """Plain, masked and gate passes of one batch."""
     batch = models.to(bench.batches[0], torch.device("cuda"))
     masked, one = MaskedModel(bench.model, bench.components), [batch]
@@ -125,25 +140,31 @@ def passes(bench: Bench, dtype: str | None, repeats: int, compile: bool) -> dict
     sides: dict[str, Callable[[], Any]] = {
         "forward": lambda: bench.forwards(N_MASKS, one), "gradient": lambda: bench.gradients(10, one)
     }  # fmt: skip
-    rounds, ways = {}, WAYS if compile else WAYS[:2]
-    for name, how in ways:
+    rounds, figures = {}, {}
+    for name, how in WAYS:
         with running(compile=how):
             masks = MaskedPasses(masked, bench.output, sampling.Masks(len(masked), FRACTION, N_MASKS, 0, 0))
         rounds[name] = GateRounds(masked, bench.output, FRACTION, 0)
-        if how is not True:
-            sides[f"masked {name}"] = _running(how, lambda m=masks: m.compute(batch, 0, part))
+        sides[f"masked {name}"] = _running(how, lambda m=masks: m.compute(batch, 0, part))
         sides[f"gate {name}"] = _running(how, lambda r=rounds[name]: r.round(batch, examples, 0))
         rounds[name].passes.begin_batch()
     found: dict[str, list[float]] = {side: [] for side in sides}
     with autocast(torch.device("cuda"), dtype), running(dtype=dtype):
+        for side in ("gate own", "gradient"):
+            figures[f"memory {side}"] = most_memory(sides[side])
+        figures["made"] = timed(sides["gate recorded"])
+        recording = next(iter(rounds["recorded"].passes._passes._graphs.values()), None)
+        if isinstance(recording, launched.Recording):  # whose launches the allocator does not see
+            with torch.no_grad(), torch.autocast("cuda", enabled=False):
+                figures["memory gate recorded"] = most_memory(lambda: recording._operations(*recording._inputs))
         for number in range(repeats + 1):  # the first is for warming up
             for side, act in sides.items():
                 seconds = timed(act)
                 if number:
                     found[side].append(seconds / (N_MASKS if side.startswith(("forward", "masked")) else 10))
-        figures = {side: statistics.median(times) for side, times in found.items()}
+        figures |= {side: statistics.median(times) for side, times in found.items()}
         gates = torch.full((bench.size, len(masked)), 0.9, device="cuda")
-        for name, how in ways:
+        for name, how in WAYS:
             act = _running(how, lambda r=rounds[name]: r.passes(batch, gates, 0.5))
             act()
             torch.cuda.synchronize()
@@ -212,7 +233,7 @@ def ridge(n_components: int, n_masks: int, n_examples: int = 64) -> str:
 HEADERS = {
     "Passes": (
         "| network | precision | forward, ms | forward + backward, ms | masked: own code | recorded | gate: own code | "
-        "recorded | compiled | host: own code | recorded | compiled | busy: own code | recorded | compiled |"
+        "recorded | host: own code | recorded | busy: own code | recorded | memory: own code | recorded | made in, s |"
     ),
     "Whole default runs": (
         "| network | precision | images or texts | cost | plain, s | own code, s | recorded, s | own code ÷ plain | "
@@ -246,15 +267,16 @@ def measure(args: argparse.Namespace) -> dict[str, list[str]]:
             dtype = DTYPES[precision]
             for place in (torch.backends.cuda.matmul, torch.backends.cudnn.conv):
                 place.fp32_precision = "ieee"
-            one = passes(bench, dtype, args.repeats, args.compile)
-            masked = [_share(one, f"masked {how}", "forward") for how, _ in WAYS[:2]]
+            one = passes(bench, dtype, args.repeats)
+            masked = [_share(one, f"masked {how}", "forward") for how, _ in WAYS]
             gated = [_share(one, f"gate {how}", "gradient") for how, _ in WAYS]
             host = [_share(one, f"host {how}", f"gate {how}", percent=True) for how, _ in WAYS]
             at_work = [_share(one, f"busy {how}", None, percent=True) for how, _ in WAYS]
+            memory = [_share(one, f"memory gate {how}", "memory gradient") for how, _ in WAYS]
             add(
                 "Passes",
                 f"| {name}, {bench.size} | {precision} | {1e3 * one['forward']:.1f} | {1e3 * one['gradient']:.1f} | "
-                + " | ".join([*masked, *gated, *host, *at_work])
+                + " | ".join([*masked, *gated, *host, *at_work, *memory, f"{one['made']:.1f}"])
                 + (" |" if one["recorded at all"] else ", not recorded |"),
             )
             if args.no_whole:
@@ -314,7 +336,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--whole-repeats", type=int, default=2)
     parser.add_argument("--no-whole", action="store_true")
-    parser.add_argument("--compile", action="store_true", help="gate passes through torch.compile as well: minutes")
     parser.add_argument("--ridge", type=int, nargs=2, metavar=("COMPONENTS", "MASKS"))
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()

@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 
 from hf_coar import data as data_module
 from hf_coar import models
-from hf_coar.models import calling, checked, launched
+from hf_coar.models import calling, checked, fused, launched
 from hf_coar.runs.running import current, rounding
 
 logger = logging.getLogger(__name__)
@@ -135,11 +135,8 @@ class CapturedPasses:
             "gate passes on %s go through a captured graph of %d operations from here on (made in %.1f s)",
             entries, len(graph.graph.nodes), time.monotonic() - begun,
         )  # fmt: skip
-        inputs = _inputs(batch, gates, smoothing)
-        if wanted == "auto" and gates.device.type == "cuda":
-            with torch.no_grad(), torch.autocast("cuda", enabled=False):
-                return launched.recorded(graph, inputs, _held(graph))
-        return _compiled(graph, wanted, gates.device)
+        with torch.no_grad(), torch.autocast(gates.device.type, enabled=False):
+            return _compiled(graph, _inputs(batch, gates, smoothing), wanted)
 
 
 @contextmanager
@@ -170,16 +167,15 @@ def _held(graph: fx.GraphModule) -> list[Tensor]:
     return [value for value in found if isinstance(value, Tensor)]
 
 
-def _compiled(graph: fx.GraphModule, wanted: bool | str, device: torch.device) -> Callable[..., Reads]:
-    if wanted == "auto":
-        return graph
-    if wanted is not True:
+def _compiled(graph: fx.GraphModule, inputs: list[Tensor], wanted: bool | str) -> Callable[..., Reads]:
+    """What runs the graph: as fast as it goes, within rounding or, by "auto" on a CPU, with the same bits."""
+    device = inputs[0].device.type
+    if wanted not in (True, "auto"):
         return torch.compile(graph, backend=wanted)
-    if device.type == "cpu":
-        return torch.compile(graph)
-    # One launch for all kernels; what it returns is written over by the next.
-    at_once = torch.compile(graph, mode="reduce-overhead")
-    return lambda *inputs: tuple(one.clone() for one in at_once(*inputs))
+    if wanted == "auto" and device != "cuda":
+        return graph
+    graph = fused.fused(graph, inputs)
+    return launched.recorded(graph, inputs, _held(graph)) if device == "cuda" else graph
 
 
 def _reason(error: Exception) -> str:

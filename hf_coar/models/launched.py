@@ -76,11 +76,22 @@ def recorded(operations: Operations, inputs: Sequence[Tensor], weights: Iterable
         return operations
 
 
+# Of the examples, how many may differ: outputs take the largest of several logits, and where two are equal up to
+# rounding, as 1 in 64 was in bfloat16 for a network of 1,000 classes, a graph's gradient may go to the other.
+_SHARE_OF_TIES = 1 / 16
+
+
 def check_equal(found: Iterable[Tensor], replayed: Iterable[Tensor], allowed: float) -> None:
-    """Raises `ValueError` if a replay gives something else than what was found, by more than a part of the largest."""
+    """Raises `ValueError` if a replay gives something else than what was found, both [examples, …].
+
+    An example may differ by a part `allowed` of the largest value of all; unless that is 0, one in 16 by more.
+    """
     for one, other in zip(found, replayed, strict=True):
         if torch.equal(one, other):
             continue
-        off = float((one - other).abs().max() / one.abs().max().clamp_min(1e-30))
-        if not off <= allowed:
-            raise ValueError(f"the graph's values differ by {off:.2g} of the largest")
+        off = (one - other).abs().flatten(1 if one.dim() > 1 else 0) / one.abs().max().clamp_min(1e-30)
+        off = off.amax(1) if off.dim() > 1 else off
+        ties = int(len(off) * _SHARE_OF_TIES) if allowed else 0
+        worst = float(off.nan_to_num(torch.inf).sort(descending=True).values[ties])
+        if not worst <= allowed:
+            raise ValueError(f"the graph's values differ by {worst:.2g} of the largest")

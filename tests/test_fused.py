@@ -1,0 +1,108 @@
+"""Graphs cut at their products: the same bits uncompiled, rounding compiled, itself where that fails."""
+
+import logging
+from operator import attrgetter
+
+import pytest
+import timm
+import torch
+from test_captured import FEW, bert, gpt2, resnet, speech, vit
+
+import hf_coar as coar
+from hf_coar.estimators.captured import _inputs
+from hf_coar.estimators.gates import GatePasses
+from hf_coar.masking import MaskedModel
+from hf_coar.models import fused, launched, outputs
+
+
+def captured_pass(case):
+    """The graph of a gate pass, what it takes, and its model."""
+    torch.manual_seed(0)
+    model, batches, output = case()
+    model.requires_grad_(False)
+    components = coar.find_components(model)
+    passes = GatePasses(MaskedModel(model, components), outputs.get(output), delta=True)
+    gates, width = torch.rand(FEW, len(components)), torch.tensor(0.5, dtype=torch.float64)
+    passes._run(batches[0], gates, width)  # looks at the batch once
+    return passes._passes._captured(batches[0], gates, width, "auto"), _inputs(batches[0], gates, width), model
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """Stretches run as they are; how many kinds there were."""
+    kinds = []
+    monkeypatch.setattr(torch._inductor, "compile", lambda part, examples: kinds.append(part) or part)
+    return kinds
+
+
+def writing():
+    """Activations that write in place, behind additions that do too."""
+    model, batches, output = resnet()
+    for module in model.modules():
+        if isinstance(module, torch.nn.ReLU):
+            module.inplace = True
+    return model, batches, output
+
+
+@pytest.mark.parametrize("case", [resnet, writing, vit, gpt2, bert, speech])
+def test_cut_and_put_together_it_gives_the_same_bits(case, uncompiled):
+    graph, inputs, _ = captured_pass(case)
+    found = fused.fused(graph, inputs)
+    assert found is not graph and uncompiled
+    for one, other in zip(found(*inputs), graph(*inputs), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_deep_network_has_the_kinds_of_a_shallow_one(uncompiled):
+    def of(depth):
+        uncompiled.clear()
+        model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=depth, num_classes=10).eval()
+        fused.fused(*captured_pass(lambda: (model, vit()[1], "log_prob"))[:2])
+        return len(uncompiled)
+
+    assert of(3) == of(6) < 20
+
+
+def test_weights_are_read_anew(uncompiled):
+    graph, inputs, model = captured_pass(vit)
+    found = fused.fused(graph, inputs)
+    before = found(*inputs)[0]
+    model.blocks[0].mlp.fc1.weight.mul_(0.5)
+    after = found(*inputs)[0]
+    assert not torch.equal(before, after) and torch.equal(after, graph(*inputs)[0])
+    assert any(attrgetter(node.target)(found) is model.head.weight for node in found.graph.find_nodes(op="get_attr"))
+
+
+def test_what_cannot_be_compiled_stays_as_it_is(monkeypatch, caplog):
+    def fail(part, examples):
+        raise RuntimeError("no compiler\nand more")
+
+    monkeypatch.setattr(torch._inductor, "compile", fail)
+    graph, inputs, _ = captured_pass(vit)
+    with caplog.at_level(logging.INFO, "hf_coar"):
+        assert fused.fused(graph, inputs) is graph
+    assert "operations are not fused: RuntimeError: no compiler" in caplog.text
+
+
+def test_compiled_it_gives_the_same_up_to_rounding(caplog):
+    graph, inputs, _ = captured_pass(vit)
+    with caplog.at_level(logging.INFO, "hf_coar"):
+        found = fused.fused(graph, inputs)
+    assert "kinds compiled in" in caplog.text
+    launched.check_equal(graph(*inputs), found(*inputs), 1e-5)
+
+
+def test_ties_may_be_broken_otherwise_and_nothing_else_may_differ():
+    reads = torch.randn(64, 100)
+    swapped, wrong, lost = reads.clone(), reads.clone(), reads.clone()
+    swapped[:4, 0] += 10
+    wrong[:5, 0] += 10
+    lost[:5, 0] = torch.nan
+    launched.check_equal([reads], [swapped], 0.05)
+    for other in (wrong, lost):
+        with pytest.raises(ValueError, match="differ by"):
+            launched.check_equal([reads], [other], 0.05)
+    with pytest.raises(ValueError, match="differ by"):
+        launched.check_equal([reads], [swapped], 0.0)
+    with pytest.raises(ValueError, match="differ by"):
+        launched.check_equal([reads[:15]], [swapped[:15]], 0.05)  # of few examples none
