@@ -6,11 +6,12 @@ from operator import attrgetter
 import pytest
 import timm
 import torch
-from test_captured import FEW, bert, gpt2, resnet, speech, vit
+from test_captured import FEW, assert_same_bits, bert, gpt2, resnet, rounds_of, speech, vit
 
 import hf_coar as coar
+from hf_coar.estimators import captured
 from hf_coar.estimators.captured import _inputs
-from hf_coar.estimators.gates import GatePasses
+from hf_coar.estimators.gates import GatePasses, GateRounds
 from hf_coar.masking import MaskedModel
 from hf_coar.models import fused, launched, outputs
 
@@ -24,7 +25,8 @@ def captured_pass(case):
     passes = GatePasses(MaskedModel(model, components), outputs.get(output), delta=True)
     gates, width = torch.rand(FEW, len(components)), torch.tensor(0.5, dtype=torch.float64)
     passes._run(batches[0], gates, width)  # looks at the batch once
-    return passes._passes._captured(batches[0], gates, width, "auto"), _inputs(batches[0], gates, width), model
+    graph = passes._passes._captured(batches[0], gates, width, "auto", fuse=False)
+    return graph, _inputs(batches[0], gates, width), model
 
 
 @pytest.fixture
@@ -106,3 +108,38 @@ def test_ties_may_be_broken_otherwise_and_nothing_else_may_differ():
         launched.check_equal([reads], [swapped], 0.0)
     with pytest.raises(ValueError, match="differ by"):
         launched.check_equal([reads[:15]], [swapped[:15]], 0.05)  # of few examples none
+
+
+def test_on_a_device_graphs_are_recorded_first_and_fused_in_long_runs(monkeypatch):
+    """A stand-in for the device; on a real one, test_gpu."""
+    seconds, made = [0.0], []
+    monkeypatch.setattr(captured, "_is_launched", lambda gates: True)
+    monkeypatch.setattr(captured, "_AFTER_LAUNCHES", -1.0)
+    monkeypatch.setattr(captured.time, "monotonic", lambda: seconds[0])
+    monkeypatch.setattr(captured.fused, "fused", lambda graph, inputs: made.append("fused") or graph)
+    monkeypatch.setattr(captured.launched, "recorded", lambda graph, inputs, held: made.append("recorded") or graph)
+    torch.manual_seed(0)
+    model, batches, output = vit()
+    rounds = GateRounds(
+        MaskedModel(model.requires_grad_(False), coar.find_components(model)), outputs.get(output), 0.1, 0
+    )
+    seen = []
+    for number in range(6):
+        rounds.passes.begin_batch()
+        for index in range(2):
+            seconds[0] += 11.0  # a round; the sixth ends 66 s after the first pass began
+            rounds.round(batches[number % 2], range(FEW), index)
+        seen.append(list(made))
+    assert seen[0] == ["recorded"] and seen[2] == ["recorded"], "once for a shape"
+    assert seen[-1] == ["recorded", "fused", "recorded"], "and once more"
+    assert rounds.passes._passes._trusted
+
+
+def test_compile_true_fuses_from_the_beginning(uncompiled):
+    torch.manual_seed(0)
+    model, batches, output = vit()
+    model.requires_grad_(False)
+    expected, _ = rounds_of(model, batches, output, compile=False)
+    found, passes = rounds_of(model, batches, output, compile=True)
+    assert_same_bits(found, expected)
+    assert uncompiled and passes._trusted

@@ -313,7 +313,7 @@ def _running_flags(verb: argparse.ArgumentParser) -> None:
     verb = verb.add_argument_group("running, which changes speed only")
     verb.add_argument("--worker", metavar="I/N", help="this is worker I (from 0) of N that share the folder")
     verb.add_argument("--dtype", choices=("bfloat16", "float16", "tf32"), help="compute in lower precision")
-    what = "torch.compile for all passes, for long runs; --no-compile: not even captured graphs"
+    what = "compile all passes, for long runs; --no-compile: not even captured graphs"
     _switch(verb, "--compile", what, default="auto")
     verb.add_argument("--masks-together", type=int, default=1, metavar="K", help="masks in one forward pass")
     _switch(verb, "--strict", "an example that cannot be read is an error")

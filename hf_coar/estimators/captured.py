@@ -3,9 +3,12 @@
 Hooks, trackers and the tape cost host time in every pass and keep what the graph lets go of as early as it can, and the
 operations are the same for other gates. So a pass is run on tensors without values and what it does is written down
 (`torch.fx.experimental.proxy_tensor.make_fx`). Where a model looks at values, that fails, and passes are run as before:
-a graph depends on nothing but shapes. Whether all else that it was made of (attributes that a model keeps, what stands
-in) is as it was, every batch shows: its first pass is run as before, its second (or the one after which there is a
-graph) both ways, and on a CPU the same must come out bit for bit, or there are no more graphs.
+a graph depends on nothing but shapes. On a CUDA device graphs are launched as one, and fused in long runs; on a CPU
+they are fused where `compile=True` asks for it, as that changes numbers by rounding.
+
+Whether all else that a graph was made of (attributes that a model keeps, what stands in) is as it was, every batch
+shows: its first pass is run as before, its second (or the one after which there is a graph) both ways, and on a CPU the
+same must come out bit for bit, or there are no more graphs.
 """
 
 import logging
@@ -30,6 +33,9 @@ logger = logging.getLogger(__name__)
 # 40 % (MobileNetV2) of every later pass. After 64 passes, as it was at first, it did not pay in a demo run of 320.
 _AFTER = 60.0
 _AFTER_LAUNCHES = 10.0  # of host time on a CUDA device, all of which a graph launched as one saves
+# Seconds since the first pass after which graphs on a CUDA device are fused as well: compiling took 15 to 31 s for
+# ViT-B/16, and took its pass from 2.8 times the plain forward and backward to 1.0.
+_FUSED_AFTER = 60.0
 _KEPT = 4  # graphs of different shapes
 
 Reads = tuple[Tensor, Tensor]  # values [examples], reads [examples, components]
@@ -54,6 +60,8 @@ class CapturedPasses:
         self._seconds: Counter[Hashable] = Counter()
         self._passes_of_batch: Counter[Hashable] = Counter()
         self._trusted: set[Hashable] = set()
+        self._fused: set[Hashable] = set()
+        self._first: float | None = None
 
     def begin_batch(self) -> None:
         """Other examples come."""
@@ -70,6 +78,7 @@ class CapturedPasses:
             calling.tell()
             return self._replayed(key, batch, gates, smoothing)
         begun = time.monotonic()
+        self._first = self._first or begun
         found = self._run(batch, gates, smoothing)
         self._seconds[key] += time.monotonic() - begun
         self._passes_of_batch[key] += 1
@@ -94,13 +103,16 @@ class CapturedPasses:
         found: Reads,
     ) -> None:
         """Let the batch's other passes be replays, if it is time for a graph and it gives what was found."""
-        enough = _AFTER_LAUNCHES if gates.device.type == "cuda" else _AFTER
-        if key not in self._graphs and wanted == "auto" and self._seconds[key] <= enough:
+        launches, there = _is_launched(gates), key in self._graphs
+        if not there and wanted == "auto" and self._seconds[key] <= (_AFTER_LAUNCHES if launches else _AFTER):
             return
+        fuse = wanted is True or (wanted == "auto" and launches and time.monotonic() - self._first > _FUSED_AFTER)
         try:
-            if key not in self._graphs:
-                self._graphs[key] = self._captured(batch, gates, smoothing, wanted)
-            exact = wanted == "auto" and gates.device.type == "cpu"
+            if not there or (fuse and key not in self._fused):
+                self._graphs.pop(key, None)  # before another takes as much memory
+                self._fused |= {key} if fuse else set()
+                self._graphs[key] = self._captured(batch, gates, smoothing, wanted, fuse)
+            exact = wanted == "auto" and not launches
             launched.check_equal(found, self._replayed(key, batch, gates, smoothing), 0.0 if exact else rounding())
             self._trusted.add(key)
         except Exception as error:  # whatever a model's own code does with tensors that hold no values
@@ -111,10 +123,12 @@ class CapturedPasses:
             name, level = type(self._model).__name__, logging.INFO if wanted == "auto" else logging.WARNING
             logger.log(level, "gate passes of %s run as its own code: %s", name, _reason(error))
         if len(self._graphs) > _KEPT:
-            self._trusted.discard(self._graphs.popitem(last=False)[0])
+            gone = self._graphs.popitem(last=False)[0]
+            self._trusted.discard(gone)
+            self._fused.discard(gone)
 
     def _captured(
-        self, batch: data_module.Batch, gates: Tensor, smoothing: Tensor | None, wanted: bool | str
+        self, batch: data_module.Batch, gates: Tensor, smoothing: Tensor | None, wanted: bool | str, fuse: bool
     ) -> Callable[..., Reads]:
         from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -136,7 +150,7 @@ class CapturedPasses:
             entries, len(graph.graph.nodes), time.monotonic() - begun,
         )  # fmt: skip
         with torch.no_grad(), torch.autocast(gates.device.type, enabled=False):
-            return _compiled(graph, _inputs(batch, gates, smoothing), wanted)
+            return _fast(graph, _inputs(batch, gates, smoothing), wanted, fuse)
 
 
 @contextmanager
@@ -149,6 +163,11 @@ def _torch_quiet() -> Iterator[None]:
         yield
     finally:
         theirs.setLevel(before)
+
+
+def _is_launched(gates: Tensor) -> bool:
+    """Whether passes are kernels launched on a device, many of which can be launched as one."""
+    return gates.is_cuda
 
 
 def _shape(value: Any) -> Hashable:
@@ -167,15 +186,12 @@ def _held(graph: fx.GraphModule) -> list[Tensor]:
     return [value for value in found if isinstance(value, Tensor)]
 
 
-def _compiled(graph: fx.GraphModule, inputs: list[Tensor], wanted: bool | str) -> Callable[..., Reads]:
-    """What runs the graph: as fast as it goes, within rounding or, by "auto" on a CPU, with the same bits."""
-    device = inputs[0].device.type
+def _fast(graph: fx.GraphModule, inputs: list[Tensor], wanted: bool | str, fuse: bool) -> Callable[..., Reads]:
+    """What runs the graph: with the same bits by "auto" on a CPU, and else within rounding."""
     if wanted not in (True, "auto"):
         return torch.compile(graph, backend=wanted)
-    if wanted == "auto" and device != "cuda":
-        return graph
-    graph = fused.fused(graph, inputs)
-    return launched.recorded(graph, inputs, _held(graph)) if device == "cuda" else graph
+    graph = fused.fused(graph, inputs) if fuse else graph
+    return launched.recorded(graph, inputs, _held(graph)) if _is_launched(inputs[0]) else graph
 
 
 def _reason(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""A flat graph whose operations between matrix products are compiled: one kernel moves the bytes that thirty would.
+"""Fused graphs: what a flat graph does between matrix products is compiled, and one kernel does the work of thirty.
 
 Beside products and convolutions a gate pass is element-wise work, whose time on a GPU is that of the bytes it moves.
 Torch's compiler fuses it. For a whole graph of thousands of operations that takes minutes; cut at the products, a
@@ -20,11 +20,14 @@ from hf_coar.models.calling import is_out_of_memory, unheard
 
 logger = logging.getLogger(__name__)
 
+# Operations of a stretch that is compiled. What is done at the ends for every group of gates of a deep network is more,
+# takes half a minute to compile, which grows with depth, and 2 % of a pass.
+_LARGEST = 200
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")  # and attention, by its name
 
 
 def fused(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> fx.GraphModule:
-    """The graph with its stretches between products compiled; the graph itself where that fails, which is said.
+    """A graph with its stretches between products compiled; the graph itself where that fails, which is said.
 
     Args:
         graph: of tensor operations alone, as `make_fx` gives it; what it holds by itself (weights) is read anew in
@@ -66,7 +69,7 @@ def _fused(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> tuple[fx.GraphMod
         copies[node] = whole.placeholder(node.name) if name is None else whole.get_attr(name)
     modules, numbers = {name: attrgetter(name)(graph) for name in held}, {}
     for stretch in _stretches(flat):
-        if _is_product(stretch[0]):
+        if _is_product(stretch[0]) or len(stretch) > _LARGEST:
             for node in stretch:
                 copies[node] = whole.node_copy(node, copies.__getitem__)
             continue
@@ -148,7 +151,7 @@ def _cut(stretch: list[fx.Node]) -> tuple[fx.Graph, list[fx.Node], list[fx.Node]
 
 
 def _kind(part: fx.Graph) -> str:
-    """The same for stretches that do the same to tensors of the same shapes, strides, types and places."""
+    """A description, equal for stretches that do the same to tensors of equal shapes, strides, types and places."""
     numbers = {node: number for number, node in enumerate(part.nodes)}
 
     def described(node: fx.Node) -> str:

@@ -26,9 +26,10 @@ class Running:
             of ten bits on GPUs that have it, elsewhere nothing else than without. That is rounding of a few per cent,
             so it is recorded, and a run does not resume with another one.
         compile: "auto": gate passes of a shape that comes often go through a captured graph, which gives the same bits
-            (on an accelerator the same up to rounding), see `estimators.captured`. True, or the name of a backend: they
-            do from the beginning, and that graph and the model in masked passes are compiled by `torch.compile`, which
-            takes minutes and changes numbers by rounding. False: as the model's own code runs.
+            (on an accelerator the same up to rounding), see `estimators.captured`. True: they do from the beginning,
+            and what the graph does between matrix products is compiled, as the model is for masked passes, which takes
+            a minute and changes numbers by rounding. The name of a backend of `torch.compile`: it gets the whole graph
+            and the model. False: as the model's own code runs.
         masks_together: masks in one forward pass, over as many copies of the batch; for batches too small to fill the
             device.
         worker: "i/n": this is worker i, counted from 0, of n that were started one by one and share the run's folder.
