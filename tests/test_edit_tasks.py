@@ -429,6 +429,27 @@ def test_lifting_the_worst_group(biased):
     assert lifting.groups_of(held.Held.read(model, data), data, labels)[1] == {0: "class 0", 1: "class 1"}
 
 
+def test_a_group_that_stays_where_it_was_is_not_lifted(net):
+    """Whatever is ablated, a class that a bias hides has none right."""
+    model, data, components = net
+    hidden = copy.deepcopy(model)
+    with torch.no_grad():
+        hidden[4].bias[2] = -1e4
+    components = coar.find_components(hidden, include=["0", "2"])
+    groups = torch.cat([batch["labels"] for batch in data])
+    options = {"average_within": 0.5, "components": components, "refit": None}
+    for method in ("ablation", "welch", "gradient_times_parameter"):
+        with pytest.raises(UnsatisfiedError, match="lifts the worst group"):
+            coar.lift(hidden, data, groups, method=method, **options)
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "stays"), [(0.0, 0.0, True), (0.5, 0.5, True), (0.5, 0.4, True), (0.5, 0.51, False), (1, 1, False)]
+)
+def test_what_is_to_rise_stays_unless_it_rises_or_was_all_there(was, now, stays):
+    assert fig.unmoved(was, now) == stays
+
+
 @pytest.fixture(scope="module")
 def backdoored():
     """The last input, if large, means class 0."""

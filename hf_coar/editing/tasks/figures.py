@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 _Z = 1.959964  # of a 95 % interval
+ROUNDING = 1e-6  # of shares
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,11 @@ def share_and_error(right: Tensor) -> tuple[float, float]:
     n, share = len(right), float(right.float().mean())
     guarded = (share * n + 1) / (n + 2)
     return share, math.sqrt(guarded * (1 - guarded) / n)
+
+
+def unmoved(was: float, now: float) -> bool:
+    """Whether a share that is to rise did not, though it could: then an edit achieved nothing, whatever else it did."""
+    return now <= was + ROUNDING < 1
 
 
 def worst_fall(labels: Tensor, before: Tensor, after: Tensor) -> int:

@@ -131,7 +131,8 @@ class Lifting(HeadAim):
         worst = min(share - e for share, e in shares)
         start = min(self.by_group(was, part).values())
         low = min(share for share, _ in shares)
-        return Verdict(low, float(now.float().mean()), start - low, lost + z * error - self.average_within, worst)
+        missing = max(start - low, 1 / len(part)) if fig.unmoved(start, low) else start - low
+        return Verdict(low, float(now.float().mean()), missing, lost + z * error - self.average_within, worst)
 
     def figures(self, model: nn.Module) -> dict[str, Figure]:
         """The worst group before against the worst one after, and every group, on the examples to judge on."""

@@ -29,7 +29,6 @@ DRIFT = 0.5  # how much the drift of clean margins counts against margins of tri
 ENOUGH = 3.0  # logits; margins beyond it need not be reached
 LEAST_EDITED, LEAST_JUDGED = 4, 16  # pairs
 MOST_EDITED = 64
-ROUNDING = 1e-6  # of shares
 LOCAL = 0.25  # of the pixels; a trigger that changes no more of them stays where it is when the picture moves
 VARIATIONS = ((0, 0, False), (0, 0, True), (1, 0, False), (-1, 0, True), (0, 1, False), (0, -1, True))
 
@@ -129,12 +128,12 @@ class Matching(Aim):
         before = -lacking(was, triggered_was)
         lost, _ = fig.fall(self.of.right(was), self.of.right(clean))
         right, right_was = (float(self.of.right(seen).float().mean()) for seen in (triggered, triggered_was))
-        # Nearer is not there: where some pairs were wrong and none of them comes right, nothing was achieved.
-        stuck = right <= right_was + ROUNDING < 1
+        # Nearer is not there, where none of the pairs that were wrong comes right.
+        stuck = fig.unmoved(right_was, right)
         missing = max(before - goal, 1 / len(self.parts.attribute)) if stuck else before - goal
         # Without a standard error to spare, and one pair with all its copies: ten pairs cannot tell 1.2 points from
         # none. It is their drift, in the goal, that keeps clean ones as they are.
-        spent = lost - max(self.clean_within, 1 / len(self.parts.attribute)) - ROUNDING
+        spent = lost - max(self.clean_within, 1 / len(self.parts.attribute)) - fig.ROUNDING
         return Verdict(right, float(self.of.right(clean).float().mean()), missing, spent, goal)
 
     def loss(self, model: nn.Module) -> Tensor:
