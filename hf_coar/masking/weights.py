@@ -60,9 +60,16 @@ class Edit:
     factors: Tensor | None
     saved: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        """Turn back what is stored by columns, as in GPT-2: memory is best gone through as it lies."""
+        self._axis = int(len(self.index) == 1 and self.rows.dim() == 2 and self.rows.stride(0) < self.rows.stride(1))
+        if self._axis:
+            self.rows, self.factors = self.rows.T, None if self.factors is None else self.factors.T
+
     def apply(self) -> None:
         """Change the weight."""
-        self.saved = self.rows[self.index] if len(self.index) > 1 else self.rows.index_select(0, *self.index)
+        several = len(self.index) > 1
+        self.saved = self.rows[self.index] if several else self.rows.index_select(self._axis, *self.index)
         self._write(None if self.factors is None else self.saved * self.factors)
 
     def undo(self) -> None:
@@ -74,9 +81,9 @@ class Edit:
         if len(self.index) > 1:
             self.rows[self.index] = 0 if values is None else values
         elif values is None:
-            self.rows.index_fill_(0, *self.index, 0)  # for a single index these are the fast ways
+            self.rows.index_fill_(self._axis, *self.index, 0)  # for a single index these are the fast ways
         else:
-            self.rows.index_copy_(0, *self.index, values)
+            self.rows.index_copy_(self._axis, *self.index, values)
 
 
 @dataclass
