@@ -55,7 +55,7 @@ def compare(name: str, repeats: int) -> str:
         return run
 
     captured._AFTER = 0.0  # at once
-    sides = {"plain": plain, "own code": passes(False), "captured": passes("auto")}
+    sides = {"plain": plain, "own code": passes(False), "captured": passes("auto"), "compiled": passes(True)}
     quickest = dict.fromkeys(sides, float("inf"))
     with models.frozen(model):
         for number in range(3 + 10 * repeats):  # the first ones make the graph
@@ -64,7 +64,7 @@ def compare(name: str, repeats: int) -> str:
                 run()
                 spent = time.thread_time() - begun
                 quickest[side] = min(quickest[side], spent) if number >= 3 else quickest[side]
-    ratios = [quickest[side] / quickest["plain"] for side in ("own code", "captured")]
+    ratios = [quickest[side] / quickest["plain"] for side in sides if side != "plain"]
     cells = (
         name, f"{len(components):,}", f"{quickest['plain'] * 1e3:.1f} ms", *(f"{ratio:.1f}" for ratio in ratios),
         *(tables.said(ratio, 3) for ratio in ratios),
