@@ -76,13 +76,17 @@ def recorded(operations: Operations, inputs: Sequence[Tensor], weights: Iterable
         return operations
 
 
-# Of the examples, how many may differ: outputs take the largest of several logits, and where two are equal up to
-# rounding, as 1 in 64 was in bfloat16 for a network of 1,000 classes, a graph's gradient may go to the other.
+# Of the examples, how many may differ: a margin takes the largest of several logits, and where two are equal up to
+# rounding, as in 1 of 64 examples in bfloat16 in networks of 1,000 classes, a graph's gradient may go to the other.
 _SHARE_OF_TIES = 1 / 16
 
 
+class DifferentError(ValueError):
+    """A replay gives something else than what was found."""
+
+
 def check_equal(found: Iterable[Tensor], replayed: Iterable[Tensor], allowed: float) -> None:
-    """Raises `ValueError` if a replay gives something else than what was found, both [examples, …].
+    """Raises `DifferentError` if a replay gives something else than what was found, both [examples, …].
 
     An example may differ by a part `allowed` of the largest value of all; unless that is 0, one in 16 by more.
     """
@@ -94,4 +98,4 @@ def check_equal(found: Iterable[Tensor], replayed: Iterable[Tensor], allowed: fl
         ties = int(len(off) * _SHARE_OF_TIES) if allowed else 0
         worst = float(off.nan_to_num(torch.inf).sort(descending=True).values[ties])
         if not worst <= allowed:
-            raise ValueError(f"the graph's values differ by {worst:.2g} of the largest")
+            raise DifferentError(f"the graph's values differ by {worst:.2g} of the largest")
