@@ -77,6 +77,17 @@ def test_gate_passes_are_those_of_the_cpu_and_are_launched_as_one(case, caplog):
     assert isinstance(next(iter(passes._graphs.values())), launched.Recording), caplog.text
 
 
+@pytest.mark.parametrize("case", [resnet, vit])
+def test_fused_gate_passes_are_those_of_the_cpu(case, caplog, monkeypatch):
+    monkeypatch.setattr(captured, "_FUSED_AFTER", -1.0)
+    model, batches, output = on("cpu", case)
+    expected, _ = rounds_of(model, batches, output, compile=False)
+    with caplog.at_level(logging.INFO, "hf_coar"):
+        found, passes = rounds_of(model.to("cuda"), sent(batches), output, compile="auto")
+    assert_close(found, expected)
+    assert passes._trusted and "kinds compiled" in caplog.text, caplog.text
+
+
 def masked_passes(model, batches, output, compile, n_masks=20):
     masked = MaskedModel(model, coar.find_components(model))
     masks = sampling.Masks(len(masked), 0.05, n_masks, 0, sampling.MASKS)
