@@ -4,7 +4,7 @@
     python scripts/benchmark_engine.py --models demo --repeats 15
     python scripts/benchmark_engine.py --processes                    # two processes of one thread against one
     python scripts/benchmark_engine.py --whole demo_512 vit_s gpt2_4 mobilenetv2      # default runs beside plain passes
-    python scripts/benchmark_engine.py --whole demo_512 --compile      # and through torch.compile: minutes
+    python scripts/benchmark_engine.py --whole demo_512 --compile      # and compiled: minutes first
     python scripts/benchmark_engine.py --whole vit_s --batches 1       # fewer batches
     python scripts/benchmark_engine.py --layers                       # networks of many small layers
     python scripts/benchmark_engine.py … --write                      # these rows also into scripts/results/engine.md
@@ -417,7 +417,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float16"))
     parser.add_argument("--whole", nargs="+", choices=WHOLE, default=[], help="measure only default runs of these")
     parser.add_argument("--batches", type=int, help="of these, so many batches of the data")
-    parser.add_argument("--compile", action="store_true", help="default runs through torch.compile as well")
+    parser.add_argument("--compile", action="store_true", help="default runs compiled as well")
     parser.add_argument("--layers", action="store_true", help="measure only networks of many small layers")
     parser.add_argument("--processes", action="store_true", help="measure only two processes against one")
     parser.add_argument("--write", action="store_true")

@@ -34,8 +34,10 @@ def captured_pass(case):
 def uncompiled(monkeypatch):
     """Stretches run as they are; how many kinds there were."""
     kinds = []
+    fused._compiled.cache_clear()
     monkeypatch.setattr(torch._inductor, "compile", lambda part, examples: kinds.append(part) or part)
-    return kinds
+    yield kinds
+    fused._compiled.cache_clear()
 
 
 def writing():
@@ -59,11 +61,22 @@ def test_cut_and_put_together_it_gives_the_same_bits(case, uncompiled):
 def test_a_deep_network_has_the_kinds_of_a_shallow_one(uncompiled):
     def of(depth):
         uncompiled.clear()
+        fused._compiled.cache_clear()
         model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=depth, num_classes=10).eval()
         fused.fused(*captured_pass(lambda: (model, vit()[1], "log_prob"))[:2])
         return len(uncompiled)
 
     assert of(3) == of(6) < 20
+
+
+def test_another_run_compiles_nothing_again(uncompiled):
+    graph, inputs, _ = captured_pass(vit)
+    fused.fused(graph, inputs)
+    count = len(uncompiled)
+    other, others_inputs, _ = captured_pass(vit)
+    found = fused.fused(other, others_inputs)
+    assert len(uncompiled) == count
+    assert all(torch.equal(a, b) for a, b in zip(found(*others_inputs), other(*others_inputs), strict=True))
 
 
 def test_weights_are_read_anew(uncompiled):
@@ -81,6 +94,7 @@ def test_what_cannot_be_compiled_stays_as_it_is(monkeypatch, caplog):
         raise RuntimeError("no compiler\nand more")
 
     monkeypatch.setattr(torch._inductor, "compile", fail)
+    fused._compiled.cache_clear()
     graph, inputs, _ = captured_pass(vit)
     with caplog.at_level(logging.INFO, "hf_coar"):
         assert fused.fused(graph, inputs) is graph

@@ -9,7 +9,9 @@ import logging
 import operator
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
 from operator import attrgetter
 from typing import Any
 
@@ -51,6 +53,21 @@ def fused(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> fx.GraphModule:
     return found
 
 
+@dataclass(frozen=True)
+class _Part:
+    """A stretch as a graph of its own, and what kind it is: two of a kind are the same."""
+
+    kind: str
+    graph: fx.Graph = field(compare=False)
+
+
+@lru_cache(maxsize=512)
+def _compiled(part: _Part) -> Callable[..., Any]:
+    """Compiled operations; kept for other runs, as they hold no weights and models of one architecture share them."""
+    examples = [node.meta["val"] for node in part.graph.find_nodes(op="placeholder")]
+    return torch._inductor.compile(fx.GraphModule({}, part.graph), examples)
+
+
 class _Stretch(nn.Module):
     """Compiled operations, as a module that a graph can call."""
 
@@ -74,10 +91,9 @@ def _fused(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> tuple[fx.GraphMod
                 copies[node] = whole.node_copy(node, copies.__getitem__)
             continue
         part, takes, gives = _cut(stretch)
-        number = numbers.setdefault(_kind(part), len(numbers))
+        number = numbers.setdefault(part.kind, len(numbers))
         if f"stretch_{number}" not in modules:
-            examples = [node.meta["val"] for node in takes]
-            modules[f"stretch_{number}"] = _Stretch(torch._inductor.compile(fx.GraphModule({}, part), examples))
+            modules[f"stretch_{number}"] = _Stretch(_compiled(part))
         called = whole.call_module(f"stretch_{number}", tuple(copies[node] for node in takes))
         copies |= {node: whole.call_function(operator.getitem, (called, place)) for place, node in enumerate(gives)}
     whole.output(fx.map_arg(flat.output_node().args[0], copies.__getitem__))
@@ -135,24 +151,24 @@ def _stretches(graph: fx.Graph) -> Iterator[list[fx.Node]]:
         yield stretch
 
 
-def _cut(stretch: list[fx.Node]) -> tuple[fx.Graph, list[fx.Node], list[fx.Node]]:
-    """A graph of a stretch alone; what it takes and what it gives."""
+def _cut(stretch: list[fx.Node]) -> tuple[_Part, list[fx.Node], list[fx.Node]]:
+    """A stretch alone; what it takes and what it gives."""
     inside = set(stretch)
     takes = list(dict.fromkeys(one for node in stretch for one in node.all_input_nodes if one not in inside))
     gives = [node for node in stretch if any(user not in inside for user in node.users)]
-    part, copies = fx.Graph(), {}
+    graph, copies = fx.Graph(), {}
     for number, node in enumerate(takes):
-        copies[node] = part.placeholder(f"given_{number}")
+        copies[node] = graph.placeholder(f"given_{number}")
         copies[node].meta["val"] = node.meta["val"]
     for node in stretch:
-        copies[node] = part.node_copy(node, copies.__getitem__)
-    part.output(tuple(copies[node] for node in gives))
-    return part, takes, gives
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(tuple(copies[node] for node in gives))
+    return _Part(_kind(graph), graph), takes, gives
 
 
-def _kind(part: fx.Graph) -> str:
+def _kind(graph: fx.Graph) -> str:
     """A description, equal for stretches that do the same to tensors of equal shapes, strides, types and places."""
-    numbers = {node: number for number, node in enumerate(part.nodes)}
+    numbers = {node: number for number, node in enumerate(graph.nodes)}
 
     def described(node: fx.Node) -> str:
         if node.op == "placeholder":
@@ -160,4 +176,4 @@ def _kind(part: fx.Graph) -> str:
             return f"{value.dtype}{list(value.shape)}{value.stride()}{value.device}"
         return f"{node.target}{fx.map_arg((node.args, node.kwargs), lambda one: f'%{numbers[one]}')}"
 
-    return "\n".join(map(described, part.nodes))
+    return "\n".join(map(described, graph.nodes))
