@@ -635,3 +635,35 @@ def test_other_architectures(name):
     seen = looker.look(net.model, held_.at(range(80), 64))
     assert refitting.reads(net.model.get_submodule(looker.head), seen)
     assert seen.features.shape == (80, 32) and len(seen.logits) == 80
+
+
+class Delicate(nn.Module):
+    """A long chain in which every link counts, as in thin networks: few of them gone, and nothing is left."""
+
+    def __init__(self, net: nn.Module, links: int = 60) -> None:
+        super().__init__()
+        self.chain, self.net = nn.ModuleList(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(links)), net
+        for link in self.chain:
+            nn.init.eye_(link.weight)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        for link in self.chain:
+            inputs = link(inputs)
+        return self.net(inputs)
+
+
+def test_components_are_read_where_the_model_still_is_a_model(net):
+    model, data, components = net
+    assert Setting.of(model, data, components).fraction == 0.05
+    delicate = Delicate(model).eval()
+    of = Setting.of(delicate, data, coar.find_components(delicate, include=["chain.*"]))
+    assert of.fraction < 0.05
+    result = coar.steer(
+        delicate,
+        data,
+        decrease=[3, 8, 13, 18, 23, 28, 33, 38, 43, 48],
+        components=of.masked.components,
+        rivals=None,
+        others_within=0.5,
+    )
+    assert models.record(result.model)["edit"]["read_at"] == of.fraction

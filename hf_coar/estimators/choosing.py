@@ -22,6 +22,8 @@ from hf_coar.estimators.path_gradient import BatchReader, PathGradient
 from hf_coar.estimators.registry import Estimator
 from hf_coar.estimators.regression import Regression
 from hf_coar.estimators.solvers import ARD
+from hf_coar.masking import MaskedModel
+from hf_coar.models.outputs import Output
 from hf_coar.runs import checks, sampling
 from hf_coar.runs.problem import Problem, Size
 from hf_coar.storage import files
@@ -153,7 +155,8 @@ def fraction(problem: Problem) -> tuple[float, str]:
     A few random masks of each size on the first examples: the first size at which half of the decisions survive, or for
     outputs without a boundary, at which half is left of what all components together contribute.
     """
-    seen = problem.first.tried(problem.model, lambda batch: _shares_left(problem, batch), _EXAMPLES)
+    masked, output, seed = problem.masked, problem.output, problem.seed
+    seen = problem.first.tried(problem.model, lambda batch: shares_left(masked, output, batch, seed), _EXAMPLES)
     what = "of the decisions" if problem.output.boundary is not None else "of the output"
     said = ", ".join(f"{share:.0%} at {value:.3g}" for value, share in seen)
     reason = f"ablated_fraction={seen[-1][0]:.3g}: what is left {what} under random masks is {said}"
@@ -162,16 +165,24 @@ def fraction(problem: Problem) -> tuple[float, str]:
     return seen[-1][0], reason
 
 
-def _shares_left(problem: Problem, batch: data_module.Batch) -> list[tuple[float, float]]:
-    """Fractions, and what is left of the model at each, down to the first at which enough is."""
-    n_components, boundary, seen = len(problem.masked), problem.output.boundary, []
-    whole = _outputs(problem, batch, torch.ones(1, n_components, dtype=torch.bool))
+def shares_left(masked: MaskedModel, output: Output, batch: data_module.Batch, seed: int) -> list[tuple[float, float]]:
+    """Fractions, and what is left of the model at each, down to the first at which enough is.
+
+    Args:
+        masked: the model with its components, in evaluation mode.
+        output: whose decisions are to survive, or what all components together contribute to it.
+        batch: of some examples, where the model is.
+        seed: of the masks.
+    """
+    n_components, boundary, seen = len(masked), output.boundary, []
+    whole = _outputs(masked, output, batch, torch.ones(1, n_components, dtype=torch.bool))
     nothing = None
     if boundary is None:
-        nothing = _outputs(problem, batch, torch.zeros(1, n_components, dtype=torch.bool))
+        nothing = _outputs(masked, output, batch, torch.zeros(1, n_components, dtype=torch.bool))
     for value in [value for value in FRACTIONS if value * n_components >= 1] or [min(0.5, 1 / n_components)]:
-        masks = sampling.Masks(n_components, value, _MASKS, problem.seed, sampling.CHECKS)
-        seen.append((value, _surviving(_outputs(problem, batch, masks.rows(0, _MASKS)), whole, nothing, boundary)))
+        masks = sampling.Masks(n_components, value, _MASKS, seed, sampling.CHECKS)
+        found = _outputs(masked, output, batch, masks.rows(0, _MASKS))
+        seen.append((value, _surviving(found, whole, nothing, boundary)))
         if seen[-1][1] >= _SURVIVING:
             break
     return seen
@@ -189,11 +200,11 @@ def _surviving(found: Tensor, whole: Tensor, nothing: Tensor | None, boundary: f
 
 
 @torch.no_grad()
-def _outputs(problem: Problem, batch: data_module.Batch, masks: Tensor) -> Tensor:
+def _outputs(masked: MaskedModel, output: Output, batch: data_module.Batch, masks: Tensor) -> Tensor:
     found = []
     for kept in masks:
-        with problem.masked.ablated(kept):
-            found.append(problem.output.of(problem.model, batch).cpu())
+        with masked.ablated(kept):
+            found.append(output.of(masked.model, batch).cpu())
     return torch.stack(found)
 
 

@@ -140,7 +140,7 @@ class Aim(ABC):
 
     def weigh(self, output: Output, batches: Sequence[data_module.Batch]) -> Tensor:
         """Attributions by one pass, float64 [examples, components]."""
-        return weights(self.of.masked, output, batches).double()
+        return weights(self.of.masked, output, batches, self.of.fraction).double()
 
     def walked(self, **options: Any) -> list[Point]:
         """By every rule a walk that ends when the allowance is spent, with what `sides` says after every step."""
@@ -278,6 +278,7 @@ def _ablated(aim: Aim) -> EditResult:
         "task": aim.task,
         "rule": point.rule,
         "granularity": components.granularity,
+        "read_at": of.fraction,
         "components": [str(one) for one in named],
         "indices": point.ablated.tolist(),
         "parameters": sorted(parameters),

@@ -15,8 +15,6 @@ from hf_coar.masking import MaskedModel
 from hf_coar.models import calling, tasks
 from hf_coar.models.outputs import Output
 
-ABLATED_FRACTION = 0.05  # at which weights are read, as in `attribute`
-
 
 @dataclass(frozen=True)
 class Seen:
@@ -132,7 +130,7 @@ def _logits(found: Any, output: Output) -> Tensor | None:
 
 
 def weights(
-    masked: MaskedModel, output: Output, batches: Sequence[data_module.Batch], seed: int = 0, delta: bool = True
+    masked: MaskedModel, output: Output, batches: Sequence[data_module.Batch], fraction: float, delta: bool = True
 ) -> Tensor:
     """How much every component contributes to an output now, from one pass: float32 [examples, components].
 
@@ -142,7 +140,7 @@ def weights(
         masked: the model with its components, some of them ablated.
         output: to attribute.
         batches: the examples.
-        seed: of nothing that a single pass draws.
+        fraction: at which they are read.
         delta: as of `PathGradient`; without it a pass takes half the time.
 
     Raises:
@@ -151,7 +149,7 @@ def weights(
     """
     device, found, first = models.device_of(masked.model), [], 0
     with models.frozen(masked.model):
-        gates = GateRounds(masked, output, ABLATED_FRACTION, seed, delta)
+        gates = GateRounds(masked, output, fraction, 0, delta)
         for batch in batches:
             count = data_module.size(batch)
             gates.passes.begin_batch()

@@ -6,8 +6,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from hf_coar import data as data_module
 from hf_coar import models
 from hf_coar.components import Components, find_components
 from hf_coar.editing import edited as edited_model
@@ -16,10 +18,12 @@ from hf_coar.editing.tasks.held import Held, Parts
 from hf_coar.editing.tasks.judged import Judged
 from hf_coar.editing.tasks.looking import Looker, Seen
 from hf_coar.errors import CoarError
+from hf_coar.estimators import choosing
 from hf_coar.masking import MaskedModel, constants, fingerprint_of
 from hf_coar.models import tasks
 from hf_coar.storage.registry import Bound, Registry
 
+LOOKED_AT = 16  # examples, to find the fraction at which components are read
 BATCH = 128  # examples in one pass, where the data set has smaller batches of one shape
 PLOTS: Registry[Callable] = Registry("picture of an edit")  # functions of results; the room `plots` registers them
 
@@ -50,6 +54,18 @@ class Setting:
     def model(self) -> nn.Module:
         """The model, never changed for good."""
         return self.masked.model
+
+    @cached_property
+    def fraction(self) -> float:
+        """The ablated fraction at which components are read: the largest at which half of what the model says survives.
+
+        As `attribute` finds it. Of thin networks nothing survives .05: read there, ten pairs took a trigger out of
+        MobileNetV2 for 60 to 81 % of images and cost clean ones 4 to 5 points; at .01 it was 95 %, for nothing.
+        """
+        rows = torch.linspace(0, len(self.held) - 1, min(len(self.held), LOOKED_AT)).long()
+        batch = data_module.to_device(self.held.at(rows, LOOKED_AT)[0], models.device_of(self.model))
+        with models.frozen(self.model):
+            return choosing.shares_left(self.masked, self.looker.output, batch, seed=0)[-1][0]
 
     def see(self, model: nn.Module, rows: Tensor) -> Seen:
         """What a model makes of some examples, int64 [any], in ascending order."""
