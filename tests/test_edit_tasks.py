@@ -658,12 +658,7 @@ def test_components_are_read_where_the_model_still_is_a_model(net):
     delicate = Delicate(model).eval()
     of = Setting.of(delicate, data, coar.find_components(delicate, include=["chain.*"]))
     assert of.fraction < 0.05
-    result = coar.steer(
-        delicate,
-        data,
-        decrease=[3, 8, 13, 18, 23, 28, 33, 38, 43, 48],
-        components=of.masked.components,
-        rivals=None,
-        others_within=0.5,
-    )
+    targets = list(range(3, 500, N_CLASSES))
+    options = {"components": of.masked.components, "rivals": None, "others_within": 0.5}
+    result = coar.steer(delicate, data, decrease=targets, **options)
     assert models.record(result.model)["edit"]["read_at"] == of.fraction

@@ -298,8 +298,8 @@ def test_every_set_of_targets_counts_alike(small):
     weights = torch.cat([small.weights[:1].expand(9, -1), torch.tensor([[5.0, 0.0, -6.0]]), small.weights[2:]])
     identity = small.identity.rows(torch.zeros(12, dtype=torch.long))
     found = coar.Attributions(weights, torch.zeros(12), None, small.components, identity, small.config)
-    together = editing.rank_components(found, increase=range(10), rule="mean_difference")
-    apart = editing.rank_components(found, increase=[list(range(9)), [9]], rule="mean_difference")
+    together = editing.rank_components(found, increase=range(10), rule="penalised")
+    apart = editing.rank_components(found, increase=[list(range(9)), [9]], rule="penalised")
     assert together[0] == 0 and apart[0] == 2
 
 

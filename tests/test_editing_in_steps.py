@@ -95,7 +95,7 @@ def test_a_linear_model_is_the_same_in_steps_and_at_once():
         quick = {"method": coar.PathGradient(0), "ablated_fraction": 0.3, "progress": False}
         return coar.attribute(it, data, components, output="logit", **quick)
 
-    options = {"increase": [0, 1], "rule": "mean_difference", "n_components": 3}
+    options = {"increase": [0, 1], "rule": "penalised", "n_components": 3}
     first, second = coar.edit(model, attributing, step=1, **options), coar.edit(model, attributing, step=3, **options)
     assert models.record(first)["edit"]["indices"] == models.record(second)["edit"]["indices"]
 
@@ -203,7 +203,7 @@ def test_functions_must_attribute_the_model_that_they_are_given(convnet):
         )  # fmt: skip
     calls.clear()
     with pytest.raises(CoarError, match="unknown rule 'wlech'"):
-        coar.edit(model, attributing, **SIDES, rule=["hinge", "wlech"], validation=lambda _: 0.0)
+        coar.edit(model, attributing, **SIDES, rule=["penalised", "wlech"], validation=lambda _: 0.0)
     assert not calls
 
 

@@ -85,7 +85,8 @@ def test_fused_gate_passes_are_those_of_the_cpu(case, caplog, monkeypatch):
     with caplog.at_level(logging.INFO, "hf_coar"):
         found, passes = rounds_of(model.to("cuda"), sent(batches), output, compile="auto")
     assert_close(found, expected)
-    assert passes._trusted and "kinds compiled" in caplog.text, caplog.text
+    assert passes._trusted and "products are fused" in caplog.text, caplog.text
+    assert isinstance(next(iter(passes._graphs.values())), launched.Recording), caplog.text
 
 
 def masked_passes(model, batches, output, compile, n_masks=20):

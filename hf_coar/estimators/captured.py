@@ -76,7 +76,7 @@ class CapturedPasses:
         if not wanted or not self._possible:
             return self._run(batch, gates, smoothing)
         key = (wanted, _shape(gates), _shape(smoothing), *((name, _shape(value)) for name, value in batch.items()))
-        if key in self._trusted:
+        if key in self._trusted and (key in self._fused or not self._is_to_be_fused(wanted, gates)):
             calling.tell()
             return self._replayed(key, batch, gates, smoothing)
         begun = time.monotonic()
@@ -109,7 +109,7 @@ class CapturedPasses:
         exact = wanted == "auto" and not launches
         if not there and wanted == "auto" and self._seconds[key] <= (_AFTER_LAUNCHES if launches else _AFTER):
             return
-        fuse = wanted is True or (wanted == "auto" and launches and time.monotonic() - self._first > _FUSED_AFTER)
+        fuse = self._is_to_be_fused(wanted, gates)
         try:
             if not there or (fuse and key not in self._fused):
                 self._graphs.pop(key, None)  # before another takes as much memory
@@ -119,19 +119,30 @@ class CapturedPasses:
             self._trusted.add(key)
             self._refused = 0
         except Exception as error:  # whatever a model's own code does with tensors that hold no values
-            if models.is_out_of_memory(error):
-                raise
             self._refused += 1
-            if isinstance(error, launched.DifferentError) and not exact and self._refused < _REFUSED:
-                return  # the next pass is another look
-            # Of other shapes as well: what stands against one graph stands against all.
-            self._possible = False
-            name, level = type(self._model).__name__, logging.INFO if wanted == "auto" else logging.WARNING
-            logger.log(level, "gate passes of %s run as its own code: %s", name, _reason(error))
-        if len(self._graphs) > _KEPT:
-            gone = self._graphs.popitem(last=False)[0]
-            self._trusted.discard(gone)
-            self._fused.discard(gone)
+            if exact or self._refused >= _REFUSED or not isinstance(error, launched.DifferentError):
+                self._give_up(error, wanted)
+        while len(self._graphs) > _KEPT:
+            self._forget(next(iter(self._graphs)))
+
+    def _is_to_be_fused(self, wanted: bool | str, gates: Tensor) -> bool:
+        long = self._first is not None and time.monotonic() - self._first > _FUSED_AFTER
+        return wanted is True or (wanted == "auto" and _is_launched(gates) and long)
+
+    def _give_up(self, error: Exception, wanted: bool | str) -> None:
+        """No more graphs, of other shapes neither: what stands against one stands against all."""
+        self._possible = False
+        for key in list(self._graphs):
+            self._forget(key)
+        torch.cuda.empty_cache()
+        name, level = type(self._model).__name__, logging.INFO if wanted == "auto" else logging.WARNING
+        logger.log(level, "gate passes of %s run as its own code: %s", name, _reason(error))
+
+    def _forget(self, key: Hashable) -> None:
+        del self._graphs[key]
+        self._seconds.pop(key, None)  # what comes back is to be worth another graph
+        self._trusted.discard(key)
+        self._fused.discard(key)
 
     def _captured(
         self, batch: data_module.Batch, gates: Tensor, smoothing: Tensor | None, wanted: bool | str, fuse: bool
@@ -143,13 +154,14 @@ class CapturedPasses:
             raise TypeError("the batch has entries that are no tensors")
 
         def run(gates: Tensor, *rest: Tensor) -> Reads:
-            return self._run(dict(zip(names, rest, strict=False)), gates, None if smoothing is None else rest[-1])
+            # What autograd saves would, as fakes that know their operations, hold the model for good.
+            with torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda saved: saved):
+                return self._run(dict(zip(names, rest, strict=False)), gates, None if smoothing is None else rest[-1])
 
         with models.state_kept(self._model), checked.passed(), calling.unheard(), _torch_quiet():
             trace = make_fx(run, tracing_mode="fake", _allow_non_fake_inputs=True)
             graph = trace(*_inputs(batch, gates, smoothing))
-        graph.graph.eliminate_dead_code()
-        graph.recompile()
+        _simplify(graph)
         entries = ", ".join(f"{name} {list(value.shape)}" for name, value in batch.items())
         logger.info(
             "gate passes on %s go through a captured graph of %d operations from here on (made in %.1f s)",
@@ -179,7 +191,7 @@ def _is_launched(gates: Tensor) -> bool:
 def _shape(value: Any) -> Hashable:
     if not isinstance(value, Tensor):
         return type(value).__name__
-    return tuple(value.shape), value.dtype, value.device
+    return tuple(value.shape), value.stride(), value.dtype, value.device
 
 
 def _inputs(batch: data_module.Batch, gates: Tensor, smoothing: Tensor | None) -> list[Tensor]:
@@ -192,11 +204,20 @@ def _held(graph: fx.GraphModule) -> list[Tensor]:
     return [value for value in found if isinstance(value, Tensor)]
 
 
+def _simplify(graph: fx.GraphModule) -> None:
+    """Takes out what does nothing where no gradient is kept."""
+    for node in graph.graph.find_nodes(op="call_function", target=torch.ops.aten.detach.default):
+        node.replace_all_uses_with(node.args[0])
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+
+
 def _fast(graph: fx.GraphModule, inputs: list[Tensor], wanted: bool | str, fuse: bool) -> Callable[..., Reads]:
     """What runs the graph: with the same bits by "auto" on a CPU, and else within rounding."""
     if wanted not in (True, "auto"):
         return torch.compile(graph, backend=wanted)
-    graph = fused.fused(graph, inputs) if fuse else graph
+    level = logging.INFO if wanted == "auto" else logging.WARNING
+    graph = fused.fused(graph, inputs, level) if fuse else graph
     return launched.recorded(graph, inputs, _held(graph)) if _is_launched(inputs[0]) else graph
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from hf_coar.models.calling import is_out_of_memory, unheard
+from hf_coar.models.calling import unheard
 
 logger = logging.getLogger(__name__)
 
@@ -26,15 +26,18 @@ logger = logging.getLogger(__name__)
 # takes half a minute to compile, which grows with depth, and 2 % of a pass.
 _LARGEST = 200
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")  # and attention, by its name
+# It counts from where memory begins, and compiled from where its input does.
+_ABSOLUTE = ("as_strided", "as_strided_copy", "as_strided_scatter")
 
 
-def fused(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> fx.GraphModule:
+def fused(graph: fx.GraphModule, inputs: Sequence[Tensor], level: int = logging.INFO) -> fx.GraphModule:
     """A graph with its stretches between products compiled; the graph itself where that fails, which is said.
 
     Args:
         graph: of tensor operations alone, as `make_fx` gives it; what it holds by itself (weights) is read anew in
             every call.
         inputs: of the shapes and strides that they will always have.
+        level: of the line that says that it failed.
     """
     begun = time.monotonic()
     try:
@@ -43,13 +46,12 @@ def fused(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> fx.GraphModule:
             found, n_kinds = _fused(graph, inputs)
             found(*inputs)  # kernels are made, and strides looked at, in the first call
     except Exception as error:  # whatever stands against it: a compiler that is not there, an operation it cannot do
-        if is_out_of_memory(error):
-            raise
+        torch.cuda.empty_cache()
         lines = str(error).strip().splitlines() or [""]
-        logger.info("operations are not fused: %s: %s", type(error).__name__, lines[0][:200])
+        logger.log(level, "operations are not fused: %s: %s", type(error).__name__, lines[0][:200])
         return graph
     seconds = time.monotonic() - begun
-    logger.info("operations between products are fused: %d kinds compiled in %.1f s", n_kinds, seconds)
+    logger.info("operations between products are fused: %d kinds, in %.1f s", n_kinds, seconds)
     return found
 
 
@@ -86,7 +88,7 @@ def _fused(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> tuple[fx.GraphMod
         copies[node] = whole.placeholder(node.name) if name is None else whole.get_attr(name)
     modules, numbers = {name: attrgetter(name)(graph) for name in held}, {}
     for stretch in _stretches(flat):
-        if _is_product(stretch[0]) or len(stretch) > _LARGEST:
+        if _stays(stretch[0]) or len(stretch) > _LARGEST:
             for node in stretch:
                 copies[node] = whole.node_copy(node, copies.__getitem__)
             continue
@@ -129,18 +131,19 @@ class _WithAttributes(fx.Interpreter):
         return self._attributes[target]
 
 
-def _is_product(node: fx.Node) -> bool:
+def _stays(node: fx.Node) -> bool:
+    """Whether an operation is left as it is."""
     name = getattr(getattr(node.target, "overloadpacket", None), "__name__", "")
-    return name in _PRODUCTS or "dot_product_attention" in name
+    return name in (*_PRODUCTS, *_ABSOLUTE) or "dot_product_attention" in name
 
 
 def _stretches(graph: fx.Graph) -> Iterator[list[fx.Node]]:
     """Products, each with what takes its outputs apart, and all that lies between two of them, in the graph's order."""
     stretch: list[fx.Node] = []
     for node in graph.nodes:
-        if node.op in ("placeholder", "output") or (node.target is operator.getitem and _is_product(node.args[0])):
+        if node.op in ("placeholder", "output") or (node.target is operator.getitem and _stays(node.args[0])):
             continue
-        if _is_product(node):
+        if _stays(node):
             if stretch:
                 yield stretch
             yield [node, *(user for user in node.users if user.target is operator.getitem)]
@@ -176,4 +179,5 @@ def _kind(graph: fx.Graph) -> str:
             return f"{value.dtype}{list(value.shape)}{value.stride()}{value.device}"
         return f"{node.target}{fx.map_arg((node.args, node.kwargs), lambda one: f'%{numbers[one]}')}"
 
-    return "\n".join(map(described, graph.nodes))
+    compiled_for = f"{torch.are_deterministic_algorithms_enabled()} {torch.get_default_dtype()}"
+    return "\n".join([compiled_for, *map(described, graph.nodes)])

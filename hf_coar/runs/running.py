@@ -26,7 +26,7 @@ class Running:
             of ten bits on GPUs that have it, elsewhere nothing else than without. That is rounding of a few per cent,
             so it is recorded, and a run does not resume with another one.
         compile: "auto": gate passes of a shape that comes often go through a captured graph, which gives the same bits
-            (on an accelerator the same up to rounding), see `estimators.captured`. True: they do from the beginning,
+            (on a CUDA device the same up to rounding), see `estimators.captured`. True: they do from the beginning,
             and what the graph does between matrix products is compiled, as the model is for masked passes, which takes
             a minute and changes numbers by rounding. The name of a backend of `torch.compile`: it gets the whole graph
             and the model. False: as the model's own code runs.
