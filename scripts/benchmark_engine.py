@@ -6,6 +6,7 @@
     python scripts/benchmark_engine.py --whole demo_512 vit_s gpt2_4 mobilenetv2      # default runs beside plain passes
     python scripts/benchmark_engine.py --whole demo_512 --compile      # and compiled: minutes first
     python scripts/benchmark_engine.py --whole vit_s --batches 1       # fewer batches
+    python scripts/benchmark_engine.py --gates demo_512 vit_s gpt2_4 mobilenetv2      # gate passes alone
     python scripts/benchmark_engine.py --layers                       # networks of many small layers
     python scripts/benchmark_engine.py … --write                      # these rows also into scripts/results/engine.md
 
@@ -23,7 +24,8 @@ many plain passes: forward and backward for every gate pass, forward for every o
 "captured": `compile="auto"`, making the graph included; "compiled": `compile=True` after one such run, without the
 minutes that compiling takes. "draws" is the share of the first that goes into drawing gates and masks.
 
-`--layers`: see `benchmark_layers`.
+`--gates` and `--layers`: single gate passes as PathGradient makes them, over plain forward and backward passes to the
+one input, see `benchmark_layers`; a graph is made before.
 
 Weights are random but for the demo's trained network; ResNet-50, ViT-B/16, GPT-2 and MobileNetV2 have their real sizes;
 `vit_s` is six blocks of ViT-S at 112 × 112, `gpt2_4` four blocks of GPT-2.
@@ -235,6 +237,15 @@ def compare(name: str, device: torch.device, repeats: int) -> str:
     )
 
 
+def compare_gates(name: str, device: torch.device, repeats: int) -> str:
+    """A row of the table of gate passes."""
+    bench = Bench(name, device, 1)
+    masked = MaskedModel(bench.model, bench.components)
+    plain = lambda: bench.gradient(1)  # noqa: E731
+    seconds = benchmark_layers.quickest(masked, bench.output, bench.batches[0], plain, repeats)
+    return benchmark_layers.row(name, len(bench.components), seconds, limit=1.35)
+
+
 def compare_whole(name: str, device: torch.device, repeats: int, compile: bool, n_batches: int | None) -> str:
     """A row of the table of default runs."""
     bench = Bench(name, device, n_batches)
@@ -350,6 +361,10 @@ HEADERS = {
         "| model | components | data | cost | plain passes | own code | captured | compiled | draws | "
         "own code ≤ 1.35 | compiled ≤ 1.15 | run |"
     ),
+    "Gate passes": (
+        "| model | components | plain | own code | captured | compiled | own code ≤ 1.35 | captured ≤ 1.35 | "
+        "compiled ≤ 1.35 | run |"
+    ),
     "Many small layers": (
         "| model | components | plain | own code | captured | compiled | own code ≤ 3 | captured ≤ 3 | compiled ≤ 3 | "
         "run |"
@@ -374,12 +389,14 @@ def measure(args: argparse.Namespace) -> dict[str, list[str]]:
     with running(dtype=args.dtype):
         for name in args.whole:
             add("Whole default runs", compare_whole(name, device, args.repeats, args.compile, args.batches))
+        for name in args.gates:
+            add("Gate passes", compare_gates(name, device, args.repeats))
         if args.layers:
             for name in benchmark_layers.NETWORKS:
                 add("Many small layers", benchmark_layers.compare(name, args.repeats))
         if args.processes:
             add("Two processes", processes(args.repeats))
-        if not (args.whole or args.layers or args.processes):
+        if not (args.whole or args.gates or args.layers or args.processes):
             for name in args.models:
                 add("Passes", compare(name, device, args.repeats))
     return found
@@ -403,6 +420,9 @@ Machine: two CPU cores, other work going on, float32; the last column says how a
 accelerator.md. c and f include the start of a run: what tells where the examples are in every module, whether every
 gate acts, and (f) which components are outliers; batches of two examples are where fixed costs weigh most.
 
+Whole runs of few batches are mostly fixed costs where they are compiled: a graph is made anew in every run, 2 to 7 s,
+and the model is compiled for masked passes.
+
 Memory, 500 against 5,000 examples of the demo (`pytest tests/test_streaming.py -m slow -s`): 913 MB against 918 MB
 while passes run; 938 MB against 1,026 MB afterwards, when the results are in memory."""
 
@@ -416,6 +436,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("bfloat16", "float16"))
     parser.add_argument("--whole", nargs="+", choices=WHOLE, default=[], help="measure only default runs of these")
+    parser.add_argument("--gates", nargs="+", choices=WHOLE, default=(), help="measure only single gate passes")
     parser.add_argument("--batches", type=int, help="of these, so many batches of the data")
     parser.add_argument("--compile", action="store_true", help="default runs compiled as well")
     parser.add_argument("--layers", action="store_true", help="measure only networks of many small layers")

@@ -37,15 +37,24 @@ def compare(name: str, repeats: int) -> str:
     model = NETWORKS[name]().eval()
     batch = {"inputs": torch.randn(32, 100), "labels": torch.arange(32)}
     components, output = coar.find_components(model), outputs.get("margin")
-    gates = torch.rand(32, len(components))
     leaf = batch["inputs"].clone().requires_grad_()
 
     def plain() -> None:
         values = output(models.logits(model, {"inputs": leaf}), batch)
         torch.autograd.grad(values.sum(), leaf)
 
+    seconds = quickest(MaskedModel(model, components), output, batch, plain, repeats)
+    return row(name, len(components), seconds, limit=3)
+
+
+def quickest(
+    masked: MaskedModel, output: outputs.Output, batch: Any, plain: Callable[[], Any], repeats: int
+) -> dict[str, float]:
+    """Processor time of this thread in the quickest pass of every side, in seconds."""
+    gates = torch.rand(len(next(iter(batch.values()))), len(masked))
+
     def passes(compile: bool | str) -> Callable[[], Any]:
-        rounds = GateRounds(MaskedModel(model, components), output, 0.05, 0)
+        rounds = GateRounds(masked, output, 0.05, 0)
         rounds.passes.begin_batch()
 
         def run() -> Any:
@@ -56,17 +65,22 @@ def compare(name: str, repeats: int) -> str:
 
     captured._AFTER = 0.0  # at once
     sides = {"plain": plain, "own code": passes(False), "captured": passes("auto"), "compiled": passes(True)}
-    quickest = dict.fromkeys(sides, float("inf"))
-    with models.frozen(model):
+    found = dict.fromkeys(sides, float("inf"))
+    with models.frozen(masked.model):
         for number in range(3 + 10 * repeats):  # the first ones make the graph
             for side, run in sides.items():
                 begun = time.thread_time()
                 run()
                 spent = time.thread_time() - begun
-                quickest[side] = min(quickest[side], spent) if number >= 3 else quickest[side]
-    ratios = [quickest[side] / quickest["plain"] for side in sides if side != "plain"]
+                found[side] = min(found[side], spent) if number >= 3 else found[side]
+    return found
+
+
+def row(name: str, n_components: int, seconds: dict[str, float], limit: float) -> str:
+    """A row of a table: every side over the plain one."""
+    ratios = [spent / seconds["plain"] for side, spent in seconds.items() if side != "plain"]
     cells = (
-        name, f"{len(components):,}", f"{quickest['plain'] * 1e3:.1f} ms", *(f"{ratio:.1f}" for ratio in ratios),
-        *(tables.said(ratio, 3) for ratio in ratios),
+        name, f"{n_components:,}", f"{seconds['plain'] * 1e3:.1f} ms", *(f"{ratio:.2f}" for ratio in ratios),
+        *(tables.said(ratio, limit) for ratio in ratios),
     )  # fmt: skip
     return f"| {' | '.join(cells)} |"
