@@ -122,6 +122,23 @@ def test_the_three_parts_have_nothing_in_common():
     assert not {7, 9} & set(torch.cat(list(vars(apart).values())).tolist())
 
 
+def test_what_is_left_over_is_chosen_on_where_one_model_is_measured():
+    labels, none = torch.arange(6000) % 5, torch.zeros(6000, dtype=torch.bool)
+    few, many = (held.divided(labels, none, 0, "", [7, 9], spare=spare) for spare in (False, True))
+    assert torch.equal(few.attribute, many.attribute) and torch.equal(few.judge, many.judge)
+    assert len(few.choose) < 1000 and sum(map(len, vars(many).values())) == 5998
+    assert set(few.choose.tolist()) < set(many.choose.tolist())
+
+
+@pytest.mark.parametrize("start", [0, 1, 50, 113, 114, 200, 10_000])
+def test_the_fewest_components_are_found_wherever_the_search_begins(start):
+    asked = []
+    assert fixing.fewest(lambda k: asked.append(k) or k >= 114, start, 1000) == 114
+    assert len(asked) < 20 and max(asked) <= 200
+    assert fixing.fewest(lambda k: False, start, 1000) == 200
+    assert fixing.fewest(lambda k: True, start, 1000) == 1
+
+
 def test_a_constant_hides_and_does_not_remove(net, forgotten):
     hidden = forgotten.figures.rivals["logit_bias"]
     assert hidden["target"].after == 0 and hidden["recovery"].after == pytest.approx(

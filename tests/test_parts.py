@@ -4,7 +4,7 @@ The figures stand for the demo's network, with seeds that are fixed; each test s
 without it. Whoever changes an estimator on purpose measures them anew.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 import hf_coar as coar
 from hf_coar import demo, editing, models
-from hf_coar.editing.rules import forward_selection
+from hf_coar.editing.rules import forward_selection, mean_square
 from hf_coar.estimators.shrinkage import shrink
 from hf_coar.models import outputs
 
@@ -155,3 +155,33 @@ def test_covariance_counts_little_noise(gain, first):
     # first; with .2, 3.3 times; with .002, 32 times.
     given = sides([1.0, gain], [[0.0, 1.0], [0.0, 1.0]])
     assert editing.RULES["covariance"](given).tolist()[0] == first
+
+
+def test_towards_a_goal_the_noise_is_what_moves_the_references_least():
+    # 40 components that gain .05 and move their own reference by .02, or one that gains 1 and moves its by .05: without
+    # a goal the one comes first only where noise counts much. Towards a goal of 1, one is cheaper than twenty.
+    small = [[0.02 * (row == column) for column in range(40)] + [0.0] for row in range(40)]
+    given = sides([0.05] * 40 + [1.0], [*small, [0.0] * 40 + [0.05]])
+    assert 40 in editing.RULES["covariance"](replace(given, goal=0.9)).tolist()[:1]
+    # Where the one moves its reference by 1, twenty small ones are cheaper.
+    dear = replace(given, reference=torch.cat([given.reference[:-1], 20 * given.reference[-1:]]))
+    assert 40 not in editing.RULES["covariance"](replace(dear, goal=0.9)).tolist()[:19]
+    # A goal that is out of reach changes nothing.
+    plain = editing.RULES["covariance"](given).tolist()
+    assert editing.RULES["covariance"](replace(given, goal=1e9)).tolist() == plain
+
+
+def test_the_first_components_that_are_expected_to_reach_a_goal():
+    given = sides([1.0, 2.0, 0.5], [[0.0] * 3])
+    order = torch.tensor([1, 0, 2])
+    expected = {0.5: [1], 2.0: [1], 2.5: [1, 0], 3.5: [1, 0, 2], 4.0: []}
+    for goal, found in expected.items():
+        assert replace(given, goal=goal).until_goal(order).tolist() == found
+
+
+@pytest.mark.parametrize("rho", [0.02, 2.0])
+def test_the_drift_is_the_same_by_its_parts(rho):
+    generator = torch.Generator().manual_seed(0)
+    gain, reference = torch.randn(60, generator=generator), torch.randn(30, 60, generator=generator)
+    given = sides(gain.tolist(), reference.tolist(), torch.rand(30, generator=generator).tolist())
+    assert forward_selection(given, rho).tolist() == forward_selection(given, rho, mean_square).tolist()

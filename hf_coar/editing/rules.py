@@ -38,12 +38,14 @@ class Sides:
         reference: float64 weights [examples, components] of the examples to spare.
         reference_outputs: float64 [examples], what the attributions expect with nothing ablated.
         boundary: the output at which right turns into wrong; None where no value does, as of log-probabilities.
+        goal: how far the gain is to go; None = as far as the references allow.
     """
 
     targets: Sequence[tuple[int, Tensor]]
     reference: Tensor
     reference_outputs: Tensor
     boundary: float | None = 0.0
+    goal: float | None = None
 
     @cached_property
     def gain(self) -> Tensor:
@@ -54,6 +56,11 @@ class Sides:
     def harm(self) -> Tensor:
         """Float64 [components]: by how much ablating each lowers the references' outputs, on average."""
         return self.reference.mean(0)
+
+    def until_goal(self, order: Tensor) -> Tensor:
+        """The first components of an order that are expected to reach the goal; none where all of them don't."""
+        reached = self.gain[order].cumsum(0) >= (self.goal or 0.0)
+        return order[: int(reached.long().argmax()) + 1 if bool(reached.any()) else 0]
 
 
 Rule = Callable[[Sides], Tensor]
@@ -117,8 +124,24 @@ def penalised(sides: Sides) -> Tensor:
 
 @rule("covariance")
 def covariance(sides: Sides) -> Tensor:
-    """Forward selection of the best ratio of gain and drift of the references, `forward_selection` with rho .02."""
-    return forward_selection(sides, rho=0.02)
+    """Forward selection of the best ratio of gain and drift of the references, `forward_selection`.
+
+    With rho .02, or towards a goal with that rho under which reaching it is expected to move the references least.
+    """
+    orders = [forward_selection(sides, rho) for rho in ((0.02,) if sides.goal is None else _NOISES)]
+    return orders[0] if len(orders) == 1 else min(orders, key=lambda order: _drift_at_goal(sides, order))
+
+
+# Little noise takes many components that gain little, which never got an example of a text classifier right; much
+# takes few that cost a ViT's other images. On 20 wrong examples of four networks the forecast chose as well as the best
+# of these did on each, or better.
+_NOISES = (0.02, 0.1, 0.5, 2.0)
+
+
+def _drift_at_goal(sides: Sides, order: Tensor) -> float:
+    chosen = sides.until_goal(order)
+    moved = sides.reference[:, chosen].sum(1)
+    return float(mean_square(moved, _importance(sides))) if len(chosen) else torch.inf
 
 
 # What `rule="auto"` tries: the two that won most. Nine of them on 120 validation examples once cost 6.4 points where
@@ -131,7 +154,7 @@ def mean_square(changes: Tensor, importance: Tensor) -> Tensor:
     return importance @ changes.square() / len(changes)
 
 
-def forward_selection(sides: Sides, rho: float, drift: Callable[[Tensor, Tensor], Tensor] = mean_square) -> Tensor:
+def forward_selection(sides: Sides, rho: float, drift: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
     """Adds one component after the other, so that components that harm the same references do not come together.
 
     Every step takes the one that makes (sum of gains) / sqrt(drift + rho · noise) largest. The drift is the mean square
@@ -141,27 +164,35 @@ def forward_selection(sides: Sides, rho: float, drift: Callable[[Tensor, Tensor]
     Args:
         sides: targets and references.
         rho: how much noise; larger = closer to the plain order by gain and spread.
-        drift: (changes [references, …], importance [references]) -> how far the references move [any], positive changes
-            being falls of their outputs; by default the mean square.
+        drift: (changes [references, any], importance [references]) -> how far the references move [any], positive
+            changes being falls of their outputs; by default the mean square.
 
     Returns:
         int64 [components]; components that are not expected to help come last.
     """
     reference, gain = sides.reference, sides.gain
     importance = _importance(sides)
-    noise = rho * float((importance[:, None] * reference.square()).mean())
+    alone = mean_square(reference, importance)
+    noise = rho * float(alone.mean())
+
+    def drift_with_each(moved: Tensor) -> Tensor:
+        if drift is not None:
+            return drift(moved[:, None] + reference, importance)
+        # The square of the sum by its parts: nothing as large as all references times all components is made.
+        together = mean_square(moved, importance) + 2 * (importance * moved) @ reference / len(reference) + alone
+        return together.clamp_min(0)
+
     moved, total = torch.zeros(len(reference), dtype=torch.float64), 0.0
     allowed = gain > 0
     chosen: list[int] = []
-    alone = gain / (drift(reference, importance) + noise).sqrt().clamp_min(_TINY)
     for step in range(1, min(_FORWARD_STEPS, int(allowed.sum())) + 1):
-        size = drift(moved[:, None] + reference, importance)
-        ratio = (total + gain) / (size + noise * step).sqrt().clamp_min(_TINY)
+        ratio = (total + gain) / (drift_with_each(moved) + noise * step).sqrt().clamp_min(_TINY)
         best = int(torch.where(allowed, ratio, -torch.inf).argmax())
         chosen.append(best)
         allowed[best] = False
         moved, total = moved + reference[:, best], total + float(gain[best])
-    order = best_first(alone)
+    at_first = drift_with_each(torch.zeros_like(moved))
+    order = best_first(gain / (at_first + noise).sqrt().clamp_min(_TINY))
     left = torch.ones(len(gain), dtype=torch.bool)
     left[chosen] = False
     return torch.cat([torch.tensor(chosen, dtype=torch.long), order[left[order]]])

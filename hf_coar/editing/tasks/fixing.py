@@ -1,6 +1,6 @@
 """`fix`: wrong examples that the model gets right from now on, at the least cost to all others."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_coar.components import Components
+from hf_coar.editing.choosing import LARGEST_FRACTION
 from hf_coar.editing.rules import RULES, Sides
 from hf_coar.editing.tasks import figures as fig
 from hf_coar.editing.tasks.aims import ABLATION, Aim, Weigh, carried_out
@@ -21,7 +22,6 @@ from hf_coar.editing.tasks.walking import Point, Verdict, margin
 from hf_coar.errors import CoarError
 from hf_coar.models import calling
 
-MOST = 60  # components
 SURE = 0.01  # above the boundary, in the unit of the output, from which an example counts as fixed
 NEIGHBOURS = 10  # wrong examples nearest to those fixed, among those to judge on
 
@@ -68,7 +68,8 @@ class Fixing(Aim):
         of_all = weigh(self.of.looker.output, batches)
         values = self.of.looker.look(model, batches).values.double()
         sets = [(1, one[None]) for one in of_all[targets]]
-        return Sides(sets, of_all[~targets], values[~targets], self.of.looker.output.boundary)
+        goal = float((self.of.boundary + SURE - values[targets]).clamp_min(0).mean())
+        return Sides(sets, of_all[~targets], values[~targets], self.of.looker.output.boundary, goal)
 
     def points(self) -> list[Point]:
         """By every ranking the fewest components that fix, measured."""
@@ -76,7 +77,8 @@ class Fixing(Aim):
         found = []
         for rule in self.rules:
             ranking = RULES[rule](sides)
-            count = next((k for k in range(1, min(MOST, len(ranking)) + 1) if self._fixed(ranking[:k])), MOST)
+            expected = len(sides.until_goal(ranking))
+            count = fewest(lambda k, order=ranking: self._fixed(order[:k]), expected, len(ranking))
             found.append(self.candidate(ranking[:count], rule))
         return found
 
@@ -149,6 +151,26 @@ class Fixing(Aim):
         return wrong[near.topk(min(NEIGHBOURS, len(wrong))).indices]
 
 
+def fewest(enough: Callable[[int], bool], start: int, n_all: int) -> int:
+    """The smallest number that is enough while one less is not, found from where it is expected to be.
+
+    Args:
+        enough: of a number of components; mostly no for few and yes for many.
+        start: the expected one.
+        n_all: components in all; a fifth of them is returned where no number up to there is enough.
+    """
+    most = max(1, int(LARGEST_FRACTION * n_all))
+    low, high = 0, min(max(1, start), most)
+    while not enough(high):
+        if high == most:
+            return most
+        low, high = high, min(2 * high, most)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high
+
+
 def fix(
     model: nn.Module,
     data: Any,
@@ -182,7 +204,9 @@ def fix(
     check_limits(others_within=others_within)
     of = Setting.of(model, data, components)
     wanted = checked(examples, len(of.held), "examples")
-    parts = divided(of.held.labels, torch.zeros(len(of.held), dtype=torch.bool), seed, "", wanted)
+    none = torch.zeros(len(of.held), dtype=torch.bool)
+    # One model is measured, so that all examples there are may say what it costs.
+    parts = divided(of.held.labels, none, seed, "", wanted, spare=True)
     right = of.right(of.see(model, torch.tensor(wanted)))
     if bool(right.any()):
         there = [index for index, one in zip(wanted, right.tolist(), strict=True) if one]

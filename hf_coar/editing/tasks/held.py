@@ -156,7 +156,9 @@ class Parts:
         return Parts(*(rows[wanted[rows]] for rows in (self.attribute, self.choose, self.judge)))
 
 
-def divided(strata: Tensor, targets: Tensor, seed: int, what: str, apart: Sequence[int] = ()) -> Parts:
+def divided(
+    strata: Tensor, targets: Tensor, seed: int, what: str, apart: Sequence[int] = (), spare: bool = False
+) -> Parts:
     """Divides examples at random, every stratum (class or group) alike.
 
     Args:
@@ -165,6 +167,7 @@ def divided(strata: Tensor, targets: Tensor, seed: int, what: str, apart: Sequen
         seed: of the draw.
         what: the targets are, for errors, such as "label 'Bag'"; "" where there is nothing to divide of them.
         apart: examples that go into no part.
+        spare: whether those that are left over, as many models are to be measured, are to be chosen on, too.
 
     Raises:
         CoarError: too few targets or others to attribute, to choose on and to judge on; says how many are needed.
@@ -173,7 +176,7 @@ def divided(strata: Tensor, targets: Tensor, seed: int, what: str, apart: Sequen
         check_enough(int(targets.sum()), what)
     check_enough(int((~targets).sum()) - len(apart), "the others", tuple(2 * count for count in LEAST))
     generator = torch.Generator().manual_seed(seed)
-    parts: list[list[Tensor]] = [[], [], []]
+    parts: list[list[Tensor]] = [[], [], [], []]
     keys = strata * 2 + targets.long()
     keys[list(apart)] = keys.min() - 1
     present = keys.unique().tolist()[bool(apart) :]
@@ -183,7 +186,9 @@ def divided(strata: Tensor, targets: Tensor, seed: int, what: str, apart: Sequen
         least = LEAST if bool(targets[rows[0]]) else (0, 0, 0)
         for part, some in zip(parts, rows.split(_sizes(len(rows), len(present), least)), strict=False):
             part.append(some)
-    return Parts(*(torch.cat(part).sort().values for part in parts))
+    *used, left = parts
+    used[1] += left if spare else []
+    return Parts(*(torch.cat(part).sort().values for part in used))
 
 
 def _sizes(n_rows: int, n_strata: int, least: Sequence[int]) -> list[int]:
