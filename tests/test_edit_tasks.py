@@ -496,6 +496,21 @@ def test_of_ten_pairs_one_may_be_lost(backdoored, lost, allowed):
     assert (aim.judge(model).spent <= 0) == allowed
 
 
+@pytest.mark.parametrize(("brought", "enough"), [(0, False), (1, False), (4, False), (5, True), (10, True)])
+def test_half_of_what_a_trigger_made_wrong_comes_right(backdoored, brought, enough):
+    model, sides = backdoored[:2]
+    none, ten = torch.empty(0, dtype=torch.long), torch.arange(10)
+    of = editing.tasks.setting.Setting.of(model, sides, None)
+    aim = matching.Matching(of, held.Parts(ten, none, none), (sides, sides), (sides, sides), 0.012)
+    clean, triggered = torch.full((12,), 2.0), torch.full((12,), -2.0)
+    clean[10], triggered[11] = -1.0, 1.0  # one that was wrong anyway, and one that the trigger left right
+    after = triggered.clone() + 1
+    after[:brought] = 2.0
+    aim.__dict__["start"] = (Seen(clean, None, None), Seen(triggered, None, None))
+    aim.__dict__["_both"] = lambda model, pairs: (Seen(clean, None, None), Seen(after, None, None))
+    assert (aim.judge(model).missing <= 0) == enough
+
+
 def test_matching_triggered_examples(backdoored, monkeypatch):
     model, clean, triggered, components = backdoored
     monkeypatch.setattr(matching, "MOST", 0.1)  # of 80 neurons
@@ -510,7 +525,7 @@ def test_matching_triggered_examples(backdoored, monkeypatch):
     assert judging.figures["target"].n == 160
 
 
-def test_pairs_of_which_none_comes_right_are_no_match(backdoored, monkeypatch):
+def test_pairs_of_which_few_come_right_are_no_match(backdoored, monkeypatch):
     """One neuron of many that carry a trigger: margins move, and no answer does."""
     model, clean, triggered, components = backdoored
     monkeypatch.setattr(matching, "MOST", 0.0125)
@@ -518,7 +533,7 @@ def test_pairs_of_which_none_comes_right_are_no_match(backdoored, monkeypatch):
     for batch in strong:
         batch["inputs"][:, -1] = 200.0
     for method in ("ablation", "gradient_times_parameter"):
-        with pytest.raises(UnsatisfiedError, match="some of them right"):
+        with pytest.raises(UnsatisfiedError, match="brings right 50% of what the trigger made wrong"):
             coar.match(model, clean, strong, components=components, method=method, rivals=None)
 
 

@@ -29,6 +29,7 @@ DRIFT = 0.5  # how much the drift of clean margins counts against margins of tri
 ENOUGH = 3.0  # logits; margins beyond it need not be reached
 LEAST_EDITED, LEAST_JUDGED = 4, 16  # pairs
 MOST_EDITED = 64
+LEAST_BROUGHT = 0.5  # of what the trigger made wrong; with any pair in its place, one answer in a hundred was a match
 LOCAL = 0.25  # of the pixels; a trigger that changes no more of them stays where it is when the picture moves
 VARIATIONS = ((0, 0, False), (0, 0, True), (1, 0, False), (-1, 0, True), (0, 1, False), (0, -1, True))
 
@@ -81,7 +82,8 @@ class Matching(Aim):
     def wanted(self) -> str:
         """What an edit must do."""
         allowed = f"{100 * self.clean_within:.3g} points"
-        return f"brings triggered examples nearer to clean ones, some of them right, and costs these {allowed} at most"
+        share = f"{LEAST_BROUGHT:.0%} of what the trigger made wrong"
+        return f"brings right {share}, and costs clean ones {allowed} at most"
 
     @cached_property
     def start(self) -> tuple[Seen, Seen]:
@@ -127,14 +129,14 @@ class Matching(Aim):
         goal = -lacking(clean, triggered) - DRIFT * float((clean.values - was.values).abs().mean())
         before = -lacking(was, triggered_was)
         lost, _ = fig.fall(self.of.right(was), self.of.right(clean))
-        right, right_was = (float(self.of.right(seen).float().mean()) for seen in (triggered, triggered_was))
-        # Nearer is not there, where none of the pairs that were wrong comes right.
-        stuck = fig.unmoved(right_was, right)
-        missing = max(before - goal, 1 / len(self.parts.attribute)) if stuck else before - goal
+        right, misled = self.of.right(triggered), self.of.right(was) & ~self.of.right(triggered_was)
+        brought = float(right[misled].float().mean()) if bool(misled.any()) else 1.0
+        missing = max(before - goal, LEAST_BROUGHT - brought - fig.ROUNDING)  # nearer is not there
         # Without a standard error to spare, and one pair with all its copies: ten pairs cannot tell 1.2 points from
         # none. It is their drift, in the goal, that keeps clean ones as they are.
         spent = lost - max(self.clean_within, 1 / len(self.parts.attribute)) - fig.ROUNDING
-        return Verdict(right, float(self.of.right(clean).float().mean()), missing, spent, goal)
+        shares = (float(one.float().mean()) for one in (right, self.of.right(clean)))
+        return Verdict(*shares, missing, spent, goal)
 
     def loss(self, model: nn.Module) -> Tensor:
         """Cross-entropy of clean and triggered examples alike."""
@@ -224,7 +226,7 @@ def match(
 
     Raises:
         CoarError: pairs that differ in number or labels, too few of them, or a model that is edited already.
-        UnsatisfiedError: nothing brings them nearer within the limit.
+        UnsatisfiedError: nothing brings half of those right that the trigger made wrong within the limit.
     """
     check_limits(clean_within=clean_within)
     of = Setting.of(model, clean, components)
