@@ -25,6 +25,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,11 @@ from benchmark_engine import resnet50, vit_b16
 
 import hf_coar as coar
 from hf_coar import models
-from hf_coar.estimators import captured
 from hf_coar.estimators.gates import GateRounds, n_blocks
 from hf_coar.estimators.regression import solve
 from hf_coar.masking import MaskedModel
 from hf_coar.models import launched, outputs
-from hf_coar.runs import sampling
+from hf_coar.runs import captured, sampling
 from hf_coar.runs.engine import Part, autocast, running
 from hf_coar.runs.measuring import MaskedPasses
 
@@ -154,7 +154,7 @@ def passes(bench: Bench, dtype: str | None, repeats: int) -> dict[str, float]:
         for side in ("gate own", "gradient"):
             figures[f"memory {side}"] = most_memory(sides[side])
         figures["made"] = timed(sides["gate recorded"])
-        recording = next(iter(rounds["recorded"].passes._passes._graphs.values()), None)
+        recording = next(iter(rounds["recorded"].passes._passes.replays), None)
         if isinstance(recording, launched.Recording):  # whose launches the allocator does not see
             with torch.no_grad(), torch.autocast("cuda", enabled=False):
                 figures["memory gate recorded"] = most_memory(lambda: recording._operations(*recording._inputs))
@@ -173,7 +173,7 @@ def passes(bench: Bench, dtype: str | None, repeats: int) -> dict[str, float]:
             act()
             figures[f"host {name}"] = time.perf_counter() - begun
             figures[f"busy {name}"] = busy(lambda act=act: [act() for _ in range(5)])
-    figures["recorded at all"] = float(bool(rounds["recorded"].passes._passes._trusted))
+    figures["recorded at all"] = float(bool(rounds["recorded"].passes._passes.replays))
     return figures
 
 
@@ -259,7 +259,8 @@ def measure(args: argparse.Namespace) -> dict[str, list[str]]:
         found.setdefault(table, []).append(row)
         print(row, flush=True)
 
-    captured._AFTER_LAUNCHES = captured._FUSED_AFTER = 0.0  # as in a long run, from the second pass on
+    # As in a long run, from the second pass on.
+    captured.GATES = replace(captured.GATES, after_launches=0.0, fused_after=0.0)
     if args.ridge:
         add("Ridge", ridge(*args.ridge))
     for name in args.models:

@@ -9,6 +9,7 @@ smoothed slope and exact differences, some forty of 3,200 numbers each.
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import tables
@@ -17,10 +18,10 @@ from torch import nn
 
 import hf_coar as coar
 from hf_coar import models
-from hf_coar.estimators import captured
 from hf_coar.estimators.gates import GateRounds
 from hf_coar.masking import MaskedModel
 from hf_coar.models import outputs
+from hf_coar.runs import captured
 from hf_coar.runs.running import running
 
 NETWORKS = {
@@ -63,7 +64,7 @@ def quickest(
 
         return run
 
-    captured._AFTER = 0.0  # at once
+    captured.GATES = replace(captured.GATES, after=0.0)  # at once
     sides = {"plain": plain, "own code": passes(False), "captured": passes("auto"), "compiled": passes(True)}
     found = dict.fromkeys(sides, float("inf"))
     with models.frozen(masked.model):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import hf_coar as coar
 from hf_coar import editing, models
 from hf_coar.components import rules
-from hf_coar.models import outputs, tasks
+from hf_coar.models import fused, outputs, tasks
 from hf_coar.plots import page
 from hf_coar.runs import running
 
@@ -347,6 +347,16 @@ def reports(pictures) -> Iterator[None]:
     """Runs write their pages."""
     with running.running(report=True):
         yield
+
+
+@pytest.fixture
+def uncompiled(monkeypatch) -> Iterator[list]:
+    """Stretches of graphs run as they are; how many kinds there were."""
+    kinds: list = []
+    fused._compiled.cache_clear()
+    monkeypatch.setattr(torch._inductor, "compile", lambda part, examples: kinds.append(part) or part)
+    yield kinds
+    fused._compiled.cache_clear()
 
 
 # ------------------------------------------------------------------------------------------------ which files go first

@@ -1,6 +1,7 @@
 """Captured gate passes: the same bits as passes that run as the model's own code, or no graph at all."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import timm
@@ -11,10 +12,10 @@ from torch import nn
 import hf_coar as coar
 from hf_coar import demo
 from hf_coar.errors import CoarError
-from hf_coar.estimators import captured
 from hf_coar.estimators.gates import GateRounds
 from hf_coar.masking import MaskedModel
 from hf_coar.models import outputs
+from hf_coar.runs import captured
 
 FEW = 4
 
@@ -77,7 +78,7 @@ def speech():
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch):
     """Graphs are made in the second pass of all."""
-    monkeypatch.setattr(captured, "_AFTER", 0.0)
+    monkeypatch.setattr(captured, "GATES", replace(captured.GATES, after=0.0))
 
 
 def rounds_of(model, batches, output, compile, fraction=0.1, seed=0):
@@ -106,7 +107,7 @@ def test_a_replay_gives_the_same_bits(case):
     expected, _ = rounds_of(model, batches, output, compile=False)
     found, passes = rounds_of(model, batches, output, compile="auto")
     assert_same_bits(found, expected)
-    assert passes._trusted
+    assert passes.replays
 
 
 def test_the_only_batch_gets_a_graph_once_it_is_time(monkeypatch):
@@ -114,12 +115,12 @@ def test_the_only_batch_gets_a_graph_once_it_is_time(monkeypatch):
     model, batches, output = vit()
     model.requires_grad_(False)
     clock = iter(range(0, 10_000, 25))
-    monkeypatch.setattr(captured, "_AFTER", 60.0)
+    monkeypatch.setattr(captured, "GATES", replace(captured.GATES, after=60.0))
     monkeypatch.setattr(captured.time, "monotonic", lambda: next(clock))  # 25 s a pass
     expected, _ = rounds_of(model, batches[:1], output, compile=False)
     found, passes = rounds_of(model, batches[:1], output, compile="auto")
     assert_same_bits(found, expected)
-    assert passes._trusted and list(passes._passes_of_batch.values()) == [3]  # the others were replays
+    assert passes.replays and [shape.of_batch for shape in passes._shapes.values()] == [4]  # the others were replays
 
 
 def mixtral():
@@ -136,7 +137,7 @@ def test_where_a_graph_gives_other_bits_or_cannot_be_made_there_is_none(case, ca
     expected, _ = rounds_of(model, batches, output, compile=False)
     found, passes = rounds_of(model, batches, output, compile="auto")
     assert_same_bits(found, expected)
-    assert not passes._trusted
+    assert not passes.replays
     assert "Traceback" not in capfd.readouterr().err
 
 
@@ -171,7 +172,7 @@ def test_a_model_that_looks_at_values_is_not_captured(caplog):
     with caplog.at_level(logging.INFO, "hf_coar"):
         found, passes = rounds_of(model, batches, "margin", compile="auto")
     assert_same_bits(found, expected)
-    assert not passes._trusted
+    assert not passes.replays
     assert "gate passes of Looking run as its own code: what it does depends on values" in caplog.text
 
 
@@ -201,7 +202,7 @@ def test_compiled_by_a_backend_of_ones_own():
     model.requires_grad_(False)
     expected, _ = rounds_of(model, batches, output, compile=False)
     found, passes = rounds_of(model, batches, output, compile="aot_eager")
-    assert passes._trusted
+    assert passes.replays
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a.soft, b.soft, rtol=1e-4, atol=1e-5)
 
@@ -220,11 +221,11 @@ def test_lower_precision():
         expected, _ = rounds_of(model, batches, output, compile=False)
         found, passes = rounds_of(model, batches, output, compile="auto")
     assert_same_bits(found, expected)
-    assert passes._trusted
+    assert passes.replays
 
 
 def test_more_shapes_than_graphs_are_kept(monkeypatch):
-    monkeypatch.setattr(captured, "_KEPT", 1)
+    monkeypatch.setattr(captured, "GATES", replace(captured.GATES, after=0.0, kept=1))
     torch.manual_seed(0)
     model, batches, output = vit()
     model.requires_grad_(False)

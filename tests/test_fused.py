@@ -4,6 +4,7 @@ import gc
 import itertools
 import logging
 import weakref
+from dataclasses import replace
 from operator import attrgetter
 from unittest.mock import Mock
 
@@ -14,11 +15,10 @@ from test_captured import FEW, assert_same_bits, bert, gpt2, resnet, rounds_of, 
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import hf_coar as coar
-from hf_coar.estimators import captured
-from hf_coar.estimators.captured import _inputs
 from hf_coar.estimators.gates import GatePasses, GateRounds
 from hf_coar.masking import MaskedModel
-from hf_coar.models import fused, launched, outputs
+from hf_coar.models import fused, graphs, launched, outputs
+from hf_coar.runs import captured
 
 
 def captured_pass(case):
@@ -30,18 +30,9 @@ def captured_pass(case):
     passes = GatePasses(MaskedModel(model, components), outputs.get(output), delta=True)
     gates, width = torch.rand(FEW, len(components)), torch.tensor(0.5, dtype=torch.float64)
     passes._run(batches[0], gates, width)  # looks at the batch once
-    graph = passes._passes._captured(batches[0], gates, width, "auto", fuse=False)
-    return graph, _inputs(batches[0], gates, width), model
-
-
-@pytest.fixture
-def uncompiled(monkeypatch):
-    """Stretches run as they are; how many kinds there were."""
-    kinds = []
-    fused._compiled.cache_clear()
-    monkeypatch.setattr(torch._inductor, "compile", lambda part, examples: kinds.append(part) or part)
-    yield kinds
-    fused._compiled.cache_clear()
+    inputs = [*batches[0].values(), gates, width]
+    graph = graphs.captured(passes._passes._flat(batches[0], (gates, width)), inputs, model)
+    return graph, inputs, model
 
 
 @pytest.mark.parametrize("case", [resnet, vit, gpt2, bert, speech])
@@ -128,11 +119,11 @@ def test_ties_may_be_broken_otherwise_and_nothing_else_may_differ():
 def test_on_a_device_graphs_are_recorded_first_and_fused_in_long_runs(monkeypatch):
     """A stand-in for the device; on a real one, test_gpu."""
     seconds, made = [0.0], []
-    monkeypatch.setattr(captured, "_is_launched", lambda gates: True)
-    monkeypatch.setattr(captured, "_AFTER_LAUNCHES", -1.0)
+    monkeypatch.setattr(launched, "are_launched", lambda inputs: True)
+    monkeypatch.setattr(captured, "GATES", replace(captured.GATES, after_launches=0.0))
     monkeypatch.setattr(captured.time, "monotonic", lambda: seconds[0])
-    monkeypatch.setattr(captured.fused, "fused", lambda graph, *given: made.append("fused") or graph)
-    monkeypatch.setattr(captured.launched, "recorded", lambda graph, inputs, held: made.append("recorded") or graph)
+    monkeypatch.setattr(fused, "fused", lambda graph, *given: made.append("fused") or graph)
+    monkeypatch.setattr(launched, "recorded", lambda graph, inputs, held: made.append("recorded") or graph)
     torch.manual_seed(0)
     model, batches, output = vit()
     rounds = GateRounds(
@@ -147,7 +138,7 @@ def test_on_a_device_graphs_are_recorded_first_and_fused_in_long_runs(monkeypatc
         seen.append(list(made))
     assert seen[0] == ["recorded"] and seen[2] == ["recorded"], "once for a shape"
     assert seen[-1] == ["recorded", "fused", "recorded"], "and once more"
-    assert rounds.passes._passes._trusted
+    assert rounds.passes._passes.replays
 
 
 def test_compile_true_fuses_from_the_beginning(uncompiled):
@@ -157,7 +148,7 @@ def test_compile_true_fuses_from_the_beginning(uncompiled):
     expected, _ = rounds_of(model, batches, output, compile=False)
     found, passes = rounds_of(model, batches, output, compile=True)
     assert_same_bits(found, expected)
-    assert uncompiled and passes._trusted
+    assert uncompiled and passes.replays
 
 
 @pytest.mark.parametrize(("wrong", "trusted"), [({0}, True), ({0, 1}, True), ({0, 1, 2}, False)])
@@ -167,13 +158,13 @@ def test_a_graph_that_differs_is_looked_at_again_in_the_next_passes(wrong, trust
 
     def check(found, replayed, allowed):
         if next(looks) in wrong:
-            raise launched.DifferentError("the graph's values differ by 0.5 of the largest")
+            raise launched.DifferentReadsError("the graph's values differ by 0.5 of the largest")
 
-    monkeypatch.setattr(captured.launched, "check_equal", check)
+    monkeypatch.setattr(launched, "check_equal", check)
     torch.manual_seed(0)
     model, batches, output = vit()
     _, passes = rounds_of(model.requires_grad_(False), batches, output, compile=True)
-    assert bool(passes._trusted) == passes._possible == trusted
+    assert bool(passes.replays) == passes._possible == trusted
     assert ("run as its own code" in caplog.text) != trusted
 
 
@@ -201,7 +192,7 @@ def test_a_graph_holds_a_model_no_longer_than_needed():
 
 
 def test_more_graphs_than_are_kept_go_even_where_they_differ(monkeypatch, uncompiled):
-    monkeypatch.setattr(captured, "_KEPT", 2)
+    monkeypatch.setattr(captured, "GATES", replace(captured.GATES, kept=2))
     torch.manual_seed(0)
     model, batches, output = vit()
     model.requires_grad_(False)
@@ -213,8 +204,9 @@ def test_more_graphs_than_are_kept_go_even_where_they_differ(monkeypatch, uncomp
             some = {name: value[:count] for name, value in batches[0].items()}
             rounds.passes.begin_batch()
             rounds.round(some, range(count), 0)
-            assert len(passes._graphs) <= 2 and passes._fused == set(passes._graphs)
-        monkeypatch.setattr(captured.launched, "check_equal", Mock(side_effect=launched.DifferentError("other values")))
+            made = [shape for shape in passes._shapes.values() if shape.replay is not None]
+            assert len(made) <= 2 and all(shape.is_fused for shape in made)
+        monkeypatch.setattr(launched, "check_equal", Mock(side_effect=launched.DifferentError("other values")))
         rounds.passes.begin_batch()
         rounds.round(some, range(4), 1)
-    assert not passes._possible and not passes._graphs and not passes._fused
+    assert not passes._possible and not passes._shapes

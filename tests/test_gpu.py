@@ -7,6 +7,7 @@ import sys
 import traceback
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,12 +17,12 @@ from test_captured import FEW, bert, gpt2, resnet, rounds_of, vit
 
 import hf_coar as coar
 from hf_coar import demo
-from hf_coar.estimators import captured, live
+from hf_coar.estimators import live
 from hf_coar.estimators.gates import GateRounds
 from hf_coar.estimators.regression import solve
 from hf_coar.masking import MaskedModel
 from hf_coar.models import launched, outputs
-from hf_coar.runs import measuring, sampling
+from hf_coar.runs import captured, sampling
 from hf_coar.runs.engine import Part
 from hf_coar.runs.measuring import MaskedPasses
 
@@ -39,7 +40,7 @@ def _exact(monkeypatch):
     torch.manual_seed(0)
     for place in (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn):
         monkeypatch.setattr(place, "fp32_precision", "ieee")
-    monkeypatch.setattr(captured, "_AFTER_LAUNCHES", 0.0)
+    monkeypatch.setattr(captured, "GATES", replace(captured.GATES, after_launches=0.0))
 
 
 def on(device, case):
@@ -73,20 +74,20 @@ def test_gate_passes_are_those_of_the_cpu_and_are_launched_as_one(case, caplog):
         found, passes = rounds_of(model, there, output, compile="auto")
     assert_close(eager, expected)
     assert_close(found, expected)
-    assert passes._trusted, caplog.text
-    assert isinstance(next(iter(passes._graphs.values())), launched.Recording), caplog.text
+    assert passes.replays, caplog.text
+    assert isinstance(passes.replays[0], launched.Recording), caplog.text
 
 
 @pytest.mark.parametrize("case", [resnet, vit])
 def test_fused_gate_passes_are_those_of_the_cpu(case, caplog, monkeypatch):
-    monkeypatch.setattr(captured, "_FUSED_AFTER", -1.0)
+    monkeypatch.setattr(captured, "GATES", replace(captured.GATES, after_launches=0.0, fused_after=-1.0))
     model, batches, output = on("cpu", case)
     expected, _ = rounds_of(model, batches, output, compile=False)
     with caplog.at_level(logging.INFO, "hf_coar"):
         found, passes = rounds_of(model.to("cuda"), sent(batches), output, compile="auto")
     assert_close(found, expected)
-    assert passes._trusted and "products are fused" in caplog.text, caplog.text
-    assert isinstance(next(iter(passes._graphs.values())), launched.Recording), caplog.text
+    assert passes.replays and "products are fused" in caplog.text, caplog.text
+    assert isinstance(passes.replays[0], launched.Recording), caplog.text
 
 
 def masked_passes(model, batches, output, compile, n_masks=20):
@@ -111,7 +112,7 @@ def test_masked_passes_are_those_of_the_cpu_and_are_launched_as_one(case, caplog
     scale = float(expected.abs().max())
     assert float((eager - expected).abs().max()) <= 1e-3 * scale
     assert float((found - expected).abs().max()) <= 1e-3 * scale
-    assert passes._forward._trusted, caplog.text
+    assert isinstance(passes._passes.replays[0], launched.Recording), caplog.text
 
 
 def test_a_model_that_was_moved_is_recorded_again():
@@ -251,5 +252,5 @@ def test_edits_and_live_rounds_stay_where_the_model_is():
 
 def test_recording_takes_only_what_is_worth_it(monkeypatch):
     model, batches, output = on("cuda", vit)
-    _, passes = masked_passes(model, batches, output, compile="auto", n_masks=measuring._WORTH - 1)
-    assert not passes._forward._recordings
+    _, passes = masked_passes(model, batches, output, compile="auto", n_masks=captured.MASKED.least - 1)
+    assert not passes._passes._shapes

@@ -10,7 +10,7 @@ import hf_coar as coar
 from hf_coar.errors import CoarError
 from hf_coar.masking import MaskedModel
 from hf_coar.models import calling, launched, outputs
-from hf_coar.runs import measuring
+from hf_coar.runs import captured, measuring
 from hf_coar.runs.engine import Part, autocast
 from hf_coar.runs.sampling import Masks
 
@@ -37,9 +37,8 @@ class Recording:
 def recordings(monkeypatch):
     """Those that were made; every batch can be recorded."""
     monkeypatch.setattr(Recording, "made", [])
-    monkeypatch.setattr(measuring.launched, "Recording", Recording)
-    keys = staticmethod(lambda batch: tuple(one.shape for one in batch.values()))
-    monkeypatch.setattr(measuring._Forward, "_key", keys)
+    monkeypatch.setattr(launched, "Recording", Recording)
+    monkeypatch.setattr(launched, "are_launched", lambda inputs: True)
     return Recording.made
 
 
@@ -64,13 +63,13 @@ def test_a_recording_is_made_once_and_checked_for_every_batch(recordings):
 
 
 def test_what_gives_other_values_is_not_used(recordings, monkeypatch, caplog):
-    expected, _ = measured(measuring._WORTH - 1)
+    expected, _ = measured(captured.MASKED.least - 1)
     assert not recordings, "not worth it"
     monkeypatch.setattr(Recording, "off", 0.5)
     with caplog.at_level(logging.INFO, "hf_coar"):
         found, _ = measured(N_MASKS)
     assert len(recordings) == 1 and recordings[0].replays == 1
-    assert torch.equal(found[:, :, : measuring._WORTH - 1], expected)
+    assert torch.equal(found[:, :, : captured.MASKED.least - 1], expected)
     assert "masked passes of ConvNet run as its own code: DifferentError: the graph's values differ" in caplog.text
 
 
@@ -81,10 +80,10 @@ def test_what_knows_one_mask_alone_is_not_used(recordings, monkeypatch):
             found = operations(*inputs)
             self.operations = lambda *_: found
 
-    expected, _ = measured(measuring._WORTH - 1)
-    monkeypatch.setattr(measuring.launched, "Recording", OfOneMask)
+    expected, _ = measured(captured.MASKED.least - 1)
+    monkeypatch.setattr(launched, "Recording", OfOneMask)
     found, _ = measured(N_MASKS)
-    assert len(recordings) == 1 and torch.equal(found[:, :, : measuring._WORTH - 1], expected)
+    assert len(recordings) == 1 and torch.equal(found[:, :, : captured.MASKED.least - 1], expected)
 
 
 def test_equal_means_to_rounding_and_never_nan():
@@ -112,3 +111,19 @@ def test_tf32_holds_inside_a_run_alone():
     assert place.fp32_precision == before
     with pytest.raises(CoarError, match="there are bfloat16, float16, tf32"), coar.running(dtype="tf16"):
         pass
+
+
+def test_compiled_passes_are_captured_fused_and_recorded(monkeypatch, uncompiled):
+    made = []
+    monkeypatch.setattr(launched, "are_launched", lambda inputs: True)
+    monkeypatch.setattr(
+        launched,
+        "recorded",
+        lambda operations, inputs, weights: made.append(Recording(operations, inputs, weights)) or made[-1],
+    )
+    expected, _ = measured(captured.MASKED.least - 1)
+    with coar.running(compile=True):
+        found, heard = measured(N_MASKS)
+    (recording,) = made
+    assert uncompiled and recording.replays == (N_MASKS - 2) + (N_MASKS - 1) and heard == 2 * N_MASKS
+    torch.testing.assert_close(found[:, :, : captured.MASKED.least - 1], expected)

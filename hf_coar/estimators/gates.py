@@ -12,13 +12,12 @@ from torch import Tensor, nn
 from hf_coar import data as data_module
 from hf_coar.components import Components
 from hf_coar.errors import ModelError
-from hf_coar.estimators.captured import CapturedPasses
 from hf_coar.estimators.delta_reads import DeltaReads, followed
 from hf_coar.estimators.trying import elementwise_modules, normalising_modules
 from hf_coar.masking import MaskedModel
 from hf_coar.models.calling import sent
 from hf_coar.models.outputs import Output
-from hf_coar.runs import sampling
+from hf_coar.runs import captured, sampling
 from hf_coar.runs.measuring import check_finite
 
 # In standard deviations of what goes into a nonlinearity. Found on the demo's network, once and for all models.
@@ -44,7 +43,8 @@ class GatePasses:
         self._norms = normalising_modules(masked.model) if delta else []
         self._inert: set[str] = set()
         stand_in = masked.components.stand_in
-        self._passes = CapturedPasses(self._run, masked.model, stand_in is None or not stand_in.of_partners)
+        alone = stand_in is None or not stand_in.of_partners
+        self._passes = captured.CapturedPasses(self._run, masked.model, captured.GATES, possible=alone)
 
     def begin_batch(self) -> None:
         """Other examples come: which modules run may depend on them."""

@@ -251,24 +251,6 @@ def logits_of(output: Any, model: str = "the model") -> Tensor:
     return found
 
 
-_COMPILED: ContextVar[bool] = ContextVar("compiled", default=False)
-
-
-@contextmanager
-def compiled(model: nn.Module, backend: bool | str) -> Iterator[None]:
-    """The model's forward goes through `torch.compile` inside the block; masks change its weights in place."""
-    if backend in (False, "auto"):
-        yield
-        return
-    before, token = model._compiled_call_impl, _COMPILED.set(True)
-    try:
-        model.compile(**({} if backend is True else {"backend": backend}))
-        yield
-    finally:
-        model._compiled_call_impl = before
-        _COMPILED.reset(token)
-
-
 def _without_inference_mode() -> AbstractContextManager[Any]:
     # To leave it switches gradients on as well, so that nothing is done where it is not on.
     return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
@@ -282,7 +264,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and no gradient to any parameter; flags, buffers and attributes are put back afterwards.
 
     Gradient checkpointing is off inside: it would run modules again in the backward, when their hooks are gone. So are
-    what `Module.compile` made, unless inside `compiled`, as every hook would be compiled anew, and inference mode.
+    what `Module.compile` made, as every hook would be compiled anew, and inference mode.
 
     Raises:
         ModelError: another thread holds the model, or it is of a kind that cannot be held, see `holding.check_usable`.
@@ -293,8 +275,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
         try:
             model.eval()
             for module in model.modules():
-                if not _COMPILED.get():
-                    vars(module).pop("_compiled_call_impl", None)  # which is put back with all other attributes
+                vars(module).pop("_compiled_call_impl", None)  # which is put back with all other attributes
                 for name in _CHECKPOINTING:
                     if vars(module).get(name) is True:
                         setattr(module, name, False)

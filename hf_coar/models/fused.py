@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from hf_coar.models.calling import unheard
+from hf_coar.models.launched import reason
 
 logger = logging.getLogger(__name__)
 
@@ -41,14 +42,14 @@ def fused(graph: fx.GraphModule, inputs: Sequence[Tensor], level: int = logging.
     """
     begun = time.monotonic()
     try:
-        with warnings.catch_warnings(), unheard(), torch.no_grad():
+        plain = torch.autocast(inputs[0].device.type, enabled=False)  # casts are part of the graph
+        with warnings.catch_warnings(), unheard(), torch.no_grad(), plain:
             warnings.simplefilter("ignore")  # of products in full precision, which are not compiled here
             found, n_kinds = _fused(graph, inputs)
             found(*inputs)  # kernels are made, and strides looked at, in the first call
     except Exception as error:  # whatever stands against it: a compiler that is not there, an operation it cannot do
         torch.cuda.empty_cache()
-        lines = str(error).strip().splitlines() or [""]
-        logger.log(level, "operations are not fused: %s: %s", type(error).__name__, lines[0][:200])
+        logger.log(level, "operations are not fused: %s", reason(error))
         return graph
     seconds = time.monotonic() - begun
     logger.info("operations between products are fused: %d kinds, in %.1f s", n_kinds, seconds)

@@ -6,6 +6,7 @@ out is written over by the next launch, and a model that was moved in between is
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,13 +66,17 @@ class Recording:
         return tuple(one.clone() for one in self._outputs)
 
 
+def are_launched(inputs: Iterable[Any]) -> bool:
+    """Whether what is done to these are kernels launched on a CUDA device, many of which can be launched as one."""
+    return all(isinstance(one, Tensor) and one.is_cuda for one in inputs)
+
+
 def recorded(operations: Operations, inputs: Sequence[Tensor], weights: Iterable[Tensor]) -> Operations:
     """A `Recording` of the operations; the operations themselves where there can be none, which is said."""
     try:
         return Recording(operations, inputs, weights)
     except Exception as error:  # whatever a model's own code does
-        lines = str(error).strip().splitlines() or [""]
-        logger.info("operations are launched one by one: %s: %s", type(error).__name__, lines[0][:200])
+        logger.info("operations are launched one by one: %s", reason(error))
         torch.cuda.empty_cache()
         return operations
 
@@ -84,6 +89,10 @@ _SHARE_OF_TIES = 1 / 16
 
 class DifferentError(ValueError):
     """A replay gives something else than what was found."""
+
+
+class DifferentReadsError(DifferentError):
+    """What was read is something else, as it may be now and then in small batches, where outputs are the same."""
 
 
 def check_equal(found: Iterable[Tensor], replayed: Iterable[Tensor], allowed: float) -> None:
@@ -104,4 +113,16 @@ def check_equal(found: Iterable[Tensor], replayed: Iterable[Tensor], allowed: fl
         ties = int(len(by_example) * _SHARE_OF_TIES) if reads else 0
         worst = float(by_example.sort(descending=True).values[ties])
         if not (worst <= allowed and bool(other.isfinite().all() | ~one.isfinite().all())):
-            raise DifferentError(f"the graph's values differ by {worst:.2g} of the largest")
+            kind = DifferentReadsError if one.dim() > 1 else DifferentError
+            raise kind(f"the graph's values differ by {worst:.2g} of the largest")
+
+
+def reason(error: Exception) -> str:
+    """Why passes cannot be made faster, in a line."""
+    from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+    if isinstance(error, DataDependentOutputException | DynamicOutputShapeException | GuardOnDataDependentSymNode):
+        return "what it does depends on values, and not on shapes alone"
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"

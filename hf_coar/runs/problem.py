@@ -13,9 +13,8 @@ from hf_coar.components import Components
 from hf_coar.data import Batch, Identity
 from hf_coar.errors import CoarError, NonFiniteOutputError
 from hf_coar.masking import MaskedModel
-from hf_coar.models import calling
 from hf_coar.models.outputs import Output
-from hf_coar.runs.engine import Compute, Part, current, run
+from hf_coar.runs.engine import Compute, Part, run
 from hf_coar.runs.measuring import MaskedPasses, parts_of
 from hf_coar.runs.preflight import First
 from hf_coar.runs.sampling import MaskSequence
@@ -185,9 +184,8 @@ class Problem:
             NonFiniteOutputError: the model gave NaN or infinity; says for which example and mask.
         """
         passes = MaskedPasses(self.masked, self.output, masks)
-        with calling.compiled(self.model, current().compile):
-            what = f"masked passes, {masks.ablated_fraction:.3g} ablated"
-            return self.compute(parts_of(masks.count, kind), passes.compute, what)["outputs"].T
+        what = f"masked passes, {masks.ablated_fraction:.3g} ablated"
+        return self.compute(parts_of(masks.count, kind), passes.compute, what)["outputs"].T
 
 
 class Pair(NamedTuple):

@@ -26,10 +26,10 @@ class Running:
             of ten bits on GPUs that have it, elsewhere nothing else than without. That is rounding of a few per cent,
             so it is recorded, and a run does not resume with another one.
         compile: "auto": gate passes of a shape that comes often go through a captured graph, which gives the same bits
-            (on a CUDA device the same up to rounding), see `estimators.captured`. True: they do from the beginning,
-            and what the graph does between matrix products is compiled, as the model is for masked passes, which takes
-            a minute and changes numbers by rounding. The name of a backend of `torch.compile`: it gets the whole graph
-            and the model. False: as the model's own code runs.
+            (on a CUDA device the same up to rounding), see `runs.captured`. True: they do from the beginning, and so
+            do masked passes whose masks go by weights; what a graph does between matrix products is compiled, which
+            takes a minute and changes numbers by rounding. The name of a backend of `torch.compile`: it gets the whole
+            graph. False: as the model's own code runs.
         masks_together: masks in one forward pass, over as many copies of the batch; for batches too small to fill the
             device.
         worker: "i/n": this is worker i, counted from 0, of n that were started one by one and share the run's folder.
