@@ -210,3 +210,18 @@ def test_more_graphs_than_are_kept_go_even_where_they_differ(monkeypatch, uncomp
         rounds.passes.begin_batch()
         rounds.round(some, range(4), 1)
     assert not passes._possible and not passes._shapes
+
+
+def test_on_a_device_another_run_of_the_model_records_a_graph_that_is_there(monkeypatch):
+    made, captured_graph = [], graphs.captured
+    monkeypatch.setattr(launched, "are_launched", lambda inputs: True)
+    monkeypatch.setattr(captured, "GATES", replace(captured.GATES, after_launches=0.0))
+    monkeypatch.setattr(graphs, "captured", lambda *given: made.append("captured") or captured_graph(*given))
+    monkeypatch.setattr(launched, "recorded", lambda run, inputs, held: made.append("recorded") or run)
+    torch.manual_seed(0)
+    model, batches, output = vit()
+    expected, _ = rounds_of(model.requires_grad_(False), batches, output, compile=False)
+    for n_runs in (1, 2):
+        found, passes = rounds_of(model, batches, output, compile="auto")
+        assert_same_bits(found, expected)
+        assert passes.replays and made == ["captured", *["recorded"] * n_runs]

@@ -44,7 +44,8 @@ class GatePasses:
         self._inert: set[str] = set()
         stand_in = masked.components.stand_in
         alone = stand_in is None or not stand_in.of_partners
-        self._passes = captured.CapturedPasses(self._run, masked.model, captured.GATES, possible=alone)
+        what = (masked.components, output.identity, delta)
+        self._passes = captured.CapturedPasses(self._run, masked.model, captured.GATES, what, possible=alone)
 
     def begin_batch(self) -> None:
         """Other examples come: which modules run may depend on them."""

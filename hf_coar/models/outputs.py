@@ -10,8 +10,10 @@ Its function is given the logits, or with `takes="output"` all that the model re
         return -(probabilities * probabilities.clamp_min(1e-12).log()).sum(-1)
 """
 
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
@@ -64,6 +66,12 @@ class Output:
         if self.takes not in ("logits", "output"):
             raise CoarError(f"takes={self.takes!r}; an output takes 'logits' or 'output', all that the model returns")
 
+    @property
+    def identity(self) -> Hashable:
+        """What it is, without holding its functions: these may hold a model, and are others once they are gone."""
+        plain = (self.name, self.unit, self.boundary, self.takes, self.alignment)
+        return *plain, _reference(self.function), _reference(self.call)
+
     def of(self, model: nn.Module, batch: Batch) -> Tensor:
         """Run the model on a batch: its outputs, float32 [examples].
 
@@ -95,6 +103,33 @@ class Output:
                 f"it must return one number an example, shape ({n_examples},)"
             )
         return values.float()
+
+
+class _Same(weakref.ref):
+    """Which object it is, without holding it; once that is gone, no other is the same."""
+
+    __slots__ = ("_number",)
+
+    def __init__(self, one: Any) -> None:
+        super().__init__(one)
+        self._number = id(one)
+
+    def __hash__(self) -> int:
+        return self._number
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, _Same) and self() is not None and self() is other())
+
+
+def _reference(function: Callable[..., Any] | None) -> Hashable:
+    if function is None:
+        return None
+    if isinstance(function, MethodType):  # made anew whenever it is asked for
+        return _reference(function.__self__), _reference(function.__func__)
+    try:
+        return _Same(function)
+    except TypeError:
+        return object()  # what nobody can tell apart is never the same
 
 
 OUTPUTS: Registry[Output] = Registry("output")

@@ -5,6 +5,9 @@ keeps, what stands in) is as it was, every batch shows: its first pass is run as
 which there is a graph) both ways, with other gates or under another mask than the graph was made with, and the same
 must come out. With `compile="auto"` on a CPU that is bit for bit: such graphs are not fused, as that changes numbers
 by rounding. On a CUDA device they are launched as one, and fused in long runs; `compile=True` fuses from the beginning.
+
+Other runs of the same model object use a graph again (`graphs.known`). Where the first check of a run tells that it is
+right no more, the model was changed in between, and another is made.
 """
 
 import logging
@@ -13,10 +16,9 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from hf_coar import data as data_module
 from hf_coar import models
@@ -63,11 +65,17 @@ MASKED = Kind("masked passes", least=16, kept=1, after=math.inf, after_launches=
 
 @dataclass
 class _Shape:
-    """Passes of one shape: seconds of their own code, how many of the batch, and what replays them."""
+    """Passes of one shape: seconds of their own code, how many of the batch, and what replays them.
 
+    Attributes:
+        of_before: the graph is one of an earlier run, and none of this run has shown yet that it still is right.
+    """
+
+    key: Hashable
     seconds: float = 0.0
     of_batch: int = 0
     replay: Operations | None = None
+    of_before: bool = False
     is_fused: bool = False
     is_trusted: bool = False
 
@@ -75,16 +83,17 @@ class _Shape:
 class CapturedPasses:
     """The passes of one model, replayed where that pays off; call it as the pass itself."""
 
-    def __init__(self, run: Pass, model: nn.Module, kind: Kind, possible: bool = True) -> None:
+    def __init__(self, run: Pass, model: nn.Module, kind: Kind, what: Hashable, possible: bool = True) -> None:
         """Prepare.
 
         Args:
             run: a pass, (batch, more tensors or None …) -> tensors, the first axis of each the example.
             model: what is run.
             kind: of passes.
+            what: all that a pass depends on beside its arguments and the model; it must not hold the model.
             possible: whether a pass depends on nothing but its arguments.
         """
-        self._run, self._model, self._kind = run, model, kind
+        self._run, self._model, self._kind, self._what = run, model, kind, what
         self._possible = possible and not any(parameter.is_meta for parameter in model.parameters())
         self._shapes: OrderedDict[Hashable, _Shape] = OrderedDict()
         self._n_passes, self._refused = math.inf, 0
@@ -110,9 +119,7 @@ class CapturedPasses:
         after = self._after(wanted, launched.are_launched(inputs))
         if after == math.inf:
             return self._run(batch, *more)
-        key = (wanted, current().dtype, tuple(batch), *map(_described, (*batch.values(), *more)))
-        shape = self._shapes.setdefault(key, _Shape())
-        self._shapes.move_to_end(key)
+        shape = self._shape((wanted, current().dtype, tuple(batch), *map(graphs.described, (*batch.values(), *more))))
         fuse = self._is_to_be_fused(wanted, launched.are_launched(inputs))
         if shape.is_trusted and shape.is_fused >= fuse:
             calling.tell()
@@ -123,9 +130,23 @@ class CapturedPasses:
         shape.seconds += time.monotonic() - begun
         shape.of_batch += 1
         # Not after the first pass of a batch, as there may be no other; after any later one, as this may be all data.
-        if shape.of_batch >= 2 and (shape.replay is not None or shape.seconds >= after):
+        if shape.of_batch >= 2 and (shape.seconds >= after or self._is_there(shape, fuse)):
             self._prepare(shape, self._flat(batch, more), inputs, found, fuse)
         return found
+
+    def _shape(self, key: Hashable) -> _Shape:
+        """Passes like these; those that came last are the last."""
+        shape = self._shapes.setdefault(key, _Shape(key))
+        self._shapes.move_to_end(key)
+        return shape
+
+    def _is_there(self, shape: _Shape, fuse: bool) -> bool:
+        """Whether there is a graph, of this run or an earlier one."""
+        return shape.replay is not None or graphs.known(self._model, self._shared(shape, fuse)) is not None
+
+    def _shared(self, shape: _Shape, fuse: bool) -> Hashable:
+        """What a graph is known by to other runs."""
+        return self._kind.name, self._what, torch.are_deterministic_algorithms_enabled(), fuse, shape.key
 
     def _after(self, wanted: bool | str, are_launched: bool) -> float:
         """Seconds of passes of one shape after which there is a graph of them."""
@@ -159,11 +180,15 @@ class CapturedPasses:
             if shape.replay is None or fuse > shape.is_fused:
                 shape.replay = None  # before another takes as much memory
                 self._make_room()
-                shape.replay, shape.is_fused = self._made(run, inputs, fuse), fuse
+                shape.replay, shape.is_fused = self._made(shape, run, inputs, fuse), fuse
             else:
                 launched.check_equal(found, shape.replay(*inputs), 0.0 if exact else rounding())
-                shape.is_trusted, self._refused = True, 0
+                shape.is_trusted, shape.of_before, self._refused = True, False, 0
         except Exception as error:  # whatever a model's own code does with tensors that hold no values
+            if shape.of_before:  # the model is another by now: there is to be a graph of it as it is
+                graphs.forget(self._model, self._shared(shape, shape.is_fused))
+                shape.replay, shape.of_before = None, False
+                return
             self._refused += 1
             if exact or self._refused >= _REFUSED or not isinstance(error, launched.DifferentReadsError):
                 self._give_up(error)
@@ -174,23 +199,36 @@ class CapturedPasses:
         for key in made[: max(0, len(made) - self._kind.kept + 1)]:
             del self._shapes[key]  # what comes back is to be worth another graph
 
-    def _made(self, run: Operations, inputs: list[Tensor], fuse: bool) -> Operations:
+    def _made(self, shape: _Shape, run: Operations, inputs: list[Tensor], fuse: bool) -> Operations:
         """What replays passes like this one."""
-        wanted, model, begun = current().compile, self._model, time.monotonic()
+        wanted, model, key = current().compile, self._model, self._shared(shape, fuse)
         if wanted == "auto" and self._kind.fused_after is None:
             with models.state_kept(model), checked.passed(), calling.unheard():
                 return launched.Recording(run, inputs, [*model.parameters(), *model.buffers()])
-        graph = graphs.captured(run, inputs, model)
+        graph = graphs.known(model, key)
+        shape.of_before = graph is not None
+        if graph is None:
+            captured = self._captured(run, inputs)
+            graph = graphs.compiled(captured, inputs, fuse if wanted == "auto" else wanted, self._level)
+            if not fuse or graph is not captured:  # what could not be fused is told in every run
+                graphs.keep(model, key, graph)
+        return graphs.replay(graph, inputs)
+
+    def _captured(self, run: Operations, inputs: list[Tensor]) -> fx.GraphModule:
+        begun = time.monotonic()
+        graph = graphs.captured(run, inputs, self._model)
         logger.info(
             "%s on inputs of %s go through a captured graph of %d operations from here on (made in %.1f s)",
             self._kind.name, ", ".join(str(list(one.shape)) for one in inputs), len(graph.graph.nodes),
             time.monotonic() - begun,
         )  # fmt: skip
-        return graphs.quick(graph, inputs, fuse if wanted == "auto" else wanted, self._level)
+        return graph
 
     def _give_up(self, error: Exception) -> None:
         """No more graphs, of other shapes neither: what stands against one stands against all."""
         self._possible = False
+        for shape in self._shapes.values():
+            graphs.forget(self._model, self._shared(shape, shape.is_fused))
         self._shapes.clear()
         torch.cuda.empty_cache()
         name = type(self._model).__name__
@@ -200,9 +238,3 @@ class CapturedPasses:
     def _level(self) -> int:
         """The level of lines that say what is not done: who asked for it is warned."""
         return logging.INFO if current().compile == "auto" else logging.WARNING
-
-
-def _described(value: Any) -> Hashable:
-    if not isinstance(value, Tensor):
-        return type(value).__name__
-    return tuple(value.shape), value.stride(), value.dtype, value.device

@@ -32,8 +32,7 @@ class MaskedPasses:
         """Nothing has run yet."""
         self.masked, self.output, self.masks = masked, output, masks
         self.together = current().masks_together
-        # Weights change in place; a graph reads them.
-        self._passes = CapturedPasses(lambda batch: (output.of(masked.model, batch),), masked.model, MASKED)
+        self._passes = CapturedPasses(self._run, masked.model, MASKED, output.identity)
 
     def compute(self, batch: data_module.Batch, first: int, part: Part) -> dict[str, Tensor]:
         """Outputs float32 [examples, masks of the part]."""
@@ -49,10 +48,13 @@ class MaskedPasses:
             check_finite(outputs[index], first, f"mask {part.start + index} {where}", self.output)
         return {"outputs": outputs.T.contiguous()}
 
+    def _run(self, batch: data_module.Batch) -> tuple[Tensor]:
+        return (self.output.of(self.masked.model, batch),)
+
     def _one(self, batch: data_module.Batch, kept: Tensor) -> Tensor:
         in_weights = self.masked.is_in_weights(kept)
         with self.masked.ablated(kept):
-            return self._passes(batch)[0] if in_weights else self.output.of(self.masked.model, batch)
+            return (self._passes if in_weights else self._run)(batch)[0]  # weights change in place: graphs read them
 
     def _several(self, batch: data_module.Batch, kept: Tensor) -> Tensor:
         """Outputs [masks, examples] of one forward pass over a copy of the batch for every mask."""
