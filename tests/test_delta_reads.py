@@ -177,7 +177,7 @@ def test_nothing_changes_in_the_forward_pass():
 def test_elementwise_modules_are_found_by_trying_them():
     inside = [nn.ReLU(), nn.GELU(), nn.SiLU(inplace=True), NewGELU(), nn.Hardswish(), nn.Softplus()]
     outside = [nn.Softmax(-1), nn.LayerNorm(2), nn.Identity(), nn.Dropout(), nn.Flatten(), nn.AvgPool2d(1), nn.GLU()]
-    outside += [nn.Linear(2, 2), nn.MaxPool2d(2)]
+    outside += [nn.Linear(2, 2), nn.MaxPool2d(2), nn.MaxPool2d(3, 1, 1), nn.MaxPool2d(9, 1, 4), nn.AvgPool2d(3, 1, 1)]
     model = nn.ModuleList([*inside, *outside]).eval()
     assert list(elementwise_modules(model)) == inside
 
