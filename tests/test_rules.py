@@ -26,6 +26,7 @@ from rule_cases import (
 )  # fmt: skip
 from timm.layers import StdConv2d
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import orthogonal
 
 import hf_coar as coar
@@ -302,6 +303,41 @@ def test_a_parametrization_of_an_unknown_kind_is_gated_and_never_cut(x):
         weight[0] = 0
         expected = torch.tanh(nn.functional.linear(x, weight, model.layer.bias)).flatten(1).cumsum(1)
     assert torch.allclose(ablated(model, components, kept, x), expected, rtol=0, atol=1e-12)
+
+
+class Scaled(nn.Linear):
+    """Its weight is a property, as in libraries of their own."""
+
+    def __init__(self) -> None:
+        super().__init__(WIDTH, WIDTH)
+        self.stored = nn.Parameter(self._parameters.pop("weight").data)
+
+    weight = property(lambda self: 2 * self.stored)
+
+
+MADE_ANEW = {
+    "length and direction": lambda: torch.nn.utils.weight_norm(nn.Linear(WIDTH, WIDTH)),
+    "spectral": lambda: torch.nn.utils.spectral_norm(nn.Linear(WIDTH, WIDTH)),
+    "pruned": lambda: prune.l1_unstructured(nn.Linear(WIDTH, WIDTH), "weight", amount=0.3),
+    "a property": Scaled,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning", "ignore:.*spectral_norm:FutureWarning")
+@pytest.mark.parametrize("kind", MADE_ANEW)
+def test_a_weight_that_is_made_anew_before_every_pass_is_gated_and_never_cut(x, kind):
+    model = Sequence(MADE_ANEW[kind]()).double().eval()
+    model(x)  # as hooks leave behind what they made
+    components = coar.find_components(model)
+    kept = torch.tensor([False, True, True, True])
+    with torch.no_grad():
+        weight = model.layer.weight.clone()
+        weight[0] = 0
+        expected = torch.tanh(nn.functional.linear(x, weight, model.layer.bias)).flatten(1).cumsum(1)
+        assert torch.allclose(ablated(model, components, kept, x), expected, rtol=0, atol=1e-12)
+    found = coar.attribute(model, [{"x": x}], components, output=lambda logits, batch: logits.sum(1), progress=False)
+    with pytest.raises(CoarError, match="derived from others"):
+        coar.edit(model, found, increase=[0], n_components=1)
 
 
 def test_fractions_of_standardised_filters_go_through_hooks(x):

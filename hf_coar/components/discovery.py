@@ -89,7 +89,7 @@ def find_components(
     if not groups:
         raise NoComponentsError(_nothing_found(model, found, left_out, granularity, include, exclude))
     _warn_of_guesses(model, groups.values())
-    shared = [_with_sharers(model, group, users[key[0]]) for key, group in groups.items()]
+    shared = [_with_sharers(model, group, users.get(key[0])) for key, group in groups.items()]
     return Components(tuple(shared), granularity, tuple(skipped))
 
 
@@ -169,8 +169,23 @@ def _locate(name: str, module: nn.Module, matrix: Matrix) -> _Found:
         if not normalised:
             matrix = replace(matrix, by_weights="never")
     owner, _, last = path.rpartition(".")
-    tensor = getattr(module.get_submodule(owner), last)
+    stored = _stored(module.get_submodule(owner), last)
+    if stored != last:
+        path, matrix = f"{path.removesuffix(last)}{stored}", replace(matrix, by_weights="never")
+    tensor = getattr(module.get_submodule(owner), stored)
     return _Found(name, type(module).__name__, matrix, f"{name}.{path}" if name else path, tensor)
+
+
+def _stored(owner: nn.Module, name: str) -> str:
+    """The name of the tensor that a weight is made of by a hook before every pass (`torch.nn.utils`, old and pruning).
+
+    It keeps the shape: `weight_orig` of spectral normalisation and of pruning, the direction `weight_v` of length and
+    direction. What a module holds itself, or makes by a property, goes by its own name.
+    """
+    own = dict(owner.named_parameters(recurse=False)) | dict(owner.named_buffers(recurse=False))
+    shape = getattr(getattr(owner, name), "shape", None)
+    made_of = [f"{name}{end}" for end in ("_orig", "_v") if getattr(own.get(f"{name}{end}"), "shape", None) == shape]
+    return name if name in own or not made_of else made_of[0]
 
 
 def _check_globs(globs: Sequence[str], names: Sequence[str], model: nn.Module) -> None:
@@ -314,8 +329,10 @@ def _users(model: nn.Module) -> dict[int, list[str]]:
     return users
 
 
-def _with_sharers(model: nn.Module, group: Group, users: Sequence[str]) -> Group:
+def _with_sharers(model: nn.Module, group: Group, users: Sequence[str] | None) -> Group:
     """The group with all other modules that use its parameter, heads and embeddings too: it is one weight."""
+    if users is None:  # no module holds it: a property makes it anew whenever somebody looks
+        return replace(group, by_weights="never")
     owner = group.parameter.rpartition(".")[0]
     others = tuple(name for name in users if name not in (group.module, owner))
     if not others:

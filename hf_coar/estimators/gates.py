@@ -102,7 +102,8 @@ class GatePasses:
             part = plain if end is None else plain - end
             energy = part.detach().float().square().sum_to_size(level.shape)
             # Half precision ends at 65,504; such a row is an outlier all the same.
-            energies.add(level, energy.clamp_max(torch.finfo(level.dtype).max / 64).to(level.dtype))
+            most = min(torch.finfo(dtype).max for dtype in (level.dtype, energy.dtype)) / 64
+            energies.add(level, energy.clamp_max(most).to(level.dtype))
 
         with torch.enable_grad(), self.masked.gated(leaves) as fired:
             fired.observe = note

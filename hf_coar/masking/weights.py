@@ -253,7 +253,8 @@ def check_editable(group: Group, fractions: bool) -> None:
     if group.by_weights == "never":
         raise CoarError(
             f"the weight {group.parameter!r} is quantised or derived from others, so its slices cannot be changed; "
-            "gate the outputs instead with how='hooks', or edit an unquantised copy of the model"
+            "gate the outputs instead with how='hooks', or edit the model before quantisation, or after "
+            "remove_weight_norm, prune.remove and the like of torch.nn.utils"
         )
     if group.by_weights == "zero" and fractions:
         raise CoarError(

@@ -53,9 +53,15 @@ def record(model: nn.Module) -> dict[str, Any]:
 
 def copy_with_record(model: nn.Module, **entries: Any) -> nn.Module:
     """A deep copy of a model whose record has these entries instead; `edit=None` takes the edit out of it."""
-    duplicate = copy.deepcopy(model)
+    duplicate = copy.deepcopy(model, _made_by_hooks(model))
     setattr(duplicate, RECORD, {**record(model), **entries})
     return duplicate
+
+
+def _made_by_hooks(model: nn.Module) -> dict[int, Tensor]:
+    """Copies of the tensors that hooks made in the last pass (weights of `torch.nn.utils`), which copy no other way."""
+    held = (value for module in model.modules() for value in vars(module).values())
+    return {id(value): value.detach().clone() for value in held if isinstance(value, Tensor) and not value.is_leaf}
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from hf_coar.errors import CoarError, DataError
 from hf_coar.models import calling, outputs
-from hf_coar.models.libraries import wrapped
+from hf_coar.models.libraries import library, wrapped
 from hf_coar.models.tasks.base import Batch, labels_of, of, register
 
 _CLASSIFIER = ("margin", "log_prob", "logit", "loss")
@@ -87,6 +87,11 @@ def _choose(model: nn.Module, batch: Batch) -> str:
         return stated[config.problem_type]
     if labels.is_floating_point():
         several = labels.dim() > 1 and labels.shape[1] > 1
+        if config is None and not several and bool(((labels == 0) | (labels == 1)).all()):
+            raise CoarError(
+                f"the labels are 0 and 1 as fractions, and {name} does not say whether it gives the logit of yes or a "
+                "number: say output='multi_label' (what BCEWithLogitsLoss trains) or output='regression'"
+            )
         return "multi_label" if several and bool(((labels >= 0) & (labels <= 1)).all()) else "regression"
     if count == 1:
         raise CoarError(
@@ -101,6 +106,11 @@ def _choose(model: nn.Module, batch: Batch) -> str:
     return "margin"
 
 
+def _has_classes(model: nn.Module) -> bool:
+    """Whether a model has a head: timm takes it off with `num_classes=0`, and what is left gives features."""
+    return library(model) != "timm" or getattr(model, "num_classes", None) != 0
+
+
 register("classification", _ONE_VECTOR, choose=_choose, columns=("inputs", "label"))
 register(
     "image_classification",
@@ -108,6 +118,7 @@ register(
     ("MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES", "timm"),
     choose=_choose,
     columns=("image", "label"),
+    only=_has_classes,
 )
 register(
     "video_classification",
