@@ -6,7 +6,9 @@ from tiny_texts import classifier
 
 import hf_coar as coar
 from hf_coar import data
+from hf_coar.errors import NonFiniteOutputError
 from hf_coar.models import outputs, tasks
+from hf_coar.runs import preflight
 
 IDS = torch.tensor([[2, 4, 5, 6, 3], [2, 8, 7, 3, 0], [2, 6, 3, 0, 0]])
 BATCH = {"input_ids": IDS, "attention_mask": (IDS != 0).long(), "labels": torch.tensor([0, 1, 0])}
@@ -71,6 +73,50 @@ def test_padding_that_nothing_masks_is_told(caplog, left_out, told):
     components = coar.find_components(classifier(), "module")
     coar.attribute(classifier(), [batch], components, method=coar.baselines.LeaveOneOut(), progress=False)
     assert ("2 of the first 3 examples begin or end in the padding token 0" in caplog.text) == told
+
+
+PAIRS = torch.tensor([[2, 4, 6, 3, 5, 9, 3, 0], [2, 7, 6, 3, 5, 9, 8, 3]])
+
+
+@pytest.mark.parametrize(
+    ("ids", "given", "told"),
+    [(PAIRS, False, True), (PAIRS, True, False), (PAIRS.where(PAIRS != 3, 6), False, False), (IDS[:2], False, False)],
+    ids=["pairs", "pairs that are marked", "nothing ends them", "single texts"],
+)
+def test_pairs_that_nothing_marks_are_told(caplog, ids, given, told):
+    batch = {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": torch.tensor([0, 1])}
+    batch |= {"token_type_ids": torch.zeros_like(ids)} if given else {}
+    preflight.bound(classifier(), data.batches([batch]))
+    assert ("look like pairs of texts (token 3 ends them" in caplog.text) == told
+
+
+@pytest.mark.parametrize(("filler", "told"), [(0, True), (-100, False)])
+def test_padding_that_is_to_be_predicted_is_told(caplog, filler, told):
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    model = T5ForConditionalGeneration(T5Config(vocab_size=20, decoder_start_token_id=0, **sizes)).eval()
+    batch = {"input_ids": torch.tensor([[5, 6, 1], [7, 8, 1]]), "labels": torch.tensor([[5, 6, 1], [7, 1, filler]])}
+    preflight.bound(model, data.batches([batch]))
+    assert ("the labels of 1 of the first 2 examples end in the padding token 0" in caplog.text) == told
+
+
+@pytest.mark.parametrize(("last", "told"), [(torch.nn.Softmax(-1), True), (torch.nn.LogSoftmax(-1), False)])
+def test_a_model_that_ends_in_a_softmax_is_told(caplog, last, told):
+    torch.manual_seed(0)
+    batch = {"inputs": torch.randn(3, 4), "labels": torch.tensor([0, 1, 2])}
+    preflight.bound(torch.nn.Sequential(torch.nn.Linear(4, 3), last), data.batches([batch]))
+    assert ("gives probabilities" in caplog.text) == told
+
+
+@pytest.mark.parametrize(
+    ("broken", "why"), [("weight", "1 of its weights.*'weight'"), ("inputs", "weights are finite")]
+)
+def test_a_model_that_gives_no_number_is_told_before_anything_is_ablated(broken, why):
+    model, batch = torch.nn.Linear(4, 3), {"inputs": torch.randn(3, 4), "labels": torch.tensor([0, 1, 2])}
+    (model.weight.data if broken == "weight" else batch["inputs"])[1, 0] = float("nan")
+    with pytest.raises(NonFiniteOutputError, match=f"nan with nothing ablated: .*{why}"):
+        preflight.bound(model, data.batches([batch]))
 
 
 def test_a_part_of_longer_labels_is_as_good_as_a_copy():

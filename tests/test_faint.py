@@ -108,3 +108,10 @@ def test_where_one_by_one_is_affordable_a_faint_module_decides(chosen, name, mon
     method, reasons = choosing.settled(Problem(masked, [{"x": X}], coar.outputs.get("first_value"), 0.1, 0), None)
     reason = reasons["method"]
     assert method.name == name and ("arrives at gates" in reason) == (chosen == 1)
+
+
+def test_a_model_in_double_precision_gives_what_it_gives_in_single(caplog):
+    single, double = Routed(3), Routed(3).double()
+    expected = attributed(single, caplog).weights
+    found = attributed(double, caplog, data=[{"x": X.double()}]).weights
+    assert torch.allclose(found, expected, rtol=1e-3, atol=1e-5)

@@ -14,7 +14,7 @@ from PIL import Image
 
 import hf_coar as coar
 from hf_coar import data as data_module
-from hf_coar.errors import CoarError, CorruptFileError, DataError
+from hf_coar.errors import CoarError, CorruptFileError, DataError, ModelError
 from hf_coar.runs import engine
 
 METHOD = coar.PathGradient(rounds=2, n_flips=0, check_masks=0)  # passes of one kind, so that data are read once
@@ -211,6 +211,24 @@ def collated(rows):
 def test_bad_data_are_one_clear_error(data, message, tmp_path):
     with pytest.raises(DataError, match=message):
         coar.attribute(build_net("mlp").model, data, method=METHOD, ablated_fraction=0.1, progress=False)
+
+
+LATER = {
+    "other features": ({"inputs": torch.zeros(2, 7)}, ModelError, "Given|shapes"),
+    "labels of no class": ({"labels": torch.tensor([0, 99])}, DataError, "labels run from 0 to 99"),
+    "no entry of before": ({"labels": None}, DataError, "other entries than those before: labels only before it"),
+    "an entry more": ({"weights": torch.zeros(2)}, DataError, "weights only from it on"),
+}
+
+
+@pytest.mark.parametrize("what", LATER)
+def test_a_later_batch_that_does_not_fit_is_named(what):
+    changed, kind, message = LATER[what]
+    model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3)).eval()
+    good = {"inputs": torch.randn(2, 6), "labels": torch.tensor([0, 1])}
+    bad = {name: value for name, value in {**good, **changed}.items() if value is not None}
+    with pytest.raises(kind, match=f"example.* 8.*({message})"):
+        coar.attribute(model, [*[good] * 4, bad], method=METHOD, ablated_fraction=0.1, progress=False)
 
 
 def test_an_empty_sequence_is_an_error():

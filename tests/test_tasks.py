@@ -172,7 +172,7 @@ def test_a_timm_model_without_a_head_has_features_and_no_classes():
     timm = pytest.importorskip("timm")
     model, images = timm.create_model("test_vit", num_classes=0).eval(), torch.randn(2, 3, 160, 160)
     assert tasks.of(model).name == "embedding"
-    with pytest.raises(DataError, match="no head.*pair_pixel_values"):
+    with pytest.raises(DataError, match=r"no head.*pair_pixel_values"):
         tasks.bind(model, batch={"pixel_values": images, "labels": torch.tensor([0, 1])}).of(
             model, {"pixel_values": images, "labels": torch.tensor([0, 1])}
         )
@@ -183,7 +183,7 @@ def test_a_timm_model_without_a_head_has_features_and_no_classes():
 @pytest.mark.parametrize("labels", [[0.0, 1.0], [[1.0], [1.0]]])
 def test_zeros_and_ones_of_one_number_are_not_taken_for_distances(labels):
     model, batch = torch.nn.Linear(3, 1), {"inputs": torch.randn(2, 3), "labels": torch.tensor(labels)}
-    with pytest.raises(CoarError, match="multi_label.*regression"):
+    with pytest.raises(CoarError, match=r"multi_label.*regression"):
         tasks.bind(model, batch=batch)
     assert tasks.bind(model, batch={**batch, "labels": torch.tensor([0.0, 0.7])}).name == "regression"
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from hf_coar import data as data_module
 from hf_coar import models
 from hf_coar.data import Identity
-from hf_coar.errors import CoarError, DataError
-from hf_coar.models import calling, is_out_of_memory
+from hf_coar.errors import CoarError, DataError, ModelError
+from hf_coar.models import calling, failing, is_out_of_memory
 from hf_coar.runs import workers
 from hf_coar.runs.outbox import SHORT, Outbox
 from hf_coar.runs.progress import Progress, duration
@@ -150,6 +150,7 @@ class _Job:
     checked: set[int] = field(default_factory=set)  # batches that were compared with what there is
     fits: int | None = None  # examples that fit into memory at once, once that was found out
     longest: float = 0.0  # seconds of the longest unit
+    entries: set[str] = field(default_factory=set)  # of a batch
 
     # ---------------------------------------------------------------------------------------------- which units, when
 
@@ -271,11 +272,23 @@ class _Job:
         pieces = []
         for start, batch in read.pieces:
             identity = Identity.of_batch(batch)
+            self._check_entries(set(identity.hashes), start)
             self.store.check_expected(batch, identity, start)
             self.store.check_examples(identity, start)
             pieces.append(_Piece(start, data_module.to_device(batch, self.device), identity))
         self.checked.add(chunk.number)
         return pieces
+
+    def _check_entries(self, entries: set[str], start: int) -> None:
+        """Raises `DataError` for a batch with other entries than the first one: a run has one table of its examples."""
+        self.entries = self.entries or entries
+        if entries != self.entries:
+            only = [f"{', '.join(sorted(a - b))} only {where}" for a, b, where in (
+                (self.entries, entries, "before it"), (entries, self.entries, "from it on")) if a - b]  # fmt: skip
+            raise DataError(
+                f"the batch of example {start} has other entries than those before: {', '.join(only)}; give all "
+                "batches the same (an attention_mask of ones, say)"
+            )
 
     def _do_stretch(self, part: Part, pieces: list[_Piece], first: int, last: int) -> None:
         """One part of the passes on examples first … last - 1 of a batch."""
@@ -321,12 +334,21 @@ class _Job:
         return {name: torch.cat([some[name].cpu() for some in results]) for name in results[0]}
 
     def _attempt(self, examples: data_module.Batch, first: int, part: Part) -> dict[str, Tensor] | None:
-        """Results, or None if memory ran out."""
+        """Results, or None if memory ran out; what goes wrong becomes an error that names the examples."""
+        last = first + data_module.size(examples) - 1
         try:
             return dict(self.compute(examples, first, part))
-        except (RuntimeError, MemoryError) as error:
+        except (DataError, ModelError) as error:
+            error.args = (f"examples {first} to {last}: {error}",)
+            raise
+        except CoarError:
+            raise
+        except (*failing.RAISED, MemoryError) as error:
             if not is_out_of_memory(error):
-                raise
+                raise ModelError(
+                    f"examples {first} to {last} do not run {failing.failure(error, examples)}. Leave them out, or "
+                    "give what fits the model; what was finished before is kept"
+                ) from error
         # Only here, where the error and with it everything that its frames hold is gone.
         if torch.accelerator.is_available():
             torch.accelerator.empty_cache()

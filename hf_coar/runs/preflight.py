@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -9,11 +10,11 @@ from torch import Tensor, nn
 
 from hf_coar import data as data_module
 from hf_coar import models
-from hf_coar.errors import CoarError, DataError, ModelError
-from hf_coar.models import calling, offloading, tasks
+from hf_coar.errors import CoarError, DataError, ModelError, NonFiniteOutputError
+from hf_coar.models import calling, failing, offloading, tasks
 from hf_coar.models.calling import Call
 from hf_coar.models.outputs import Output, OutputFunction
-from hf_coar.runs import checks
+from hf_coar.runs import checks, hints
 from hf_coar.runs.engine import placed
 from hf_coar.runs.workers import processes
 
@@ -100,7 +101,7 @@ def bound(
     offloading.check_held(model)
     first = data if isinstance(data, First) else First(data)
     if call is None:
-        _tell_unmasked_padding(model, first.batch(_MOST))
+        hints.tell_of_inputs(model, first.batch(_MOST))
     try:
         return first.tried(model, lambda batch: _bound(model, batch, output, call), 2)
     except (RuntimeError, MemoryError) as error:
@@ -109,31 +110,15 @@ def bound(
     return tasks.bind(model, output, call, first.batch(1))  # the run itself says what does not fit
 
 
-def _tell_unmasked_padding(model: nn.Module, batch: data_module.Batch) -> None:
-    """Warns of padding that nothing masks: it is attended to, and counts as text that is to be predicted."""
-    config, tokens = getattr(models.wrapped(model), "config", None), batch.get("input_ids")
-    pad = getattr(config, "pad_token_id", None)
-    masked = "attention_mask" in batch or "attention_mask" not in calling.forward_names(model)[0]
-    if masked or pad is None or not isinstance(tokens, Tensor) or tokens.dim() != 2:
-        return
-    # Where the end of a text is marked by the same token, one of them is no padding.
-    width = 2 if pad in (getattr(config, "eos_token_id", None), getattr(config, "bos_token_id", None)) else 1
-    ends = (tokens[:, :width], tokens[:, -width:])
-    padded = sum((end == pad).all(1) for end in ends).bool()
-    if tokens.shape[1] > width and padded.any():
-        logger.warning(
-            "%d of the first %d examples begin or end in the padding token %d, and the batch has no attention_mask: "
-            "the model takes padding for text; give the mask that the tokenizer gave, or examples of one length",
-            int(padded.sum()), len(tokens), pad,
-        )  # fmt: skip
-
-
 def _bound(
     model: nn.Module, batch: data_module.Batch, output: "str | Output | OutputFunction", call: Call | None
 ) -> Output:
     with torch.no_grad():
         found = tasks.bind(model, output, call, batch)
-        values = _tried(model, found, batch)
+        logits: list[Tensor] = []
+        values = _tried(model, _noting(found, logits), batch)
+        _check_finite(model, found, values)
+        hints.tell_of_logits(model, found, logits)
         if len(values) == 2:
             _check_alone(model, found, batch, values)
     if call is None:
@@ -149,15 +134,39 @@ def _tried(model: nn.Module, output: Output, batch: data_module.Batch) -> Tensor
         end = "" if str(error).endswith(("?", ".")) else "."
         error.args = (f"{error}{end} {tasks.explain(model, output)}",)
         raise
-    except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError) as error:
+    except failing.RAISED as error:
         if models.is_out_of_memory(error):
             raise
-        first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-        shapes = {name: list(value.shape) if isinstance(value, Tensor) else "list" for name, value in batch.items()}
         raise ModelError(
             f"{type(models.wrapped(model)).__name__} with output {output.name!r} does not run on the first examples "
-            f"({type(error).__name__}: {first[:200]}); they hold {shapes}. {tasks.explain(model, output)}"
+            f"{failing.failure(error, batch)}. {tasks.explain(model, output)}"
         ) from error
+
+
+def _noting(output: Output, logits: list[Tensor]) -> Output:
+    """The output, which puts the logits that it is given into the list."""
+    if output.takes != "logits":
+        return output
+
+    def function(found: Tensor, *args: Any, **options: Any) -> Tensor:
+        logits.append(found)
+        return output.function(found, *args, **options)
+
+    return replace(output, function=function)
+
+
+def _check_finite(model: nn.Module, output: Output, values: Tensor) -> None:
+    """Raises `NonFiniteOutputError` where the model gives NaN or infinity before anything is ablated."""
+    if bool(values.isfinite().all()):
+        return
+    place = int((~values.isfinite()).nonzero()[0])
+    state = (*model.named_parameters(), *model.named_buffers())
+    broken = [name for name, value in state if value.is_floating_point() and not bool(value.isfinite().all())]
+    why = f"{len(broken)} of its weights are not finite, such as {broken[0]!r}" if broken else "its weights are finite"
+    raise NonFiniteOutputError(
+        f"output {output.name!r} of example {place} is {float(values[place])} with nothing ablated: look at what the "
+        f"example holds, and at {type(models.wrapped(model)).__name__} ({why}), or try a higher precision"
+    )
 
 
 def _check_alone(model: nn.Module, output: Output, batch: data_module.Batch, together: Tensor) -> None:
@@ -176,7 +185,7 @@ def _check_alone(model: nn.Module, output: Output, batch: data_module.Batch, tog
     )
 
 
-class _Noting(dict):
+class _NotingBatch(dict):
     """A batch that notes which entries were asked for."""
 
     def __init__(self, entries: data_module.Batch) -> None:
@@ -204,7 +213,7 @@ def _tell_unread(model: nn.Module, output: Output, batch: data_module.Batch) -> 
     rest = [name for name in batch if name not in known and not name.startswith(_SIDES)]
     if not rest or (takes_any and models.library(models.wrapped(model)) == "torch") or len(batch) == 1:
         return
-    noting = _Noting(batch)
+    noting = _NotingBatch(batch)
     with torch.no_grad():
         output.of(model, noting)
     if unread := [name for name in rest if name not in noting.read]:
