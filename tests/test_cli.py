@@ -186,13 +186,16 @@ def test_mistyped_flags_take_two_lines(name):
     assert code == 2 and out == "" and words in err and "--help" in err.splitlines()[1] and len(err.splitlines()) == 2
 
 
-def test_ctrl_c_says_how_to_go_on(monkeypatch, tmp_path):
+@pytest.mark.parametrize(("begun", "words"), [(True, "run the same command again"), (False, "nothing was written")])
+def test_ctrl_c_says_whether_there_is_something_to_go_on_with(monkeypatch, tmp_path, begun, words):
     def interrupt(*arguments, **keywords):
+        if begun:
+            (tmp_path / "run.json").write_text('{"task": "attribute"}')
         raise KeyboardInterrupt
 
     monkeypatch.setattr(verbs.pipeline, "attribute", interrupt)
     code, out, err = hf_coar("attribute", MODEL, IMAGES, "--out", tmp_path)
-    assert code == 130 and out == "" and "run the same command again" in err
+    assert code == 130 and out == "" and words in err
 
 
 def test_python_dash_m():

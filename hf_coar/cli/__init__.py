@@ -7,6 +7,7 @@ from hf_coar.cli import config, terminal
 from hf_coar.cli.flags import parser
 from hf_coar.errors import CoarError
 from hf_coar.runs import workers
+from hf_coar.storage import folders
 
 __all__ = ["INTERRUPTED", "USER_ERROR", "main", "parser"]
 
@@ -19,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, 2 for an error that the user can put right, 130 for Ctrl-C.
     """
-    verb = "hf-coar"
+    verb, args = "hf-coar", None
     terminal.log_to_screen()
     try:
         words = sys.argv[1:] if arguments is None else list(arguments)
@@ -33,7 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         terminal.write(f"{terminal.red(f'{verb}:', sys.stderr)} {error}\n", sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
-        sys.stderr.write(f"\n{verb}: interrupted; run the same command again to go on from here\n")
+        kept = folders.holds_run(getattr(args, "out", None))
+        rest = "run the same command again to go on from here" if kept else "nothing was written"
+        sys.stderr.write(f"\n{verb}: interrupted; {rest}\n")
         return INTERRUPTED
     if speaks:
         terminal.write(f"{result}\n", sys.stdout)

@@ -206,6 +206,11 @@ def _kind_without_marker(folder: Path) -> str | None:
     return EXPLORER if _begins(folder / "app.py", b'"""An hf_coar explorer.') else None
 
 
+def holds_run(folder: str | Path | None) -> bool:
+    """Whether a run was begun in a folder or one inside of it, which the same command goes on with."""
+    return folder is not None and any(_is_run(path.parent) for path in Path(folder).rglob("run.json"))
+
+
 def _is_run(folder: Path) -> bool:
     return _large(folder / "run.json").get("task") in ("attribute", "evaluate", "timing")
 

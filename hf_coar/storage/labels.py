@@ -59,7 +59,11 @@ def label_of(record: Any, name: int | str) -> int:
             raise CoarError(f"the classes {found} are all called {names[found[0]]!r}; give the number of one")
     if re.fullmatch(r"\d{1,9}", name):
         return int(name)
-    known = shortened(", ".join(names), 300) if names else "none: the data and the model name no classes, give a number"
+    known = (
+        shortened(", ".join(repr(one) if "," in one else one for one in names), 300)
+        if names
+        else "none: the data and the model name no classes, give a number"
+    )
     raise CoarError(f"no class is called {name!r}; there are {known}")
 
 
