@@ -1,13 +1,16 @@
 """Adapters of PEFT, and embeddings as components: real peft and diffusers, tiny models."""
 
+import json
+
 import peft
 import pytest
 import torch
 from task_cases import CASES, made
+from tiny_texts import classifier, saved, written
 
 import hf_coar as coar
 from hf_coar import models
-from hf_coar.errors import CoarError
+from hf_coar.errors import CoarError, ModelError
 
 
 def adapted(seed=0, **options):
@@ -150,3 +153,63 @@ def test_weights_of_a_tensor_class_that_holds_others_have_a_fingerprint():
         held = models.fingerprint(model)
         parts[1][0, 0] += 1
         assert len({plain, held, models.fingerprint(model)}) == 3
+
+
+# ---------------------------------------------------------------------------------------------- adapters in a folder
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """A base model with its tokenizer, adapters that name it, and texts."""
+    saved(tmp_path / "base", classifier(["bad", "good"]))
+    written(tmp_path / "texts.csv", "text,label\na fine film,good\na dull film,bad\n")
+    return tmp_path
+
+
+def saved_adapters(folders, task="SEQ_CLS", **changed):
+    config = peft.LoraConfig(r=2, target_modules=["query"], task_type=task, init_lora_weights=False)
+    torch.manual_seed(0)
+    model = peft.get_peft_model(models.load_model(folders / "base"), config).eval()
+    model.save_pretrained(folders / "adapters")
+    path = folders / "adapters" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    return model
+
+
+def test_a_folder_of_adapters_is_loaded_onto_the_base_that_it_names(folders):
+    expected = saved_adapters(folders)
+    model, data = coar.load(folders / "adapters", folders / "texts.csv")
+    batch = next(iter(data))
+    assert batch["labels"].tolist() == [1, 0] and data.description["label_names"] == ["bad", "good"]
+    assert torch.equal(model(**batch).logits, expected(**batch).logits)
+    found = coar.attribute(model, data, progress=False)
+    again, _ = coar.reopen(found)
+    assert torch.equal(again(**batch).logits, expected(**batch).logits)
+
+
+@pytest.mark.parametrize(
+    ("task", "changed", "message"),
+    [
+        ("SEQ_CLS", {"base_model_name_or_path": "/not/here"}, "base model '/not/here', which is not here; give arch"),
+        ("SEQ_CLS", {"base_model_name_or_path": None}, "base model None"),
+        ("SEQ_CLS", {"task_type": "TOKEN_CLS"}, "head of the kind TOKEN_CLS.*BertForSequenceClassification"),
+        ("SEQ_CLS", {"target_modules": ["nothing"]}, "cannot be put onto BertForSequenceClassification"),
+    ],
+)
+def test_adapters_without_their_base_are_told(folders, task, changed, message):
+    saved_adapters(folders, task, **changed)
+    with pytest.raises(ModelError, match=message):
+        models.load_model(folders / "adapters")
+
+
+def test_the_base_of_adapters_can_be_given(folders):
+    expected = saved_adapters(folders, base_model_name_or_path="/not/here")
+    found = models.load_model(folders / "adapters", architecture=folders / "base")
+    assert models.fingerprint(found) == models.fingerprint(expected)
+
+
+def test_adapters_in_pickles_are_not_read(folders):
+    saved_adapters(folders)
+    (folders / "adapters" / "adapter_model.safetensors").rename(folders / "adapters" / "adapter_model.bin")
+    with pytest.raises(ModelError, match="other weights are not read"):
+        models.load_model(folders / "adapters")

@@ -22,7 +22,7 @@ def test_names_and_labels():
     assert labels.label_names({"data": {"label_names": [3, None]}}) == labels.label_names({}) == ()
     with pytest.raises(coar.CoarError, match="no class is called 'four'; there are one, two, Three_B, 7"):
         labels.label_of(RECORD, "four")
-    with pytest.raises(coar.CoarError, match="there are 'good, nice', bad$"):
+    with pytest.raises(coar.CoarError, match=r"there are 'good, nice', bad$"):
         labels.label_of({"data": {"label_names": ["good, nice", "bad"]}}, "good")
     with pytest.raises(coar.CoarError, match="give a number"):
         labels.label_of({}, "four")

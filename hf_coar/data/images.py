@@ -13,13 +13,14 @@ from hf_coar.data.batches import Batch
 from hf_coar.data.columns import Columns, Role, Table, asked, is_image, the_one
 from hf_coar.data.kinds import KINDS, Kind, Preparation, Reading
 from hf_coar.errors import DataError
-from hf_coar.models import library
+from hf_coar.models import library, wrapped
 
 IMAGE = Role("image", is_image, ("image", "img"), "an image")
 
 
 def reads_images(model: nn.Module) -> int:
     """How surely a model reads images; see `Kind.reads`."""
+    model = wrapped(model)
     if library(model) == "timm":
         return 2
     if library(model) == "transformers":

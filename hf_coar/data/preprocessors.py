@@ -28,7 +28,8 @@ def load(loader: Any, model: nn.Module, what: str, preprocessor: Any = None) -> 
         return preprocessor
     known = record(model)
     source, revision = (known["id"], known["revision"]) if preprocessor is None else (str(preprocessor), None)
-    source = known.get("architecture") or source if preprocessor is None else source
+    if preprocessor is None and known.get("architecture"):  # whose commit is another one
+        source, revision = known["architecture"], None
     if source is None:
         raise CoarError(
             f"the {type(model).__name__} given does not say where its {what} is; give preprocessor=…, a Hub id or "

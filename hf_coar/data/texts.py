@@ -33,6 +33,7 @@ _ENTRIES = ("input_ids", "attention_mask", "token_type_ids")
 
 def reads_texts(model: nn.Module) -> int:
     """How surely a model reads texts; see `Kind.reads`."""
+    model = wrapped(model)
     if library(model) == "transformers":
         return 2 if getattr(model, "main_input_name", None) == "input_ids" else 0
     return 0 if library(model) == "timm" else 1

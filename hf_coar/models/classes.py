@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from hf_coar.models.libraries import library
+from hf_coar.models.libraries import library, wrapped
 
 CLASSES, NUMBER, SEVERAL = "classes", "a number", "several labels at once"
 
@@ -38,6 +38,7 @@ def head(model: nn.Module) -> Head:
     transformers: by the class of the head, then `config.problem_type`, `num_labels` and `id2label`; timm: by
     `num_classes` and the `label_names` of its configuration; any other module may have labels of any kind.
     """
+    model = wrapped(model)
     if library(model) == "timm":
         n = int(getattr(model, "num_classes", 0) or 0) or None
         return Head(CLASSES, n, class_names(model), required=n is not None)
@@ -66,6 +67,7 @@ def class_names(model: nn.Module) -> tuple[str, ...] | None:
     transformers keeps them in `config.id2label`, where "LABEL_0" and the like are no names; timm in `label_names` of
     `pretrained_cfg`, or it says there that the classes are ImageNet's.
     """
+    model = wrapped(model)
     if library(model) == "transformers":
         return _of_config(getattr(model.config, "id2label", None))
     named = getattr(model, "pretrained_cfg", None) or {}

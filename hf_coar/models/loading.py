@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hf_coar.errors import CoarError, ModelError
-from hf_coar.models import offloading, weight_files
+from hf_coar.models import adapter_files, offloading, weight_files
 from hf_coar.models.building import LARGEST, building, check_counts, size_of_file, size_of_weights
 from hf_coar.models.libraries import library
 from hf_coar.models.quiet import without_bars
@@ -45,7 +45,8 @@ def load_model(
         cache_dir: of the Hub's files; the usual one by default.
         local_files_only: look only at what has been downloaded before.
         architecture: of a file of weights: a timm name, a folder or Hub id whose `config.json` is of the same model,
-            or a module, which is copied; by default what the `config.json` beside the file says.
+            or a module, which is copied; by default what the `config.json` beside the file says. Of adapters of PEFT
+            their base model, by default the one that they name.
 
     Raises:
         ModelError: no such model, nothing that these libraries can load, or weights that do not fit the architecture.
@@ -53,12 +54,17 @@ def load_model(
     name = str(name)
     if weight_files.is_weight_file(name):
         return _load_weights(name, architecture, revision, trust_remote_code, token)
-    if architecture is not None:
-        raise ModelError(f"architecture={architecture!r} is for a file of weights, and {name!r} is none; leave it out")
     source = hub.Source(name, revision, token, cache_dir, local_files_only)
     source.settle()
-    config = _read_config(source)
     options = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    if adapter_files.is_adapter(source):
+        base = adapter_files.base_of(source) if architecture is None else architecture
+        if not isinstance(base, nn.Module):
+            base = load_model(base, trust_remote_code=trust_remote_code, **options)
+        return _with_adapter(source, base)
+    if architecture is not None:
+        raise ModelError(f"architecture={architecture!r} is for a file of weights, and {name!r} is none; leave it out")
+    config = _read_config(source)
     if "architecture" in config and "pretrained_cfg" in config:
         model = _load_timm(source, config)
     elif "architectures" in config or "model_type" in config:
@@ -72,6 +78,15 @@ def load_model(
     edit = _read_edit(source)
     known = {"id": name, "revision": source.commit, "loaded": fingerprint(model)}
     setattr(model, RECORD, known | ({"edit": edit, _LOADED: True} if edit else {}))
+    return model.eval()
+
+
+def _with_adapter(source: hub.Source, base: nn.Module) -> nn.Module:
+    """The base model with the adapters of a folder or repository on it, whose tokenizer is the base's."""
+    of = record(base).get("id")
+    model = adapter_files.put_onto(base, source)
+    known = {"id": source.name, "revision": source.commit, "loaded": fingerprint(model)}
+    setattr(model, RECORD, known | ({"architecture": of} if of else {}))
     return model.eval()
 
 
