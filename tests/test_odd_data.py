@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import timm
 import tiny_texts
 import torch
 from tiny_texts import written
@@ -262,6 +263,37 @@ def test_what_could_be_read_in_two_ways_is_no_list(folders, tmp_path):
     path = written(tmp_path / "n.csv", "tokens,ner_tags\n['a' 'dull'],\"['O', 'X']\"\n")
     with pytest.raises(DataError, match="no column that is known as the tokens"):
         coar.load(folders / "tags", path)
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([{"text": "a film", "label": "1"}, {"text": "it is", "label": 0}], "'label' .* numbers, or all of them names"),
+        ([{"text": 5, "label": 1}, {"text": "dull", "label": 0}], "'text' .* make every entry a string"),
+    ],
+    ids=["labels", "texts"],
+)
+def test_a_column_of_several_types_is_told(folders, tmp_path, rows, words):
+    path = written(tmp_path / "mixed.jsonl", "\n".join(map(json.dumps, rows)))
+    with pytest.raises(DataError, match=words):
+        coar.load(folders / "named", path)
+
+
+def test_paths_in_a_column_of_images_are_told_how_to_become_images():
+    model = timm.create_model("test_vit", num_classes=2)
+    with pytest.raises(DataError, match=r"'image' \('a.png'\) is not an image: .*cast_column"):
+        coar.load(model, [{"image": "a.png", "label": 0}])
+
+
+def test_two_columns_of_one_name_are_told(folders, tmp_path, caplog):
+    coar.load(folders / "named", written(tmp_path / "twice.csv", "text,label,label\nfine,1,0\ndull,0,1\n"))
+    assert "several columns 'label': the first one goes by this name, another by 'label.1'" in caplog.text
+
+
+def test_an_example_that_cannot_be_read_is_named_where_batches_are_taken_by_hand(folders, tmp_path):
+    _, data = coar.load(folders / "named", written(tmp_path / "gap.csv", "text,label\nfine,1\n,0\ndull,0\n"))
+    with pytest.raises(DataError, match=r"example 1 cannot be read: .*nothing in 'text'"):
+        list(data)
 
 
 def test_an_example_without_a_text_is_left_out(folders, tmp_path, caplog):

@@ -21,6 +21,7 @@ class Role:
         usual: names under which it is usually found.
         what: one such entry in words, for messages.
         named: whether a column is only taken under a usual name, or where it is asked for.
+        become: how a column of something else becomes one, for messages.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Role:
     usual: tuple[str, ...] = ()
     what: str = "a value"
     named: bool = False
+    become: str = ""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,17 @@ class Table:
         """The columns that could play a role and have no other one."""
         taken = set(taken)
         return [name for name, feature in self.features.items() if role.fits(feature) and name not in taken]
+
+    def misnamed(self, role: Role) -> str:
+        """What to say of the columns that are called as the role's are and cannot be it; "" where there are none."""
+        found = [
+            name for name, feature in self.features.items() if name.lower() in role.usual and not role.fits(feature)
+        ]
+        if not found:
+            return ""
+        return f". {found[0]!r} ({self.example(found[0])}) is not {role.what}" + (
+            f": {role.become}" if role.become else ""
+        )
 
     def shown(self, columns: Iterable[str] | None = None) -> str:
         """Columns with an example of each: `'id' ('doc0'), 'review' ('A dull film …')`."""

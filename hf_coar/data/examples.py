@@ -37,9 +37,25 @@ class Examples:
         check_count(self.batch_size, "batch_size")
 
     def __iter__(self) -> Iterator[Batch]:
-        """Batches, in the order of the data set."""
+        """Batches, in the order of the data set.
+
+        Raises:
+            DataError: an example cannot be read; runs leave such a one out, and a batch by hand has no place for that.
+        """
+        start = 0
         for rows in _in_lists(self.dataset, self.batch_size):
-            yield self.prepare(rows)
+            try:
+                batch = self.prepare(rows)
+            except CoarError:
+                raise
+            except Exception as error:  # a decoder's or a tokenizer's own family
+                failed = _unpreparable(self, dict(enumerate(rows, start)))
+                which, why = next(iter(failed.items()), (start, _first_line(error)))
+                raise DataError(
+                    f"example {which} cannot be read: {why}; select(…) the others (attribute leaves it out by itself)"
+                ) from error
+            start += len(rows)
+            yield batch
 
     def __len__(self) -> int:
         """How many batches.

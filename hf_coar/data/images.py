@@ -15,7 +15,8 @@ from hf_coar.data.kinds import KINDS, Kind, Preparation, Reading
 from hf_coar.errors import DataError
 from hf_coar.models import library, wrapped
 
-IMAGE = Role("image", is_image, ("image", "img"), "an image")
+IMAGE = Role("image", is_image, ("image", "img"), "an image", become="a data set's paths and arrays become images by "
+             "data.cast_column(…, datasets.Image())")  # fmt: skip
 
 
 def reads_images(model: nn.Module) -> int:

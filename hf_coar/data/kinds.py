@@ -131,10 +131,12 @@ def of(model: nn.Module, table: Table, given: Columns) -> Kind:
     if not any(kind.roles for kind in possible):
         raise _no_entries(model, table)
     surest = max(sure[kind.name] for kind in possible if kind.roles)
-    named = [kind.name for kind in possible if sure[kind.name] == surest and kind.roles]
+    surest_kinds = [kind for kind in possible if sure[kind.name] == surest and kind.roles]
+    named = [kind.name for kind in surest_kinds]
+    misnamed = next(filter(None, (table.misnamed(role) for kind in surest_kinds for role in kind.roles)), "")
     raise DataError(
-        f"{table.name!r} has no column of {' or '.join(named)}; it has {table.shown() or 'none at all'}. Build batches "
-        "of tensors yourself and pass a list or a DataLoader"
+        f"{table.name!r} has no column of {' or '.join(named)}; it has {table.shown() or 'none at all'}{misnamed}. "
+        "Or build batches of tensors yourself and pass a list or a DataLoader"
     )
 
 

@@ -22,7 +22,8 @@ _USUAL = ("label", "labels", "target", "targets")
 _TELLING = ("sentiment", "stars", "rating", "class", "category", "score", "polarity", "answer", "y", "fine_label",
             "gold_label", "is_duplicate", "intent", "topic", "emotion", "similarity")  # fmt: skip
 
-LABEL = Role("label", is_label, _USUAL, "a class (its number or name), true or false, or a number")
+LABEL = Role("label", is_label, _USUAL, "a class (its number or name), true or false, or a number",
+             become="make all entries numbers, or all of them names")  # fmt: skip
 
 Convert = Callable[[Any], Any]  # an entry of the column -> class index, number, or list of numbers
 
@@ -111,6 +112,7 @@ def column(table: Table, head: Head, taken: Iterable[str | None], values_of: Cal
     raise DataError(
         f"{table.name!r} has no column that is known to hold labels, and the model needs {_wanted(head)}; name one of "
         f"{table.shown(candidates) or 'its columns, after adding it'}, such as label={(candidates or ['label'])[-1]!r}"
+        f"{table.misnamed(LABEL)}"
     )
 
 

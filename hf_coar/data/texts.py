@@ -17,7 +17,7 @@ from hf_coar.storage.texts import shortened
 
 logger = logging.getLogger(__name__)
 
-TEXT = Role("text", is_text, ("text", "sentence", "content"), "a text")
+TEXT = Role("text", is_text, ("text", "sentence", "content"), "a text", become="make every entry a string")
 PAIR = Role("pair", is_text, (), "a text")
 
 # The two texts of an example under the names that the data sets of the Hub give them; first the text, then its pair.

@@ -28,6 +28,7 @@ def read_back(dataset: Any) -> Any:
         dataset: of `datasets`, a stream too, from a file that holds nothing but text.
     """
     first = list(itertools.islice(dataset, _PEEKED))
+    _tell_twice(list(first[0]) if first else [])
     names = [name for name in (first[0] if first else ()) if _all_written([row[name] for row in first])]
     features = None if dataset.features is None else dict(dataset.features)
     names = [name for name in names if features is None or is_text(features[name])]
@@ -45,6 +46,17 @@ def read_back(dataset: Any) -> Any:
         return dataset.map(convert)
     with without_bars("datasets"):
         return dataset.map(convert, features=Features({**features, **read}))
+
+
+def _tell_twice(names: list[str]) -> None:
+    """Warns of columns of one name, of which pandas calls the second `label.1`."""
+    twice = [name for name in names if (found := re.fullmatch(r"(.+)\.\d+", name)) and found[1] in names]
+    if twice:
+        name = twice[0].rpartition(".")[0]
+        logger.warning(
+            "the table has several columns %r: the first one goes by this name, another by %r; name the one that is "
+            "meant, or give them names of their own", name, twice[0],
+        )  # fmt: skip
 
 
 def _all_written(entries: list[Any]) -> bool:
