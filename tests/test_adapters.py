@@ -206,6 +206,11 @@ def test_the_base_of_adapters_can_be_given(folders):
     expected = saved_adapters(folders, base_model_name_or_path="/not/here")
     found = models.load_model(folders / "adapters", architecture=folders / "base")
     assert models.fingerprint(found) == models.fingerprint(expected)
+    base = models.load_model(folders / "base")
+    before = models.fingerprint(base)
+    found = models.load_model(folders / "adapters", architecture=base)
+    assert models.fingerprint(found) == models.fingerprint(expected)
+    assert models.fingerprint(base) == before and not any("lora" in name for name, _ in base.named_modules())
 
 
 def test_adapters_in_pickles_are_not_read(folders):

@@ -1,5 +1,6 @@
 """Loading and saving models with the library that they come from; nothing is unpickled."""
 
+import copy
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -59,8 +60,8 @@ def load_model(
     options = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     if adapter_files.is_adapter(source):
         base = adapter_files.base_of(source) if architecture is None else architecture
-        if not isinstance(base, nn.Module):
-            base = load_model(base, trust_remote_code=trust_remote_code, **options)
+        given = isinstance(base, nn.Module)
+        base = copy.deepcopy(base) if given else load_model(base, trust_remote_code=trust_remote_code, **options)
         return _with_adapter(source, base)
     if architecture is not None:
         raise ModelError(f"architecture={architecture!r} is for a file of weights, and {name!r} is none; leave it out")
