@@ -82,8 +82,8 @@ def recorded(operations: Operations, inputs: Sequence[Tensor], weights: Iterable
 
 
 # Of the examples, how many may have other reads: a margin takes the largest of several logits, and where two are equal
-# up to rounding, as in 1 of 64 examples in bfloat16 in networks of 1,000 classes, its gradient may go to the other. The
-# margin itself is the same.
+# up to rounding, as in 1 of 64 examples in bfloat16 in networks of 1,000 classes, its gradient may go to the other
+# (scripts/benchmark_ties.py). The margin itself is the same.
 _SHARE_OF_TIES = 1 / 16
 
 
