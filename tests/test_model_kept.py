@@ -205,6 +205,35 @@ def test_batch_normalisation_in_training_mode_inside_a_forward():
     assert not model.norm.training
 
 
+def test_a_block_inside_a_block_is_undone_at_its_own_end():
+    """Passes of the outer block begin where those of the inner one did, not where they ended."""
+    model = Stateful()
+    model(batch(2)["inputs"])
+    with models.frozen(model):
+        model(batch(4)["inputs"])
+        mean, cache = model.mean.clone(), model.cache
+        with models.frozen(model):
+            model.register_forward_hook(lambda *of: None)
+            model.train()
+            model.fc.weight.requires_grad_()
+            model.noted = True
+            model(batch(8)["inputs"])
+        assert torch.equal(model.mean, mean) and model.cache is cache and model.longest == 4
+        assert not (model.training or model._forward_hooks or hasattr(model, "noted"))
+        assert not model.fc.weight.requires_grad
+    assert model.longest == 2 and model.fc.weight.requires_grad
+
+
+def test_to_hold_a_model_asks_for_no_names(monkeypatch):
+    """Blocks are entered for every batch; to go through the names of 300 modules takes longer than a small pass."""
+    model, asked = net().train(), []
+    original = nn.Module.named_modules
+    monkeypatch.setattr(nn.Module, "named_modules", lambda *of, **how: asked.append(1) or original(*of, **how))
+    with models.frozen(model):
+        assert not model.head.training
+    assert model.head.training and not asked
+
+
 class Checkpointed(Net):
     """As timm does it: whatever the mode."""
 

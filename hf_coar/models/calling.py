@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from hf_coar.errors import CoarError, ModelError
 from hf_coar.models import ragged
-from hf_coar.models.holding import check_usable, held, state_kept
+from hf_coar.models.holding import check_usable, held, modules_of, state_kept
 from hf_coar.models.libraries import library, wrapped
 
 Call = Callable[[nn.Module, Mapping[str, Any]], Any]
@@ -271,27 +272,32 @@ def frozen(model: nn.Module) -> Iterator[None]:
     """
     check_usable(model)
     with held(model), state_kept(model), _without_inference_mode():
-        wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        modules = modules_of(model)
+        wanted = [
+            (one, one.requires_grad) for module in modules for one in module._parameters.values() if one is not None
+        ]
         try:
-            model.eval()
-            for module in model.modules():
-                vars(module).pop("_compiled_call_impl", None)  # which is put back with all other attributes
+            if any(module.training for module in modules):
+                model.eval()
+            for module in modules:
+                own = vars(module)
+                own.pop("_compiled_call_impl", None)  # which is put back with all other attributes
                 for name in _CHECKPOINTING:
-                    if vars(module).get(name) is True:
+                    if own.get(name) is True:
                         setattr(module, name, False)
-            for parameter, _ in wanted:
-                if parameter.is_floating_point():
+            for parameter, required in wanted:
+                if required and parameter.is_floating_point():
                     parameter.requires_grad_(False)
             yield
         finally:
             for parameter, required in wanted:
-                if parameter.is_floating_point():
+                if parameter.requires_grad != required and parameter.is_floating_point():
                     parameter.requires_grad_(required)
 
 
 def device_of(model: nn.Module) -> torch.device:
     """Where the inputs go: the device of the first parameter (an offloaded model's own hooks move what they need)."""
-    for tensor in (*model.parameters(), *model.buffers()):
+    for tensor in itertools.chain(model.parameters(), model.buffers()):  # one by one: the first nearly always tells
         if tensor.device.type != "meta":
             return tensor.device
     if any(True for _ in model.parameters()):

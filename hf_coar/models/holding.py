@@ -1,6 +1,7 @@
 """Holding a model: who changes it for a while holds it, keeps all others away, and leaves it as it was."""
 
 import asyncio
+import functools
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from hf_coar.errors import ModelError, check_kind
 
@@ -80,6 +82,17 @@ _OWN = frozenset(vars(nn.Module())) - {"training"}  # parameters, buffers, modul
 _HOOKS = tuple(name for name, value in vars(nn.Module()).items() if "hooks" in name and isinstance(value, dict))
 
 
+def modules_of(model: nn.Module) -> list[nn.Module]:
+    """All modules of a model, each once: `model.modules()`, whose nested generators take ten times as long."""
+    found, known = [model], {id(model)}
+    for module in found:  # which grows meanwhile
+        for child in module._modules.values():
+            if child is not None and id(child) not in known:
+                known.add(id(child))
+                found.append(child)
+    return found
+
+
 @contextmanager
 def state_kept(model: nn.Module) -> Iterator[None]:
     """Buffers, plain attributes and hooks of all modules are afterwards what they were.
@@ -88,26 +101,42 @@ def state_kept(model: nn.Module) -> Iterator[None]:
     buffer and how far it reaches in an attribute, and as transformers hooks a model at its first forward and notes in
     an attribute that it did: one without the other, and hidden states are recorded twice.
     """
-    attributes = [(module, {name: value for name, value in vars(module).items() if name not in _OWN})
-                  for module in model.modules()]  # fmt: skip
-    buffers = [(module, {name: _Kept.of(value) for name, value in module._buffers.items()})
-               for module in model.modules()]  # fmt: skip
-    hooks = [(table, set(table)) for module in model.modules() for table in map(vars(module).get, _HOOKS)]
+    kept = [_State(module) for module in modules_of(model)]
     try:
         yield
     finally:
-        for table, kept in hooks:
-            for key in table.keys() - kept:
-                del table[key]
-        for module, kept in attributes:
-            for name in [name for name in vars(module) if name not in _OWN and name not in kept]:
-                del module.__dict__[name]
-            module.__dict__.update(kept)
-        for module, tensors in buffers:
-            for name in module._buffers.keys() - tensors.keys():
-                del module._buffers[name]
-            for name, tensor in tensors.items():
-                module._buffers[name] = tensor.put_back()
+        for state in kept:
+            state.put_back()
+
+
+class _State:
+    """What a module holds beside parameters and modules. Blocks are entered for every batch: each look here counts."""
+
+    __slots__ = ("attributes", "buffers", "hooks", "module", "names")
+
+    def __init__(self, module: nn.Module) -> None:
+        own = vars(module)
+        self.module, self.names = module, list(own)
+        self.attributes = {name: value for name, value in own.items() if name not in _OWN}
+        self.buffers = {name: _Kept.of(value) for name, value in module._buffers.items()}
+        self.hooks = [(table, set(table)) for table in map(own.get, _HOOKS) if table]
+
+    def put_back(self) -> None:
+        own = vars(self.module)
+        before = {id(table): keys for table, keys in self.hooks}
+        for table in map(own.get, _HOOKS):
+            if table:
+                for key in table.keys() - before.get(id(table), ()):
+                    del table[key]
+        own.update(self.attributes)
+        if list(own) != self.names:
+            for name in [name for name in own if name not in _OWN and name not in self.attributes]:
+                del own[name]
+        buffers = self.module._buffers
+        for name in buffers.keys() - self.buffers.keys():
+            del buffers[name]
+        for name, tensor in self.buffers.items():
+            buffers[name] = tensor.put_back()
 
 
 @dataclass(frozen=True)
@@ -138,16 +167,33 @@ def check_usable(model: nn.Module) -> None:
     """Raises `ModelError` for a model whose modules cannot be hooked, or whose weights cannot be changed."""
     check_is_model(model)
     name = type(model).__name__
-    scripted = next((where for where, module in model.named_modules() if _is_scripted(module)), None)
-    if scripted is not None:
+    modules = modules_of(model)
+    if any(_is_scripted(type(module)) for module in modules):
+        scripted = next(where for where, module in model.named_modules() if _is_scripted(type(module)))
         raise ModelError(
             f"{name} holds TorchScript ({scripted or 'the model itself'}), whose modules take no hooks; give the "
             "Python module that it was made from"
         )
-    _check_not_shared(model)
-    _check_not_compiled(model)
+    _check_not_shared(model, modules)
+    _check_not_compiled(model, modules)
+    if any(is_lazy(tensor) or tensor.is_inference() for tensor in _tensors_of(modules)):
+        _refuse_tensors(model)
+
+
+def _tensors_of(modules: list[nn.Module]) -> Iterator[Tensor]:
+    """All parameters and buffers, those that are shared several times: names, which take long, are for errors."""
+    for module in modules:
+        for tensors in (module._parameters, module._buffers):
+            for tensor in tensors.values():
+                if tensor is not None:
+                    yield tensor
+
+
+def _refuse_tensors(model: nn.Module) -> None:
+    """Raises `ModelError` for the first parameter or buffer that cannot be changed."""
+    name = type(model).__name__
     for where, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if torch.nn.parameter.is_lazy(tensor):
+        if is_lazy(tensor):
             raise ModelError(
                 f"{where!r} of {name} has no shape yet (a lazy module); run the model once on a batch, then try again"
             )
@@ -170,36 +216,53 @@ def check_is_model(model: Any) -> None:
 _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
 
 
-def _check_not_shared(model: nn.Module) -> None:
+def _check_not_shared(model: nn.Module, modules: list[nn.Module]) -> None:
     """Raises `ModelError` where a pass needs all processes at once: those of a run are each at another."""
     way_out = (
         "spread it over the devices of one process with device_map='auto', where it does not fit on one; the processes "
         "of a run share its examples by themselves, each with a model of its own"
     )
-    for where, module in model.named_modules():
-        kind = next((one.__name__ for one in type(module).__mro__ if one.__name__ in _WRAPPERS), None)
-        if kind is not None:
-            what = f"{where!r} of {type(model).__name__}" if where else "the model"
-            raise ModelError(
-                f"{what} is wrapped in {kind}; give the model inside it (accelerator.unwrap_model), or {way_out}"
-            )
-    for where, parameter in model.named_parameters():
-        if any(one.__name__ == "DTensor" for one in type(parameter.data).__mro__):
-            raise ModelError(
-                f"{where!r} of {type(model).__name__} is sharded over processes (tensor parallelism or FSDP); {way_out}"
-            )
+    if any(_wrapper(type(module)) for module in modules):
+        where, kind = next((where, kind) for where, one in model.named_modules() if (kind := _wrapper(type(one))))
+        what = f"{where!r} of {type(model).__name__}" if where else "the model"
+        raise ModelError(
+            f"{what} is wrapped in {kind}; give the model inside it (accelerator.unwrap_model), or {way_out}"
+        )
+    if any(_is_sharded(tensor) for module in modules for tensor in module._parameters.values() if tensor is not None):
+        where = next(where for where, parameter in model.named_parameters() if _is_sharded(parameter))
+        raise ModelError(
+            f"{where!r} of {type(model).__name__} is sharded over processes (tensor parallelism or FSDP); {way_out}"
+        )
 
 
-def _check_not_compiled(model: nn.Module) -> None:
+def _check_not_compiled(model: nn.Module, modules: list[nn.Module]) -> None:
     """Raises `ModelError` for the wrapper of `torch.compile`: names of its modules and its record would be its own."""
-    for where, module in model.named_modules():
-        if type(module).__name__ == "OptimizedModule":
-            what = f"{where!r} of {type(model).__name__} is" if where else "the model is"
-            raise ModelError(
-                f"{what} wrapped by torch.compile, which would compile its hooks anew for every pass; give the module "
-                "that it was made from (its _orig_mod), and let hf_coar.running(compile=True) compile what pays"
-            )
+    if any(type(module).__name__ == "OptimizedModule" for module in modules):
+        where = next(where for where, one in model.named_modules() if type(one).__name__ == "OptimizedModule")
+        what = f"{where!r} of {type(model).__name__} is" if where else "the model is"
+        raise ModelError(
+            f"{what} wrapped by torch.compile, which would compile its hooks anew for every pass; give the module "
+            "that it was made from (its _orig_mod), and let hf_coar.running(compile=True) compile what pays"
+        )
 
 
-def _is_scripted(module: nn.Module) -> bool:
-    return isinstance(module, torch.jit.ScriptModule | torch.jit.ScriptFunction)
+def _is_sharded(parameter: Tensor) -> bool:
+    return _is_distributed(type(parameter.data))
+
+
+# What a class says of its instances is asked once a class.
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_scripted(kind: type) -> bool:
+    return issubclass(kind, torch.jit.ScriptModule | torch.jit.ScriptFunction)
+
+
+@functools.lru_cache(maxsize=1024)
+def _wrapper(kind: type) -> str | None:
+    return next((one.__name__ for one in kind.__mro__ if one.__name__ in _WRAPPERS), None)
+
+
+@functools.lru_cache(maxsize=64)
+def _is_distributed(kind: type) -> bool:
+    return any(one.__name__ == "DTensor" for one in kind.__mro__)
