@@ -288,7 +288,9 @@ class _Followed:
         """Adds to the reads by how much the exact difference of every contribution exceeds slope × part."""
         slope = self.slope() if slope is None else slope
         for contribution in self.contributions:
-            self.reads.add(contribution.level, gradient * _excess(self.function, self.x, slope, contribution))
+            # In place: a new tensor of some megabytes is new pages to the system, which take longer than to fill them.
+            excess = _excess(self.function, self.x, slope, contribution).mul_(gradient)
+            self.reads.add(contribution.level, excess)
 
 
 class _WithSlope(torch.autograd.Function):
@@ -306,7 +308,7 @@ class _WithSlope(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         slope = ctx.followed.slope()
         ctx.followed.correct(gradient, slope)
-        return gradient * slope, None
+        return slope.mul_(gradient), None
 
 
 @torch.no_grad()
