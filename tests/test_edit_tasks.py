@@ -18,6 +18,7 @@ from hf_coar.editing.tasks import fixing, held, lifting, matching, probing, refi
 from hf_coar.editing.tasks.forgetting import Forgetting
 from hf_coar.editing.tasks.looking import Looker, Seen
 from hf_coar.editing.tasks.setting import Setting
+from hf_coar.editing.tasks.steering import Steering
 from hf_coar.errors import CoarError, UnsatisfiedError
 
 N_CLASSES, WIDTH = 5, 12
@@ -458,6 +459,57 @@ def test_a_group_that_stays_where_it_was_is_not_lifted(net):
     for method in ("ablation", "welch", "gradient_times_parameter"):
         with pytest.raises(UnsatisfiedError, match="lifts the worst group"):
             coar.lift(hidden, data, groups, method=method, **options)
+
+
+def hiding(model, label):
+    """A copy that says one class of nothing."""
+    hidden = copy.deepcopy(model)
+    with torch.no_grad():
+        hidden[4].bias[label] = -1e4
+    return hidden
+
+
+@pytest.mark.parametrize("method", ["ablation", "logit_bias"])
+@pytest.mark.parametrize("n_examples", [500, 110])  # of 110 too few of the class are chosen on to show 10 %
+def test_a_class_that_is_not_known_cannot_be_forgotten(net, method, n_examples):
+    model = hiding(net[0], 3)
+    with pytest.raises(CoarError, match=r"forget 'class 3': there is nothing to do.* 0\.0 % .*at_most") as raised:
+        coar.forget(model, batches(*blobs(n_examples)), 3, components=coar.find_components(model), method=method)
+    assert not isinstance(raised.value, UnsatisfiedError)
+
+
+def test_groups_that_are_alike_are_not_lifted(net):
+    """All right, and as many right of each."""
+    model, _, components = net
+    inputs, labels = blobs()
+    known = right(model, batches(inputs, labels), slice(None)).nonzero()[:, 0]
+    rows = torch.cat([known[labels[known] == label][:60] for label in range(N_CLASSES)]).view(N_CLASSES, -1).T.flatten()
+    data = batches(inputs[rows], labels[rows])
+    with pytest.raises(CoarError, match=r"nothing to do.* all groups .*100\.0 %") as raised:
+        coar.lift(model, data, labels[rows], components=components)
+    assert not isinstance(raised.value, UnsatisfiedError)
+    hidden = hiding(model, 3)
+    other = torch.arange(len(rows)) // N_CLASSES % 2  # groups across the classes, each with a fifth that is wrong
+    with pytest.raises(CoarError, match=r"nothing to do.* all groups .*within a standard error"):
+        coar.lift(hidden, data, other, components=coar.find_components(hidden))
+
+
+def test_what_a_trigger_does_not_mislead_needs_no_match(backdoored):
+    model, clean, _, components = backdoored
+    harmless = [{**batch, "inputs": batch["inputs"] + 1e-4} for batch in clean]
+    with pytest.raises(CoarError, match="there is nothing to do") as raised:
+        coar.match(model, clean, harmless, components=components)
+    assert not isinstance(raised.value, UnsatisfiedError)
+
+
+def test_a_steer_that_moves_nothing_is_none(net):
+    model, data, components = net
+    of = Setting.of(model, data, components)
+    signs = torch.zeros(len(of.held), dtype=torch.long)
+    signs[:40] = 1
+    parts = held.divided(torch.where(signs == 0, of.held.labels, -1), signs != 0, 0, "targets")
+    with torch.no_grad():
+        assert Steering(of, parts, signs, 0.02).judge(model).missing > 0
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,17 @@ class Aim(ABC):
     def loss(self, model: nn.Module) -> Tensor:
         """What fine-tuning, the rival, would descend: a scalar, of the examples that are attributed."""
 
+    def met(self, before: Verdict) -> str:
+        """Why there is nothing to do, in words; empty where there is.
+
+        Args:
+            before: of the model as it was.
+        """
+        if before.missing > 0:
+            return ""
+        found = f"target {before.target:.3g}, others {before.others:.3g}"
+        return f"with nothing ablated the examples to choose on are where they are to be ({found})"
+
     def entries(self) -> dict[str, Any]:
         """What goes into the record of the edit."""
         return {}
@@ -226,15 +237,19 @@ def carried_out(aim: Aim, method: str, rivals: str | Sequence[str] | None) -> Ed
 
     Raises:
         UnsatisfiedError: nothing keeps the limits.
-        CoarError: an unknown method or rival, or a named one that this model can't have.
+        CoarError: an unknown method or rival, or a named one that this model can't have; or nothing to do.
     """
     names = _chosen(aim, rivals)
     if method != ABLATION:
         _check(aim, method)
+    before = aim.judge(aim.of.model)
+    if why := aim.met(before):
+        raise CoarError(f"{aim.task}: there is nothing to do, as {why}")
+    if method != ABLATION:
         changed = RIVALS[method](aim)
         made = _result(aim, changed, (), f"{aim.task} by {method}")
     else:
-        made = _ablated(aim)
+        made = _ablated(aim, before)
     against = {}
     for name in names:
         if name != method:
@@ -268,9 +283,9 @@ def _check(aim: Aim, name: str) -> None:
         raise CoarError(f"{aim.kind} knows no rival {name!r}; there are {', '.join(known)}")
 
 
-def _ablated(aim: Aim) -> EditResult:
+def _ablated(aim: Aim, before: Verdict) -> EditResult:
     of, components = aim.of, aim.of.masked.components
-    before, points = aim.judge(of.model), aim.points()
+    points = aim.points()
     point = best(points, aim.wanted, before)
     named = [components[int(index)] for index in point.ablated]
     parameters = {name for one in named for name in (one.group.parameter, *one.group.shared_by)}

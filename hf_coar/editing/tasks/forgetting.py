@@ -65,6 +65,17 @@ class Forgetting(HeadAim):
         allowed = f"{100 * self.others_within:.3g} points"
         return f"leaves {self.name} at {100 * self.at_most:.3g} % or less and costs the others {allowed} at most"
 
+    def met(self, before: Verdict) -> str:
+        """Whether the class is as good as unknown: none of it right is as little as there is, however few are seen."""
+        if before.missing > 0 and before.target > 0:
+            return ""
+        n_chosen = int(self.own(self.parts.choose).sum())
+        return (
+            f"the model as it is gets {100 * before.target:.1f} % of {self.name} right, of {n_chosen} examples to "
+            f"choose on, and at most {100 * self.at_most:.3g} % is asked for. See that the labels are those that the "
+            "model was trained on, or ask for less with at_most=…"
+        )
+
     def own(self, rows: Tensor) -> Tensor:
         """Which examples are of the class, bool [any]."""
         return self.labels(rows) == self.label

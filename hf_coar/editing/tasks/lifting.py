@@ -1,5 +1,6 @@
 """`lift`: the group that fares worst, lifted at little cost to the average."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -82,6 +83,22 @@ class Lifting(HeadAim):
         found = self.by_group(self.of.right(self.before["attribute"]), self.parts.attribute)
         mean = sum(found.values()) / len(found)
         return [group for group, share in found.items() if share < mean] or [min(found, key=found.__getitem__)]
+
+    def met(self, before: Verdict) -> str:
+        """Whether no group is below the others by more than a standard error, of all examples that choose anything."""
+        right = torch.cat([self.of.right(self.before[part]) for part in ("attribute", "choose")])
+        groups = self.groups[torch.cat([self.parts.attribute, self.parts.choose])]
+        shares = {group: fig.share_and_error(right[groups == group]) for group in groups.unique().tolist()}
+        worst = min(shares, key=lambda group: shares[group][0])
+        share, error = shares[worst]
+        others, others_error = fig.share_and_error(right[groups != worst])
+        if others - share > math.hypot(error, others_error):
+            return ""
+        return (
+            f"all groups fare alike as it is: the worst, {self.names.get(worst, worst)}, has {100 * share:.1f} % of "
+            f"{int((groups == worst).sum())} examples right and the others {100 * others:.1f} %, which is within a "
+            "standard error. Give more data, or other groups"
+        )
 
     def entries(self) -> dict[str, Any]:
         """What goes into the record."""

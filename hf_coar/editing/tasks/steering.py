@@ -82,7 +82,8 @@ class Steering(Aim):
         lost, lost_error, others = self._lost(was.values[signs == 0], seen.values[signs == 0])
         mean, spent = float(moved.mean()), lost + lost_error - self.others_within
         safe = lost + margin(WALK) * lost_error <= self.others_within
-        return Verdict(mean, others, error - mean, spent, mean if safe else -1 - lost)
+        missing = error - mean if bool(moved.any()) else fig.ROUNDING  # where nothing moves, nothing is there
+        return Verdict(mean, others, missing, spent, mean if safe else -1 - lost)
 
     def _lost(self, was: Tensor, now: Tensor) -> tuple[float, float, float]:
         """By how much the rest is worse, the standard error of that, and how it is."""
