@@ -6,6 +6,10 @@ any set of them would do, and edits the model by it.
 
 __version__ = "0.1.0"
 
+from hf_coar.storage import interrupts  # noqa: F401 (by being imported first)
+
+# isort: split
+
 from hf_coar import components, estimators
 from hf_coar.api import attribute, evaluate, load, reopen
 from hf_coar.attributions import Attributions

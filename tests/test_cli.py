@@ -2,9 +2,12 @@
 
 import inspect
 import json
+import os
 import re
 import subprocess
 import sys
+import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ import hf_coar as coar
 from hf_coar import cli, demo, explore, models
 from hf_coar.cli import editing, methods, verbs
 from hf_coar.editing import edited
+from hf_coar.storage import interrupts
 
 MODEL, IMAGES = str(demo.MODEL), str(demo.IMAGES)
 
@@ -196,6 +200,45 @@ def test_ctrl_c_says_whether_there_is_something_to_go_on_with(monkeypatch, tmp_p
     monkeypatch.setattr(verbs.pipeline, "attribute", interrupt)
     code, out, err = hf_coar("attribute", MODEL, IMAGES, "--out", tmp_path)
     assert code == 130 and out == "" and words in err
+
+
+@pytest.mark.parametrize("module", ["torch", "hf_coar.explore", "transformers"])
+@pytest.mark.parametrize("command", [["-m", "hf_coar"], ["hf-coar"]])
+def test_ctrl_c_while_importing_takes_one_line(tmp_path, module, command):
+    """Whatever is imported when it comes."""
+    code = """
+        import os, signal, sys
+        class Interrupting:
+            def find_spec(self, name, *arguments):
+                if name == {module!r}:
+                    os.kill(os.getpid(), signal.SIGINT)
+        sys.meta_path.insert(0, Interrupting())
+    """
+    (tmp_path / "sitecustomize.py").write_text(textwrap.dedent(code).format(module=module))
+    script = tmp_path / "hf-coar"
+    script.write_text("import sys\nfrom hf_coar.cli import main\nsys.exit(main())\n")
+    words = [str(script) if word == "hf-coar" else word for word in command]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(coar.__file__).parents[1])])}
+    words = [sys.executable, *words, "demo"]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 130 and "Traceback" not in done.stderr
+    assert [line for line in done.stderr.splitlines() if line][-1].endswith("interrupted; nothing was written")
+
+
+@pytest.mark.parametrize(
+    ("argv", "whole", "expected"),
+    [
+        (["-m", "demo"], ["python", "-u", "-m", "hf_coar", "demo"], True),
+        (["/bin/hf-coar", "demo"], ["python", "/bin/hf-coar", "demo"], True),
+        (["hf-coar-script.pyw"], [], True),
+        (["-m", "hf_coar"], ["python", "-m", "pytest", "hf_coar"], False),
+        (["-c"], ["python", "-c", "import hf_coar"], False),
+        (["notebook.py", "hf-coar"], ["python", "notebook.py", "hf-coar"], False),
+        ([""], ["python"], False),
+    ],
+)
+def test_only_the_command_ends_quietly(argv, whole, expected):
+    assert interrupts.is_command(argv, whole) == expected
 
 
 def test_python_dash_m():

@@ -11,7 +11,7 @@ from torch import nn
 
 import hf_coar as coar
 from hf_coar import masking
-from hf_coar.errors import CoarError, ModelMismatchError
+from hf_coar.errors import CoarError, ModelError, ModelMismatchError
 
 GRANULARITIES = ("unit", "input", "module")
 HOW = ("hooks", "weights")
@@ -526,6 +526,19 @@ def test_rows_that_do_not_fit_the_batch_are_an_error(mlp, n_rows):
     before = state_of(mlp.model)
     with pytest.raises(CoarError, match=f"{n_rows} rows.* 4"):
         ablated(mlp, components, kept, "hooks")
+    assert same_state(mlp.model, before)
+
+
+@pytest.mark.parametrize("inputs", [torch.randn(4, 9), torch.randint(0, 5, (4, 6)), {"inputs": torch.randn(4, 6)}])
+def test_a_batch_that_the_model_does_not_take_is_no_matter_of_masks(mlp, inputs):
+    components = coar.find_components(mlp.model)
+    kept = torch.ones(4, 18, dtype=torch.bool)
+    kept[:, 3] = False
+    before = state_of(mlp.model)
+    with pytest.raises(ModelError, match="does not run on the batch, whatever is ablated") as raised:
+        with coar.ablate(mlp.model, components, kept):
+            mlp.model(**inputs) if isinstance(inputs, dict) else mlp.model(inputs)
+    assert "one mask for all" not in str(raised.value) and "[4, " in str(raised.value)
     assert same_state(mlp.model, before)
 
 

@@ -87,6 +87,15 @@ def test_columns_that_are_called_as_the_classes_are_their_labels(folders, tmp_pa
     assert attributions.provenance.data["label"] == ["toxic", "severe_toxic", "insult"]
 
 
+def test_a_column_whose_name_has_a_comma_stands_in_quotes(folders, tmp_path, capsys):
+    rows = [{"text": text, "mood, of three": label} for text, label in (("bad film", 0), ("a good film", 2))]
+    command = ["attribute", folders / "named", table(tmp_path, rows), "--out", tmp_path / "run", "--dry-run", "--label"]
+    assert cli.main([str(word) for word in [*command, '"mood, of three"']]) == 0
+    capsys.readouterr()
+    assert cli.main([str(word) for word in [*command, "mood, of three"]]) == 2
+    assert """write --label '"mood, of three"'""" in capsys.readouterr().err
+
+
 def test_columns_of_labels_that_were_named_are_read_again(folders, tmp_path, caplog):
     path, out = written(tmp_path / "c.csv", COMMENTS), tmp_path / "run"
     command = ["attribute", folders / "unnamed", path, "--label", "insult, toxic,severe_toxic", "--rounds", "2"]

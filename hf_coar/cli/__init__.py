@@ -7,11 +7,12 @@ from hf_coar.cli import config, terminal
 from hf_coar.cli.flags import parser
 from hf_coar.errors import CoarError
 from hf_coar.runs import workers
-from hf_coar.storage import folders
+from hf_coar.storage import folders, interrupts
+from hf_coar.storage.interrupts import INTERRUPTED
 
 __all__ = ["INTERRUPTED", "USER_ERROR", "main", "parser"]
 
-USER_ERROR, INTERRUPTED = 2, 130
+USER_ERROR = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,8 +22,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0, 2 for an error that the user can put right, 130 for Ctrl-C.
     """
     verb, args = "hf-coar", None
-    terminal.log_to_screen()
     try:
+        interrupts.raise_again()
+        terminal.log_to_screen()
         words = sys.argv[1:] if arguments is None else list(arguments)
         config.run_imports(words)
         args = config.parse(parser(), words)

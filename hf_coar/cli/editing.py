@@ -1,6 +1,7 @@
 """The verb `edit`: edits of a model by task, and of attributions."""
 
 import argparse
+import csv
 import inspect
 import json
 import logging
@@ -158,9 +159,15 @@ def sources(args: argparse.Namespace) -> dict[str, Any]:
     given = {name: value for name, value in vars(args).items() if name in keywords}
     if given.get("columns"):
         given["columns"] = dict(map(_pair, given["columns"]))
-    if "," in (given.get("label") or ""):
-        given["label"] = [column.strip() for column in given["label"].split(",")]
+    if given.get("label"):
+        given["label"] = _columns(given["label"])
     return {name: value for name, value in given.items() if value is not None and value is not False}
+
+
+def _columns(word: str) -> str | list[str]:
+    """One column, or several between commas; a name that has a comma itself stands in double quotes."""
+    found = [column.strip() for column in next(csv.reader([word], skipinitialspace=True))]
+    return found[0] if len(found) == 1 else found
 
 
 def _pair(word: str) -> tuple[str, str]:

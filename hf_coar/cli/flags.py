@@ -295,7 +295,7 @@ def _data_flags(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--batch-size", type=int, help="examples a batch (default 32)")
     _switch(verb, "--streaming", "read the data while running")
     verb.add_argument("--max-length", type=int, help="tokens at which texts are cut (default 512)")
-    labels = "labels, or columns of several at once, toxic,insult"
+    labels = 'labels, or columns of several at once, toxic,insult ("a, b" in double quotes)'
     for role, what in (("text", "texts"), ("pair", "second texts"), ("image", "images"), ("label", labels)):
         verb.add_argument(
             f"--{role}", metavar="COLUMN", help=f"column of the {what}; by default by type and usual name"

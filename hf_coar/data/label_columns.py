@@ -38,7 +38,10 @@ def one_a_class(table: Table, head: Head, asked: str | Sequence[str] | None = No
         return tuple(present[key] for key in wanted) if set(wanted) <= set(present) else None
     absent = [name for name in asked if name not in table.features]
     if absent:
-        raise DataError(f"label={list(asked)}: {table.name!r} has no column {absent[0]!r}; it has {table.shown()}")
+        raise DataError(
+            f"label={list(asked)}: {table.name!r} has no column {absent[0]!r}; it has {table.shown()}"
+            f"{_taken_apart(asked, table)}"
+        )
     if len(set(asked)) < len(asked) or (head.n is not None and len(asked) != head.n):
         raise DataError(f"label={list(asked)}: {len(set(asked))} columns, and the model needs one for each of {head.n}"
                         f" classes{f' ({shortened(str(list(head.names)), 120)})' if head.names else ''}")  # fmt: skip
@@ -59,6 +62,13 @@ def one_a_class(table: Table, head: Head, asked: str | Sequence[str] | None = No
                         f"order they would be {said}; give them in the order of the classes")  # fmt: skip
     logger.warning("labels: columns and classes are called otherwise, and are taken in the order given: %s", said)
     return tuple(asked)
+
+
+def _taken_apart(asked: Sequence[str], table: Table) -> str:
+    """How to name a column whose name the command line has taken for several."""
+    pieces = [name.strip() for name in asked]
+    whole = [name for name in table.features if [piece.strip() for piece in name.split(",")] == pieces]
+    return f"; for the one column {whole[0]!r} write --label '\"{whole[0]}\"'" if whole else ""
 
 
 def _is_yes_or_no(feature: Any) -> bool:

@@ -23,7 +23,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from hf_coar import models
 from hf_coar.errors import CoarError, ModelError
 from hf_coar.masking.places import PLAIN, SHARED, UNKNOWN, Call, Layout, Layouts, Packed, Place
-from hf_coar.models import calling
+from hf_coar.models import calling, failing
 from hf_coar.models.ragged import Packing
 
 _PAIR, _TRIPLE = (0, 1), (0, 1, 0)
@@ -308,9 +308,10 @@ def probe(
         try:
             run(_PAIR, pair)
             run(_TRIPLE, triple)
-        except (RuntimeError, ValueError, IndexError) as error:
+        except failing.RAISED as error:
             if models.is_out_of_memory(error):
                 raise  # whoever runs it may try with fewer examples
+            _check_runs(model, lambda: forward(*args, **kwargs), {**dict(enumerate(args)), **kwargs})
             raise ModelError(
                 f"{type(model).__name__} does not run on two or three examples of the batch, so that gates cannot be "
                 f"told apart by example ({type(error).__name__}: {str(error)[:200]}); use one mask for all of them, "
@@ -319,6 +320,18 @@ def probe(
         found = Probe(_compare(pair, triple))
         found.inert = inert(found.layouts, lambda: run(_PAIR))
     return _remember(known, (key, spec, signature), found)
+
+
+def _check_runs(model: nn.Module, forward: Callable[[], Any], inputs: Mapping[Any, Any]) -> None:
+    """Raises `ModelError` where the model does not run on the whole batch either, which no mask can mend."""
+    try:
+        forward()
+    except failing.RAISED as error:
+        if models.is_out_of_memory(error):
+            raise
+        raise ModelError(
+            f"{type(model).__name__} does not run on the batch, whatever is ablated {failing.failure(error, inputs)}"
+        ) from error
 
 
 def _remember(known: OrderedDict[Any, Probe], key: Any, found: Probe) -> Probe:
