@@ -3,10 +3,11 @@
 import pytest
 import torch
 from tiny_texts import classifier
+from torch import nn
 
 import hf_coar as coar
 from hf_coar import data
-from hf_coar.errors import NonFiniteOutputError
+from hf_coar.errors import ModelError, NonFiniteOutputError
 from hf_coar.models import outputs, tasks
 from hf_coar.runs import preflight
 
@@ -23,6 +24,49 @@ def margins(examples) -> torch.Tensor:
 
 def pieces(examples):
     return [batch for chunk in data.Chunks(data.batches(examples)) for _, batch in chunk.read().pieces]
+
+
+def unpadded(pad_token_id=None):
+    """A tiny GPT-2 that classifies texts, and batches of sixteen."""
+    from transformers import GPT2Config, GPT2ForSequenceClassification
+
+    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "vocab_size": 30, "n_positions": 16, "num_labels": 2}
+    ends = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": pad_token_id}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = GPT2ForSequenceClassification(GPT2Config(**sizes, **ends)).eval()
+        ids = torch.randint(2, 30, (64, 6))
+    entries = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.arange(64) % 2}
+    return model, [{name: value[i : i + 16] for name, value in entries.items()} for i in range(0, 64, 16)]
+
+
+@pytest.mark.parametrize("what", ["attribute", "forget"])
+def test_a_classifier_that_knows_no_padding_says_how_to_name_it(what):
+    model, examples = unpadded()
+    with pytest.raises(ModelError, match=r"alone.*model\.config\.pad_token_id = tokenizer\.pad_token_id"):
+        if what == "attribute":
+            coar.attribute(model, examples, progress=False)
+        else:
+            coar.forget(model, examples, 1)
+    assert len(preflight.bound(model, [data.rows(examples[0], 0, 1)]).name)
+    assert preflight.bound(unpadded(1)[0], examples).name == "margin"
+
+
+class OfOne(nn.Module):
+    """Takes one example at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.layer(inputs.view(1, 3))
+
+
+def test_a_model_that_takes_one_example_at_a_time_says_so():
+    examples = [{"inputs": torch.randn(4, 3), "labels": torch.tensor([0, 1, 0, 1])}]
+    with pytest.raises(ModelError, match="give batches of one example"):
+        preflight.bound(OfOne(), examples)
 
 
 @pytest.mark.parametrize("given", [torch.Tensor.numpy, torch.Tensor.tolist, lambda one: tuple(one.tolist())])

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import re
 import textwrap
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from output_cases import GIVEN
 
-from hf_coar.errors import CoarError, DataError
+from hf_coar.errors import CoarError, DataError, ModelError
 from hf_coar.models import outputs
 
 # Which way the outputs of the package that are about a right answer move with its logit.
@@ -35,6 +36,23 @@ def language_case(dtype=torch.float32):
     attended[1, 3:] = 0
     attended[2, :2] = 0
     return logits, {"input_ids": tokens, "attention_mask": attended}
+
+
+@pytest.mark.parametrize("kind", ["detection.ssdlite320_mobilenet_v3_large", "segmentation.lraspp_mobilenet_v3_large"])
+def test_what_has_no_logits_gets_an_output_that_serves(kind):
+    """The example in the message, as it stands there, is one number an example."""
+    models = pytest.importorskip("torchvision").models
+    room, name = kind.split(".")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = getattr(getattr(models, room), name)(weights=None, weights_backbone=None, num_classes=3).eval()
+    batch = {"inputs": torch.rand(2, 3, 64, 64), "labels": torch.tensor([0, 1])}
+    with torch.no_grad(), pytest.raises(ModelError, match="which has no logits") as raised:
+        outputs.get("margin").of(model, batch)
+    code = re.search(r"output=(outputs\.Output\(.*takes='output'\));", str(raised.value))[1]
+    with torch.no_grad():
+        values = eval(code, {"outputs": outputs, "torch": torch}).of(model, batch)
+    assert values.shape == (2,) and bool(values.isfinite().all())
 
 
 def given(name, dtype=torch.float32):

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_coar.errors import CoarError, DataError
+from hf_coar.errors import CoarError, DataError, ModelError
 from hf_coar.models import calling
 from hf_coar.models.calling import Call
 from hf_coar.models.checked import once
@@ -83,7 +83,7 @@ class Output:
             found = (self.call or calling.call)(model, batch)
         calling.tell()
         if self.takes == "logits":
-            found = calling.logits_of(found, type(model).__name__)
+            found = _logits(found, type(model).__name__)
         return self(found, batch)
 
     def __call__(self, found: Any, batch: Batch) -> Tensor:
@@ -103,6 +103,34 @@ class Output:
                 f"it must return one number an example, shape ({n_examples},)"
             )
         return values.float()
+
+
+def _logits(found: Any, model: str) -> Tensor:
+    """The logits; where there are none, the error says of what an output could be made instead."""
+    try:
+        return calling.logits_of(found, model)
+    except ModelError as error:
+        raise ModelError(f"{error}. For example {_example(found)}" if _example(found) else str(error)) from error
+
+
+def _example(found: Any) -> str:
+    """An output of the first numbers in what a model returned, as code; empty where none are known by a name."""
+    alone = isinstance(found, list | tuple) and bool(found) and isinstance(found[0], Mapping)  # a mapping an example
+    fields = found[0] if alone else found
+    if not isinstance(fields, Mapping):
+        return ""
+    named = [name for name, value in fields.items() if isinstance(value, Tensor) and value.is_floating_point()]
+    name = min(named, key=lambda one: fields[one].dim(), default=None) if alone else next(iter(named), None)
+    if name is None:
+        return ""
+    if alone:
+        made = f"torch.stack([one[{name!r}].sum() for one in found])"
+    else:
+        made = f"found[{name!r}].flatten(1).mean(1)"
+    return (
+        f"output=outputs.Output({name!r}, 'of the model', lambda found, batch: {made}, takes='output'); what is "
+        f"returned has {', '.join(fields)}{' for each example' if alone else ''}"
+    )
 
 
 class _Same(weakref.ref):

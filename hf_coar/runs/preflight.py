@@ -139,8 +139,25 @@ def _tried(model: nn.Module, output: Output, batch: data_module.Batch) -> Tensor
             raise
         raise ModelError(
             f"{type(models.wrapped(model)).__name__} with output {output.name!r} does not run on the first examples "
-            f"{failing.failure(error, batch)}. {tasks.explain(model, output)}"
+            f"{failing.failure(error, batch)}. {_by_itself(model, output, batch) or tasks.explain(model, output)}"
         ) from error
+
+
+def _by_itself(model: nn.Module, output: Output, batch: data_module.Batch) -> str:
+    """What to do where examples run one by one and not beside each other; empty where not even one does."""
+    if data_module.size(batch) == 1:
+        return ""
+    try:
+        output.of(model, data_module.rows(batch, 0, 1))
+    except (CoarError, *failing.RAISED):
+        return ""
+    config = getattr(models.wrapped(model), "config", None)
+    if "input_ids" in batch and hasattr(config, "pad_token_id") and config.pad_token_id is None:
+        return (
+            "It runs on one of them alone: its config names no padding, by which it would tell where texts end. Set "
+            "model.config.pad_token_id = tokenizer.pad_token_id, or its eos_token_id where it has none"
+        )
+    return "It runs on one of them alone: give batches of one example (batch_size=1), or make it take several"
 
 
 def _noting(output: Output, logits: list[Tensor]) -> Output:

@@ -14,6 +14,7 @@ from hf_coar.estimators.gates import GateRounds
 from hf_coar.masking import MaskedModel
 from hf_coar.models import calling, tasks
 from hf_coar.models.outputs import Output
+from hf_coar.runs import preflight
 
 
 @dataclass(frozen=True)
@@ -78,10 +79,10 @@ class Looker:
         """By the task of the model, and a first look at a batch.
 
         Raises:
-            CoarError: no such output, or one that needs what the batch lacks.
+            CoarError: no such output, one that needs what the batch lacks, or a model that does not run on it.
         """
         device = models.device_of(model)
-        bound = tasks.bind(model, output, batch=batch)
+        bound = preflight.bound(model, [batch], output)
         few = data_module.to_device(data_module.rows(batch, 0, 1), device)
         with models.frozen(model), torch.no_grad():
             logits = _logits(bound.call(model, few), bound)

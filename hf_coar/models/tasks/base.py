@@ -267,5 +267,9 @@ def labels_of(batch: Batch, name: str = "labels") -> Tensor:
     found = batch.get(name)
     if not isinstance(found, Tensor):
         what = "none" if found is None else f"a {type(found).__name__}"
-        raise DataError(f"this output needs a tensor {name!r}, and the batch has {what}; it has {', '.join(batch)}")
+        raise DataError(
+            f"this output needs a tensor {name!r}, and the batch has {what}; it has {', '.join(batch)}. Give it, or an "
+            "output that needs none: a function of (logits, batch), or outputs.Output(name, unit, function, "
+            "takes='output') with one of (what the model returns, batch)"
+        )
     return found
