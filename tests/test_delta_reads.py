@@ -41,6 +41,13 @@ class NewGELU(nn.Module):
         return 0.5 * x * (1 + torch.tanh(0.8 * (x + 0.044715 * x.pow(3))))
 
 
+class Shift(nn.Module):
+    """Of a slope that is the same everywhere, so that torch may keep one number of it for all."""
+
+    def forward(self, x):
+        return x + 1
+
+
 class RootMeanSquare(nn.Module):
     """A normalisation in operations of its own, as most libraries write theirs."""
 
@@ -100,6 +107,7 @@ NETS = {
     "scaled before relu": lambda: Readout(nn.Linear(6, 5), lambda x: F.relu(x * 2.5 / 3), 5),
     "convolution, batch norm, relu": lambda: Readout(nn.Conv2d(2, 4, 3), nn.ReLU(), 4, batch_norm(4)),
     "linear": lambda: Readout(nn.Linear(6, 5), lambda x: x, 5),
+    "shift module": lambda: Readout(nn.Linear(6, 5), Shift(), 5),
     "every channel normalised, gelu": lambda: Readout(nn.Conv2d(2, 4, 3), nn.GELU(), 4, drawn(nn.GroupNorm(4, 4))),
     "instance norm scaled, relu": lambda: Readout(
         nn.Conv2d(2, 4, 3), lambda x: F.relu(x * 0.5 + 0.1), 4, drawn(nn.InstanceNorm2d(4, affine=True))
@@ -150,6 +158,8 @@ def test_reads_are_the_exact_differences(name):
     assert torch.allclose(reads, exact, atol=1e-9)
     if name == "linear":
         assert torch.equal(reads, derivatives)
+    elif name == "shift module":
+        assert torch.allclose(reads, derivatives)
     else:
         assert not torch.allclose(derivatives, exact, atol=1e-3)
 
