@@ -87,6 +87,19 @@ def test_columns_that_are_called_as_the_classes_are_their_labels(folders, tmp_pa
     assert attributions.provenance.data["label"] == ["toxic", "severe_toxic", "insult"]
 
 
+def test_one_cause_is_warned_of_once_a_command(folders, tmp_path, capsys):
+    """Attributing and every fraction of the evaluation meet the same gap; the next command says it again."""
+    rows = [{"text": text, "label": 1} for text in ("bad film", None, "a good film", "very bad")]
+    path = table(tmp_path, rows)
+    for out in ("one", "two"):
+        command = [folders / "named", path, "--rounds", "2", "--ablated-fraction", "0.05", "--out", tmp_path / out]
+        assert cli.main([str(word) for word in command]) == 0
+        lines = capsys.readouterr().err.splitlines()
+        for words in ("example 1 cannot be read", "1 of 4 examples were left out"):
+            assert len([line for line in lines if words in line]) == 1
+        assert len(lines) == len(set(lines)) > 4
+
+
 def test_a_column_whose_name_has_a_comma_stands_in_quotes(folders, tmp_path, capsys):
     rows = [{"text": text, "mood, of three": label} for text, label in (("bad film", 0), ("a good film", 2))]
     command = ["attribute", folders / "named", table(tmp_path, rows), "--out", tmp_path / "run", "--dry-run", "--label"]

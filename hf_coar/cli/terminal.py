@@ -40,18 +40,29 @@ def write(text: str, stream: TextIO) -> None:
 
 
 class _BesideProgressBars(logging.Handler):
-    """Writes above the progress bars instead of through them."""
+    """Writes above the progress bars instead of through them; a warning that several steps have, once a command."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.warned: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
 
         text = for_terminal(self.format(record))
+        if record.levelno > logging.INFO:
+            if text in self.warned:
+                return
+            self.warned.add(text)
         tqdm.write(text if record.levelno > logging.INFO else faint(text, sys.stderr), file=sys.stderr)
 
 
 def log_to_screen() -> None:
-    """What the package has to say goes to standard error, once however often this is called."""
+    """What the package has to say goes to standard error, once however often this is called; a command begins."""
     logger = logging.getLogger("hf_coar")
     if not logger.handlers:
         logger.addHandler(_BesideProgressBars())
         logger.setLevel(logging.INFO)
+    for handler in logger.handlers:
+        if isinstance(handler, _BesideProgressBars):
+            handler.warned.clear()

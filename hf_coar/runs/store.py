@@ -187,8 +187,9 @@ class Store:
             return
         self._told = set(self._skipped)
         logger.warning(
-            "%d of %d examples were left out because they cannot be read: %s; delete %s to try them again",
-            len(self._told), n_examples, sorted(self._told)[:8], self.folder / "skipped",
+            "%d of %d examples were left out because they cannot be read: %s; delete what is called 'skipped' in the "
+            "run's folder, and in those of its evaluation, to try them again",  # the same words for all of them
+            len(self._told), n_examples, sorted(self._told)[:8],
         )  # fmt: skip
 
     # ------------------------------------------------------------------------------------------------ how many, of what
