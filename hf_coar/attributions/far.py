@@ -43,7 +43,7 @@ class Far:
         return cls(indices, effects, reach, product / square if square > _TINY else 1.0)
 
     def mixed(self, drops: Tensor, weights: Tensor, gone: Tensor, fraction: float) -> Tensor:
-        """Drops of sets, nearer to those far away the more of all weights a set takes.
+        """Drops of sets, nearer to those far away the more of all weights a set takes, and the more these are trusted.
 
         Args:
             drops: float32 [sets, examples], as the weights have them.
@@ -54,10 +54,14 @@ class Far:
         Returns:
             float32 [sets, examples].
         """
-        share = self.trust * ((self.beside(weights, gone) - fraction) / (self.reach - fraction)).clamp(0, 1)
+        return drops + self.trust * self.leaning(drops, weights, gone, fraction)
+
+    def leaning(self, drops: Tensor, weights: Tensor, gone: Tensor, fraction: float) -> Tensor:
+        """What full trust adds to drops, float32 [sets, examples]; arguments as for `mixed`."""
+        share = ((self.beside(weights, gone) - fraction) / (self.reach - fraction)).clamp(0, 1)
         excess = self.effects - self.ratio * weights[:, self.indices]
         far = self.ratio * (gone @ weights.T) + gone[:, self.indices] @ excess.T
-        return drops + share * (far - drops)
+        return share * (far - drops)
 
     @staticmethod
     def beside(weights: Tensor, gone: Tensor) -> Tensor:

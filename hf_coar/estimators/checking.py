@@ -175,16 +175,20 @@ def _calibrated(
     """The forecast with what the sets of every example, or of many of them, say of it."""
     count, fraction = len(measured), sets.fraction
     rows = range(0, len(examples), math.ceil(len(examples) / _MOST_CALIBRATING))
-    tried = _trusting(forecast)
+    tried, near = _trusting(forecast), replace(forecast, far=None)
     shares, norms, *drops = (torch.zeros(count, len(rows)) for _ in range(2 + len(tried)))
     for column, row in enumerate(rows):
         weights, errors = estimates.row(row)
         kept = torch.stack([sets.kept(weights, examples[row], number) for number in range(count)]).float()
         weights, errors = weights[None], None if errors is None else errors[None]
-        for found, one in zip(drops, tried, strict=True):
-            found[:, column] = one.at([row]).drops(weights, kept, fraction)[:, 0]
+        here = near.at([row])
+        found, leaning = here.drops(weights, kept, fraction), None
+        if forecast.far is not None:  # once for all trusts
+            leaning = forecast.far.at([row]).leaning(found, weights, 1 - kept, fraction)
+        for of_one, one in zip(drops, tried, strict=True):
+            of_one[:, column] = (found if leaning is None else found + one.far.trust * leaning)[:, 0]
         shares[:, column] = Forecast.shares(kept, fraction)[:, 0]
-        norms[:, column] = forecast.at([row]).norms(weights, errors, kept)[:, 0]
+        norms[:, column] = here.norms(weights, errors, kept)[:, 0]
     known = torch.tensor([sets.is_typical(number) for number in range(count)])[:, None].expand_as(shares)
     fallen = (forecast.unablated - measured)[:, list(rows)]
     learnt = [Calibration.learnt(found, shares, norms, fallen, known) for found in drops]
