@@ -5,9 +5,10 @@ counter is the index, so that seeds never overlap (as `seed + index` would) and 
 Only raw 64-bit words are taken from NumPy: those are fixed by the algorithm, whatever NumPy's version.
 """
 
+import threading
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -32,8 +33,24 @@ def words(seed: int, purpose: int, index: int, sub_index: int, count: int) -> np
     # The lowest counter word moves with every block drawn; the upper ones say which stream this is.
     # Lists of such large integers would pass through floats.
     key, counter = (np.array(values, dtype=np.uint64) for values in ((seed, purpose), (0, 0, sub_index, index)))
-    generator = np.random.Philox(key=key, counter=counter)
-    return generator.random_raw((count + 1) // 2).view(np.uint32)[:count]
+    return _SOURCE.at(key, counter).random_raw((count + 1) // 2).view(np.uint32)[:count]
+
+
+class _Source(threading.local):
+    """A generator a thread, put to where it is wanted: to make one takes longer than to draw a small mask."""
+
+    def __init__(self) -> None:
+        self._generator = np.random.Philox(0)
+        self._state: dict[str, Any] = dict(self._generator.state)  # with nothing drawn
+
+    def at(self, key: np.ndarray, counter: np.ndarray) -> np.random.Philox:
+        """What `np.random.Philox(key=key, counter=counter)` is."""
+        self._state["state"] = {"key": key, "counter": counter}
+        self._generator.state = self._state
+        return self._generator
+
+
+_SOURCE = _Source()
 
 
 class MaskSequence(Protocol):
