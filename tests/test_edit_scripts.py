@@ -204,9 +204,19 @@ def test_speeches_are_divided_by_speech_and_eras_hold_as_many_words(args, tmp_pa
     assert torch.equal(marked[:, 1] - marked[:, 1].min(), kinds) and torch.equal(marked[:, 2:], test[:, 2:])
 
 
+def knows_class(model, args, label):
+    world = edit_worlds.WORLDS[args.world]
+    raw, labels = world.raw(args, "test")
+    with torch.no_grad():
+        return bool((model(**world.prepared(raw[labels == label])).logits.argmax(1) == label).float().mean() > 0.5)
+
+
 def test_an_edit_of_another_world_says_so(args, tmp_path):
     args.speeches, args.world, args.stand_ins = speeches(tmp_path / "sotu"), "speeches", False
-    name, model, edit = next(edit_rivals.edits(args, "forget", 1))
+    # Of a network that is trained for so short a time: a class that it knows.
+    edits = (one for seed in range(4) for one in edit_rivals.edits(args, "forget", seed))
+    knows = ((name, model, edit) for name, model, edit in edits if knows_class(model, args, int(name.split()[-1])))
+    name, model, edit = next(knows)
     found, _ = edit_rivals._made(edit, method="logit_bias")
     assert type(model).__name__ == "BertForSequenceClassification" and found["target"]["after"] < 0.1
     edit_rivals._write(args, "forget", 1, [{"edit": name, "n_components": 0, "seconds": 1, "methods": {"a": found}}])
