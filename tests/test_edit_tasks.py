@@ -138,6 +138,7 @@ def test_the_fewest_components_are_found_wherever_the_search_begins(start):
     assert len(asked) < 20 and max(asked) <= 200
     assert fixing.fewest(lambda k: False, start, 1000) == 200
     assert fixing.fewest(lambda k: True, start, 1000) == 1
+    assert fixing.fewest(lambda k: k >= 3, start, 4) == 3 and fixing.fewest(lambda k: False, start, 4) == 4
 
 
 def test_a_constant_hides_and_does_not_remove(net, forgotten):

@@ -293,16 +293,21 @@ def test_quantised_layers_are_gated_and_never_cut(packing, granularity, x):
             action()
 
 
-def test_a_parametrization_of_an_unknown_kind_is_gated_and_never_cut(x):
-    model = Sequence(orthogonal(nn.Linear(WIDTH, WIDTH))).double()
-    components = coar.find_components(model)
-    assert components.groups[0].by_weights == "never"
+def check_first_is_gated(model, components, x):
+    """Without its first neuron a layer gives what it does with that row of the weight it makes at zero."""
     kept = torch.tensor([False, True, True, True])
     with torch.no_grad():
         weight = model.layer.weight.clone()
         weight[0] = 0
         expected = torch.tanh(nn.functional.linear(x, weight, model.layer.bias)).flatten(1).cumsum(1)
-    assert torch.allclose(ablated(model, components, kept, x), expected, rtol=0, atol=1e-12)
+        assert torch.allclose(ablated(model, components, kept, x), expected, rtol=0, atol=1e-12)
+
+
+def test_a_parametrization_of_an_unknown_kind_is_gated_and_never_cut(x):
+    model = Sequence(orthogonal(nn.Linear(WIDTH, WIDTH))).double()
+    components = coar.find_components(model)
+    assert components.groups[0].by_weights == "never"
+    check_first_is_gated(model, components, x)
 
 
 class Scaled(nn.Linear):
@@ -329,12 +334,7 @@ def test_a_weight_that_is_made_anew_before_every_pass_is_gated_and_never_cut(x, 
     model = Sequence(MADE_ANEW[kind]()).double().eval()
     model(x)  # as hooks leave behind what they made
     components = coar.find_components(model)
-    kept = torch.tensor([False, True, True, True])
-    with torch.no_grad():
-        weight = model.layer.weight.clone()
-        weight[0] = 0
-        expected = torch.tanh(nn.functional.linear(x, weight, model.layer.bias)).flatten(1).cumsum(1)
-        assert torch.allclose(ablated(model, components, kept, x), expected, rtol=0, atol=1e-12)
+    check_first_is_gated(model, components, x)
     found = coar.attribute(model, [{"x": x}], components, output=lambda logits, batch: logits.sum(1), progress=False)
     with pytest.raises(CoarError, match="derived from others"):
         coar.edit(model, found, increase=[0], n_components=1)

@@ -132,9 +132,8 @@ def covariance(sides: Sides) -> Tensor:
     return orders[0] if len(orders) == 1 else min(orders, key=lambda order: _drift_at_goal(sides, order))
 
 
-# Little noise takes many components that gain little, which never got an example of a text classifier right; much
-# takes few that cost a ViT's other images. On 20 wrong examples of four networks the forecast chose as well as the best
-# of these did on each, or better.
+# Little noise takes many components that gain little, which got few examples of a text classifier right; much takes few
+# that cost a ViT's other images. What the forecast chooses among them is what scripts/edit_rivals.py fix tabulates.
 _NOISES = (0.02, 0.1, 0.5, 2.0)
 
 

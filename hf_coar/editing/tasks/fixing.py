@@ -22,6 +22,7 @@ from hf_coar.editing.tasks.walking import Point, Verdict, margin
 from hf_coar.errors import CoarError
 from hf_coar.models import calling
 
+SMALL = 60  # components that may go of any network, all of one that has no more
 SURE = 0.01  # above the boundary, in the unit of the output, from which an example counts as fixed
 NEIGHBOURS = 10  # wrong examples nearest to those fixed, among those to judge on
 
@@ -157,9 +158,10 @@ def fewest(enough: Callable[[int], bool], start: int, n_all: int) -> int:
     Args:
         enough: of a number of components; mostly no for few and yes for many.
         start: the expected one.
-        n_all: components in all; a fifth of them is returned where no number up to there is enough.
+        n_all: components in all; a fifth of them, or `SMALL` where that is less, is returned where no number up to
+            there is enough.
     """
-    most = max(1, int(LARGEST_FRACTION * n_all))
+    most = max(int(LARGEST_FRACTION * n_all), min(SMALL, n_all))
     low, high = 0, min(max(1, start), most)
     while not enough(high):
         if high == most:
