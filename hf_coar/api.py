@@ -2,7 +2,8 @@
 
 import logging
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from hf_coar.models import outputs
 from hf_coar.models.calling import Call
 from hf_coar.models.outputs import Output
 from hf_coar.plots import page
-from hf_coar.runs import engine, preflight, sampling, tracking, workers
+from hf_coar.runs import engine, heap, preflight, sampling, tracking, workers
 from hf_coar.runs.problem import Problem
 from hf_coar.runs.store import Store
 from hf_coar.storage import folders
@@ -354,9 +355,11 @@ def evaluate(
     return report
 
 
-def _running(**given: Any) -> Any:
+@contextmanager
+def _running(**given: Any) -> Iterator[engine.Running]:
     """What a call says of speed, where it says anything, is as if it stood in a `running` block of its own."""
-    return engine.running(**{name: value for name, value in given.items() if value is not None})
+    with heap.kept(), engine.running(**{name: value for name, value in given.items() if value is not None}) as options:
+        yield options
 
 
 def _provenance(problem: Problem, data: Any, method: Estimator) -> Provenance:
