@@ -45,6 +45,11 @@ def handles(model: nn.Module, components: Components) -> list[Tensor]:
     return found
 
 
+def is_across(group: Group, weight: Tensor) -> bool:
+    """Whether what a component has of a plain matrix, whose outputs they are, does not lie in one piece of memory."""
+    return weight.dim() == 2 and group.site == "output" and weight.stride(group.axis) < weight.stride(1 - group.axis)
+
+
 @dataclass
 class Edit:
     """A change of some slices of one weight that can be undone.

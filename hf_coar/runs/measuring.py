@@ -1,6 +1,8 @@
 """Measuring: the model's outputs under masks, which the regression fits and the evaluation judges by."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -33,11 +35,13 @@ class MaskedPasses:
         self.masked, self.output, self.masks = masked, output, masks
         self.together = current().masks_together
         self._passes = CapturedPasses(self._run, masked.model, MASKED, output.identity)
+        self._by_hooks: bool | None = None  # not known before the first pass of a batch
 
     def compute(self, batch: data_module.Batch, first: int, part: Part) -> dict[str, Tensor]:
         """Outputs float32 [examples, masks of the part]."""
         found = []
         self._passes.begin_batch(part.stop - part.start)
+        self._by_hooks = None
         with torch.no_grad():
             for kept in self.masks.rows(part.start, part.stop).split(self.together):
                 found.append(self._one(batch, kept[0])[None] if len(kept) == 1 else self._several(batch, kept))
@@ -53,8 +57,36 @@ class MaskedPasses:
 
     def _one(self, batch: data_module.Batch, kept: Tensor) -> Tensor:
         in_weights = self.masked.is_in_weights(kept)
+        if in_weights and self._by_hooks is None:
+            with self._watched(batch), self.masked.ablated(kept):
+                return self._passes(batch)[0]
+        if in_weights and self._by_hooks:
+            try:
+                with self.masked.ablated(kept, how="hooks"):
+                    return self._run(batch)[0]
+            except CoarError as error:  # a module that does not run as one, say
+                logger.debug("masks go by weights: %s", error)
+                self._by_hooks = False
         with self.masked.ablated(kept):
             return (self._passes if in_weights else self._run)(batch)[0]  # weights change in place: graphs read them
+
+    @contextmanager
+    def _watched(self, batch: data_module.Batch) -> Iterator[None]:
+        """A pass of the batch, which tells whether others are sooner done by hooks, with the same bits."""
+        across, seen = self.masked.across, []
+        own_code = current().compile in (False, "auto") and data_module.device_of(batch).type == "cpu"
+        if across is None or not own_code:
+            self._by_hooks = False
+            yield
+            return
+        name, width = across
+        module = self.masked.model.get_submodule(name)
+        note = module.register_forward_pre_hook(lambda _, given: seen.append(given[0].numel() // given[0].shape[-1]))
+        try:
+            yield
+        finally:
+            note.remove()
+        self._by_hooks = bool(seen) and max(seen) <= width
 
     def _several(self, batch: data_module.Batch, kept: Tensor) -> Tensor:
         """Outputs [masks, examples] of one forward pass over a copy of the batch for every mask."""
