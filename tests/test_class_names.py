@@ -23,7 +23,10 @@ def test_names_and_labels():
     with pytest.raises(coar.CoarError, match="no class is called 'four'; there are one, two, Three_B, 7"):
         labels.label_of(RECORD, "four")
     with pytest.raises(coar.CoarError, match=r"there are 'good, nice', bad$"):
-        labels.label_of({"data": {"label_names": ["good, nice", "bad"]}}, "good")
+        labels.label_of({"data": {"label_names": ["good, nice", "bad"]}}, "well")
+    assert labels.label_of({"data": {"label_names": ["good, nice", "bad", "good, kind"]}}, "Nice") == 0
+    with pytest.raises(coar.CoarError, match=r"the classes \[0, 2\] are all called 'good'"):
+        labels.label_of({"data": {"label_names": ["good, nice", "bad", "good, kind"]}}, "good")
     with pytest.raises(coar.CoarError, match="give a number"):
         labels.label_of({}, "four")
     with pytest.raises(coar.CoarError, match=r"the classes \[0, 1\] are all called 'a'"):

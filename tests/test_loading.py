@@ -5,6 +5,7 @@ import logging
 import pytest
 import tiny_texts
 import torch
+from PIL import Image
 from tiny_texts import classifier, saved, written
 
 import hf_coar as coar
@@ -228,6 +229,96 @@ def test_classes_of_another_number_are_doubted(folders, tmp_path, caplog):
     more = declared(tmp_path / "more.parquet", [0, 3], ["a", "b", "c", "d"])
     with pytest.raises(DataError, match="3 is none of its classes 0 to 2"):
         coar.load(folders / "judge", more)
+
+
+def imagenet(n=1000):
+    """A thin network with ImageNet's classes, as timm names them."""
+    import timm
+
+    model = timm.create_model("mobilenetv2_035", num_classes=n)
+    model.pretrained_cfg = {**model.pretrained_cfg, "tag": "ra_in1k"}
+    return model.eval()
+
+
+@pytest.fixture
+def pictured(tmp_path):
+    """Writes a folder of images with a folder for each class."""
+
+    def write(*names):
+        for place, name in enumerate(names):
+            (tmp_path / "images" / name).mkdir(parents=True)
+            Image.new("RGB", (32, 32), (40 * place, 99, 9)).save(tmp_path / "images" / name / "one.png")
+        return tmp_path / "images"
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["Egyptian cat", "espresso"], [285, 967]),
+        (["bobsled", "oil rig", "motor_scooter"], None),
+        (["bobsled", "motor_scooter", "offshore rig"], [450, 670, 540]),
+        (["n02124075", "n07920052"], [285, 967]),
+        (["285", "967"], [285, 967]),
+        (["10", "9"], [10, 9]),
+    ],
+)
+def test_folders_of_some_of_the_classes_of_imagenet(pictured, names, expected):
+    """By their names, by one of several names, by the numbers of WordNet, or by their own numbers."""
+    folder, model = pictured(*names), imagenet()
+    if expected is None:
+        with pytest.raises(DataError, match=r"'oil rig' is none of its classes.*'bobsled'"):
+            coar.load(model, folder)
+        return
+    _, data = coar.load(model, folder)
+    assert batch_of(data)["labels"].tolist() == expected
+    assert data.description["label_names"][285] == "Egyptian cat"
+
+
+def test_a_word_for_two_classes_is_none(pictured):
+    with pytest.raises(DataError, match=r"'crane' is the name of several of its classes \(134, 517\)"):
+        coar.load(imagenet(), pictured("crane", "espresso"))
+
+
+def test_all_classes_of_imagenet_have_the_numbers_that_they_have(tmp_path, caplog):
+    """Two of them have one name."""
+    import datasets
+
+    names = list(models.class_names(imagenet()))
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=1000)})
+    features["label"].names = names
+    rows = {"image": [Image.new("RGB", (8, 8))] * 3, "label": [517, 134, 999]}
+    _, data = coar.load(imagenet(), datasets.Dataset.from_dict(rows, features=features))
+    assert batch_of(data)["labels"].tolist() == [517, 134, 999] and not warned(caplog)
+
+
+def test_a_word_for_two_classes_is_none_as_an_entry(folders, tmp_path):
+    model = classifier(["good, nice", "bad, nice"])
+    saved(tmp_path / "model", model)
+    path = written(tmp_path / "d.csv", "text,label\na dull film,bad\na fine film,good\n")
+    _, data = coar.load(tmp_path / "model", path)
+    assert batch_of(data)["labels"].tolist() == [1, 0]
+    path = written(tmp_path / "e.csv", "text,label\na dull film,bad\na fine film,nice\n")
+    with pytest.raises(DataError, match=r"'nice' is the name of several of its classes \(0, 1\)"):
+        coar.load(tmp_path / "model", path)
+
+
+def test_numbers_that_contradict_names_are_refused(folders, tmp_path):
+    """As many classes as the model has, one of which is called as another one of the model's."""
+    path = declared(tmp_path / "d.parquet", [0, 1, 2], ["entailment", "unsure", "contradiction"])
+    with pytest.raises(DataError, match=r"'unsure' is none of its classes.*'entailment'"):
+        coar.load(folders / "judge", path)
+    path = declared(tmp_path / "e.parquet", [0, 1, 2], ["contradiction", "unsure", "entailment"])
+    _, data = coar.load(folders / "judge", path)
+    assert batch_of(data)["labels"].tolist() == [0, 1, 2]
+
+
+def test_folders_whose_names_are_other_numbers_are_doubted(pictured, caplog):
+    """Folders are sorted as texts: "10" is the third of twelve."""
+    _, data = coar.load(imagenet(12), pictured(*map(str, range(12))))
+    assert batch_of(data)["labels"].tolist() == list(range(12))
+    assert any("'10' as class 2" in message for message in warned(caplog))
 
 
 # --------------------------------------------------------------------------------------------------- draws

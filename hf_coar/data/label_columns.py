@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from hf_coar.data.columns import Table
-from hf_coar.data.labels import name_key
 from hf_coar.errors import DataError
 from hf_coar.models.classes import CLASSES, SEVERAL, Head
+from hf_coar.storage.labels import name_key
 from hf_coar.storage.texts import shortened
 
 logger = logging.getLogger(__name__)

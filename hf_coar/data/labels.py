@@ -13,7 +13,8 @@ from torch import Tensor
 
 from hf_coar.data.columns import Role, Table, is_label, several
 from hf_coar.errors import DataError
-from hf_coar.models.classes import CLASSES, NUMBER, SEVERAL, Head
+from hf_coar.models.classes import CLASSES, NUMBER, SEVERAL, Head, wordnet_numbers
+from hf_coar.storage.labels import name_key, places
 from hf_coar.storage.texts import shortened
 
 logger = logging.getLogger(__name__)
@@ -309,21 +310,51 @@ def _index(n: int | None, place: Callable[[Any], int | None] = lambda value: int
     return convert
 
 
-def name_key(name: str) -> str:
-    """A class name without case, and with one sort of gap."""
-    return re.sub(r"[\s_-]+", " ", str(name)).strip().casefold()
+def _meant_by(names: tuple[str, ...] | None) -> Mapping[str, tuple[int, ...]]:
+    """Which of the head's classes a word means, see `places`."""
+    return places(names, wordnet_numbers(names)) if names else {}
+
+
+def _strange(word: str, meant: Mapping[str, tuple[int, ...]]) -> str:
+    """Why a word is no name of one class; empty where it is."""
+    found = meant.get(name_key(word), ())
+    if len(found) > 1:
+        return f"{word!r} is the name of several of its classes ({', '.join(map(str, found))}); give their numbers"
+    return "" if found else f"{word!r} is none of its classes"
 
 
 def _of_classes(feature: Any, head: Head) -> _Reading:
     """A ClassLabel: by the names where the model's are the same ones, else by the number if there are as many."""
     names = tuple(str(name) for name in feature.names or ())
-    ours, theirs = [name_key(name) for name in names], [name_key(name) for name in head.names or ()]
-    if names and set(ours) <= set(theirs) and len(set(theirs)) == len(theirs):
-        places = [theirs.index(key) for key in ours]
-        if places == list(range(len(places))):
-            return _Reading(_index(head.n), names if len(names) == len(theirs) else head.names, True)
+    meant = _meant_by(head.names)
+    named = [_one(meant.get(name_key(name), ()), place) for place, name in enumerate(names)]
+    if names and None not in named and len(set(named)) == len(names):
+        if named == list(range(len(named))):
+            return _Reading(_index(head.n), names if len(names) == len(head.names) else head.names, True)
         note = f"the data set's classes {shortened(str(list(names)))} were matched to the model's by their names"
-        return _Reading(_index(head.n, _at(places)), head.names, True, note)
+        return _Reading(_index(head.n, _at(named)), head.names, True, note)
+    elsewhere = [name for place, name in enumerate(names) if named[place] not in (None, place)]
+    if elsewhere and None in named:
+        strange = _strange(names[named.index(None)], meant)
+        raise _NotUnderstood(
+            f"{strange}, and {elsewhere[0]!r} is another one than its number says; call the data set's classes as the "
+            "model calls its own"
+        )
+    return _by_number(names, head)
+
+
+def _one(found: Sequence[int], number: int) -> int | None:
+    """The one class that a name means, or of several the one whose number it has; None where neither is to be had."""
+    return number if number in found else found[0] if len(found) == 1 else None
+
+
+def _by_number(names: tuple[str, ...], head: Head) -> _Reading:
+    """A ClassLabel whose names are not the model's: the numbers that they are, or the numbers that they have."""
+    spoken = [int(name) if re.fullmatch(r"\d{1,9}", name) else None for name in names]
+    numbers = names and None not in spoken and len(set(spoken)) == len(spoken)
+    if numbers and head.n is not None and max(spoken) < head.n and len(names) < head.n:
+        note = f"the data set's classes {shortened(str(list(names)))} are the numbers of the model's"
+        return _Reading(_index(head.n, _at(spoken)), head.names, True, note)
     if head.n is not None and len(names) != head.n:
         first = f", {names[0]!r} as {head.names[0]!r}" if head.names and names else ""
         doubt = (
@@ -332,25 +363,33 @@ def _of_classes(feature: Any, head: Head) -> _Reading:
             "classes as the model calls its own"
         )
         return _Reading(_index(head.n), head.names or names, doubt=doubt)
+    if numbers and spoken != list(range(len(spoken))):
+        place = next(place for place, number in enumerate(spoken) if number != place)
+        doubt = (
+            f"the data set's classes are called by numbers that are not their own: they are taken by their own, "
+            f"{names[place]!r} as class {place} (folders are sorted as texts). If the model counts them as they are "
+            "called, give a column of numbers, or fill the names with zeros (02)"
+        )
+        return _Reading(_index(head.n), names or head.names, doubt=doubt)
     return _Reading(_index(head.n), names or head.names)
 
 
-def _at(places: Sequence[int]) -> Callable[[Any], int | None]:
-    """A place in a list; a negative number (no label) stays what it is."""
-    return lambda value: int(value) if value < 0 else places[value] if value < len(places) else None
+def _at(classes: Sequence[int]) -> Callable[[Any], int | None]:
+    """The class at a place of a list; a negative number (no label) stays what it is."""
+    return lambda value: int(value) if value < 0 else classes[value] if value < len(classes) else None
 
 
 def _of_strings(values: Sequence[str], head: Head) -> _Reading:
     """Class names, or numbers that were written as texts."""
-    places = {name_key(name): place for place, name in enumerate(head.names or ())}
-    if places and all(name_key(value) in places for value in set(values)):
-        return _Reading(_index(head.n, lambda value: places.get(name_key(value))), head.names, True)
+    meant = _meant_by(head.names)
+    strange = [why for value in dict.fromkeys(values) if (why := _strange(value, meant))]
+    if not strange:
+        return _Reading(_index(head.n, lambda value: meant.get(name_key(value), (None,))[0]), head.names, True)
     if all(re.fullmatch(r"\s*[+-]?\d+(\.0*)?\s*", value) for value in set(values)):
         reading = _of_numbers([float(value) for value in values], head)
         return _Reading(lambda value: reading.convert(float(value)), reading.names, reading.by_name, reading.note)
     if head.names:
-        strange = next(value for value in values if name_key(value) not in places)
-        raise _NotUnderstood(f"{strange!r} is none of its classes")
+        raise _NotUnderstood(strange[0])
     raise _NotUnderstood(
         "the model does not say what its classes are called (config.id2label, or label_names of a timm model), so "
         "which one is which cannot be told; name them there, or give numbers"

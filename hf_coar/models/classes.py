@@ -12,6 +12,7 @@ from hf_coar.models.libraries import library, wrapped
 
 CLASSES, NUMBER, SEVERAL = "classes", "a number", "several labels at once"
 
+_FEWEST_OF_IMAGENET = 1000  # its smallest set of classes; fewer are not worth importing timm for
 _GENERIC = re.compile(r"LABEL_\d+")  # what transformers calls a class that nobody has named
 
 
@@ -86,6 +87,16 @@ def _of_imagenet(n: int) -> tuple[str, ...] | None:
 
     subset = infer_imagenet_subset({"num_classes": n})
     return None if subset is None else tuple(ImageNetInfo(subset).label_descriptions())
+
+
+@functools.cache
+def wordnet_numbers(names: tuple[str, ...]) -> tuple[str, ...]:
+    """The numbers of ImageNet's classes in WordNet ("n01440764"), where these are their names; else nothing."""
+    if len(names) < _FEWEST_OF_IMAGENET or _of_imagenet(len(names)) != names:
+        return ()
+    from timm.data import ImageNetInfo, infer_imagenet_subset
+
+    return tuple(ImageNetInfo(infer_imagenet_subset({"num_classes": len(names)})).label_names())
 
 
 def _of_config(id2label: Any) -> tuple[str, ...] | None:

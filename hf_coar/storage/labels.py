@@ -51,12 +51,12 @@ def label_of(record: Any, name: int | str) -> int:
     if isinstance(name, int):
         return int(name)
     names = label_names(record)
-    for same in (lambda one: one == name, lambda one: _key(one) == _key(name)):
-        found = [label for label, one in enumerate(names) if same(one)]
-        if len(found) == 1:
-            return found[0]
-        if found:
-            raise CoarError(f"the classes {found} are all called {names[found[0]]!r}; give the number of one")
+    exact = [label for label, one in enumerate(names) if one == name]
+    found = exact or list(places(names).get(name_key(name), ()))
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise CoarError(f"the classes {found} are all called {name!r}; give the number of one")
     if re.fullmatch(r"\d{1,9}", name):
         return int(name)
     known = (
@@ -67,8 +67,29 @@ def label_of(record: Any, name: int | str) -> int:
     raise CoarError(f"no class is called {name!r}; there are {known}")
 
 
-def _key(name: str) -> str:
-    return re.sub(r"[\s_-]+", " ", name).strip().casefold()
+def name_key(name: str) -> str:
+    """A class name without case, and with one sort of gap."""
+    return re.sub(r"[\s_-]+", " ", str(name)).strip().casefold()
+
+
+def places(names: Sequence[str], further: Sequence[str] = ()) -> dict[str, tuple[int, ...]]:
+    """Which classes a word means, by `name_key`: several where nothing tells which.
+
+    A whole name comes first, then one of several between commas, as ImageNet has them ("bobsled, bobsleigh, bob"), then
+    a further name.
+
+    Args:
+        names: of the classes, in order.
+        further: names that they have besides, likewise.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    for of_class in ([[name] for name in names], [name.split(",") for name in names], [[name] for name in further]):
+        meant: dict[str, tuple[int, ...]] = {}
+        for place, words in enumerate(of_class):
+            for word in {name_key(word) for word in words} - {""}:
+                meant[word] = (*meant.get(word, ()), place)
+        found = meant | found
+    return found
 
 
 def listed(names: Sequence[str], most: int = 8) -> str:
