@@ -14,12 +14,24 @@ from torch import nn
 import hf_coar as coar
 from hf_coar import editing, models
 from hf_coar.editing.tasks import figures as fig
-from hf_coar.editing.tasks import fixing, held, lifting, matching, probing, refitting, relearning, walking
+from hf_coar.editing.tasks import (
+    fixing,
+    held,
+    lifting,
+    looking,
+    matching,
+    probing,
+    refitting,
+    relearning,
+    setting,
+    walking,
+)
 from hf_coar.editing.tasks.forgetting import Forgetting
 from hf_coar.editing.tasks.looking import Looker, Seen
 from hf_coar.editing.tasks.setting import Setting
 from hf_coar.editing.tasks.steering import Steering
 from hf_coar.errors import CoarError, UnsatisfiedError
+from hf_coar.runs.memory import peak_bytes
 
 N_CLASSES, WIDTH = 5, 12
 OF_FORGETTING = {"target", "others", "worst_other", "probe", "recovery", "relearned"}
@@ -110,6 +122,23 @@ def test_what_judges_chooses_nothing(net, forgotten):
     other = coar.forget(model, batches(inputs, labels), 3, others_within=0.05, components=components, rivals=None)
     assert other.components == forgotten.components and other.figures.rivals == {}
     assert other.figures["others"].before != forgotten.figures["others"].before
+
+
+def test_as_many_examples_in_a_pass_as_memory_takes(net, monkeypatch):
+    """Batches are put together, unless what a pass keeps is large; what the user has chosen is never too much."""
+    model, data, components = net
+    assert Setting.of(model, data, components).batch == 128
+    of, sizes = Setting.of(model, data, components), []
+    one = peak_bytes(lambda: looking.weights(of.masked, of.looker.output, of.held.at([0]), 0.05))
+    monkeypatch.setattr(setting, "MOST_BYTES", 100 * one)
+    of = Setting.of(model, data, components)
+    hook = model.register_forward_hook(lambda module, args, found: sizes.append(len(found)))
+    of.see(model, torch.arange(300))
+    hook.remove()
+    assert of.batch == max(sizes) == 64
+    monkeypatch.setattr(setting, "MOST_BYTES", 1)
+    assert Setting.of(model, data, components).batch == 50
+    assert Setting.of(model, batches(*blobs(), size=200), components).batch == 128
 
 
 def test_the_three_parts_have_nothing_in_common():

@@ -142,7 +142,7 @@ class Aim(ABC):
     def inputs(self) -> list[data_module.Batch]:
         """The examples that are attributed, on the model's device."""
         device = models.device_of(self.of.model)
-        return [data_module.to_device(batch, device) for batch in self.of.held.at(self.parts.attribute, 128)]
+        return [data_module.to_device(batch, device) for batch in self.of.held.at(self.parts.attribute, self.of.batch)]
 
     def outputs(self, model: nn.Module) -> Tensor:
         """The logits of these, float32 [examples, classes], differentiable."""

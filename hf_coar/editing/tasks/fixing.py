@@ -17,7 +17,7 @@ from hf_coar.editing.tasks.aims import ABLATION, Aim, Weigh, carried_out
 from hf_coar.editing.tasks.figures import Figure
 from hf_coar.editing.tasks.held import check_limits, checked, divided
 from hf_coar.editing.tasks.judged import Judged
-from hf_coar.editing.tasks.setting import BATCH, EditResult, Setting
+from hf_coar.editing.tasks.setting import EditResult, Setting
 from hf_coar.editing.tasks.walking import Point, Verdict, margin
 from hf_coar.errors import CoarError
 from hf_coar.models import calling
@@ -65,7 +65,7 @@ class Fixing(Aim):
     def sides(self, weigh: Weigh, model: nn.Module) -> Sides:
         """The examples against others."""
         rows = torch.cat([self.parts.attribute, self.targets])
-        batches, targets = self.of.held.at(rows, BATCH), torch.isin(rows.sort().values, self.targets)
+        batches, targets = self.of.held.at(rows, self.of.batch), torch.isin(rows.sort().values, self.targets)
         of_all = weigh(self.of.looker.output, batches)
         values = self.of.looker.look(model, batches).values.double()
         sets = [(1, one[None]) for one in of_all[targets]]

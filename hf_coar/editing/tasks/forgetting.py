@@ -19,7 +19,7 @@ from hf_coar.editing.tasks.heads import HeadAim, check_refit
 from hf_coar.editing.tasks.held import check_limits, divided
 from hf_coar.editing.tasks.judged import Judged
 from hf_coar.editing.tasks.looking import Seen
-from hf_coar.editing.tasks.setting import BATCH, EditResult, Setting
+from hf_coar.editing.tasks.setting import EditResult, Setting
 from hf_coar.editing.tasks.walking import WALK, Point, Verdict, margin
 from hf_coar.models.outputs import Output
 
@@ -117,7 +117,7 @@ class Forgetting(HeadAim):
     def sides(self, weigh: Weigh, model: nn.Module) -> Sides:
         """The class against all others."""
         rows, own = self.parts.attribute, self.own(self.parts.attribute)
-        batches = self.of.held.at(rows, BATCH)
+        batches = self.of.held.at(rows, self.of.batch)
         seen = self.of.looker.look(model, batches)
         margins = weigh(self.of.looker.output, batches)
         sets = [margins[own]]

@@ -20,7 +20,7 @@ from hf_coar.editing.tasks.heads import HeadAim, check_refit
 from hf_coar.editing.tasks.held import LEAST, Held, check_limits, divided
 from hf_coar.editing.tasks.judged import Judged
 from hf_coar.editing.tasks.looking import Seen
-from hf_coar.editing.tasks.setting import BATCH, EditResult, Setting
+from hf_coar.editing.tasks.setting import EditResult, Setting
 from hf_coar.editing.tasks.walking import Point, Verdict, margin
 from hf_coar.errors import CoarError
 from hf_coar.models.outputs import Output
@@ -122,7 +122,7 @@ class Lifting(HeadAim):
 
     def sides(self, weigh: Weigh, model: nn.Module) -> Sides:
         """Every failing group against all others."""
-        batches, groups = self.of.held.at(self.parts.attribute, BATCH), self.groups[self.parts.attribute]
+        batches, groups = self.of.held.at(self.parts.attribute, self.of.batch), self.groups[self.parts.attribute]
         output = self.of.looker.output
         found = weigh(replace(SOFTENED, call=output.call) if self.smooth else output, batches)
         values = self.of.looker.look(model, batches).values.double()

@@ -18,7 +18,7 @@ from hf_coar.editing.tasks.figures import Figure
 from hf_coar.editing.tasks.held import Held, Parts, check_limits
 from hf_coar.editing.tasks.judged import Judged, by_class
 from hf_coar.editing.tasks.looking import Seen
-from hf_coar.editing.tasks.setting import BATCH, EditResult, Setting
+from hf_coar.editing.tasks.setting import EditResult, Setting
 from hf_coar.editing.tasks.walking import Point, Verdict
 from hf_coar.errors import CoarError
 from hf_coar.models import calling
@@ -93,7 +93,7 @@ class Matching(Aim):
     @cached_property
     def sides_judged(self) -> tuple[Sequence[data_module.Batch], Sequence[data_module.Batch]]:
         """The pairs to judge on, clean and triggered, in batches."""
-        clean, triggered = (one.at(self.parts.judge, BATCH) for one in self.shown_on)
+        clean, triggered = (one.at(self.parts.judge, self.of.batch) for one in self.shown_on)
         return clean, triggered
 
     @cached_property
@@ -245,7 +245,7 @@ def match(
             f"{len(edited)} pairs to edit by and {len(rest)} to judge on; {LEAST_EDITED} and {LEAST_JUDGED} are needed "
             "at least: give more pairs, or others to judge on with judge=(clean, triggered)"
         )
-    pairs = _with_copies(*(one.at(edited, BATCH) for one in (of.held, other)))
+    pairs = _with_copies(*(one.at(edited, of.batch) for one in (of.held, other)))
     none = torch.empty(0, dtype=torch.long)
     parts = Parts(edited.sort().values, none, rest.sort().values)
     return carried_out(Matching(of, parts, pairs, judged, clean_within), method, rivals)

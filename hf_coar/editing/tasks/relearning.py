@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hf_coar import data as data_module
 from hf_coar import models
 from hf_coar.editing.tasks import descending
-from hf_coar.editing.tasks.setting import BATCH, Setting
+from hf_coar.editing.tasks.setting import Setting
 from hf_coar.models import calling
 
 EACH = 10  # examples of every class
@@ -74,7 +74,7 @@ def _relearned_at(
     """
     tuned = models.copy_with_record(model)
     device, n_right = models.device_of(tuned), 0
-    batches = [data_module.to_device(batch, device) for batch in of.held.at(rows, BATCH)]
+    batches = [data_module.to_device(batch, device) for batch in of.held.at(rows, of.batch)]
 
     def shifted(logits: Tensor) -> Tensor:
         return logits + bias.to(logits) * F.one_hot(torch.tensor(label, device=logits.device), logits.shape[1])

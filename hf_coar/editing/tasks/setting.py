@@ -16,15 +16,18 @@ from hf_coar.editing import edited as edited_model
 from hf_coar.editing.tasks.figures import Figures
 from hf_coar.editing.tasks.held import Held, Parts
 from hf_coar.editing.tasks.judged import Judged
-from hf_coar.editing.tasks.looking import Looker, Seen
+from hf_coar.editing.tasks.looking import Looker, Seen, weights
 from hf_coar.errors import CoarError
 from hf_coar.estimators import choosing
 from hf_coar.masking import MaskedModel, constants, fingerprint_of
 from hf_coar.models import tasks
+from hf_coar.runs.memory import peak_bytes
 from hf_coar.storage.registry import Bound, Registry
 
 LOOKED_AT = 16  # examples, to find the fraction at which components are read
-BATCH = 128  # examples in one pass, where the data set has smaller batches of one shape
+FRACTION = 0.05  # ablated, to see what a pass takes: all fractions take the same
+MOST_BATCH = 128  # examples in one pass, where the data set has smaller batches of one shape
+MOST_BYTES = 2**31  # that a gate pass may take with them; 128 images of 224 × 224 at once took MobileNetV2 16 GB
 PLOTS: Registry[Callable] = Registry("picture of an edit")  # functions of results; the room `plots` registers them
 
 
@@ -67,9 +70,27 @@ class Setting:
         with models.frozen(self.model):
             return choosing.shares_left(self.masked, self.looker.output, batch, seed=0)[-1][0]
 
+    @cached_property
+    def batch(self) -> int:
+        """Examples in one pass: as in the data set, or more where memory allows, as that is quicker."""
+        count = max(map(data_module.size, self.held.batches))
+        if count >= MOST_BATCH:
+            return MOST_BATCH
+        largest = max((data_module.rows(batch, 0, 1) for batch in self.held.batches), key=_numbers)
+        device = models.device_of(self.model)
+        try:
+            one = peak_bytes(
+                lambda: weights(self.masked, self.looker.output, [data_module.to_device(largest, device)], FRACTION)
+            )
+        except CoarError:  # such as of gates that no gradient reaches; said where they are needed, not by every rival
+            return count
+        fitting = max(1, MOST_BYTES // max(1, one))
+        # A power of two, as the peak differs by some bytes from time to time, and other batches round otherwise.
+        return min(MOST_BATCH, max(count, 1 << fitting.bit_length() - 1))
+
     def see(self, model: nn.Module, rows: Tensor) -> Seen:
         """What a model makes of some examples, int64 [any], in ascending order."""
-        return self.looker.look(model, self.held.at(rows, BATCH))
+        return self.looker.look(model, self.held.at(rows, self.batch))
 
     def right(self, seen: Seen) -> Tensor:
         """Which of the examples the model gets right, bool [examples]."""
@@ -88,6 +109,11 @@ class Setting:
                 "right; coar.steer edits for any output"
             )
         return self.looker.output.boundary
+
+
+def _numbers(batch: data_module.Batch) -> int:
+    """How many numbers a batch consists of."""
+    return sum(value.numel() for value in batch.values() if isinstance(value, Tensor))
 
 
 def check_base(model: nn.Module) -> None:

@@ -15,7 +15,7 @@ from hf_coar.editing.tasks.figures import Figure, Figures
 from hf_coar.editing.tasks.held import Held, Parts, check_enough, check_limits, divided, indices_of
 from hf_coar.editing.tasks.judged import Judged, by_class
 from hf_coar.editing.tasks.looking import Looker
-from hf_coar.editing.tasks.setting import BATCH, EditResult, Setting
+from hf_coar.editing.tasks.setting import EditResult, Setting
 from hf_coar.editing.tasks.walking import WALK, Point, Verdict, margin
 from hf_coar.errors import CoarError
 from hf_coar.masking import MaskedModel
@@ -60,7 +60,7 @@ class Steering(Aim):
     def sides(self, weigh: Weigh, model: nn.Module) -> Sides:
         """Those to move against the rest."""
         output, signs = self.of.looker.output, self.signs[self.parts.attribute]
-        batches = self.of.held.at(self.parts.attribute, BATCH)
+        batches = self.of.held.at(self.parts.attribute, self.of.batch)
         found = weigh(output, batches)
         values = self.of.looker.look(model, batches).values.double()
         sets = [(sign, found[signs == sign]) for sign in (1, -1) if bool((signs == sign).any())]
