@@ -155,6 +155,11 @@ WRONG = {
     "an answer of two": ("masked_lm", [{"text": "a [MASK]", "answer": "dull film"}], {}, "no single token"),
     "no target": ("seq2seq", [{"text": "a film", "extra": "it"}], {}, "known as the target"),
     "a role of another task": ("tokens", [{"tokens": ["a"], "tags": [0]}], {"columns": {"prompt": "tokens"}}, "prompt"),
+    "a conversation": (
+        "causal_lm", [{"messages": [{"role": "user", "content": "is it"}]}], {},
+        r"no column of text or answers; it has 'messages'.*apply_chat_template\(messages, tokenize=False\)",
+    ),
+    "numbers for texts": ("causal_lm", [{"text": 1}], {}, "'text' .1. is not a text: make every entry a string"),
     "an answer that is its foil": ("causal_lm", [{"prompt": "a", "answer": "it", "foil": "it"}], {}, "another foil"),
 }  # fmt: skip
 
@@ -165,6 +170,12 @@ def test_columns_that_do_not_serve_are_told(what, tmp_path):
     with pytest.raises(DataError, match=words):
         _, data = loaded(tmp_path, name, rows, **more)
         next(iter(data))
+
+
+def test_a_prompt_and_its_completion_are_a_prompt_and_an_answer(tmp_path):
+    _, data = loaded(tmp_path, "causal_lm", [{"prompt": "a very", "completion": "dull film"}])
+    _, same = loaded(tmp_path, "causal_lm", [{"prompt": "a very", "answer": "dull film"}])
+    assert next(iter(data))["labels"].tolist() == next(iter(same))["labels"].tolist() == [[-100, -100, 5, 6]]
 
 
 def test_an_encoder_reads_one_text_where_there_is_no_second(tmp_path):

@@ -1,6 +1,7 @@
 """Data sets as people have them: a column a class, lists in a table of text, gaps, tables of other libraries."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from tiny_texts import written
 
 import hf_coar as coar
 from hf_coar import cli
-from hf_coar.data import images
+from hf_coar.data import images, sources
 from hf_coar.errors import DataError
 
 PATHS = {"method": coar.PathGradient(rounds=2), "ablated_fraction": 0.05, "progress": False}
@@ -186,6 +187,45 @@ def test_tables_of_any_library_are_read(folders, kind):
     batch = batch_of(data)
     assert batch["labels"].tolist() == [0, 1]
     assert batch["input_ids"].tolist() == [[2, 4, 5, 6, 3, 0], [2, 4, 8, 7, 6, 3]]
+
+
+@pytest.mark.parametrize(
+    ("split", "texts"),
+    [
+        ("train[1:3]", ["b", "c"]),
+        ("train[:50%]", ["a", "b"]),
+        ("test+train[-1:]", ["e", "d"]),
+    ],
+)
+def test_parts_of_splits_that_are_objects_are_cut_as_those_of_files(tmp_path, split, texts):
+    import datasets
+
+    parts = datasets.DatasetDict({"train": datasets.Dataset.from_list([{"text": letter} for letter in "abcd"]),
+                                  "test": datasets.Dataset.from_list([{"text": "e"}])})  # fmt: skip
+    assert sources.given(parts, split)["text"] == texts
+    parts.save_to_disk(tmp_path / "parts")
+    assert sources.read(str(tmp_path / "parts"), split, None, False)["text"] == texts
+
+
+def test_parts_that_are_not_there_are_told(tmp_path):
+    import datasets
+
+    parts = datasets.DatasetDict({"train": datasets.Dataset.from_list([{"text": letter} for letter in "abcd"])})
+    for split in ("dev[:2]", "train[x]", "dev"):
+        with pytest.raises(DataError, match=re.escape(f"have the splits ['train'], and split={split!r}")):
+            sources.given(parts, split)
+
+
+def test_columns_of_arrays_are_a_table(folders):
+    rows = {"text": np.array([row["text"] for row in ROWS]), "label": np.array([row["label"] for row in ROWS])}
+    _, data = coar.load(folders / "named", rows)
+    assert batch_of(data)["labels"].tolist() == [0, 1]
+
+
+def test_a_table_whose_first_line_is_an_example_is_doubted(folders, tmp_path, caplog):
+    path = written(tmp_path / "d.csv", "a dull film,dull\na fine film,fine\nit is dull,dull\n")
+    coar.load(folders / "named", path)
+    assert any("'dull', the name of the column of labels, is a class itself" in one.message for one in caplog.records)
 
 
 @pytest.mark.parametrize(

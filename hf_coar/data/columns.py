@@ -62,6 +62,17 @@ class Table:
             f": {role.become}" if role.become else ""
         )
 
+    def conversations(self) -> str:
+        """What to say of columns of messages with their roles; "" where there are none."""
+        found = [name for name, feature in self.features.items() if _are_messages(feature)]
+        if not found:
+            return ""
+        return (
+            f". {found[0]!r} holds conversations: make a column of texts of them, "
+            f"tokenizer.apply_chat_template({found[0]}, tokenize=False), or of prompts (up to the answer, with "
+            "add_generation_prompt=True) and answers"
+        )
+
     def shown(self, columns: Iterable[str] | None = None) -> str:
         """Columns with an example of each: `'id' ('doc0'), 'review' ('A dull film …')`."""
         columns = list(self.features if columns is None else columns)
@@ -169,6 +180,12 @@ def is_texts(feature: Any) -> bool:
     """Whether a column holds lists of strings."""
     inner = getattr(feature, "feature", None)
     return inner is not None and is_text(inner)
+
+
+def _are_messages(feature: Any) -> bool:
+    """Whether a column holds conversations, as chat templates take them: lists of mappings with a role and a text."""
+    parts = getattr(feature, "feature", None)
+    return isinstance(parts, Mapping) and any(names <= set(parts) for names in ({"role", "content"}, {"from", "value"}))
 
 
 def is_image(feature: Any) -> bool:

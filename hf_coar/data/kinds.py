@@ -131,9 +131,12 @@ def of(model: nn.Module, table: Table, given: Columns) -> Kind:
     if not any(kind.roles for kind in possible):
         raise _no_entries(model, table)
     surest = max(sure[kind.name] for kind in possible if kind.roles)
-    surest_kinds = [kind for kind in possible if sure[kind.name] == surest and kind.roles]
-    named = [kind.name for kind in surest_kinds]
+    # Where those that are surest need not be it, whatever else the model reads is as good.
+    surest = min(surest, *(2 if kind.instead else surest for kind in possible if sure[kind.name] == surest))
+    surest_kinds = [kind for kind in possible if sure[kind.name] >= surest and kind.roles]
+    named = sorted((kind.name for kind in surest_kinds), key=lambda name: sure[name])
     misnamed = next(filter(None, (table.misnamed(role) for kind in surest_kinds for role in kind.roles)), "")
+    misnamed = misnamed or table.conversations()
     raise DataError(
         f"{table.name!r} has no column of {' or '.join(named)}; it has {table.shown() or 'none at all'}{misnamed}. "
         "Or build batches of tensors yourself and pass a list or a DataLoader"

@@ -192,6 +192,11 @@ def understood(name: str | Sequence[str], table: Table, head: Head, values: Sequ
             f"the labels in {name!r} of {table.name!r} look like {_few(values)}, and the model needs {_wanted(head)}: "
             f"{error}; {table.name!r} has {table.shown()}"
         ) from error
+    if single and kind == CLASSES and not _strange(name, _meant_by(head.names)):
+        logger.warning(
+            "labels: %r, the name of the column of labels, is a class itself: if the table begins with its first "
+            "example, give it a line with the names of the columns", name,
+        )  # fmt: skip
     if reading.note or reading.doubt:
         logger.log(logging.WARNING if reading.doubt else logging.INFO, "labels: %s", reading.doubt or reading.note)
 

@@ -66,7 +66,7 @@ def _entries(found: Any, prefix: str = "") -> Batch:
 # -------------------------------------------------------------------------------------------- answers against foils
 
 PROMPT = Role("prompt", is_text, ("prompt",), "a text that goes on", named=True)
-ANSWER = Role("answer", is_text, ("answer", "obj_label"), "what follows the prompt", named=True)
+ANSWER = Role("answer", is_text, ("answer", "completion", "obj_label"), "what follows the prompt", named=True)
 FOIL = Role("foil", is_text, ("foil", "distractor", "wrong_answer"), "what is not to follow it", named=True)
 
 

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from hf_coar.data import nested, written
@@ -51,7 +52,7 @@ def _as_dataset(data: Any) -> Any:
             return Dataset(data)
         if isinstance(data, list | tuple) and data and all(isinstance(row, dict) for row in data):
             return Dataset.from_list(list(data))
-        if isinstance(data, dict) and data and all(isinstance(column, list | tuple) for column in data.values()):
+        if isinstance(data, dict) and data and all(isinstance(one, list | tuple | np.ndarray) for one in data.values()):
             return Dataset.from_dict(data)
     except (ValueError, TypeError, OverflowError) as error:  # pyarrow's errors are among them
         raise DataError(f"the {type(data).__name__} given cannot be read as a table: {_reason(error)}") from error
@@ -71,12 +72,40 @@ def given(data: Any, split: str | None) -> Any:
     if isinstance(data, dict):
         if split is None and len(data) == 1:
             return _plain(next(iter(data.values())))
-        if split not in data:
-            raise DataError(f"the data have the splits {sorted(data)}, and split={split!r}; choose one of them")
-        return _plain(data[split])
+        return _plain(_part(data, split))
     if split is not None:
         raise DataError(f"split={split!r} of a {type(data).__name__}, which has no splits; give that part of it")
     return _plain(data)
+
+
+def _part(splits: Mapping[str, Any], split: str | None) -> Any:
+    """A split, or parts of some, in the words of `datasets`: `train[:100]`, `train[:50%]+test`.
+
+    Raises:
+        DataError: there is no such part.
+    """
+    from datasets import ReadInstruction, concatenate_datasets
+
+    if split in splits:
+        return splits[split]
+    why = ""
+    if split is not None and not any(is_stream(one) for one in splits.values()):
+        try:
+            wanted = ReadInstruction.from_spec(split).to_absolute({name: len(one) for name, one in splits.items()})
+            parts = [splits[one.splitname].select(range(*_ends(one, splits))) for one in wanted]
+            return parts[0] if len(parts) == 1 else concatenate_datasets(parts)
+        except ValueError as error:
+            why = f" ({_reason(error)})"
+    raise DataError(
+        f"the data have the splits {sorted(splits)}, and split={split!r}{why}; choose one of them, or a part such as "
+        f"'{min(splits)}[:100]'"
+    )
+
+
+def _ends(instruction: Any, splits: Mapping[str, Any]) -> tuple[int, int]:
+    """Where a part begins and ends."""
+    stop = len(splits[instruction.splitname]) if instruction.to is None else instruction.to
+    return instruction.from_ or 0, stop
 
 
 def _plain(dataset: Any) -> Any:
@@ -103,7 +132,8 @@ def read(name: str, split: str | None, revision: str | None, streaming: bool) ->
     try:
         if path.is_dir() and any((path / file).exists() for file in _SAVED):
             dataset = datasets.load_from_disk(name)
-            dataset = dataset[split] if split else dataset
+            splits = dataset if isinstance(dataset, dict) else {str(dataset.split or "train"): dataset}
+            dataset = _part(splits, split) if split else dataset
         elif path.is_file():
             options = {"data_files": name, "streaming": streaming}
             options |= {} if (between := _separator(path)) is None else {"sep": between}
