@@ -144,6 +144,17 @@ def test_a_look_decides_in_between(demo_pair, monkeypatch, noise, name):
     monkeypatch.setattr(choosing, "_NOISE", noise)
     method, reason = choosing.best_method(problem(*demo_pair, 0.04, "margin"))
     assert method.name == name and "reliability of 0." in reason
+    assert getattr(method, "pairs_among", 16) == 16 and ("among the 16 strongest" in reason) == (
+        name != "path_gradient"
+    )
+
+
+@pytest.mark.parametrize(("more", "among"), [(0, 0), (1, 2), (5, 3), (10_000, 16)])
+def test_a_budget_affords_as_many_pairs_as_are_left(demo_pair, monkeypatch, more, among):
+    monkeypatch.setattr(choosing, "_NOISE", 1.0)
+    posed = problem(*demo_pair, 0.04, "margin")
+    method, reason = choosing.best_method(posed, budget=len(posed.components) + 21 + more)
+    assert method.pairs_among == among and ("pairs" in reason) == (among > 0)
 
 
 def test_a_budget_has_to_afford_one_by_one(few):
