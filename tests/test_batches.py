@@ -119,6 +119,28 @@ def test_padding_that_nothing_masks_is_told(caplog, left_out, told):
     assert ("2 of the first 3 examples begin or end in the padding token 0" in caplog.text) == told
 
 
+@pytest.mark.parametrize("side", ["left", "right", "left with positions"])
+def test_padding_that_moves_positions_is_told(caplog, side):
+    """As a batch for `generate` has it; the forward of GPT-2 counts padding as positions."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    ends = {"bos_token_id": 0, "eos_token_id": 0}
+    model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=20, n_positions=16, **ends)).eval()
+    with torch.no_grad():
+        for table in (model.transformer.wpe, model.transformer.wte):
+            table.weight.mul_(50)
+    ids, mask = torch.arange(16).view(2, 8), torch.ones(2, 8, dtype=torch.long)
+    mask[1, 5:] = 0
+    if side != "right":
+        ids, mask = ids.flip(1), mask.flip(1)
+    batch = {"input_ids": ids, "attention_mask": mask}
+    if side == "left with positions":
+        batch["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    preflight.bound(model, [batch])
+    assert ("without its padding" in caplog.text) == (side == "left")
+
+
 PAIRS = torch.tensor([[2, 4, 6, 3, 5, 9, 3, 0], [2, 7, 6, 3, 5, 9, 8, 3]])
 
 

@@ -88,6 +88,17 @@ def test_the_second_text_goes_to_the_tokenizer_as_a_pair(folders, tmp_path):
     assert tiny_texts.tokenizer().decode(batch_of(data)["input_ids"][0]).startswith("[CLS] it is dull [SEP] a dull")
 
 
+def test_a_second_text_is_not_passed_over(folders, tmp_path):
+    """The names that tokenizers and trainers of sentence encoders give them."""
+    rows = "a dull film,it is fine,neg\na fine film,it is dull,pos\n"
+    for names in ("text,text_pair", "anchor,positive"):
+        _, data = coar.load(folders / "named", written(tmp_path / "d.csv", f"{names},label\n{rows}"))
+        assert batch_of(data)["token_type_ids"][0].tolist() == [0, 0, 0, 0, 0, 1, 1, 1, 1]
+    path = written(tmp_path / "e.csv", "anchor,positive,negative,label\na film,it,is,neg\na,it,dull,pos\n")
+    with pytest.raises(DataError, match="several columns that could be the text"):
+        coar.load(folders / "named", path)
+
+
 def warned(caplog):
     return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
 

@@ -25,6 +25,7 @@ PAIRS = (
     ("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"), ("question", "sentence"),
     ("text1", "text2"), ("text_a", "text_b"), ("sentence_a", "sentence_b"), ("sentence_1", "sentence_2"),
     ("query", "passage"), ("query", "document"), ("query", "text"), ("question", "passage"), ("question", "answer"),
+    ("text", "text_pair"), ("anchor", "positive"), ("anchor", "negative"),
 )  # fmt: skip
 
 _UNKNOWN = 0.5  # of the tokens: what no tokenizer of the language comes near, and one without a vocabulary exceeds

@@ -103,7 +103,10 @@ def bound(
     if call is None:
         hints.tell_of_inputs(model, first.batch(_MOST))
     try:
-        return first.tried(model, lambda batch: _bound(model, batch, output, call), 2)
+        found = first.tried(model, lambda batch: _bound(model, batch, output, call), 2)
+        if call is None:
+            _tell_padding(model, found, first.batch(_MOST))
+        return found
     except (RuntimeError, MemoryError) as error:
         if not models.is_out_of_memory(error):
             raise
@@ -200,6 +203,37 @@ def _check_alone(model: nn.Module, output: Output, batch: data_module.Batch, tog
         f"{float(alone[place]):.4g} alone, so that it is not its own; give batches of one example, or an output that "
         "looks at every example by itself"
     )
+
+
+def _tell_padding(model: nn.Module, output: Output, batch: data_module.Batch) -> None:
+    """Warns where the output of a text depends on its padding, as where positions are counted from there."""
+    mask = batch.get("attention_mask")
+    masks = [name for name in batch if name.endswith("attention_mask")]
+    if masks != ["attention_mask"] or "input_ids" not in batch or mask.dim() != 2:
+        return
+    row = int((attended := mask.bool()).sum(1).argmin())
+    if bool(attended[row].all()) or not bool(attended[row].any()):
+        return
+    padded = data_module.rows(batch, row, row + 1)
+    bare = {name: _without(value, attended[row]) for name, value in padded.items()}
+    try:
+        with torch.no_grad():
+            values = [float(output.of(model, one)[0]) for one in (padded, bare)]
+    except (CoarError, *failing.RAISED):  # what is wrong with an example is said where it is attributed
+        return
+    if abs(values[0] - values[1]) > _SAME * max(1.0, abs(values[1])):
+        logger.warning(
+            "output %r of example %d is %.3g with its padding and %.3g without its padding: where that is on the left, "
+            "give position_ids that leave it out, (attention_mask.cumsum(1) - 1).clamp(min=0), or pad on the right; or "
+            "give batches of examples of one length",
+            output.name, row, *values,
+        )  # fmt: skip
+
+
+def _without(value: Any, attended: Tensor) -> Any:
+    """An entry of one example without the places of padding, where it has as many as the mask."""
+    along = isinstance(value, Tensor) and value.dim() > 1 and value.shape[1] == len(attended)
+    return value[:, attended.to(value.device)] if along else value
 
 
 class _NotingBatch(dict):
