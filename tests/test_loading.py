@@ -517,6 +517,15 @@ def test_texts_are_cut_at_the_models_positions(folders, tmp_path):
     coar.attribute(model, data, coar.find_components(model, "module"), progress=False)
 
 
+@pytest.mark.parametrize(("max_length", "told"), [(5, True), (6, False)])
+def test_texts_that_are_cut_are_told(folders, tmp_path, caplog, max_length, told):
+    path = written(tmp_path / "d.csv", "text,label\na very fine film,pos\ndull,neg\n")
+    _, data = coar.load(folders / "named", path, max_length=max_length)
+    assert batch_of(data)["input_ids"].shape[1] == max_length
+    words = "1 of the first 2 texts have more than 5 tokens and are cut there"
+    assert any(words in message for message in warned(caplog)) == told
+
+
 def test_positions_are_counted_as_each_family_stores_them():
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 34}

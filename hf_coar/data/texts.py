@@ -128,6 +128,8 @@ def _build(reading: Reading) -> Preparation:
 def check_tokenizer(tokenizer: Any, reading: Reading, role: str = "text") -> None:
     """Raises `DataError` where a tokenizer knows few of the first texts' tokens, or gives some that the model lacks.
 
+    Texts that are longer than what is read of them are told.
+
     transformers makes an empty tokenizer for a folder that holds none: every token is unknown then, or none is left.
     """
     texts = [example.get(reading.columns[role]) for example in reading.first]
@@ -135,7 +137,8 @@ def check_tokenizer(tokenizer: Any, reading: Reading, role: str = "text") -> Non
     texts = [text for text in texts if isinstance(text, str) and text.strip()]
     if not texts:
         return
-    ids = [token for found in tokenizer(texts, truncation=True, max_length=512)["input_ids"] for token in found]
+    found = tokenizer(texts, truncation=True, max_length=reading.max_length)
+    ids = [token for tokens in found["input_ids"] for token in tokens]
     special = set(tokenizer.all_special_ids)
     known, unknown = sum(token not in special for token in ids), ids.count(tokenizer.unk_token_id)
     if unknown > _UNKNOWN * (known + unknown) or not known:
@@ -150,6 +153,12 @@ def check_tokenizer(tokenizer: Any, reading: Reading, role: str = "text") -> Non
             f"the tokenizer gives token {max(ids)}, and the model knows tokens 0 to {n_tokens - 1}: it belongs to "
             "another model; give preprocessor=…, a Hub id or folder that holds the right one"
         )
+    cut = sum(bool(one.overflowing) for one in found.encodings or ())  # slow tokenizers do not say it
+    if cut:
+        logger.warning(
+            "%d of the first %d texts have more than %d tokens and are cut there; max_length=… (--max-length) reads "
+            "more, as far as the model has positions", cut, len(texts), reading.max_length,
+        )  # fmt: skip
 
 
 KINDS.add("text", Kind("text", (TEXT, PAIR), reads_texts, _choose, _build))
