@@ -103,7 +103,7 @@ def edits(args: argparse.Namespace, kind: str, seed: int) -> Iterator[tuple[str,
 def removed(model: nn.Module, data: Any, label: int, method: str, rivals: None) -> Any:
     """`coar.forget` with something else attributed, `method` being one of `CONTRASTS`."""
     of = Setting.of(model, data, None)
-    parts = divided(of.held.labels, of.held.labels == label, 0, f"label {label}")
+    parts = divided(of.held.firsts, of.held.labels, of.held.labels == label, 0, f"label {label}")
     aim = Forgetting(of, parts, label, 0.015, 0.1, CONTRASTS[method], refit="head")
     return carried_out(aim, OURS, rivals)
 

@@ -90,9 +90,14 @@ def right(model, data, rows):
         return model(whole["inputs"]).argmax(1) == whole["labels"]
 
 
+def divided(labels, *given, **options):
+    """Where no example is a copy of another."""
+    return held.divided(torch.arange(len(labels)), labels, *given, **options)
+
+
 def judged(data, targets, **options):
     labels = torch.cat([batch["labels"] for batch in data])
-    return held.divided(labels, targets(labels), 0, "targets", **options).judge, labels
+    return divided(labels, targets(labels), 0, "targets", **options).judge, labels
 
 
 def test_forgetting_a_class(net, forgotten):
@@ -141,20 +146,48 @@ def test_as_many_examples_in_a_pass_as_memory_takes(net, monkeypatch):
     assert Setting.of(model, batches(*blobs(), size=200), components).batch == 128
 
 
+def test_copies_of_an_example_are_in_one_part(net):
+    model, data, components = net
+    of = Setting.of(model, [*data, {name: value[:30] for name, value in data[0].items()}], components)
+    n_all, labels = len(of.held), of.held.labels
+    assert torch.equal(of.held.firsts, torch.arange(n_all) - torch.tensor([0] * (n_all - 30) + [n_all - 30] * 30))
+    for seed in range(3):
+        parts = held.divided(of.held.firsts, labels, labels == 3, seed, "label 3", spare=True)
+        used = [set(of.held.firsts[part].tolist()) for part in (parts.attribute, parts.choose, parts.judge)]
+        assert sum(map(len, used)) == len(set.union(*used)) == n_all - 30
+        assert sum(map(len, (parts.attribute, parts.choose, parts.judge))) == n_all
+    apart = held.divided(of.held.firsts, labels, labels < 0, 0, "", [n_all - 1, 3], spare=True)
+    assert {29, n_all - 1, 3, n_all - 27}.isdisjoint(torch.cat([apart.attribute, apart.choose, apart.judge]).tolist())
+
+
+def test_the_same_with_another_label_is_a_copy_too(net):
+    model, data, components = net
+    other = {**data[0], "labels": (data[0]["labels"] + 1) % N_CLASSES}
+    count = len(other["labels"])
+    assert torch.equal(Setting.of(model, [*data, other], components).held.firsts[-count:], torch.arange(count))
+
+
+def test_copies_do_not_make_enough(net):
+    model, data, components = net
+    some = [{name: value[:40] for name, value in data[0].items()}] * 10
+    with pytest.raises(CoarError, match=r"label 'class 3': \d different examples, and 20 are needed"):
+        coar.forget(model, some, 3, components=components)
+
+
 def test_the_three_parts_have_nothing_in_common():
     labels = torch.arange(400) % 5
-    parts = held.divided(labels, labels == 2, 3, "class 2")
+    parts = divided(labels, labels == 2, 3, "class 2")
     every = torch.cat(list(vars(parts).values()))
     assert len(every) == len(every.unique()) and len(every) > 300
     assert all(set(labels[rows].tolist()) == set(range(5)) for rows in vars(parts).values())
-    assert not torch.equal(parts.judge, held.divided(labels, labels == 2, 4, "class 2").judge)
-    apart = held.divided(labels, torch.zeros(400, dtype=torch.bool), 0, "", [7, 9])
+    assert not torch.equal(parts.judge, divided(labels, labels == 2, 4, "class 2").judge)
+    apart = divided(labels, torch.zeros(400, dtype=torch.bool), 0, "", [7, 9])
     assert not {7, 9} & set(torch.cat(list(vars(apart).values())).tolist())
 
 
 def test_what_is_left_over_is_chosen_on_where_one_model_is_measured():
     labels, none = torch.arange(6000) % 5, torch.zeros(6000, dtype=torch.bool)
-    few, many = (held.divided(labels, none, 0, "", [7, 9], spare=spare) for spare in (False, True))
+    few, many = (divided(labels, none, 0, "", [7, 9], spare=spare) for spare in (False, True))
     assert torch.equal(few.attribute, many.attribute) and torch.equal(few.judge, many.judge)
     assert len(few.choose) < 1000 and sum(map(len, vars(many).values())) == 5998
     assert set(few.choose.tolist()) < set(many.choose.tolist())
@@ -304,7 +337,7 @@ def test_an_edit_leaves_no_more_of_a_class_than_a_new_last_layer_alone(noise, tm
     model, data = trained(*blobs(seed=1, noise=noise)), batches(*blobs(noise=noise))
     components = coar.find_components(model, include=["0", "2"])
     of = Setting.of(model, data, components)
-    parts = held.divided(of.held.labels, of.held.labels == 3, 0, "label 3")
+    parts = held.divided(of.held.firsts, of.held.labels, of.held.labels == 3, 0, "label 3")
     aim = Forgetting(of, parts, 3, 0.05, 0.1, refit="head")
     points = aim.points()
     (alone,) = [one for one in points if not len(one.ablated)]
@@ -537,7 +570,7 @@ def test_a_steer_that_moves_nothing_is_none(net):
     of = Setting.of(model, data, components)
     signs = torch.zeros(len(of.held), dtype=torch.long)
     signs[:40] = 1
-    parts = held.divided(torch.where(signs == 0, of.held.labels, -1), signs != 0, 0, "targets")
+    parts = held.divided(of.held.firsts, torch.where(signs == 0, of.held.labels, -1), signs != 0, 0, "targets")
     with torch.no_grad():
         assert Steering(of, parts, signs, 0.02).judge(model).missing > 0
 
@@ -659,7 +692,10 @@ def test_steering(net):
 BAD = {
     "no such class": (lambda m, d: coar.forget(m, d, 9), "no example has the label 9; there are class 0, class 1"),
     "no such name": (lambda m, d: coar.forget(m, d, "bag"), "no class is called 'bag'"),
-    "too few": (lambda m, d: coar.forget(m, d[:1], 3), "10 examples, and 20 are needed: 4 to attribute, 8 to choose"),
+    "too few": (
+        lambda m, d: coar.forget(m, d[:1], 3),
+        "10 different examples, and 20 are needed: 4 to attribute, 8 to choose",
+    ),
     "a limit": (lambda m, d: coar.forget(m, d, 3, others_within=1.5), "others_within=1.5: give a share"),
     "rival": (lambda m, d: coar.forget(m, d, 3, rivals=["activation_difference"]), "forget knows no rival 'activation"),
     "method": (lambda m, d: coar.forget(m, d, 3, method="magic"), "knows no rival 'magic'; there are"),

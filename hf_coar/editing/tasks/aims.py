@@ -240,6 +240,7 @@ def carried_out(aim: Aim, method: str, rivals: str | Sequence[str] | None) -> Ed
         CoarError: an unknown method or rival, or a named one that this model can't have; or nothing to do.
     """
     names = _chosen(aim, rivals)
+    logger.info("edit: %s, by %s", aim.task, counts(aim.parts))
     if method != ABLATION:
         _check(aim, method)
     before = aim.judge(aim.of.model)

@@ -208,7 +208,7 @@ def fix(
     wanted = checked(examples, len(of.held), "examples")
     none = torch.zeros(len(of.held), dtype=torch.bool)
     # One model is measured, so that all examples there are may say what it costs.
-    parts = divided(of.held.labels, none, seed, "", wanted, spare=True)
+    parts = divided(of.held.firsts, of.held.labels, none, seed, "", wanted, spare=True)
     right = of.right(of.see(model, torch.tensor(wanted)))
     if bool(right.any()):
         there = [index for index, one in zip(wanted, right.tolist(), strict=True) if one]

@@ -293,6 +293,6 @@ def forget(
     check_refit(refit)
     of = Setting.of(model, data, components)
     number = of.held.label_of(label)
-    parts = divided(of.held.labels, of.held.labels == number, seed, f"label {of.held.name(number)!r}")
+    parts = divided(of.held.firsts, of.held.labels, of.held.labels == number, seed, f"label {of.held.name(number)!r}")
     aim = Forgetting(of, parts, number, others_within, at_most, refit=refit)
     return carried_out(aim.refitting_if_possible(), method, rivals)

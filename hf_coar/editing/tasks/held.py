@@ -1,5 +1,6 @@
 """Labelled examples in memory, and their division into those that are attributed, chosen on and judged on."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,8 +11,11 @@ from torch import Tensor, nn
 
 from hf_coar import data as data_module
 from hf_coar import models
+from hf_coar.data import identity
 from hf_coar.errors import CoarError, DataError
 from hf_coar.storage import labels as label_words
+
+logger = logging.getLogger(__name__)
 
 # Of every class; what is left is judged on. Fewer to attribute than to choose on: weights are means over hundreds of
 # numbers, a choice by too few examples is what goes wrong.
@@ -63,6 +67,24 @@ class Held:
         if all(isinstance(one, Tensor) and one.dim() == 1 and not one.is_floating_point() for one in found):
             return torch.cat(found).cpu().long()
         return torch.full((len(self),), -1)
+
+    @cached_property
+    def firsts(self) -> Tensor:
+        """The first example that is the same but for its label, int64 [examples]: for nearly all, themselves."""
+        seen: dict[bytes, int] = {}
+        found = []
+        for batch in self.batches:
+            hashes = identity.hashes({name: value for name, value in batch.items() if name != "labels"})
+            rows = torch.cat([hashes[name] for name in sorted(hashes)], dim=1)
+            found += [seen.setdefault(row.tobytes(), len(found) + i) for i, row in enumerate(rows.numpy())]
+        copies = len(found) - len(seen)
+        if copies:
+            logger.info("edit: %d examples are copies of others, and go wherever these go", copies)
+        return torch.tensor(found)
+
+    def n_different(self, chosen: Tensor) -> int:
+        """How many examples a mask of them names, bool [examples], copies of one another counted once."""
+        return len(self.firsts[chosen].unique())
 
     def entry(self, name: str) -> Tensor:
         """Whole numbers of an entry of the batches, int64 [examples].
@@ -157,11 +179,13 @@ class Parts:
 
 
 def divided(
-    strata: Tensor, targets: Tensor, seed: int, what: str, apart: Sequence[int] = (), spare: bool = False
-) -> Parts:
-    """Divides examples at random, every stratum (class or group) alike.
+    firsts: Tensor, strata: Tensor, targets: Tensor, seed: int, what: str, apart: Sequence[int] = (),
+    spare: bool = False,
+) -> Parts:  # fmt: skip
+    """Divides examples at random, every stratum (class or group) alike; copies of an example go where it goes.
 
     Args:
+        firsts: see `Held.firsts`: a figure of copies of what chose would be none of examples that chose nothing.
         strata: number of every example's class or group, int64 [examples].
         targets: which the edit is for, bool [examples].
         seed: of the draw.
@@ -172,14 +196,16 @@ def divided(
     Raises:
         CoarError: too few targets or others to attribute, to choose on and to judge on; says how many are needed.
     """
+    own = firsts == torch.arange(len(firsts))
+    own[firsts[list(apart)]] = False
     if what:
-        check_enough(int(targets.sum()), what)
-    check_enough(int((~targets).sum()) - len(apart), "the others", tuple(2 * count for count in LEAST))
+        check_enough(int(targets[own].sum()), what)
+    check_enough(int((~targets[own]).sum()), "the others", tuple(2 * count for count in LEAST))
     generator = torch.Generator().manual_seed(seed)
     parts: list[list[Tensor]] = [[], [], [], []]
     keys = strata * 2 + targets.long()
-    keys[list(apart)] = keys.min() - 1
-    present = keys.unique().tolist()[bool(apart) :]
+    keys[~own] = keys.min() - 1
+    present = keys[own].unique().tolist()
     for key in present:
         rows = (keys == key).nonzero()[:, 0]
         rows = rows[torch.randperm(len(rows), generator=generator)]
@@ -188,7 +214,7 @@ def divided(
             part.append(some)
     *used, left = parts
     used[1] += left if spare else []
-    return Parts(*(torch.cat(part).sort().values for part in used))
+    return Parts(*(torch.isin(firsts, torch.cat(part)).nonzero()[:, 0] for part in used))
 
 
 def _sizes(n_rows: int, n_strata: int, least: Sequence[int]) -> list[int]:
@@ -208,8 +234,8 @@ def check_enough(count: int, what: str, least: Sequence[int] = LEAST) -> None:
     """Raises `CoarError` where there are too few examples of a side to divide them."""
     if count < sum(least):
         raise CoarError(
-            f"{what}: {count} examples, and {sum(least)} are needed: {least[0]} to attribute, {least[1]} to choose on "
-            f"and {least[2]} to judge on; give more data (or coar.edit, which checks nothing)"
+            f"{what}: {count} different examples, and {sum(least)} are needed: {least[0]} to attribute, {least[1]} to "
+            f"choose on and {least[2]} to judge on; give more data (or coar.edit, which checks nothing)"
         )
 
 

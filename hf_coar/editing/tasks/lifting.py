@@ -193,11 +193,12 @@ def groups_of(held: Held, data: Any, groups: Any) -> tuple[Tensor, dict[int, str
     found, name = _named(held, data, groups)
     if found.shape != (len(held),) or found.is_floating_point():
         raise CoarError(f"groups of shape {list(found.shape)} for {len(held)} examples; give each a whole number")
-    numbers, found, counts = found.unique(return_inverse=True, return_counts=True)
+    numbers, found = found.unique(return_inverse=True)
     if len(numbers) < 2:
         raise CoarError(f"all {len(held)} examples are of one group; there is nothing to lift one against")
     names = {place: name(number) for place, number in enumerate(numbers.tolist())}
-    small = {names[place]: count for place, count in enumerate(counts.tolist()) if count < sum(LEAST)}
+    counts = {names[place]: held.n_different(found == place) for place in names}
+    small = {name: count for name, count in counts.items() if count < sum(LEAST)}
     if small:
         raise CoarError(
             f"groups with fewer than {sum(LEAST)} examples (group: examples): {small}; that many are needed to "
@@ -281,6 +282,6 @@ def lift(
     of = Setting.of(model, data, components)
     numbers, names = groups_of(of.held, data, groups)
     targets = numbers == int(numbers[0])  # every group is divided alike, and each is large enough
-    parts = divided(numbers, targets, seed, "a group")
+    parts = divided(of.held.firsts, numbers, targets, seed, "a group")
     aim = Lifting(of, parts, numbers, average_within, names=names, refit=refit)
     return carried_out(aim.refitting_if_possible(), method, rivals)

@@ -235,6 +235,7 @@ def match(
         order = torch.randperm(len(of.held), generator=torch.Generator().manual_seed(seed))
         count = min(len(order) // 2, MOST_EDITED)
         edited, rest = order[:count], order[count:]
+        rest = rest[~torch.isin(of.held.firsts[rest], of.held.firsts[edited])]
         judged = of.held, other
     else:
         edited, judged = torch.arange(len(of.held)), (Held.read(model, judge[0]), Held.read(model, judge[1]))

@@ -220,6 +220,6 @@ def steer(
     strata = torch.where(signs == 0, of.held.labels, signs - 9)
     for sign, side in ((1, "increase"), (-1, "decrease")):
         if bool((signs == sign).any()):
-            check_enough(int((signs == sign).sum()), side)
-    parts = divided(strata, signs != 0, seed, "targets")
+            check_enough(of.held.n_different(signs == sign), side)
+    parts = divided(of.held.firsts, strata, signs != 0, seed, "targets")
     return carried_out(Steering(of, parts, signs, others_within), method, rivals)
