@@ -597,6 +597,15 @@ def backdoored():
     return model, batches(clean, truth), batches(triggered, truth), coar.find_components(model, include=["0", "2"])
 
 
+def test_pairs_that_edit_and_their_copies_do_not_judge(backdoored, monkeypatch):
+    model, clean, triggered, components = backdoored
+    seen = []
+    monkeypatch.setattr(matching, "carried_out", lambda aim, *_: seen.append(aim))
+    coar.match(model, [*clean, *clean], [*triggered, *triggered], components=components)
+    parts, n_all = seen[0].parts, sum(len(batch["labels"]) for batch in clean)
+    assert len(parts.judge) and not set((parts.attribute % n_all).tolist()) & set((parts.judge % n_all).tolist())
+
+
 @pytest.mark.parametrize(("lost", "allowed"), [(0, True), (1, True), (2, False)])
 def test_of_ten_pairs_one_may_be_lost(backdoored, lost, allowed):
     """A limit of 1.2 points with a standard error to spare would be one that no edit keeps that changes anything."""

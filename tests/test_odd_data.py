@@ -467,3 +467,13 @@ def test_a_transform_of_ones_own_makes_the_tensors(convnet):
     assert coar.attribute(convnet.model, data, **PATHS).weights.shape[0] == 2
     with pytest.raises(DataError, match="made a PngImageFile of an image"):
         batch_of(coar.load(convnet.model, rows, preprocessor=lambda image: image)[1])
+
+
+def test_pictures_without_labels_are_told_how_to_get_some(tmp_path):
+    import timm
+    from PIL import Image
+
+    for number in range(3):
+        Image.new("RGB", (8, 8), (80 * number, 0, 0)).save(tmp_path / f"{number}.png")
+    with pytest.raises(DataError, match=r"add one .images may lie in a folder for each class"):
+        coar.load(timm.create_model("resnet10t", num_classes=3), str(tmp_path))

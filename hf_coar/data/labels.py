@@ -110,9 +110,11 @@ def column(table: Table, head: Head, taken: Iterable[str | None], values_of: Cal
             return found[0]
     if not head.required:
         return None
+    advice = "add one (images may lie in a folder for each class, which is called as the class)"
+    if candidates:
+        advice = f"name one of {table.shown(candidates)}, such as label={candidates[-1]!r}"
     raise DataError(
-        f"{table.name!r} has no column that is known to hold labels, and the model needs {_wanted(head)}; name one of "
-        f"{table.shown(candidates) or 'its columns, after adding it'}, such as label={(candidates or ['label'])[-1]!r}"
+        f"{table.name!r} has no column that is known to hold labels, and the model needs {_wanted(head)}; {advice}"
         f"{table.misnamed(LABEL)}"
     )
 
