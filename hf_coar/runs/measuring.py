@@ -81,7 +81,9 @@ class MaskedPasses:
             return
         name, width = across
         module = self.masked.model.get_submodule(name)
-        note = module.register_forward_pre_hook(lambda _, given: seen.append(given[0].numel() // given[0].shape[-1]))
+        note = module.register_forward_pre_hook(
+            lambda _, given: seen.extend(one.numel() // one.shape[-1] for one in given[:1] if isinstance(one, Tensor))
+        )
         try:
             yield
         finally:

@@ -74,7 +74,7 @@ class Held:
         seen: dict[bytes, int] = {}
         found = []
         for batch in self.batches:
-            hashes = identity.hashes({name: value for name, value in batch.items() if name != "labels"})
+            hashes = identity.hashes({name: value for name, value in batch.items() if name != "labels"} or batch)
             rows = torch.cat([hashes[name] for name in sorted(hashes)], dim=1)
             found += [seen.setdefault(row.tobytes(), len(found) + i) for i, row in enumerate(rows.numpy())]
         copies = len(found) - len(seen)
