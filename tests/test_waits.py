@@ -79,6 +79,7 @@ def test_nothing_waits_in_a_pass(case):
     with Waits() as waits:
         rounds.round(batch, examples, 1)
     assert rounds.blocks == 5 and not waits.found
+    vars(masked)["across"] = None  # what is stored by columns is gated on CPUs alone, where nothing waits
     passes, part = MaskedPasses(masked, output, Masks(len(masked), 0.05, 8, 0, 0)), Part("masks", 0, 8, 8.0, 8)
     passes.compute(batch, 0, part)
     with Waits() as waits:
