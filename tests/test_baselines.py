@@ -8,7 +8,7 @@ from torch import Tensor, nn
 import hf_coar as coar
 from hf_coar import masking, models
 from hf_coar.errors import CoarError
-from hf_coar.estimators import ESTIMATORS, Size, baselines
+from hf_coar.estimators import ESTIMATORS, Size, baselines, input_paths
 
 LEAST = {"neuron_conductance": {"n_steps": 4}, "internal_influence": {"n_steps": 4}}
 
@@ -248,3 +248,13 @@ def test_steps_that_make_no_sense(steps):
 
 def test_the_cost_of_leave_one_out_is_a_pass_a_component_and_one():
     assert baselines.LeaveOneOut().cost(Size(17, 0.1)) == 18
+
+
+@pytest.mark.parametrize("error", [NotImplementedError, AttributeError])
+def test_words_whose_table_a_model_cannot_tell_have_no_path(error):
+    class Untold(nn.Module):
+        def get_input_embeddings(self):
+            raise error("a base class cannot tell")
+
+    with pytest.raises(CoarError, match="so that there is no path"):
+        input_paths._embedding(Untold())

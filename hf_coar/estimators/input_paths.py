@@ -130,12 +130,8 @@ def _along(points: Tensor, values: Tensor) -> Tensor:
 
 
 def _embedding(model: nn.Module) -> nn.Module:
-    get: Callable[[], Any] | None = getattr(model, "get_input_embeddings", None)
-    try:
-        embedding = get() if get else None
-    except NotImplementedError:
-        embedding = None
-    if not isinstance(embedding, nn.Module):
+    embedding = models.word_embeddings(model)
+    if embedding is None:
         raise CoarError(
             f"{type(model).__name__} has whole-number inputs and no get_input_embeddings(), so that there is no path "
             "from zero to them; use another method"
