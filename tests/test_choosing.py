@@ -118,6 +118,39 @@ def test_pairs_predict_better_and_are_saved(few, tmp_path):
     assert singles.pairs == {}
 
 
+class Chained(nn.Module):
+    """Eight of forty neurons that all are needed: without one or without all of them the logit falls by the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 40, bias=False)
+        nn.init.normal_(self.first.weight, 1 / 6, 0.01)
+
+    def forward(self, x):
+        each = self.first(x)
+        shown = each[:, :8].amin(1) + 0.01 * each[:, 8:].sum(1)
+        return torch.stack([shown, torch.zeros_like(shown)], dim=1)
+
+
+def test_pairs_of_strong_sets_do_not_add_up_to_more_than_there_is(tmp_path):
+    torch.manual_seed(0)
+    model, batch = Chained().eval(), {"x": 1 + torch.rand(8, 6), "labels": torch.zeros(8, dtype=torch.long)}
+    found = attribute((model, [batch]), coar.baselines.LeaveOneOut(8, check_masks=20))
+    masked, logit = MaskedModel(model, found.components), outputs.get("logit")
+    missed = []
+    for count in (4, 6, 8):
+        kept = torch.ones(len(found.components), dtype=torch.bool)
+        kept[:count] = False
+        with torch.no_grad(), masked.ablated(kept):
+            measured = logit.of(model, batch)
+        missed.append(float((found.predict(kept[None])[0] - measured).abs().mean()))
+    assert max(missed) < 4  # 28 interactions, each as large as an effect, would be some twenty
+    found.save_pretrained(tmp_path)
+    loaded = coar.Attributions.from_pretrained(tmp_path)
+    assert torch.equal(loaded.predict(kept[None]), found.predict(kept[None]))
+    assert loaded.forecast.far.trust == found.forecast.far.trust > 0
+
+
 # --------------------------------------------------------------------------------------------------------- the method
 
 

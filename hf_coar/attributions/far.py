@@ -4,7 +4,8 @@ A weight is the effect of a component while a random few are ablated. Strong set
 the model as far from itself as large random ones do, and there components count for something else. So the strongest
 components are read again while all gates close together, half way, and a set is forecast between the two by the share
 of all weights that it takes. A component does not count among what is gone beside it, so that alone it keeps its single
-effect.
+effect. Where pairs are known instead, the far end are the weights themselves: the interactions of a strong set's many
+pairs add up to more than there is.
 """
 
 from collections.abc import Mapping, Sequence
@@ -41,6 +42,11 @@ class Far:
         square = float(weights.double().square().sum())
         product = float((weights.double() * effects.double()).sum())
         return cls(indices, effects, reach, product / square if square > _TINY else 1.0)
+
+    @classmethod
+    def of_weights(cls, n_examples: int, reach: float) -> "Far":
+        """With the weights themselves as effects on the way."""
+        return cls(torch.zeros(0, dtype=torch.long), torch.zeros(n_examples, 0), reach)
 
     def mixed(self, drops: Tensor, weights: Tensor, gone: Tensor, fraction: float) -> Tensor:
         """Drops of sets, nearer to those far away the more of all weights a set takes, and the more these are trusted.

@@ -219,12 +219,15 @@ class Forecast:
         singles = self.ratio * by_weight + gone[:, self.flipped] @ excess.T
         if len(self.pairs):
             both = gone[:, self.pairs[:, 0]] * gone[:, self.pairs[:, 1]]
-            return singles - both @ self.interactions.T
-        share = (size / fraction).clamp_max(1.0)
-        # Mean of min(1, u / fraction) over the sizes u up to that of the set.
-        mean_share = torch.where(size <= fraction, size / (2 * fraction), 1 - fraction / (2 * size.clamp_min(_TINY)))
-        total = (1 - self.ratio) * weights.sum(1) - excess.sum(1)
-        near = singles + share * (by_weight - singles) - size * (share - mean_share) * total
+            near = singles - both @ self.interactions.T
+        else:
+            share = (size / fraction).clamp_max(1.0)
+            # Mean of min(1, u / fraction) over the sizes u up to that of the set.
+            mean_share = torch.where(
+                size <= fraction, size / (2 * fraction), 1 - fraction / (2 * size.clamp_min(_TINY))
+            )
+            total = (1 - self.ratio) * weights.sum(1) - excess.sum(1)
+            near = singles + share * (by_weight - singles) - size * (share - mean_share) * total
         return near if self.far is None else self.far.mixed(near, weights, gone, fraction)
 
     def at(self, rows: Sequence[int]) -> "Forecast":
@@ -275,7 +278,7 @@ class Forecast:
     def matrices(self) -> dict[str, Tensor]:
         """The tensors that have one row an example, by the names that they have in files; none without columns."""
         found = {"effects": self.effects} if len(self.flipped) else {}
-        found |= {} if self.far is None else {"far_effects": self.far.effects}
+        found |= {"far_effects": self.far.effects} if self.far is not None and len(self.far.indices) else {}
         return found if self.interactions is None else {**found, "interactions": self.interactions}
 
     @classmethod
@@ -301,15 +304,19 @@ class Forecast:
         if found is not None:
             entries = {key: tuple(map(float, found[key])) for key in _ENTRIES}
             calibration = Calibration(**entries, level=float(found["level"]), beyond=float(found.get("beyond", 1.0)))
+
+        def tensor_of(name: str) -> Tensor:
+            return matrices[name].tensor() if widths[name] else torch.zeros(len(unablated), 0)
+
         return cls(
             unablated,
             torch.tensor(value["flipped"], dtype=torch.long),
-            matrices["effects"].tensor() if widths["effects"] else torch.zeros(len(unablated), 0),
+            tensor_of("effects"),
             float(value["ratio"]),
             torch.tensor(value.get("pairs", []), dtype=torch.long).view(-1, 2),
             matrices["interactions"].tensor() if widths["interactions"] else None,
             calibration,
-            Far.from_json(value["far"], matrices["far_effects"].tensor()) if value.get("far") is not None else None,
+            Far.from_json(value["far"], tensor_of("far_effects")) if value.get("far") is not None else None,
         )
 
 
@@ -344,7 +351,7 @@ def _is_sane_far(value: Any, width: int, n_components: int, fraction: float) -> 
     if not isinstance(value, Mapping) or not _are_indices(value.get("indices"), n_components):
         return False
     numbers = [value.get(name) for name in ("reach", "ratio", "trust")]
-    if len(value["indices"]) != width or not width or not _are_numbers(numbers):
+    if len(value["indices"]) != width or not _are_numbers(numbers):
         return False
     reach, _, trust = numbers
     return fraction < reach <= 1 and 0 <= trust <= 1

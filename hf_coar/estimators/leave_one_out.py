@@ -12,14 +12,21 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
+from hf_coar.attributions.far import Far
 from hf_coar.attributions.forecast import Forecast
 from hf_coar.errors import CoarError
 from hf_coar.estimators import checking
+from hf_coar.estimators.far_reads import is_far
 from hf_coar.estimators.flips import Without, one_by_one, strongest
 from hf_coar.estimators.registry import Estimator, is_whole, register
 from hf_coar.runs.engine import Part
 from hf_coar.runs.measuring import parts_of
 from hf_coar.runs.problem import Estimates, Fit, Problem, Size
+
+# What is gone of all weights, by the fitted fraction, where strong sets are forecast by the weights, if fresh sets
+# say so. On two sets of texts the correlation for a language model's strongest heads rose from .53 and .80 to .85 and
+# .91, and for halves of them from .64 and .72 to .74 and .73 (.75 half trusted); three times was about as good.
+_REACH = 4
 
 
 @register("leave_one_out")
@@ -66,6 +73,8 @@ class LeaveOneOut(Estimator):
             interactions = _interactions(problem, pairs, effects, unablated)
             forecast = replace(forecast, pairs=pairs, interactions=interactions)
             weights = effects - problem.ablated_fraction * _shared(pairs, interactions, n_components)
+            if self.check_masks and is_far(problem.ablated_fraction):
+                forecast = replace(forecast, far=Far.of_weights(len(effects), _REACH * problem.ablated_fraction))
         bias = (unablated.double() - weights.double().sum(1)).float()
         fit = Fit(weights, bias, forecast=forecast)
         if not self.check_masks:
