@@ -522,7 +522,55 @@ def test_texts_that_are_cut_are_told(folders, tmp_path, caplog, max_length, told
     path = written(tmp_path / "d.csv", "text,label\na very fine film,pos\ndull,neg\n")
     _, data = coar.load(folders / "named", path, max_length=max_length)
     assert batch_of(data)["input_ids"].shape[1] == max_length
-    words = "1 of the first 2 texts have more than 5 tokens and are cut there"
+    words = "1 of 2 texts looked at have more than 5 tokens and are cut there"
+    assert any(words in message for message in warned(caplog)) == told
+
+
+@pytest.mark.parametrize("kind", ["late", "slow", "pair"])
+def test_texts_that_are_cut_are_told_wherever_they_are_and_whoever_reads_them(folders, tmp_path, caplog, kind):
+    """Only the first texts were looked at, and of slow tokenizers none."""
+    long = f"a {'very ' * 40}fine film"
+    lines = ["a film,dull,pos"] * 70 + [f"{long},dull,neg" if kind != "pair" else f"a film,{long},neg"]
+    path = written(tmp_path / "d.csv", "\n".join(["text,pair,label", *(lines if kind == "late" else reversed(lines))]))
+    columns = {"text": "text"} | ({"pair": "pair"} if kind == "pair" else {})
+    tokenizer = slow_tokenizer(folders / "named") if kind == "slow" else None
+    _, data = coar.load(folders / "named", path, **columns, preprocessor=tokenizer)
+    for _ in data:
+        pass
+    cut = [message for message in warned(caplog) if "have more than 32 tokens and are cut there" in message]
+    assert len(cut) == 1 and cut[0].startswith("1 of ")
+
+
+def slow_tokenizer(folder):
+    """The tokenizer of a folder without what only fast ones say."""
+    transformers = pytest.importorskip("transformers")
+    fast = transformers.AutoTokenizer.from_pretrained(folder)
+
+    class Slow:
+        is_fast, pad_token, all_special_ids = False, fast.pad_token, fast.all_special_ids
+        unk_token_id, decode = fast.unk_token_id, fast.decode
+
+        def __len__(self):
+            return len(fast)
+
+        def __call__(self, *texts, **options):
+            return dict(fast(*texts, **options))
+
+    return Slow()
+
+
+@pytest.mark.parametrize(("length", "told"), [(30, False), (40, True)])
+def test_texts_longer_than_a_model_without_a_table_of_positions_was_made_for_are_told(tmp_path, caplog, length, told):
+    """Rotary positions run on without a word, and what the model says there means nothing."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=32, vocab_size=64,
+        intermediate_size=16, num_labels=2, pad_token_id=0,
+    )  # fmt: skip
+    saved(tmp_path / "llama", transformers.LlamaForSequenceClassification(config))
+    path = written(tmp_path / "d.csv", f"text,label\n{'a ' * (length - 2)}film,1\ndull,0\n")
+    coar.load(tmp_path / "llama", path)
+    words = "the model was made for 32 at most (max_position_embeddings)"
     assert any(words in message for message in warned(caplog)) == told
 
 

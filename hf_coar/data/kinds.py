@@ -27,6 +27,7 @@ class Reading:
         first: some first examples, for checks; without what has to be decoded.
         preprocessor: Hub id, folder or object of the tokenizer or image processor, where it is not the model's own.
         max_length: tokens at which texts are cut.
+        told: what a user was warned of already, of texts that are read while running.
     """
 
     model: nn.Module
@@ -36,6 +37,7 @@ class Reading:
     first: Sequence[Mapping[str, Any]] = ()
     preprocessor: Any = None
     max_length: int = 512
+    told: set[str] = field(default_factory=set)
 
 
 @dataclass(frozen=True)

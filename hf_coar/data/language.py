@@ -14,7 +14,7 @@ from hf_coar.data import preprocessors
 from hf_coar.data.batches import Batch
 from hf_coar.data.columns import Columns, Role, Table, asked, is_label, is_text, is_texts, the_one
 from hf_coar.data.kinds import KINDS, Kind, Preparation, Reading, by_head, by_roles
-from hf_coar.data.texts import PAIR, TEXT, by_names, check_tokenizer
+from hf_coar.data.texts import PAIR, TEXT, by_names, check_tokenizer, encoded, tell_lengths
 from hf_coar.errors import DataError
 from hf_coar.models import class_names, tasks
 from hf_coar.models.outputs import DECODED, IGNORED_LABEL
@@ -53,11 +53,6 @@ def of(rows: Sequence[Row], column: str | None) -> list[Any]:
     return [] if column is None else [row[column] for row in rows]
 
 
-def _encoded(tokenizer: Any, reading: Reading, *texts: Sequence[str], **more: Any) -> Any:
-    more = {"truncation": True, **more}
-    return tokenizer(*texts, padding=True, max_length=reading.max_length, return_tensors="pt", **more)
-
-
 def _entries(found: Any, prefix: str = "") -> Batch:
     names = ("input_ids", "attention_mask", "token_type_ids")
     return {prefix + name: found[name] for name in names if name in found}
@@ -82,7 +77,9 @@ def _answers(reading: Reading) -> Preparation:
             if column is not None
         ]
         limit = min(reading.max_length, tokenizer.model_max_length)
-        return tasks.encode_answers(tokenizer, prompts, *sides, max_length=limit, decoder=decoder)
+        batch = tasks.encode_answers(tokenizer, prompts, *sides, max_length=limit, decoder=decoder)
+        tell_lengths(tokenizer, reading, batch["attention_mask"].sum(-1).tolist())
+        return batch
 
     return tokenized(reading, "prompt", make)
 
@@ -117,7 +114,7 @@ def _spans(reading: Reading) -> Preparation:
         if not tokenizer.is_fast:
             raise DataError(f"{type(tokenizer).__name__} does not say which characters a token is; give a fast one")
         texts = of(rows, question), of(rows, context)
-        found = _encoded(tokenizer, reading, *texts, truncation="only_second", return_offsets_mapping=True)
+        found = encoded(tokenizer, reading, *texts, truncation="only_second", return_offsets_mapping=True)
         marked = zip(texts[1], of(rows, answers), strict=True)
         ends = torch.tensor([_span(found, i, _first_answer(*one)) for i, one in enumerate(marked)])
         return {**_entries(found), "start_positions": ends[:, 0], "end_positions": ends[:, 1]}
@@ -180,7 +177,7 @@ def _choices(reading: Reading) -> Preparation:
         if any(len(one) != count for one in each):
             raise DataError(f"the examples have {sorted({len(one) for one in each})} choices; give as many to each")
         stems = [text for text in of(rows, stem) for _ in range(count)]
-        found = _entries(_encoded(tokenizer, reading, stems, [text for one in each for text in one]))
+        found = _entries(encoded(tokenizer, reading, stems, [text for one in each for text in one]))
         labels = [which(value, count) for value in of(rows, label)]
         return {name: value.unflatten(0, (-1, count)) for name, value in found.items()} | {
             "labels": torch.tensor(labels)
@@ -218,7 +215,7 @@ def _tags(reading: Reading) -> Preparation:
         for row in rows:
             if len(row[words]) != len(row[tags]) or not row[words]:  # is left out
                 raise ValueError(f"{len(row[words])} words in {words!r}, and {len(row[tags])} tags in {tags!r}")
-        found = _encoded(tokenizer, reading, of(rows, words), is_split_into_words=True)
+        found = encoded(tokenizer, reading, of(rows, words), is_split_into_words=True)
         labels = torch.full_like(found["input_ids"], IGNORED_LABEL)
         for index, of_words in enumerate(of(rows, tags)):
             before = None
@@ -264,15 +261,9 @@ def _targets(reading: Reading) -> Preparation:
     source, target = reading.columns["text"], reading.columns["target"]
 
     def make(tokenizer: Any, rows: Sequence[Row]) -> Batch:
-        found = _entries(_encoded(tokenizer, reading, of(rows, source)))
+        found = _entries(encoded(tokenizer, reading, of(rows, source)))
         found.pop("token_type_ids", None)
-        wanted = tokenizer(
-            text_target=of(rows, target),
-            padding=True,
-            truncation=True,
-            max_length=reading.max_length,
-            return_tensors="pt",
-        )
+        wanted = encoded(tokenizer, reading, text_target=of(rows, target))
         return {**found, "labels": wanted["input_ids"].where(wanted["attention_mask"].bool(), IGNORED_LABEL)}
 
     return tokenized(reading, "text", make)
@@ -285,7 +276,7 @@ def _masked(reading: Reading) -> Preparation:
     text, answer = reading.columns["text"], reading.columns.get("answer")
 
     def make(tokenizer: Any, rows: Sequence[Row]) -> Batch:
-        found = _encoded(tokenizer, reading, of(rows, text), return_special_tokens_mask=True)
+        found = encoded(tokenizer, reading, of(rows, text), return_special_tokens_mask=True)
         ids, labels = found["input_ids"], torch.full_like(found["input_ids"], IGNORED_LABEL)
         for index in range(len(ids)):
             given = ids[index] == tokenizer.mask_token_id
@@ -343,7 +334,7 @@ def _both(reading: Reading) -> Preparation:
     first, second, label = (reading.columns.get(role) for role in ("text", "pair", "label"))
 
     def make(tokenizer: Any, rows: Sequence[Row]) -> Batch:
-        a, b = (_encoded(tokenizer, reading, of(rows, column)) for column in (first, second))
+        a, b = (encoded(tokenizer, reading, of(rows, column)) for column in (first, second))
         batch = {**_entries(a), **_entries(b, "pair_")}
         sorts = [-1 if value is None else int(value) for value in of(rows, label)]
         return batch if label is None else {**batch, "labels": torch.tensor(sorts, dtype=torch.long)}
@@ -361,7 +352,7 @@ def _preferences(reading: Reading) -> Preparation:
     chosen, rejected = reading.columns["chosen"], reading.columns["rejected"]
 
     def make(tokenizer: Any, rows: Sequence[Row]) -> Batch:
-        a, b = (_encoded(tokenizer, reading, of(rows, column)) for column in (chosen, rejected))
+        a, b = (encoded(tokenizer, reading, of(rows, column)) for column in (chosen, rejected))
         return {**_entries(a), **_entries(b, "rejected_")}
 
     return tokenized(reading, "chosen", make)

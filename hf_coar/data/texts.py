@@ -1,9 +1,11 @@
 """Texts as batches of tokens, one text an example or a pair; a tokenizer that does not know the language is refused."""
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from hf_coar.data import preprocessors
@@ -42,9 +44,7 @@ def reads_texts(model: nn.Module) -> int:
 
 def cut_at(model: nn.Module, max_length: int) -> int:
     """Where texts are cut: at `max_length` tokens, or as many as a model has positions in a table, if it has fewer."""
-    wanted = getattr(getattr(wrapped(model), "config", None), "max_position_embeddings", None)
-    if type(wanted) is not int:
-        return max_length
+    wanted = _positions(model)
     tokens = word_embeddings(model)
     # A table has up to two entries more than positions, or some that padding takes; where there is none (rotary,
     # relative positions) longer texts run.
@@ -58,6 +58,13 @@ def cut_at(model: nn.Module, max_length: int) -> int:
         return max_length
     logger.info("texts are cut at %d tokens: the model has no more positions", min(usable))
     return min(usable)
+
+
+def _positions(model: nn.Module) -> float:
+    """The tokens of the longest texts that a model was made for; infinity where its configuration does not say."""
+    config = getattr(wrapped(model), "config", None)
+    found = getattr(config, "max_position_embeddings", None)
+    return found if type(found) is int and found > 0 else math.inf
 
 
 def _choose(model: nn.Module, table: Table, given: Columns, taken: Sequence[str | None]) -> dict[str, str]:
@@ -111,7 +118,7 @@ def _build(reading: Reading) -> Preparation:
 
     def tokens(examples: Sequence[Mapping[str, Any]]) -> Any:
         texts = ([example[column] for example in examples] for column in (text, pair) if column is not None)
-        return tokenizer(*texts, padding=True, truncation=True, max_length=reading.max_length, return_tensors="pt")
+        return encoded(tokenizer, reading, *texts)
 
     def prepare(examples: list[dict]) -> Batch:
         found = tokens(examples)
@@ -153,11 +160,62 @@ def check_tokenizer(tokenizer: Any, reading: Reading, role: str = "text") -> Non
             f"the tokenizer gives token {max(ids)}, and the model knows tokens 0 to {n_tokens - 1}: it belongs to "
             "another model; give preprocessor=…, a Hub id or folder that holds the right one"
         )
-    cut = sum(bool(one.overflowing) for one in found.encodings or ())  # slow tokenizers do not say it
-    if cut:
+    tell_lengths(tokenizer, reading, [len(tokens) for tokens in found["input_ids"]], {"text": texts})
+
+
+def encoded(
+    tokenizer: Any, reading: Reading, text: Any = None, text_pair: Any = None, text_target: Any = None, **options: Any
+) -> Any:
+    """Texts as padded tensors of tokens, cut at the length of the reading; texts that are too long are told.
+
+    Args:
+        tokenizer: of the model.
+        reading: of the data.
+        text: one an example; or lists of words.
+        text_pair: of the same examples, where they have second texts.
+        text_target: of the same examples, instead of the texts.
+        options: for the tokenizer.
+    """
+    given = {"text": text, "text_pair": text_pair, "text_target": text_target}
+    sides = {name: list(side) for name, side in given.items() if side is not None}
+    options = {"truncation": True, **options}
+    found = tokenizer(**sides, padding=True, max_length=reading.max_length, return_tensors="pt", **options)
+    mask = found["attention_mask"] if "attention_mask" in found else torch.ones_like(found["input_ids"])
+    tell_lengths(tokenizer, reading, mask.sum(-1).tolist(), sides, **options)
+    return found
+
+
+def tell_lengths(
+    tokenizer: Any, reading: Reading, lengths: Sequence[int], sides: Mapping[str, Sequence[Any]] = {}, **options: Any
+) -> None:
+    """Warns of texts that are cut, and of those longer than any that the model was made for; of each once a reading.
+
+    Args:
+        tokenizer: of the model.
+        reading: of the data; it remembers of what was told.
+        lengths: tokens that are left of every text.
+        sides: the texts by the keywords of the tokenizer; none where nothing is cut.
+        options: with which they were tokenized.
+    """
+    limit, made_for = reading.max_length, _positions(reading.model)
+    if "cut" not in reading.told:
+        # Whether a text that fills its room was longer, slow tokenizers do not say.
+        full = [index for index, length in enumerate(lengths) if sides and length >= limit]
+        options = {**options, "truncation": False, "verbose": False, "return_offsets_mapping": False}
+        whole = [tokenizer(**{name: side[index] for name, side in sides.items()}, **options) for index in full]
+        cut = sum(len(one["input_ids"]) > limit for one in whole)
+        if cut:
+            reading.told.add("cut")
+            logger.warning(
+                "%d of %d texts looked at have more than %d tokens and are cut there; max_length=… (--max-length) "
+                "reads more, as far as the model has positions", cut, len(lengths), limit,
+            )  # fmt: skip
+    longest = max(lengths, default=0)
+    if longest > made_for and "long" not in reading.told:
+        reading.told.add("long")
         logger.warning(
-            "%d of the first %d texts have more than %d tokens and are cut there; max_length=… (--max-length) reads "
-            "more, as far as the model has positions", cut, len(texts), reading.max_length,
+            "a text has %d tokens, and the model was made for %d at most (max_position_embeddings): what it says of "
+            "longer ones may mean nothing; max_length=%d (--max-length) cuts them there", longest, made_for, made_for,
         )  # fmt: skip
 
 
