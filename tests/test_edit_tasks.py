@@ -13,6 +13,7 @@ from torch import nn
 
 import hf_coar as coar
 from hf_coar import editing, models
+from hf_coar.data import Examples
 from hf_coar.editing.tasks import figures as fig
 from hf_coar.editing.tasks import (
     fixing,
@@ -127,6 +128,75 @@ def test_what_judges_chooses_nothing(net, forgotten):
     other = coar.forget(model, batches(inputs, labels), 3, others_within=0.05, components=components, rivals=None)
     assert other.components == forgotten.components and other.figures.rivals == {}
     assert other.figures["others"].before != forgotten.figures["others"].before
+
+
+UNREADABLE = (1, 7, 498, 499)
+
+
+def with_gaps(data, absent=UNREADABLE):
+    """The same examples, of which some cannot be read."""
+    inputs, labels = (torch.cat([batch[name] for batch in data]) for name in ("inputs", "labels"))
+    rows = [{"inputs": None if i in absent else inputs[i], "labels": labels[i]} for i in range(len(labels))]
+
+    def prepare(rows):
+        if any(row["inputs"] is None for row in rows):
+            raise ValueError("there is nothing in 'inputs'")
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+    return Examples(rows, prepare, 50)
+
+
+def test_examples_that_cannot_be_read_are_left_out_under_their_own_numbers(net, caplog):
+    """The advice was to select(…) the others, which no flag does, and numbers of the rest would have moved."""
+    model, data, components = net
+    gaps = with_gaps(data)
+    others = [i for i in range(500) if i not in UNREADABLE]
+    wrong = next(i for i in (~right(model, data, slice(None))).nonzero()[:, 0].tolist() if 7 < i < 498)
+    result = coar.fix(model, gaps, [wrong], others_within=0.1, components=components, rivals=None)
+    left = "4 of 500 examples cannot be read and are left out (1, 7, 498, 499); number 1: ValueError: there is nothing"
+    assert left in caplog.text
+    assert bool(right(result.model, data, [wrong]).all()) and result.task == f"fix example {wrong}"
+    record = models.record(result.model)["edit"]
+    assert record["increase"] == [wrong] and record["data"]["left_out"] == list(UNREADABLE)
+    with pytest.raises(CoarError, match=r"examples=\[7\]: these examples cannot be read"):
+        coar.fix(model, gaps, [wrong, 7], components=components)
+    of = held.Held.read(model, gaps)
+    assert of.numbers.tolist() == others and torch.equal(of.labels, torch.tensor(others) % N_CLASSES)
+    given = torch.arange(500) % N_CLASSES
+    assert torch.equal(lifting.groups_of(of, gaps, given)[0], given[others])
+    with pytest.raises(CoarError, match=r"of pairs \[1, 7, 498, 499\] one side cannot be read"):
+        coar.match(model, data, gaps, components=components)
+
+
+def test_to_forget_one_of_two_classes_is_told_to_be_one_answer_to_everything(biased, caplog):
+    model, data, components = biased
+    result = coar.forget(model, data, 1, components=components, rivals=None)
+    assert result.task == "forget 'class 1' (answer 'class 0' to everything)"
+    assert "a model of two classes that forgets 'class 1' answers 'class 0' to everything" in caplog.text
+
+
+def test_what_labels_are_that_name_no_class_is_said(net):
+    model, data, _ = net
+    several = [{**batch, "labels": F.one_hot(batch["labels"], N_CLASSES).float()} for batch in data]
+    with pytest.raises(CoarError, match="no single class each: their labels are 5 numbers each"):
+        held.Held.read(model, several).label_of("class 3")
+
+
+def test_a_rival_that_keeps_no_limits_is_in_the_table():
+    found = fig.Figures({}, {"last_layer": {}})
+    assert found.rows() == [("instead, last_layer", "", "nothing that keeps the limits")]
+
+
+def test_no_model_on_a_walk_is_measured_twice(net):
+    """At the end fewer components were left than a step had, and half a step took the same ones again."""
+    masked, seen = coar.masking.MaskedModel(net[0], net[2]), []
+
+    def measure(model, ablated):
+        seen.append(tuple(ablated.tolist()))
+        return [walking.Point(ablated, "", walking.Verdict(0.5, 1.0, 0.5, float(len(ablated) > 14) - 0.5, 0.0))]
+
+    walking.walk(masked, lambda *given: torch.arange(len(net[2])), measure, most=15, step=14, passing_by=3)
+    assert len(seen) == len(set(seen)) > 2
 
 
 def test_as_many_examples_in_a_pass_as_memory_takes(net, monkeypatch):

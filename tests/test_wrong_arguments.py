@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import hf_coar as coar
+from hf_coar.cli import editing
 
 MODEL = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).eval()
 DATA = [{"inputs": torch.eye(6), "labels": torch.arange(6) % 3}]
@@ -70,3 +71,10 @@ def test_the_one_input_that_goes_by_position_is_no_misspelled_entry(caplog):
     assert "takes no entry" not in caplog.text
     coar.attribute(MODEL, [{**DATA[0], "mask": torch.ones(6)}], **OPTIONS)
     assert "takes no entry mask" in caplog.text
+
+
+@pytest.mark.parametrize("word", ["3-1", "a", "3-", "²"])
+def test_a_range_of_examples_that_is_none_is_told_as_it_was_written(word):
+    with pytest.raises(coar.CoarError, match=f"--fix {word}: write an index"):
+        editing.numbered([word], "fix")
+    assert editing.numbered(["2", "4-5"], "fix") == [2, 4, 5]

@@ -198,13 +198,22 @@ def _rivals(args: argparse.Namespace, usual: str | None = "quick") -> dict[str, 
 
 def numbered(words: Sequence[str], flag: str) -> list[int]:
     """Indices of examples from words such as `17` and `20-39`."""
-    found: list[int] = []
-    for word in words:
-        first, _, last = word.partition("-")
-        if not first.isdigit() or not (last.isdigit() or not last):
-            raise CoarError(f"--{flag} {word}: write an index (17) or a range (20-39)")
-        found += range(int(first), int(last or first) + 1)
-    return found
+    return [
+        index for word in words for index in _range(word, f"--{flag} {word}: write an index (17) or a range (20-39)")
+    ]
+
+
+def _range(word: str, advice: str) -> range:
+    """What `17` or `20-39` means.
+
+    Raises:
+        CoarError: with the advice, as it is neither.
+    """
+    first, dash, last = word.partition("-")
+    last = last if dash else first
+    if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
+        raise CoarError(advice)
+    return range(int(first), int(last) + 1)
 
 
 def examples(words: Sequence[str] | None, side: str, attributions: Attributions) -> list[int] | None:
@@ -213,14 +222,12 @@ def examples(words: Sequence[str] | None, side: str, attributions: Attributions)
         return None
     found: list[int] = []
     for word in words:
-        first, _, last = word.partition("-")
         if word.startswith("label="):
             try:
                 found += labelled.with_label(attributions, word.removeprefix("label="))
             except CoarError as error:
                 raise CoarError(f"--{side} {word}: {error}") from error
-        elif first.isdigit() and (last.isdigit() or not last):
-            found += range(int(first), int(last or first) + 1)
         else:
-            raise CoarError(f"--{side} {word}: write an index (17), a range (20-39) or a label (label=3, label=name)")
+            advice = f"--{side} {word}: write an index (17), a range (20-39) or a label (label=3, label=name)"
+            found += _range(word, advice)
     return found

@@ -110,9 +110,10 @@ class _Reader:
             CoarError: nothing.
         """
         index = int(judged.rows[place])
+        number = int(judged.held.numbers[index])
         if self.show is not None:
-            return self.show(index)
-        raw = judged.held.raw[index] if judged.held.raw is not None else {}
+            return self.show(number)
+        raw = judged.held.raw[number] if judged.held.raw is not None else {}
         if (column := showing.image_column(raw) or showing.text_column(raw)) is not None:
             return raw[column]
         batch = judged.held.at([index])[0]

@@ -123,7 +123,7 @@ class Figures(Mapping[str, Figure]):
 
     Attributes:
         measured: "target", "others", "worst_other", "probe", "recovery", "relearned", …, as far as the task has them.
-        rivals: by rival, the same figures of the model that it makes.
+        rivals: by rival, the same figures of the model that it makes; none where it makes none that keeps the limits.
     """
 
     measured: Mapping[str, Figure]
@@ -145,6 +145,8 @@ class Figures(Mapping[str, Figure]):
         """What, before, after: of the edit, then of its rivals; for a card."""
         found = [figure.row() for figure in self.measured.values()]
         for rival, figures in self.rivals.items():
+            if not figures:
+                found.append((f"instead, {rival}", "", "nothing that keeps the limits"))
             for figure in figures.values():
                 what, before, after = figure.row()
                 found.append((f"instead, {rival}: {what}", before, after))

@@ -15,7 +15,7 @@ from hf_coar.editing.rules import RULES, Sides
 from hf_coar.editing.tasks import figures as fig
 from hf_coar.editing.tasks.aims import ABLATION, Aim, Weigh, carried_out
 from hf_coar.editing.tasks.figures import Figure
-from hf_coar.editing.tasks.held import check_limits, checked, divided
+from hf_coar.editing.tasks.held import check_limits, divided
 from hf_coar.editing.tasks.judged import Judged
 from hf_coar.editing.tasks.setting import EditResult, Setting
 from hf_coar.editing.tasks.walking import Point, Verdict, margin
@@ -32,7 +32,7 @@ class Fixing(Aim):
     """Some examples are to come right.
 
     Attributes:
-        examples: their indices, ascending.
+        examples: where they are held, ascending.
         others_within: what the accuracy on all others may fall by, from 0 to 1.
     """
 
@@ -44,7 +44,7 @@ class Fixing(Aim):
     @property
     def task(self) -> str:
         """In words."""
-        shown = ", ".join(map(str, self.examples[:4])) + (", …" if len(self.examples) > 4 else "")
+        shown = ", ".join(map(str, self.numbers[:4])) + (", …" if len(self.numbers) > 4 else "")
         return f"fix example{'' if len(self.examples) == 1 else 's'} {shown}"
 
     @property
@@ -55,11 +55,16 @@ class Fixing(Aim):
 
     def entries(self) -> dict[str, Any]:
         """What goes into the record."""
-        return {"increase": list(self.examples)}
+        return {"increase": self.numbers}
+
+    @property
+    def numbers(self) -> list[int]:
+        """Their indices in the data set, ascending."""
+        return self.of.held.numbers[list(self.examples)].tolist()
 
     @cached_property
     def targets(self) -> Tensor:
-        """Their indices, int64 [examples]."""
+        """Where they are held, int64 [examples]."""
         return torch.tensor(self.examples)
 
     def sides(self, weigh: Weigh, model: nn.Module) -> Sides:
@@ -205,12 +210,12 @@ def fix(
     """
     check_limits(others_within=others_within)
     of = Setting.of(model, data, components)
-    wanted = checked(examples, len(of.held), "examples")
+    wanted = of.held.places(examples, "examples")
     none = torch.zeros(len(of.held), dtype=torch.bool)
     # One model is measured, so that all examples there are may say what it costs.
     parts = divided(of.held.firsts, of.held.labels, none, seed, "", wanted, spare=True)
     right = of.right(of.see(model, torch.tensor(wanted)))
     if bool(right.any()):
-        there = [index for index, one in zip(wanted, right.tolist(), strict=True) if one]
+        there = of.held.numbers[wanted][right].tolist()
         raise CoarError(f"examples {there[:8]} are right already; name wrong ones")
     return carried_out(Fixing(of, parts, tuple(wanted), others_within), method, rivals)

@@ -1,5 +1,6 @@
 """`forget`: a model that no longer knows a class, and is as good as before on the others."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,6 +23,8 @@ from hf_coar.editing.tasks.looking import Seen
 from hf_coar.editing.tasks.setting import EditResult, Setting
 from hf_coar.editing.tasks.walking import WALK, Point, Verdict, margin
 from hf_coar.models.outputs import Output
+
+logger = logging.getLogger(__name__)
 
 # "claim" and "features" cost a pass a step each, and on the demo's bags left no less that one constant gives back.
 CONTRASTS: tuple[str, ...] = ()
@@ -57,7 +60,15 @@ class Forgetting(HeadAim):
     @property
     def task(self) -> str:
         """In words."""
-        return f"forget {self.name}"
+        return f"forget {self.name}" + (f" (answer {self.only_other} to everything)" if self.only_other else "")
+
+    @cached_property
+    def only_other(self) -> str:
+        """What a classifier of two classes says to everything without the one; empty where it has more."""
+        logits = self.before["choose"].logits
+        said = range(0 if logits is None else logits.shape[1])
+        others = {*said, *self.of.held.labels.unique().tolist()} - {self.label}
+        return repr(self.of.held.name(others.pop())) if len(others) == 1 else ""
 
     @property
     def wanted(self) -> str:
@@ -84,7 +95,7 @@ class Forgetting(HeadAim):
         """What goes into the record."""
         rows = self.parts.attribute
         named = {"decrease": [self.of.held.name(self.label)]}
-        return {"decrease": rows[self.own(rows)].tolist(), "classes": named}
+        return {"decrease": self.of.held.numbers[rows[self.own(rows)]].tolist(), "classes": named}
 
     # ------------------------------------------------------------------------------------------- what to ablate first
 
@@ -295,4 +306,10 @@ def forget(
     number = of.held.label_of(label)
     parts = divided(of.held.firsts, of.held.labels, of.held.labels == number, seed, f"label {of.held.name(number)!r}")
     aim = Forgetting(of, parts, number, others_within, at_most, refit=refit)
+    if aim.only_other:
+        logger.warning(
+            "edit: a model of two classes that forgets %s answers %s to everything, so that the others cannot lose; "
+            "where it is to answer %s less often, or otherwise to some, take coar.steer or coar.fix",
+            aim.name, aim.only_other, aim.name,
+        )  # fmt: skip
     return carried_out(aim.refitting_if_possible(), method, rivals)

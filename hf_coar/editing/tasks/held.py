@@ -31,25 +31,39 @@ class Held:
     Attributes:
         batches: as the data set has them.
         record: of data and model, where class names stand.
+        numbers: the index of every example in the data set, ascending, int64 [examples]: those that cannot be read are
+            not held.
+        n_all: examples in the data set.
         raw: the data set that the batches were made of, example by example, where there is one.
     """
 
     batches: Sequence[data_module.Batch]
     record: dict[str, Any]
+    numbers: Tensor
+    n_all: int
     raw: Any = None
 
     @classmethod
     def read(cls, model: nn.Module, data: Any) -> "Held":
-        """All of a data set.
+        """All of a data set that can be read; says what is left out.
 
         Raises:
             DataError: no examples, or not what `attribute` takes.
         """
-        batches = [data_module.as_batch(batch) for batch in data_module.batches(data)]
+        batches, numbers, failed, n_all = [], [], {}, 0
+        for chunk in data_module.Chunks(data_module.batches(data)):
+            read = chunk.read()
+            failed, n_all = failed | read.failed, chunk.stop
+            for start, piece in read.pieces:
+                batches.append(data_module.as_batch(piece))
+                numbers += range(start, start + data_module.size(batches[-1]))
+        if failed:
+            _tell_left_out(failed, n_all)
         if not batches:
             raise DataError("the data set is empty; nothing to edit by")
         raw = data.dataset if isinstance(data, data_module.Examples) and hasattr(data.dataset, "__len__") else None
-        return cls(batches, {"data": data_module.describe(data), "model": models.record(model)}, raw)
+        described = data_module.describe(data) | ({"left_out": sorted(failed)} if failed else {})
+        return cls(batches, {"data": described, "model": models.record(model)}, torch.tensor(numbers), n_all, raw)
 
     @cached_property
     def bounds(self) -> list[int]:
@@ -82,6 +96,29 @@ class Held:
             logger.info("edit: %d examples are copies of others, and go wherever these go", copies)
         return torch.tensor(found)
 
+    def places(self, indices: Sequence[int] | Tensor, what: str) -> list[int]:
+        """Where examples are held, ascending, that are given by their indices in the data set.
+
+        Args:
+            indices: of examples.
+            what: they are, for errors.
+
+        Raises:
+            CoarError: none, or some out of range or left out.
+        """
+        found = checked(indices, self.n_all, what)
+        at = {number: place for place, number in enumerate(self.numbers.tolist())}
+        if absent := [index for index in found if index not in at]:
+            raise CoarError(f"{what}={absent[:8]}: these examples cannot be read; give others")
+        return [at[index] for index in found]
+
+    def some(self, values: Tensor) -> Tensor:
+        """The values of the examples that are held, of values of all of the data set; others are returned as they are.
+
+        Whoever has left out what cannot be read may give the values of the rest.
+        """
+        return values[self.numbers] if len(values) == self.n_all else values
+
     def n_different(self, chosen: Tensor) -> int:
         """How many examples a mask of them names, bool [examples], copies of one another counted once."""
         return len(self.firsts[chosen].unique())
@@ -108,14 +145,25 @@ class Held:
         """
         if bool((self.labels < 0).all()):
             raise CoarError(
-                f"the examples have no class labels (entries: {', '.join(self.batches[0])}), so that label={label!r} "
-                "means nothing; give examples by their indices to coar.steer"
+                f"label={label!r} means nothing, as the examples are of no single class each: {self._labels_are}; "
+                "coar.steer takes examples by their indices (on the command line: attribute, then edit --decrease)"
             )
         wanted = label_words.label_of(self.record, label)
         if not bool((self.labels == wanted).any()):
             named = [self.name(one) for one in self.labels.unique().tolist()]
             raise CoarError(f"no example has the label {label!r}; there are {', '.join(named[:30])}")
         return wanted
+
+    @property
+    def _labels_are(self) -> str:
+        """What the entry `labels` is where it is not one class an example, in words."""
+        labels = self.batches[0].get("labels")
+        if not isinstance(labels, Tensor):
+            return f"their entries are {', '.join(self.batches[0])}"
+        kind = "numbers" if labels.is_floating_point() else "whole numbers"
+        if labels.dim() > 1:
+            return f"their labels are {' × '.join(map(str, labels.shape[1:]))} {kind} each, such as of several classes"
+        return f"their labels are {kind} that name no class"
 
     def name(self, label: int) -> str:
         """What people call a class."""
@@ -135,6 +183,15 @@ class Held:
             if len(rows):
                 found.append(data_module.take(batch, rows))
         return _joined(found, size) if size else found
+
+
+def _tell_left_out(failed: dict[int, str], n_all: int) -> None:
+    first = min(failed)
+    shown = ", ".join(map(str, sorted(failed)[:8])) + (", …" if len(failed) > 8 else "")
+    logger.warning(
+        "%d of %d examples cannot be read and are left out (%s); number %d: %s",
+        len(failed), n_all, shown, first, failed[first],
+    )  # fmt: skip
 
 
 def _joined(batches: list[data_module.Batch], size: int) -> list[data_module.Batch]:
@@ -240,7 +297,7 @@ def check_enough(count: int, what: str, least: Sequence[int] = LEAST) -> None:
 
 
 def indices_of(examples: Any, held: Held, side: str) -> list[int]:
-    """Examples as indices, from indices, a class name, `{"label": name or number}`, or several names.
+    """Where examples are held, from indices, a class name, `{"label": name or number}`, or several names.
 
     Raises:
         CoarError: an unknown class, or indices out of range.
@@ -253,11 +310,11 @@ def indices_of(examples: Any, held: Held, side: str) -> list[int]:
         return [index for one in labels for index in (held.labels == held.label_of(one)).nonzero()[:, 0].tolist()]
     if any(isinstance(one, str) for one in labels):
         return indices_of({"label": labels}, held, side)
-    return checked(labels, len(held), side)
+    return held.places(labels, side)
 
 
 def checked(indices: Sequence[int] | Tensor, n_examples: int, what: str) -> list[int]:
-    """Indices as plain integers.
+    """Indices as plain integers, ascending.
 
     Raises:
         CoarError: none, or some out of range.

@@ -103,7 +103,8 @@ class Lifting(HeadAim):
     def entries(self) -> dict[str, Any]:
         """What goes into the record."""
         rows = self.parts.attribute
-        return {"increase": rows[torch.isin(self.groups[rows], torch.tensor(self.failing))].tolist()}
+        rows = rows[torch.isin(self.groups[rows], torch.tensor(self.failing))]
+        return {"increase": self.of.held.numbers[rows].tolist()}
 
     def points(self) -> list[Point]:
         """A walk by either rule, on probabilities that are softened."""
@@ -192,7 +193,7 @@ def groups_of(held: Held, data: Any, groups: Any) -> tuple[Tensor, dict[int, str
     """
     found, name = _named(held, data, groups)
     if found.shape != (len(held),) or found.is_floating_point():
-        raise CoarError(f"groups of shape {list(found.shape)} for {len(held)} examples; give each a whole number")
+        raise CoarError(f"groups of shape {list(found.shape)} for {held.n_all} examples; give each a whole number")
     numbers, found = found.unique(return_inverse=True)
     if len(numbers) < 2:
         raise CoarError(f"all {len(held)} examples are of one group; there is nothing to lift one against")
@@ -211,7 +212,7 @@ def _named(held: Held, data: Any, groups: Any) -> tuple[Tensor, Callable[[int], 
     """A number for every example, as they are given, and what a number is called."""
     if isinstance(groups, str):
         column = _column(data, groups)
-        places, values = (held.entry(groups), None) if column is None else column
+        places, values = (held.entry(groups), None) if column is None else (held.some(column[0]), column[1])
         labels, classes = held.labels.unique(return_inverse=True)
         count = int(places.max()) + 1
 
@@ -222,8 +223,8 @@ def _named(held: Held, data: Any, groups: Any) -> tuple[Tensor, Callable[[int], 
         return classes * count + places, of_both
     if not isinstance(groups, Tensor) and any(isinstance(one, str) for one in groups):
         found, words = _numbered(groups)
-        return found, lambda number: str(words[number])
-    found = torch.as_tensor(groups).cpu()
+        return held.some(found), lambda number: str(words[number])
+    found = held.some(torch.as_tensor(groups).cpu())
     classes = found.shape == held.labels.shape and torch.equal(found.long(), held.labels)
     return found, held.name if classes else lambda number: f"group {number}"
 

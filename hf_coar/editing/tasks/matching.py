@@ -254,9 +254,14 @@ def match(
 
 def _paired(clean: Held, triggered: Held) -> Held:
     """The triggered side, checked, in batches like those of the clean one."""
-    if len(clean) != len(triggered):
-        raise CoarError(f"{len(clean)} clean and {len(triggered)} triggered examples; give the same ones, in one order")
-    differing = (clean.labels != triggered.labels).nonzero()[:, 0].tolist()
+    if clean.n_all != triggered.n_all:
+        raise CoarError(
+            f"{clean.n_all} clean and {triggered.n_all} triggered examples; give the same ones, in one order"
+        )
+    if not torch.equal(clean.numbers, triggered.numbers):
+        alone = sorted({*clean.numbers.tolist()} ^ {*triggered.numbers.tolist()})
+        raise CoarError(f"of pairs {alone[:8]} one side cannot be read; take both sides out of the data")
+    differing = clean.numbers[clean.labels != triggered.labels].tolist()
     if differing:
         raise CoarError(
             f"pairs {differing[:8]} have other labels with the trigger than without; give the same examples in one "

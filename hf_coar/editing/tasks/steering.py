@@ -40,7 +40,8 @@ class Steering(Aim):
     def task(self) -> str:
         """In words."""
         counts = {verb: int((self.signs == sign).sum()) for sign, verb in ((1, "raise"), (-1, "lower"))}
-        return "steer: " + ", ".join(f"{verb} {count} examples" for verb, count in counts.items() if count)
+        sides = ", ".join(f"{verb} {count} examples" for verb, count in counts.items() if count)
+        return f"steer outputs ({sides})"
 
     @property
     def wanted(self) -> str:
@@ -51,7 +52,8 @@ class Steering(Aim):
         """What goes into the record."""
         rows = self.parts.attribute
         sides = {"increase": 1, "decrease": -1}
-        return {side: rows[self.signs[rows] == sign].tolist() for side, sign in sides.items()}
+        numbers = self.of.held.numbers[rows]
+        return {side: numbers[self.signs[rows] == sign].tolist() for side, sign in sides.items()}
 
     def points(self) -> list[Point]:
         """A walk until the allowance is spent."""
@@ -165,7 +167,8 @@ def before_and_after(
     held = Held.read(model, data)
     of = Setting(MaskedModel(model, components), held, Looker.of(model, held.batches[0], output))
     signs, none = torch.zeros(len(held), dtype=torch.long), torch.empty(0, dtype=torch.long)
-    signs[list(increase)], signs[list(decrease)] = 1, -1
+    for side, given, sign in (("increase", increase, 1), ("decrease", decrease, -1)):
+        signs[held.places(given, side) if given else []] = sign
     aim = Steering(of, Parts(none, none, torch.arange(len(held))), signs, 1.0)
     return Figures(aim.figures(edited))
 
@@ -212,6 +215,7 @@ def steer(
         if given is not None:
             chosen = indices_of(given, of.held, side)
             if both := [index for index in chosen if signs[index]]:
+                both = of.held.numbers[both].tolist()
                 raise CoarError(f"examples {both[:8]} are in both increase and decrease")
             signs[chosen] = sign
     if not bool(signs.any()):

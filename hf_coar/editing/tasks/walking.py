@@ -108,16 +108,17 @@ def walk(
         best = ranking[kept[ranking] & ~barred[ranking]]
         if not len(best):
             break
-        found = _measured(masked, torch.cat([ablated, best[: min(size, most - len(ablated))]]), measure)
+        taken = best[: min(size, most - len(ablated))]  # of the last ones there may be fewer than a step
+        found = _measured(masked, torch.cat([ablated, taken]), measure)
         points += found
         n_tried += 1
         if min(point.verdict.spent for point in found) <= 0:
             ablated, ranking = found[0].ablated, None
             kept[ablated] = False
-        elif size // 2 >= smallest:
-            size //= 2
+        elif len(taken) // 2 >= smallest:
+            size = len(taken) // 2
         else:
-            barred[best[:size]] = True
+            barred[taken] = True
             size, passed_by = step, passed_by + 1
     return points
 

@@ -145,6 +145,9 @@ def _ablated(edit: Mapping[str, Any]) -> str:
 
 
 def _aim(edit: Mapping[str, Any]) -> str:
+    """What the edit is for, as its task says it; else by the sides that were given."""
+    if edit.get("task"):
+        return str(edit["task"])
     sides = [("raise", "increase"), ("lower", "decrease")]
     said = [
         f"{verb} the output on {count(len(edit[side]), 'example')}{of_classes(edit, side)}"
