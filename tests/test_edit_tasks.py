@@ -182,6 +182,14 @@ def test_what_labels_are_that_name_no_class_is_said(net):
         held.Held.read(model, several).label_of("class 3")
 
 
+def test_the_classes_own_neurons_are_no_components_of_an_edit_of_a_plain_module(net):
+    """To forget a class its logit was ablated, which hides it and no more, and the last layer could not be refitted."""
+    model, data, components = net
+    of = Setting.of(model, data, None)
+    assert [group.module for group in of.masked.components.groups] == ["0", "2"]
+    assert len(coar.find_components(model)) == len(components) + N_CLASSES
+
+
 def test_a_rival_that_keeps_no_limits_is_in_the_table():
     found = fig.Figures({}, {"last_layer": {}})
     assert found.rows() == [("instead, last_layer", "", "nothing that keeps the limits")]
@@ -429,9 +437,9 @@ def test_an_edit_of_nothing_but_a_last_layer_is_told_saved_and_undone(tmp_path, 
 
 
 def test_a_last_layer_that_holds_components_is_left_as_it_is(net, caplog):
-    """Of a plain Sequential nobody knows which layer is the last, and its rows are components, too."""
+    """Whoever gives the components may give its rows, too."""
     model, data, _ = net
-    result = coar.forget(model, data, 3, others_within=0.1)
+    result = coar.forget(model, data, 3, others_within=0.1, components=coar.find_components(model))
     assert "the last layer is left as it is: 4 holds components" in caplog.text
     assert "refit" not in models.record(result.model)["edit"] and set(result.figures.rivals) == {"logit_bias"}
     with pytest.raises(CoarError, match="can't be fitted anew: 4 holds components"):

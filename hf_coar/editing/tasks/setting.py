@@ -13,6 +13,7 @@ from hf_coar import data as data_module
 from hf_coar import models
 from hf_coar.components import Components, find_components
 from hf_coar.editing import edited as edited_model
+from hf_coar.editing.tasks import refitting
 from hf_coar.editing.tasks.figures import Figures
 from hf_coar.editing.tasks.held import Held, Parts
 from hf_coar.editing.tasks.judged import Judged
@@ -48,10 +49,12 @@ class Setting:
         """
         check_base(model)
         held = Held.read(model, data)
-        masked = MaskedModel(model, replace(components or find_components(model), fingerprint=None))
+        looker = Looker.of(model, held.batches[0], output)
+        components = components or _found(model, looker, held.batches[0])
+        masked = MaskedModel(model, replace(components, fingerprint=None))
         constants.check_says(model, masked.components.groups, masked.components.stand_in)
         models.check_saved(model, {group.parameter for group in masked.components.groups})
-        return cls(masked, held, Looker.of(model, held.batches[0], output))
+        return cls(masked, held, looker)
 
     @property
     def model(self) -> nn.Module:
@@ -109,6 +112,18 @@ class Setting:
                 "right; coar.steer edits for any output"
             )
         return self.looker.output.boundary
+
+
+def _found(model: nn.Module, looker: Looker, batch: data_module.Batch) -> Components:
+    """All components but those of the layer that gives the logits, whose neurons are the classes themselves.
+
+    Of plain modules no library tells which that is; a pass does.
+    """
+    head = looker.head
+    if models.output_modules(model) or head is None:
+        return find_components(model)
+    gives = refitting.reads(model.get_submodule(head), looker.look(model, [batch]))
+    return find_components(model, exclude=[head] if gives else None)
 
 
 def _numbers(batch: data_module.Batch) -> int:
