@@ -400,6 +400,7 @@ def test_a_new_last_layer_forgets_where_ablation_alone_costs_too_much(tmp_path):
         coar.forget(model, data, 3, others_within=0.02, components=components, refit=None)
     result = coar.forget(model, data, 3, others_within=0.02, components=components, rivals=["last_layer"])
     record = models.record(result.model)["edit"]
+    assert "components ablated, last layer 4 fitted anew\n" in str(result)
     assert record["refit"] == "4" and {"4.weight", "4.bias"} < set(record["parameters"]) and result.components
     assert result.figures["target"].after <= 0.1 and result.figures["others"].change > -0.02
     assert set(result.figures.rivals) == {"last_layer"}
@@ -439,11 +440,12 @@ def test_an_edit_of_nothing_but_a_last_layer_is_told_saved_and_undone(tmp_path, 
 def test_a_last_layer_that_holds_components_is_left_as_it_is(net, caplog):
     """Whoever gives the components may give its rows, too."""
     model, data, _ = net
-    result = coar.forget(model, data, 3, others_within=0.1, components=coar.find_components(model))
+    every = coar.find_components(model)
+    result = coar.forget(model, data, 3, others_within=0.1, components=every)
     assert "the last layer is left as it is: 4 holds components" in caplog.text
     assert "refit" not in models.record(result.model)["edit"] and set(result.figures.rivals) == {"logit_bias"}
     with pytest.raises(CoarError, match="can't be fitted anew: 4 holds components"):
-        coar.forget(model, data, 3, others_within=0.1, method="last_layer")
+        coar.forget(model, data, 3, others_within=0.1, method="last_layer", components=every)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -204,9 +204,11 @@ class EditResult:
         return edited_model.push_to_hub(self.model, repo_id, self.figures.rows(), **options)
 
     def __str__(self) -> str:
-        """The task and its figures."""
-        how = f": {len(self.components)} components ablated" if self.components else ""
-        return f"{self.task}{how}\n{self.figures}"
+        """The task, what was done, and its figures."""
+        refitted = (models.record(self.model).get("edit") or {}).get("refit")
+        done = [f"{len(self.components)} components ablated"] if self.components else []
+        done += [f"last layer {refitted} fitted anew"] if refitted else []
+        return f"{self.task}{': ' if done else ''}{', '.join(done)}\n{self.figures}"
 
 
 def common_entries(of: Setting) -> dict[str, Any]:
