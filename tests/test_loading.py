@@ -229,17 +229,27 @@ def test_classes_are_matched_by_name_where_data_and_model_count_them_otherwise(f
     assert data.description["label_names"] == ["CONTRADICTION", "NEUTRAL", "ENTAILMENT"]
 
 
-def test_classes_of_another_number_are_doubted(folders, tmp_path, caplog):
+def test_classes_of_another_number_that_no_name_tells_are_refused(folders, tmp_path, caplog):
     path = declared(tmp_path / "d.parquet", [0, 1], ["dull", "fine"])
-    _, data = coar.load(folders / "judge", path)
-    assert "2 classes (dull, fine) and the model 3" in caplog.text and "'dull' as 'CONTRADICTION'" in caplog.text
-    assert data.description["label_names"][0] == "CONTRADICTION"
-    caplog.clear()
+    words = r"2 classes \(dull, fine\) and the model 3, and no names tell which they are; call the data set's classes"
+    with pytest.raises(DataError, match=words):
+        coar.load(folders / "judge", path)
     _, data = coar.load(folders / "plain", path)
     assert data.description["label_names"] == ["dull", "fine"] and not warned(caplog)
     more = declared(tmp_path / "more.parquet", [0, 3], ["a", "b", "c", "d"])
-    with pytest.raises(DataError, match="3 is none of its classes 0 to 2"):
+    with pytest.raises(DataError, match=r"4 classes \(a, b, c, d\) and the model 3"):
         coar.load(folders / "judge", more)
+
+
+@pytest.mark.parametrize(
+    ("names", "told"), [(["pos", "NEG"], None), (["good", "bad"], "'good' as 'neg'"), (["neg feeling", "good"], "")]
+)
+def test_as_many_classes_of_other_names_are_doubted(folders, tmp_path, caplog, names, told):
+    """They were taken by their numbers without a word, 'good' as 'neg'."""
+    path = declared(tmp_path / "d.parquet", [0, 1], names)
+    _, data = coar.load(folders / "named", path)
+    assert batch_of(data)["labels"].tolist() == ([1, 0] if told is None else [0, 1])
+    assert [told in one for one in warned(caplog)] == ([True] if told else [])
 
 
 def imagenet(n=1000):

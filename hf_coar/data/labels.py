@@ -264,9 +264,15 @@ def _several(values: Sequence[Any], feature: Any, head: Head) -> _Reading:
     members = list(dict.fromkeys(member for value in lists for member in value if isinstance(member, str | int)))
     inner = getattr(feature, "feature", None)
     if type(inner).__name__ == "ClassLabel":
-        of_one = _of_classes(inner, head)
-        if of_one.by_name or not all(len(value) == head.n for value in lists):  # else "no" and "yes", for each class
-            return _sets(of_one, head)
+        of_each = all(len(value) == head.n for value in lists)  # "no" and "yes", for each class
+        try:
+            of_one = _of_classes(inner, head)
+        except _NotUnderstood:
+            if not of_each:
+                raise
+        else:
+            if of_one.by_name or not of_each:
+                return _sets(of_one, head)
     if members and all(isinstance(member, str) for member in members):
         return _sets(_of_strings(members, head), head)
     different = len({len(value) for value in lists}) > 1 and all(len(set(value)) == len(value) for value in lists)
@@ -363,12 +369,16 @@ def _by_number(names: tuple[str, ...], head: Head) -> _Reading:
         note = f"the data set's classes {shortened(str(list(names)))} are the numbers of the model's"
         return _Reading(_index(head.n, _at(spoken)), head.names, True, note)
     if head.n is not None and len(names) != head.n:
-        first = f", {names[0]!r} as {head.names[0]!r}" if head.names and names else ""
-        doubt = (
+        counts = (
             f"the data set has {len(names)} classes ({shortened(', '.join(names), 80)}) and the model {head.n}, and no "
-            f"names tell which they are: they are taken by their numbers{first}. If that is wrong, call the data set's "
-            "classes as the model calls its own"
+            "names tell which they are"
         )
+        if head.names and not numbers:  # the first of ten animals is not class 0 of a thousand
+            raise _NotUnderstood(
+                f"{counts}; call the data set's classes (folders) as the model calls its own, or give their numbers in "
+                "a column of whole numbers"
+            )
+        doubt = f"{counts}: they are taken by their numbers. If that is wrong, name them as the model does its own"
         return _Reading(_index(head.n), head.names or names, doubt=doubt)
     if numbers and spoken != list(range(len(spoken))):
         place = next(place for place, number in enumerate(spoken) if number != place)
@@ -378,7 +388,20 @@ def _by_number(names: tuple[str, ...], head: Head) -> _Reading:
             "called, give a column of numbers, or fill the names with zeros (02)"
         )
         return _Reading(_index(head.n), names or head.names, doubt=doubt)
-    return _Reading(_index(head.n), names or head.names)
+    doubt = "" if numbers or not head.names or not names else _unlike(names, head.names)
+    return _Reading(_index(head.n), names or head.names, doubt=doubt)
+
+
+def _unlike(names: Sequence[str], theirs: Sequence[str]) -> str:
+    """What to say where as many classes are called otherwise by the data and by the model, every one; else empty."""
+    pairs = list(zip(names, theirs, strict=False))
+    if any({*name_key(a).split()} & {*re.split(r"[\s,/]+", name_key(b))} for a, b in pairs):
+        return ""
+    said = shortened(", ".join(f"{a!r} as {b!r}" for a, b in pairs), 160)
+    return (
+        f"no class of the data set is called as one of the model's, and as many as there are they are taken by their "
+        f"numbers: {said}. If that is wrong, call the data set's classes as the model calls its own"
+    )
 
 
 def _at(classes: Sequence[int]) -> Callable[[Any], int | None]:
