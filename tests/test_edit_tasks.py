@@ -182,6 +182,28 @@ def test_what_labels_are_that_name_no_class_is_said(net):
         held.Held.read(model, several).label_of("class 3")
 
 
+def never_right(data, but=()):
+    """Labels one off, but for some classes: as of texts, of which the mean token is hardly ever right."""
+    moved = [(batch["labels"], (batch["labels"] + 1) % N_CLASSES) for batch in data]
+    kept = torch.tensor(but, dtype=torch.long)
+    return [
+        {**batch, "labels": torch.where(torch.isin(was, kept), was, now)}
+        for batch, (was, now) in zip(data, moved, strict=True)
+    ]
+
+
+def test_a_limit_that_nothing_can_break_is_none(net):
+    """Of the others none was right, so that they could lose nothing, and a fifth of the components went."""
+    model, data, components = net
+    targets = [i for i in range(500) if i % N_CLASSES == 3][:60]
+    result = coar.steer(model, never_right(data), targets, others_within=0.3, components=components)
+    assert "mean output of the others" in result.figures["others"].what and result.judged[0].boundary is None
+    lost = abs(result.figures["others"].change) / float(result.judged[0].before.values.std())
+    assert lost < 0.4 and "worst_other" not in result.figures
+    with pytest.raises(CoarError, match=r"of the others \d.\d% are right as it is, .* the limit of 30.0% whatever"):
+        coar.forget(model, never_right(data, [3]), 3, others_within=0.3, components=components)
+
+
 def test_the_classes_own_neurons_are_no_components_of_an_edit_of_a_plain_module(net):
     """To forget a class its logit was ablated, which hides it and no more, and the last layer could not be refitted."""
     model, data, components = net

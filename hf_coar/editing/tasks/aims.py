@@ -114,6 +114,11 @@ class Aim(ABC):
         """This aim with what the paper attributes: nothing but the output of the task."""
         return self
 
+    @property
+    def boundary(self) -> float | None:
+        """Where right turns into wrong among the others; None where their outputs themselves are what is to stay."""
+        return self.of.looker.output.boundary
+
     # ---------------------------------------------------------------------------------------------- what aims have
 
     def shown(self, model: nn.Module, target: Tensor, grouped: tuple[Tensor, dict[int, str]] | None = None) -> Judged:
@@ -124,10 +129,10 @@ class Aim(ABC):
             target: which of them the edit is for, bool [examples].
             grouped: groups int64 [examples] and their names; classes by default.
         """
-        rows, output = self.parts.judge, self.of.looker.output
+        rows, unit = self.parts.judge, self.of.looker.output.unit
         groups, names = by_class(self.of.held, rows) if grouped is None else grouped
         seen = self.before["judge"], self.of.see(model, rows)
-        return Judged(self.of.held, rows, *seen, output.boundary, output.unit, target, groups, names)
+        return Judged(self.of.held, rows, *seen, self.boundary, unit, target, groups, names)
 
     def labels(self, rows: Tensor) -> Tensor:
         """Labels of examples, int64 [any]."""
@@ -246,6 +251,12 @@ def carried_out(aim: Aim, method: str, rivals: str | Sequence[str] | None) -> Ed
     before = aim.judge(aim.of.model)
     if why := aim.met(before):
         raise CoarError(f"{aim.task}: there is nothing to do, as {why}")
+    if aim.boundary is not None and before.others <= aim.limits["others"]:
+        raise CoarError(
+            f"{aim.task}: of the others {before.others:.1%} are right as it is, so that they could lose no more than "
+            f"the limit of {aim.limits['others']:.1%} whatever is done. See that the labels are those that the model "
+            "was trained on, or allow less; coar.steer keeps mean outputs where nothing is right"
+        )
     if method != ABLATION:
         changed = RIVALS[method](aim)
         made = _result(aim, changed, (), f"{aim.task} by {method}")

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -43,6 +44,19 @@ class Steering(Aim):
         sides = ", ".join(f"{verb} {count} examples" for verb, count in counts.items() if count)
         return f"steer outputs ({sides})"
 
+    @cached_property
+    def boundary(self) -> float | None:
+        """Where right turns into wrong; None where so few are right that these could all go within the limit.
+
+        As of texts whose mean token is never right: a limit on their accuracy is none, and their mean output is kept.
+        """
+        part = "choose" if len(self.parts.choose) else "judge"
+        rest, boundary = self.signs[getattr(self.parts, part)] == 0, self.of.looker.output.boundary
+        if boundary is None or not bool(rest.any()):
+            return boundary
+        right = self.before[part].values[rest] > boundary
+        return boundary if float(right.float().mean()) > self.others_within else None
+
     @property
     def wanted(self) -> str:
         """What an edit must do."""
@@ -66,7 +80,7 @@ class Steering(Aim):
         found = weigh(output, batches)
         values = self.of.looker.look(model, batches).values.double()
         sets = [(sign, found[signs == sign]) for sign in (1, -1) if bool((signs == sign).any())]
-        return Sides(sets, found[signs == 0], values[signs == 0], output.boundary)
+        return Sides(sets, found[signs == 0], values[signs == 0], self.boundary)
 
     def loss(self, model: nn.Module) -> Tensor:
         """Minus the outputs of those to rise, plus those of those to fall, plus the squared drift of the rest."""
@@ -89,7 +103,7 @@ class Steering(Aim):
 
     def _lost(self, was: Tensor, now: Tensor) -> tuple[float, float, float]:
         """By how much the rest is worse, the standard error of that, and how it is."""
-        boundary = self.of.looker.output.boundary
+        boundary = self.boundary
         if boundary is not None:
             return *fig.fall(was > boundary, now > boundary), float((now > boundary).float().mean())
         scale = float(was.std()) or 1.0
@@ -106,7 +120,7 @@ class Steering(Aim):
                 key = name if "target" in found else "target"
                 of = signs == sign
                 found[key] = fig.of_means(f"mean output of {what}", before.values[of], seen.values[of], unit)
-        rest, boundary = signs == 0, self.of.looker.output.boundary
+        rest, boundary = signs == 0, self.boundary
         moved = ((seen.values - before.values) * signs)[~rest]
         what = "how far the targets moved the way that they were to"
         found["moved"] = fig.of_means(what, torch.zeros(len(moved)), moved, unit)
@@ -126,7 +140,7 @@ class Steering(Aim):
     @property
     def limits(self) -> dict[str, float]:
         """What is asked for."""
-        if self.of.looker.output.boundary is not None:
+        if self.boundary is not None:
             return {"others": self.others_within}
         rest = self.before["judge"].values[self.signs[self.parts.judge] == 0]
         return {"others": self.others_within * (float(rest.std()) or 1.0)}
@@ -169,7 +183,7 @@ def before_and_after(
     signs, none = torch.zeros(len(held), dtype=torch.long), torch.empty(0, dtype=torch.long)
     for side, given, sign in (("increase", increase, 1), ("decrease", decrease, -1)):
         signs[held.places(given, side) if given else []] = sign
-    aim = Steering(of, Parts(none, none, torch.arange(len(held))), signs, 1.0)
+    aim = Steering(of, Parts(none, none, torch.arange(len(held))), signs, 0.0)
     return Figures(aim.figures(edited))
 
 
@@ -197,7 +211,7 @@ def steer(
         increase: examples whose outputs are to rise: indices, a class name, or `{"label": 3}`.
         decrease: examples whose outputs are to fall, given likewise.
         others_within: what the rest may lose: of its accuracy, from 0 to 1; where no value of the output is right or
-            wrong, of its mean output, in standard deviations.
+            wrong, or no more of the rest than this is right, of its mean output, in standard deviations.
         output: as for `attribute`.
         method: "ablation", or a rival instead: see `editing.rivals`.
         rivals: which to measure beside it: "all", names, or None.
