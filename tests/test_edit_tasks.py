@@ -198,6 +198,14 @@ def test_a_limit_that_nothing_can_break_is_none(net):
     targets = [i for i in range(500) if i % N_CLASSES == 3][:60]
     result = coar.steer(model, never_right(data), targets, others_within=0.3, components=components)
     assert "mean output of the others" in result.figures["others"].what and result.judged[0].boundary is None
+    of = Setting.of(model, never_right(data), components).see(model, torch.arange(500)).values
+    assert f"which may move by {result.limits['others']:.2g}" in result.figures["others"].what
+    signs = torch.zeros(500, dtype=torch.long)
+    signs[targets] = 1
+    labels = torch.cat([batch["labels"] for batch in never_right(data)])
+    parts = divided(torch.where(signs == 0, labels, signs - 9), signs != 0, 0, "targets")
+    choose = parts.choose[signs[parts.choose] == 0]
+    assert result.limits["others"] == pytest.approx(0.3 * float(of[choose].std()))
     lost = abs(result.figures["others"].change) / float(result.judged[0].before.values.std())
     assert lost < 0.4 and "worst_other" not in result.figures
     with pytest.raises(CoarError, match=r"of the others \d.\d% are right as it is, .* the limit of 30.0% whatever"):

@@ -57,6 +57,12 @@ class Steering(Aim):
         right = self.before[part].values[rest] > boundary
         return boundary if float(right.float().mean()) > self.others_within else None
 
+    @cached_property
+    def scale(self) -> float:
+        """The standard deviation of the others' outputs that a limit is in: of those to choose on, which it binds."""
+        rest = self.signs[self.parts.choose] == 0
+        return float(self.before["choose"].values[rest].std()) or 1.0
+
     @property
     def wanted(self) -> str:
         """What an edit must do."""
@@ -106,8 +112,7 @@ class Steering(Aim):
         boundary = self.boundary
         if boundary is not None:
             return *fig.fall(was > boundary, now > boundary), float((now > boundary).float().mean())
-        scale = float(was.std()) or 1.0
-        lost, error = fig.fall(was / scale, now / scale)
+        lost, error = fig.fall(was / self.scale, now / self.scale)
         return abs(lost), error, float(now.mean())
 
     def figures(self, model: nn.Module) -> dict[str, Figure]:
@@ -125,7 +130,9 @@ class Steering(Aim):
         what = "how far the targets moved the way that they were to"
         found["moved"] = fig.of_means(what, torch.zeros(len(moved)), moved, unit)
         if boundary is None:
-            found["others"] = fig.of_means("mean output of the others", before.values[rest], seen.values[rest], unit)
+            allowed = f", which may move by {self.limits['others']:.2g}" if len(self.parts.choose) else ""
+            what = f"mean output of the others{allowed}"
+            found["others"] = fig.of_means(what, before.values[rest], seen.values[rest], unit)
             return found
         was, now = before.values > boundary, seen.values > boundary
         found["others"] = fig.of_shares("others that are right", was[rest], now[rest])
@@ -142,8 +149,7 @@ class Steering(Aim):
         """What is asked for."""
         if self.boundary is not None:
             return {"others": self.others_within}
-        rest = self.before["judge"].values[self.signs[self.parts.judge] == 0]
-        return {"others": self.others_within * (float(rest.std()) or 1.0)}
+        return {"others": self.others_within * self.scale}
 
     def judged(self, model: nn.Module) -> list[Judged]:
         """Those to rise, those to fall, and the others by class."""
