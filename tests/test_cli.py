@@ -422,4 +422,6 @@ def test_an_edit_of_attributions_is_measured(run, tmp_path):
     assert code == 0 and "checked on nothing" in err
     assert "on the examples that chose it" in out and "mean output of those to fall" in out
     code, _, err = hf_coar("edit", run, "--decrease", "label=8", "--out", tmp_path / "n")
-    assert code == 2 and "20 are needed" in err and "Or give --n-components" in err
+    assert code == 2 and "20 are needed" in err and "(or coar.edit or --n-components, which check nothing)" in err
+    code, _, err = hf_coar("edit", run, "--decrease", 900, "--out", tmp_path / "n")
+    assert code == 2 and "decrease=[900]" in err and "--n-components" not in err  # with which it is no example either

@@ -16,7 +16,7 @@ from hf_coar.attributions import Attributions, labelled
 from hf_coar.cli import config
 from hf_coar.editing import edited as edited_model
 from hf_coar.editing.tasks import EditResult, Figures, before_and_after
-from hf_coar.errors import CoarError, DataError
+from hf_coar.errors import CoarError, DataError, UnsatisfiedError
 from hf_coar.estimators import PathGradient
 from hf_coar.storage import folders as store
 
@@ -82,7 +82,7 @@ def _steered(args: argparse.Namespace) -> EditResult:
             model, data, **sides, output=attributions.provenance.output, components=attributions.components,
             **_limits(args, "others_within"), **_rivals(args, None),
         )  # fmt: skip
-    except CoarError as error:
+    except UnsatisfiedError as error:
         raise CoarError(f"{error}. Or give --n-components, which checks nothing") from error
 
 

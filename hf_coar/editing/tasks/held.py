@@ -292,7 +292,8 @@ def check_enough(count: int, what: str, least: Sequence[int] = LEAST) -> None:
     if count < sum(least):
         raise CoarError(
             f"{what}: {count} different examples, and {sum(least)} are needed: {least[0]} to attribute, {least[1]} to "
-            f"choose on and {least[2]} to judge on; give more data (or coar.edit, which checks nothing)"
+            f"choose on and {least[2]} to judge on; give more data "
+            "(or coar.edit or --n-components, which check nothing)"
         )
 
 
