@@ -1,16 +1,108 @@
-"""Labels of models of several classes at once that have a column each, as a data set of toxic comments has them."""
+"""Which column holds the labels: one by evidence, or one a class, as a data set of toxic comments has them."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from hf_coar.data.columns import Table
+from hf_coar.data.columns import Role, Table, is_label, several
+from hf_coar.data.label_readings import NotUnderstood, Reading, read, wanted
 from hf_coar.errors import DataError
 from hf_coar.models.classes import CLASSES, SEVERAL, Head
 from hf_coar.storage.labels import name_key
 from hf_coar.storage.texts import shortened
 
 logger = logging.getLogger(__name__)
+
+_USUAL = ("label", "labels", "target", "targets")
+_TELLING = ("sentiment", "stars", "rating", "class", "category", "score", "polarity", "answer", "y", "fine_label",
+            "gold_label", "is_duplicate", "intent", "topic", "emotion", "similarity")  # fmt: skip
+
+LABEL = Role("label", is_label, _USUAL, "a class (its number or name), true or false, or a number",
+             become="make all entries numbers, or all of them names")  # fmt: skip
+
+
+def column(table: Table, head: Head, taken: Iterable[str | None], values_of: Callable[[str], Sequence]) -> str | None:
+    """The column of the labels, by evidence: type, name, and whether its entries mean anything to the head.
+
+    Args:
+        table: the data set's columns.
+        head: of the model.
+        taken: columns that were asked for as something else.
+        values_of: the first entries of a column.
+
+    Returns:
+        None where no column holds labels, and none has to.
+
+    Raises:
+        DataError: several could be it, or none is and the head needs one.
+    """
+    if head.kind is None:
+        return None
+    candidates = table.fitting(LABEL, taken)
+    meant = _meant(head, values_of)
+    for rank in (_usual_and(meant), _classes_of(head), _usual_and(_any_class), _telling(meant), _said):
+        found = [name for name in candidates if rank(name, table.features[name])]
+        if len(found) > 1:
+            raise several("label", found, table)
+        if found:
+            return found[0]
+    if not head.required:
+        return None
+    advice = "add one (images may lie in a folder for each class, which is called as the class)"
+    if candidates:
+        advice = f"name one of {table.shown(candidates)}, such as label={candidates[-1]!r}"
+    raise DataError(
+        f"{table.name!r} has no column that is known to hold labels, and the model needs {wanted(head)}; {advice}"
+        f"{table.misnamed(LABEL)}"
+    )
+
+
+Rank = Callable[[str, Any], Any]  # name and type of a column -> whether it could hold the labels
+
+
+def _meant(head: Head, values_of: Callable[[str], Sequence]) -> Rank:
+    """What a column's first entries mean to the head; None if nothing."""
+
+    def rank(name: str, feature: Any) -> Reading | None:
+        try:
+            return read(values_of(name), feature, head)
+        except NotUnderstood:
+            return None
+
+    return rank
+
+
+def _usual_and(rank: Rank) -> Rank:
+    return lambda name, feature: name.lower() in _USUAL and rank(name, feature)
+
+
+def _any_class(name: str, feature: Any) -> bool:
+    return True
+
+
+def _said(name: str, feature: Any) -> bool:
+    """By its name alone, so that the message can say why its entries are no labels."""
+    return name.lower() in _TELLING or type(feature).__name__ == "ClassLabel"
+
+
+def _classes_of(head: Head) -> Rank:
+    """Declared as classes, as many as the head's."""
+
+    def rank(name: str, feature: Any) -> bool:
+        return type(feature).__name__ == "ClassLabel" and (head.n is None or feature.num_classes == head.n)
+
+    return rank
+
+
+def _telling(meant: Rank) -> Rank:
+    """Entries that are the names of the head's classes, or mean something to it under a telling name."""
+
+    def rank(name: str, feature: Any) -> bool:
+        found = meant(name, feature)
+        declared = type(feature).__name__ == "ClassLabel"
+        return found is not None and (found.by_name or declared or name.lower() in _TELLING)
+
+    return rank
 
 
 def one_a_class(table: Table, head: Head, asked: str | Sequence[str] | None = None) -> tuple[str, ...] | None:

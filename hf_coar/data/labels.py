@@ -1,32 +1,21 @@
-"""Labels: which column holds them, what its entries mean to the model's head, and what the classes are called."""
+"""Labels of a data set, understood: as tensors, and what the classes are called."""
 
 import logging
-import math
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_coar.data.columns import Role, Table, is_label, several
+from hf_coar.data.columns import Table
+from hf_coar.data.label_readings import Convert, NotUnderstood, few, meant_by, read, strange_because, wanted
 from hf_coar.errors import DataError
-from hf_coar.models.classes import CLASSES, NUMBER, SEVERAL, Head, wordnet_numbers
-from hf_coar.storage.labels import name_key, places
+from hf_coar.models.classes import CLASSES, NUMBER, SEVERAL, Head
 from hf_coar.storage.texts import shortened
 
 logger = logging.getLogger(__name__)
-
-_USUAL = ("label", "labels", "target", "targets")
-_TELLING = ("sentiment", "stars", "rating", "class", "category", "score", "polarity", "answer", "y", "fine_label",
-            "gold_label", "is_duplicate", "intent", "topic", "emotion", "similarity")  # fmt: skip
-
-LABEL = Role("label", is_label, _USUAL, "a class (its number or name), true or false, or a number",
-             become="make all entries numbers, or all of them names")  # fmt: skip
-
-Convert = Callable[[Any], Any]  # an entry of the column -> class index, number, or list of numbers
 
 
 @dataclass(frozen=True)
@@ -65,111 +54,6 @@ class Labels:
         return self.names[label] if self.names and 0 <= label < len(self.names) else f"class {label}"
 
 
-@dataclass(frozen=True)
-class _Reading:
-    """What a column could mean: conversion, names, whether the names themselves say so, what a user should know."""
-
-    convert: Convert
-    names: tuple[str, ...] | None = None
-    by_name: bool = False
-    note: str = ""
-    doubt: str = ""
-
-
-class _NotUnderstood(Exception):
-    """Why the entries of a column are no labels of this head."""
-
-
-# ------------------------------------------------------------------------------------------------ which column
-
-
-def column(table: Table, head: Head, taken: Iterable[str | None], values_of: Callable[[str], Sequence]) -> str | None:
-    """The column of the labels, by evidence: type, name, and whether its entries mean anything to the head.
-
-    Args:
-        table: the data set's columns.
-        head: of the model.
-        taken: columns that were asked for as something else.
-        values_of: the first entries of a column.
-
-    Returns:
-        None where no column holds labels, and none has to.
-
-    Raises:
-        DataError: several could be it, or none is and the head needs one.
-    """
-    if head.kind is None:
-        return None
-    candidates = table.fitting(LABEL, taken)
-    meant = _meant(head, values_of)
-    for rank in (_usual_and(meant), _classes_of(head), _usual_and(_any_class), _telling(meant), _said):
-        found = [name for name in candidates if rank(name, table.features[name])]
-        if len(found) > 1:
-            raise several("label", found, table)
-        if found:
-            return found[0]
-    if not head.required:
-        return None
-    advice = "add one (images may lie in a folder for each class, which is called as the class)"
-    if candidates:
-        advice = f"name one of {table.shown(candidates)}, such as label={candidates[-1]!r}"
-    raise DataError(
-        f"{table.name!r} has no column that is known to hold labels, and the model needs {_wanted(head)}; {advice}"
-        f"{table.misnamed(LABEL)}"
-    )
-
-
-Rank = Callable[[str, Any], Any]  # name and type of a column -> whether it could hold the labels
-
-
-def _meant(head: Head, values_of: Callable[[str], Sequence]) -> Rank:
-    """What a column's first entries mean to the head; None if nothing."""
-
-    def rank(name: str, feature: Any) -> _Reading | None:
-        try:
-            return _read(values_of(name), feature, head)
-        except _NotUnderstood:
-            return None
-
-    return rank
-
-
-def _usual_and(rank: Rank) -> Rank:
-    return lambda name, feature: name.lower() in _USUAL and rank(name, feature)
-
-
-def _any_class(name: str, feature: Any) -> bool:
-    return True
-
-
-def _said(name: str, feature: Any) -> bool:
-    """By its name alone, so that the message can say why its entries are no labels."""
-    return name.lower() in _TELLING or type(feature).__name__ == "ClassLabel"
-
-
-def _classes_of(head: Head) -> Rank:
-    """Declared as classes, as many as the head's."""
-
-    def rank(name: str, feature: Any) -> bool:
-        return type(feature).__name__ == "ClassLabel" and (head.n is None or feature.num_classes == head.n)
-
-    return rank
-
-
-def _telling(meant: Rank) -> Rank:
-    """Entries that are the names of the head's classes, or mean something to it under a telling name."""
-
-    def rank(name: str, feature: Any) -> bool:
-        found = meant(name, feature)
-        declared = type(feature).__name__ == "ClassLabel"
-        return found is not None and (found.by_name or declared or name.lower() in _TELLING)
-
-    return rank
-
-
-# ------------------------------------------------------------------------------------------- what the entries mean
-
-
 def understood(name: str | Sequence[str], table: Table, head: Head, values: Sequence[Any]) -> Labels:
     """The entries of a column as labels of the head.
 
@@ -188,13 +72,13 @@ def understood(name: str | Sequence[str], table: Table, head: Head, values: Sequ
         head = replace(head, kind=SEVERAL, n=head.n or len(name))
     kind = head.kind or CLASSES
     try:
-        reading = _read(values, feature, head)
-    except _NotUnderstood as error:
+        reading = read(values, feature, head)
+    except NotUnderstood as error:
         raise DataError(
-            f"the labels in {name!r} of {table.name!r} look like {_few(values)}, and the model needs {_wanted(head)}: "
+            f"the labels in {name!r} of {table.name!r} look like {few(values)}, and the model needs {wanted(head)}: "
             f"{error}; {table.name!r} has {table.shown()}"
         ) from error
-    if single and kind == CLASSES and not _strange(name, _meant_by(head.names)):
+    if single and kind == CLASSES and not strange_because(name, meant_by(head.names)):
         logger.warning(
             "labels: %r, the name of the column of labels, is a class itself: if the table begins with its first "
             "example, give it a line with the names of the columns", name,
@@ -205,280 +89,9 @@ def understood(name: str | Sequence[str], table: Table, head: Head, values: Sequ
     def convert(value: Any) -> Any:
         try:
             return reading.convert(value)
-        except (_NotUnderstood, TypeError, ValueError) as error:
+        except (NotUnderstood, TypeError, ValueError) as error:
             raise DataError(
-                f"an entry {shortened(repr(value))} of the labels in {name!r}: the model needs {_wanted(head)}"
+                f"an entry {shortened(repr(value))} of the labels in {name!r}: the model needs {wanted(head)}"
             ) from error
 
     return Labels((name,) if single else tuple(name), kind, convert, reading.names)
-
-
-def _read(values: Sequence[Any], feature: Any, head: Head) -> _Reading:
-    """The reading of a column, tried on entries.
-
-    Raises:
-        _NotUnderstood: none.
-    """
-    present = [value for value in values if value is not None]
-    if len(present) < len(values):
-        raise _NotUnderstood(f"{len(values) - len(present)} of {len(values)} entries are empty; leave them out")
-    if not present:
-        raise _NotUnderstood("there are no examples")
-    if head.kind == NUMBER:
-        reading = _Reading(_number if head.n in (None, 1) else _several_numbers(head.n))
-    elif head.kind == SEVERAL:
-        reading = _several(present, feature, head)
-    elif type(feature).__name__ == "ClassLabel":
-        reading = _of_classes(feature, head)
-    elif all(isinstance(value, str) for value in present):
-        reading = _of_strings(present, head)
-    else:
-        reading = _of_numbers(present, head)
-    for value in present if isinstance(present[0], list) else dict.fromkeys(present):
-        reading.convert(value)
-    return reading
-
-
-def _number(value: Any) -> float:
-    try:
-        found = float(value)
-    except (TypeError, ValueError):
-        found = math.nan
-    if not math.isfinite(found):
-        raise _NotUnderstood(f"{value!r} is no number")
-    return found
-
-
-def _several_numbers(n: int) -> Convert:
-    def convert(value: Any) -> list[float]:
-        if not isinstance(value, list | tuple) or len(value) != n:
-            raise _NotUnderstood(f"{shortened(repr(value))} is no list of {n} numbers")
-        return [_number(entry) for entry in value]
-
-    return convert
-
-
-def _several(values: Sequence[Any], feature: Any, head: Head) -> _Reading:
-    """Lists of zeros and ones, one for each class; or of the classes that an example has, by name or by number."""
-    lists = [value for value in values if isinstance(value, list | tuple)]
-    members = list(dict.fromkeys(member for value in lists for member in value if isinstance(member, str | int)))
-    inner = getattr(feature, "feature", None)
-    if type(inner).__name__ == "ClassLabel":
-        of_each = all(len(value) == head.n for value in lists)  # "no" and "yes", for each class
-        try:
-            of_one = _of_classes(inner, head)
-        except _NotUnderstood:
-            if not of_each:
-                raise
-        else:
-            if of_one.by_name or not of_each:
-                return _sets(of_one, head)
-    if members and all(isinstance(member, str) for member in members):
-        return _sets(_of_strings(members, head), head)
-    different = len({len(value) for value in lists}) > 1 and all(len(set(value)) == len(value) for value in lists)
-    if different and members and all(type(member) is int for member in members):
-        return _sets(replace(_of_numbers(members, head), note="lists of class numbers, for each example its own"), head)
-    return _Reading(_yes_or_no(head.n), head.names)
-
-
-def _sets(of_one: _Reading, head: Head) -> _Reading:
-    """The reading of lists of classes, from that of one class."""
-    n = head.n or len(of_one.names or ())
-
-    def convert(value: Any) -> list[float]:
-        if not isinstance(value, list | tuple):
-            raise _NotUnderstood(f"{shortened(repr(value))} is no list of classes")
-        chosen = {of_one.convert(member) for member in value}
-        return [float(place in chosen) for place in range(n)]
-
-    return replace(of_one, convert=convert)
-
-
-def _yes_or_no(n: int | None) -> Convert:
-    def convert(value: Any) -> list[float]:
-        value = [value] if n == 1 and not isinstance(value, list | tuple) else value
-        if not isinstance(value, list | tuple) or (n is not None and len(value) != n):
-            raise _NotUnderstood(f"{shortened(repr(value))} is no list of {n} yes-or-no entries")
-        found = [_number(entry) for entry in value]
-        if not set(found) <= {0.0, 1.0}:
-            raise _NotUnderstood(f"{shortened(repr(value))} holds something else than 0 and 1")
-        return found
-
-    return convert
-
-
-def _index(n: int | None, place: Callable[[Any], int | None] = lambda value: int(value)) -> Convert:
-    """A conversion whose results are classes of the head."""
-
-    def convert(value: Any) -> int:
-        found = place(value)
-        if found is None:
-            raise _NotUnderstood(f"{value!r} is none of its classes")
-        if found < 0:
-            raise _NotUnderstood(f"{value!r} says that the example has no label; choose a split that has labels")
-        if n is not None and found >= n:
-            raise _NotUnderstood(f"{value!r} is none of its classes 0 to {n - 1}")
-        return found
-
-    return convert
-
-
-def _meant_by(names: tuple[str, ...] | None) -> Mapping[str, tuple[int, ...]]:
-    """Which of the head's classes a word means, see `places`."""
-    return places(names, wordnet_numbers(names)) if names else {}
-
-
-def _strange(word: str, meant: Mapping[str, tuple[int, ...]]) -> str:
-    """Why a word is no name of one class; empty where it is."""
-    found = meant.get(name_key(word), ())
-    if len(found) > 1:
-        return f"{word!r} is the name of several of its classes ({', '.join(map(str, found))}); give their numbers"
-    return "" if found else f"{word!r} is none of its classes"
-
-
-def _of_classes(feature: Any, head: Head) -> _Reading:
-    """A ClassLabel: by the names where the model's are the same ones, else by the number if there are as many."""
-    names = tuple(str(name) for name in feature.names or ())
-    meant = _meant_by(head.names)
-    named = [_one(meant.get(name_key(name), ()), place) for place, name in enumerate(names)]
-    if names and None not in named and len(set(named)) == len(names):
-        if named == list(range(len(named))):
-            return _Reading(_index(head.n), names if len(names) == len(head.names) else head.names, True)
-        note = f"the data set's classes {shortened(str(list(names)))} were matched to the model's by their names"
-        return _Reading(_index(head.n, _at(named)), head.names, True, note)
-    elsewhere = [name for place, name in enumerate(names) if named[place] not in (None, place)]
-    if elsewhere and None in named:
-        strange = _strange(names[named.index(None)], meant)
-        raise _NotUnderstood(
-            f"{strange}, and {elsewhere[0]!r} is another one than its number says; call the data set's classes as the "
-            "model calls its own"
-        )
-    return _by_number(names, head)
-
-
-def _one(found: Sequence[int], number: int) -> int | None:
-    """The one class that a name means, or of several the one whose number it has; None where neither is to be had."""
-    return number if number in found else found[0] if len(found) == 1 else None
-
-
-def _by_number(names: tuple[str, ...], head: Head) -> _Reading:
-    """A ClassLabel whose names are not the model's: the numbers that they are, or the numbers that they have."""
-    spoken = [int(name) if re.fullmatch(r"\d{1,9}", name) else None for name in names]
-    numbers = names and None not in spoken and len(set(spoken)) == len(spoken)
-    if numbers and head.n is not None and max(spoken) < head.n and len(names) < head.n:
-        note = f"the data set's classes {shortened(str(list(names)))} are the numbers of the model's"
-        return _Reading(_index(head.n, _at(spoken)), head.names, True, note)
-    if head.n is not None and len(names) != head.n:
-        counts = (
-            f"the data set has {len(names)} classes ({shortened(', '.join(names), 80)}) and the model {head.n}, and no "
-            "names tell which they are"
-        )
-        if head.names and not numbers:  # the first of ten animals is not class 0 of a thousand
-            raise _NotUnderstood(
-                f"{counts}; call the data set's classes (folders) as the model calls its own, or give their numbers in "
-                "a column of whole numbers"
-            )
-        doubt = f"{counts}: they are taken by their numbers. If that is wrong, name them as the model does its own"
-        return _Reading(_index(head.n), head.names or names, doubt=doubt)
-    if numbers and spoken != list(range(len(spoken))):
-        place = next(place for place, number in enumerate(spoken) if number != place)
-        doubt = (
-            f"the data set's classes are called by numbers that are not their own: they are taken by their own, "
-            f"{names[place]!r} as class {place} (folders are sorted as texts). If the model counts them as they are "
-            "called, give a column of numbers, or fill the names with zeros (02)"
-        )
-        return _Reading(_index(head.n), names or head.names, doubt=doubt)
-    doubt = "" if numbers or not head.names or not names else _unlike(names, head.names)
-    return _Reading(_index(head.n), names or head.names, doubt=doubt)
-
-
-def _unlike(names: Sequence[str], theirs: Sequence[str]) -> str:
-    """What to say where as many classes are called otherwise by the data and by the model, every one; else empty."""
-    pairs = list(zip(names, theirs, strict=False))
-    if any({*name_key(a).split()} & {*re.split(r"[\s,/]+", name_key(b))} for a, b in pairs):
-        return ""
-    said = shortened(", ".join(f"{a!r} as {b!r}" for a, b in pairs), 160)
-    return (
-        f"no class of the data set is called as one of the model's, and as many as there are they are taken by their "
-        f"numbers: {said}. If that is wrong, call the data set's classes as the model calls its own"
-    )
-
-
-def _at(classes: Sequence[int]) -> Callable[[Any], int | None]:
-    """The class at a place of a list; a negative number (no label) stays what it is."""
-    return lambda value: int(value) if value < 0 else classes[value] if value < len(classes) else None
-
-
-def _of_strings(values: Sequence[str], head: Head) -> _Reading:
-    """Class names, or numbers that were written as texts."""
-    meant = _meant_by(head.names)
-    strange = [why for value in dict.fromkeys(values) if (why := _strange(value, meant))]
-    if not strange:
-        return _Reading(_index(head.n, lambda value: meant.get(name_key(value), (None,))[0]), head.names, True)
-    if all(re.fullmatch(r"\s*[+-]?\d+(\.0*)?\s*", value) for value in set(values)):
-        reading = _of_numbers([float(value) for value in values], head)
-        return _Reading(lambda value: reading.convert(float(value)), reading.names, reading.by_name, reading.note)
-    if head.names:
-        raise _NotUnderstood(strange[0])
-    raise _NotUnderstood(
-        "the model does not say what its classes are called (config.id2label, or label_names of a timm model), so "
-        "which one is which cannot be told; name them there, or give numbers"
-    )
-
-
-def _of_numbers(values: Sequence[Any], head: Head) -> _Reading:
-    """Class indices; or, where the names begin with numbers ("1 star"), those numbers."""
-    if any(isinstance(value, list | tuple | dict) for value in values):
-        raise _NotUnderstood("an example must have one class")
-    present = sorted({_number(value) for value in values})
-    if any(value != int(value) for value in present):
-        raise _NotUnderstood("fractions are no classes")
-    if all(isinstance(value, bool) for value in values) and head.n not in (None, 2):
-        raise _NotUnderstood("true and false are two classes")
-    spoken = _numbers_in(head.names)
-    if spoken and spoken != list(range(len(spoken))):
-        return _of_spoken(spoken, [int(value) for value in present], head)
-    if head.n is not None and head.n > 1 and present[0] == 1 and present[-1] == head.n:
-        raise _NotUnderstood(
-            f"they run from 1 to {head.n}, and the model's classes from 0 to {head.n - 1}; count from 0 in a column of "
-            "your own, or name the classes (config.id2label)"
-        )
-    return _Reading(_index(head.n), head.names)
-
-
-def _of_spoken(spoken: list[int], present: list[int], head: Head) -> _Reading:
-    """Numbers where the classes' names are numbers too: "1 star" is class 0."""
-    by_name, by_index = set(present) <= set(spoken), set(present) <= set(range(len(spoken)))
-    if by_name and not by_index:
-        places = {number: place for place, number in enumerate(spoken)}
-        note = f"{present[0]} to {present[-1]} are read as the names of the model's classes ({head.names[0]!r}, …)"
-        return _Reading(_index(head.n, lambda value: places.get(int(value))), head.names, True, note)
-    if by_name and by_index:
-        raise _NotUnderstood(
-            f"a {present[0]} could be the class {head.names[spoken.index(present[0])]!r} or the class number "
-            f"{present[0]}, {head.names[present[0]]!r}; give the names of the classes instead"
-        )
-    return _Reading(_index(head.n), head.names)
-
-
-def _numbers_in(names: tuple[str, ...] | None) -> list[int] | None:
-    """The numbers that the names of all classes begin with, where they differ."""
-    found = [re.match(r"\s*(\d{1,9})\b", name) for name in names or ()]
-    numbers = [int(match[1]) for match in found if match]
-    return numbers if numbers and len(set(numbers)) == len(found) else None
-
-
-def _wanted(head: Head) -> str:
-    """What a head needs, in words."""
-    if head.kind == NUMBER:
-        return "a number an example" if head.n in (None, 1) else f"a list of {head.n} numbers an example"
-    if head.kind == SEVERAL:
-        return f"a list of {head.n} yes-or-no entries an example, or of the classes that it has"
-    named = f" ({shortened(', '.join(head.names), 60)})" if head.names else ""
-    return f"one of {head.n} classes{named}" if head.n is not None else "a class"
-
-
-def _few(values: Sequence[Any]) -> str:
-    """Some different entries."""
-    found = list(dict.fromkeys(shortened(repr(value), 24) for value in values[:1000]))
-    return ", ".join(found[:5]) + (", …" if len(found) > 5 else "")

@@ -24,7 +24,8 @@ from hf_coar.data.batches import Batch
 from hf_coar.data.columns import Columns, Table, asked
 from hf_coar.data.examples import Examples
 from hf_coar.data.kinds import Kind, Preparation, Reading
-from hf_coar.data.labels import LABEL, Labels
+from hf_coar.data.label_columns import LABEL
+from hf_coar.data.labels import Labels
 from hf_coar.errors import CoarError, DataError
 from hf_coar.models.classes import Head, head
 from hf_coar.storage import hub
@@ -135,7 +136,7 @@ def _columns(
     if label is None:
         lazy = [name for name, feature in table.features.items() if images.has_to_be_decoded(feature)]
         certain = [*asked_for.values(), *lazy]
-        label = labels.column(table, of_head, certain, lambda name: [example[name] for example in first])
+        label = label_columns.column(table, of_head, certain, lambda name: [example[name] for example in first])
     found = kind.choose(model, table, asked_for, [label])
     return found if label is None else {**found, "label": label}
 
