@@ -454,6 +454,19 @@ def test_an_edit_leaves_no_more_of_a_class_than_a_new_last_layer_alone(noise, tm
     assert walking.best(points, aim.wanted, alone.verdict).verdict.merit >= alone.verdict.merit
 
 
+def test_a_new_last_layer_is_fitted_to_answers_of_the_whole_model(net):
+    """Asked for first by the loss of an ablated model, they were that model's."""
+    model, data, components = net
+    of = Setting.of(model, data, components)
+    parts = held.divided(of.held.firsts, of.held.labels, of.held.labels == 3, 0, "label 3")
+    aim = Forgetting(of, parts, 3, 0.05, 0.1, refit="head")
+    aim.judge(model)
+    whole = of.see(model, parts.attribute).logits
+    with of.masked.ablated(torch.zeros(len(components), dtype=torch.bool)):
+        aim.loss_of(whole)
+    assert torch.equal(aim.before["attribute"].logits, whole)
+
+
 def test_an_edit_of_nothing_but_a_last_layer_is_told_saved_and_undone(tmp_path, monkeypatch):
     model, data = trained(*blobs(seed=1, noise=1.0)), batches(*blobs(noise=1.0))
     components = coar.find_components(model, include=["0", "2"])

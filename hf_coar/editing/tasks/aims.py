@@ -3,7 +3,7 @@
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -40,6 +40,7 @@ class Aim(ABC):
     Attributes:
         of: model and data.
         parts: which examples do what.
+        before: what the model as it was makes of every part that has examples, by its name.
         kind: such as "forget".
         quick: rivals that are measured unless others are asked for.
         rules: names of the rankings that are tried, one after the other.
@@ -47,9 +48,15 @@ class Aim(ABC):
 
     of: Setting
     parts: Parts
+    before: dict[str, Seen] = field(init=False, repr=False, compare=False)
     kind: ClassVar[str] = ""
     quick: ClassVar[tuple[str, ...]] = ()
     rules: ClassVar[tuple[str, ...]] = ("covariance",)
+
+    def __post_init__(self) -> None:
+        """Looks at the model while it is whole: a look on first use fell into a block that ablates, where it isn't."""
+        seen = {part: self.of.see(self.of.model, rows) for part, rows in vars(self.parts).items() if len(rows)}
+        object.__setattr__(self, "before", seen)
 
     @property
     @abstractmethod
@@ -139,11 +146,6 @@ class Aim(ABC):
         return self.of.held.labels[rows]
 
     @cached_property
-    def before(self) -> "_Before":
-        """What the model as it was makes of every part, by its name."""
-        return _Before(self)
-
-    @cached_property
     def inputs(self) -> list[data_module.Batch]:
         """The examples that are attributed, on the model's device."""
         device = models.device_of(self.of.model)
@@ -176,18 +178,6 @@ class Aim(ABC):
         """One model without some components, int64 [any], measured."""
         with self.of.masked.ablated(kept_without(len(self.of.masked), ablated)) as model:
             return Point(ablated, rule, self.judge(model))
-
-
-class _Before(dict[str, Seen]):
-    """Looks at a part of the examples when it is first asked for."""
-
-    def __init__(self, aim: Aim) -> None:
-        super().__init__()
-        self.aim = aim
-
-    def __missing__(self, part: str) -> Seen:
-        self[part] = self.aim.of.see(self.aim.of.model, getattr(self.aim.parts, part))
-        return self[part]
 
 
 # ------------------------------------------------------------------------------------------------------------ rivals
