@@ -400,20 +400,21 @@ def test_edits_by_task(tmp_path):
     assert code == 2 and "needs a model and its data set" in err
     code, _, err = hf_coar("edit", MODEL, IMAGES, "--out", tmp_path / "n")
     assert code == 2 and "nothing to edit for" in err
-    code, _, err = hf_coar("edit", MODEL, IMAGES, "--fix", 3, "--keep-head", "--out", tmp_path / "n")
-    assert code == 2 and "--keep-head is for --forget and --lift; --fix never touches" in err
+    code, _, err = hf_coar("edit", MODEL, IMAGES, "--match", IMAGES, "--keep-head", "--out", tmp_path / "n")
+    assert code == 2 and "--keep-head is for --forget, --fix, --lift; --match never touches" in err
 
 
 @pytest.mark.parametrize(("flags", "expected"), [((), {}), (("--keep-head",), {"refit": None})])
-def test_the_last_layer_is_left_as_it_is_on_request(tmp_path, monkeypatch, flags, expected):
+@pytest.mark.parametrize(("task", "word"), [("forget", "bag"), ("fix", 3), ("lift", "label")])
+def test_the_last_layer_is_left_as_it_is_on_request(tmp_path, monkeypatch, task, word, flags, expected):
     given = []
 
-    def forget(model, data, label, **options):
+    def made(model, data, what, **options):
         given.append(options)
         raise coar.errors.CoarError("that is all")
 
-    monkeypatch.setattr(editing.editing, "forget", forget)
-    code, _, err = hf_coar("edit", MODEL, IMAGES, "--forget", "bag", *flags, "--out", tmp_path / "m")
+    monkeypatch.setattr(editing.editing, task, made)
+    code, _, err = hf_coar("edit", MODEL, IMAGES, f"--{task}", word, *flags, "--out", tmp_path / "m")
     assert code == 2 and "that is all" in err and given == [{"rivals": "quick", **expected}]
 
 

@@ -499,6 +499,11 @@ def test_a_last_layer_is_known_by_what_it_gives_in_any_precision(dtype):
         logits = head(features).float()
     assert refitting.reads(head, Seen(torch.zeros(64), logits, features.float()))
     assert not refitting.reads(head, Seen(torch.zeros(64), 1.2 * logits, features.float()))
+    seen = Seen(torch.zeros(64), logits, features.float())
+    for layer, judged_by in refitting.candidates(head, seen, lambda given: given.square().mean(), seen):
+        refitting.put(head, *layer)
+        with torch.no_grad():
+            assert torch.equal(head(features).float(), judged_by)  # a layer is judged by as many digits as it has
 
 
 class Tied(nn.Module):
@@ -590,13 +595,72 @@ def test_fixing_an_error(net):
     assert bool(right(result.model, data, wrong[:1]).all())
     assert result.figures["neighbours"].before == 0
     assert result.figures["neighbours"].n == min(fixing.NEIGHBOURS, result.figures["neighbours"].n)
-    assert result.figures.rivals["fine_tuning"]["target"].after == 1
+    assert {name: one["target"].after for name, one in result.figures.rivals.items()} == {
+        "fine_tuning": 1, "last_layer": 1,
+    }  # fmt: skip
     assert "which it was made" in result.figures["target"].what
     well = next(index for index in range(500) if index not in wrong)
     with pytest.raises(CoarError, match=rf"examples \[{well}\] are right already"):
         coar.fix(model, data, [wrong[0], well], components=components)
     with pytest.raises(CoarError, match="give indices from 0 to 499"):
         coar.fix(model, data, [500], components=components)
+
+
+@pytest.fixture(scope="module")
+def overlapping():
+    """Clouds that overlap: of errors some cost many others their answers."""
+    model = trained(*blobs(seed=1, noise=2.5))
+    return model, batches(*blobs(noise=2.5)), coar.find_components(model, include=["0", "2"])
+
+
+@pytest.mark.parametrize("examples", [[32], [15, 22, 26, 28, 32]])
+def test_a_new_last_layer_fixes_what_ablation_costs_too_much_for(overlapping, examples, tmp_path):
+    model, data, components = overlapping
+    with pytest.raises(UnsatisfiedError, match="no edit found"):
+        coar.fix(model, data, examples, others_within=0.05, components=components, refit=None)
+    result = coar.fix(model, data, examples, others_within=0.05, components=components)
+    record = models.record(result.model)["edit"]
+    assert result.components == () and record["refit"] == "4" and record["rule"] == "a new last layer alone"
+    assert not bool(right(model, data, examples).any()) and bool(right(result.model, data, examples).all())
+    assert result.figures["target"].after == 1 and result.figures["others"].change > -0.05
+    assert result.figures.rivals["last_layer"]["others"].after == result.figures["others"].after
+    assert same_weights(coar.undo(result.model, model), model)
+    result.save(tmp_path / "saved")
+    assert "changed by a new last layer alone" in (tmp_path / "saved" / "README.md").read_text()
+    result.plot.frontier()
+
+
+def test_a_last_layer_is_fitted_anew_only_where_ablation_costs_too_much(overlapping, caplog):
+    """Where it is not needed, it may not be known either, and nobody is warned."""
+    model, data, components = overlapping
+    result = coar.fix(model, data, [26], others_within=0.05, components=components, rivals=None)
+    assert len(result.components) == 1 and "refit" not in models.record(result.model)["edit"]
+    coar.fix(model, data, [26], others_within=0.05, rivals=None)
+    assert "last layer" not in caplog.text
+    with pytest.raises(UnsatisfiedError):
+        coar.fix(model, data, [32], others_within=0.02, rivals=None)
+    assert "the last layer is left as it is: 4 holds components" in caplog.text
+    with pytest.raises(CoarError, match="refit='all'"):
+        coar.fix(model, data, [26], components=components, refit="all")
+
+
+def test_what_is_fixed_is_attributed_and_chosen_on_and_never_judged(overlapping):
+    model, data, components = overlapping
+    of = Setting.of(model, data, components)
+    parts = divided(of.held.labels, torch.zeros(500, dtype=torch.bool), 0, "", [32, 77], spare=True)
+    made = parts.made_for([32, 77])
+    for before, after in ((parts.attribute, made.attribute), (parts.choose, made.choose)):
+        assert after.tolist() == sorted([*before.tolist(), 32, 77])
+    assert torch.equal(made.judge, parts.judge) and not {32, 77} & set(made.judge.tolist())
+    aim = fixing.Fixing(of, made, (32, 77), 0.05, refit="head")
+    with torch.no_grad():
+        logits = aim.outputs(model)
+    own = aim.own(made.attribute)
+    others = logits.clone()
+    others[own] += 99 * F.one_hot(of.held.labels[[32, 77]], N_CLASSES)  # both far beyond the boundary
+    assert float(aim.loss_of(others)) == pytest.approx(0, abs=1e-5) and float(aim.loss_of(logits)) > 1
+    others[~own] = others[~own].roll(1, dims=1)
+    assert float(aim.loss_of(others)) > 0.1
 
 
 def spurious(n_examples, agree, seed):

@@ -23,7 +23,7 @@ from hf_coar.storage import folders as store
 logger = logging.getLogger(__name__)
 
 TASKS = ("forget", "fix", "lift", "match")
-_REFITTED = ("forget", "lift")
+_REFITTED = ("forget", "fix", "lift")
 _WITHIN = {"forget": "others_within", "fix": "others_within", "lift": "average_within", "match": "clean_within"}
 
 
@@ -55,7 +55,8 @@ def _by_task(args: argparse.Namespace, task: str) -> EditResult:
         flag = f"--{odd[0].replace('_', '-')}"
         raise CoarError(f"{flag} is for edits of attributions; --{task} chooses on examples of its own, leave it out")
     if args.keep_head and task not in _REFITTED:
-        raise CoarError(f"--keep-head is for --forget and --lift; --{task} never touches the last layer, leave it out")
+        flags = ", ".join(f"--{one}" for one in _REFITTED)
+        raise CoarError(f"--keep-head is for {flags}; --{task} never touches the last layer, leave it out")
     model, data = pipeline.load(**{**sources(args), "model": args.attributions})
     options: dict[str, Any] = _limits(args, _WITHIN[task]) | _rivals(args)
     if args.keep_head:

@@ -182,7 +182,7 @@ def _task_flags(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--others-within", metavar="P", help="what the accuracy on others may fall by: 1.5%% or 0.015; each has its own"
     )
-    _switch(verb, "--keep-head", "of --forget and --lift: ablate alone; else the last layer is fitted anew, too")
+    _switch(verb, "--keep-head", "of --forget, --fix, --lift: ablate alone; else the last layer is fitted anew, too")
     verb.add_argument(
         "--rivals", nargs="+", metavar="R", help="what to measure beside it: quick (default), all, none, or names"
     )

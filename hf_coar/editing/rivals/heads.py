@@ -1,6 +1,5 @@
 """A refitted last layer, with nothing ablated."""
 
-import torch
 from torch import nn
 
 from hf_coar.editing.rivals.biases import linear
@@ -9,11 +8,11 @@ from hf_coar.editing.tasks.refitting import put
 from hf_coar.errors import UnsatisfiedError
 
 
-@rival("last_layer", ("forget", "lift"))
+@rival("last_layer", ("forget", "fix", "lift"))
 def last_layer(aim: Aim) -> nn.Module:
-    """The last layer is fitted anew: to balanced groups, or to the model's own answers without a class.
+    """The last layer is fitted anew: to balanced groups, or to the model's own answers without a class or an error.
 
-    The former is deep feature reweighting (Kirichenko, Izmailov, Wilson 2023).
+    The first is deep feature reweighting (Kirichenko, Izmailov, Wilson 2023).
 
     Raises:
         UnsatisfiedError: no strength of the pull towards the layer as it was keeps the limits.
@@ -21,7 +20,7 @@ def last_layer(aim: Aim) -> nn.Module:
     """
     changed = changed_copy(aim, "last_layer")
     head = linear(aim, changed)
-    point = aim.refitted(torch.empty(0, dtype=torch.long), "last_layer")
+    point = aim.with_new_head_alone()
     if not point.verdict.satisfies:
         raise UnsatisfiedError(f"no refitted last layer {aim.wanted}")
     put(head, *point.head)

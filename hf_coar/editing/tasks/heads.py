@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Self
 
+import torch
 from torch import Tensor, nn
 
 from hf_coar.editing.making import kept_without
@@ -83,6 +84,10 @@ class HeadAim(Aim):
         """The model without some components, int64 [any], and with the last layer that does best on other examples."""
         with self.of.masked.ablated(kept_without(len(self.of.masked), ablated)) as model:
             return self.with_new_head(ablated, rule, *self.seen(model))
+
+    def with_new_head_alone(self) -> Point:
+        """The model with nothing ablated and a last layer of its own."""
+        return self.refitted(torch.empty(0, dtype=torch.long), "a new last layer alone")
 
     def seen(self, model: nn.Module) -> tuple[Seen, Seen]:
         """What a model makes of the examples that are attributed, and of those to choose on."""

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -218,7 +218,7 @@ def _alike(one: data_module.Batch, other: data_module.Batch) -> bool:
 
 @dataclass(frozen=True)
 class Parts:
-    """Three parts of the examples that have nothing in common, int64 [any], ascending.
+    """Three parts of the examples, int64 [any], ascending, of which the last has nothing in common with the others.
 
     Attributes:
         attribute: whose weights say what to ablate.
@@ -233,6 +233,12 @@ class Parts:
     def of(self, wanted: Tensor) -> "Parts":
         """Those of them that a mask of all examples names, bool [examples]."""
         return Parts(*(rows[wanted[rows]] for rows in (self.attribute, self.choose, self.judge)))
+
+    def made_for(self, examples: Sequence[int]) -> "Parts":
+        """With examples that an edit is made for among those to attribute and to choose on, and not to judge on."""
+        own = torch.tensor(examples)
+        attribute, choose = (torch.cat([rows, own]).sort().values for rows in (self.attribute, self.choose))
+        return replace(self, attribute=attribute, choose=choose)
 
 
 def divided(

@@ -36,9 +36,11 @@ def candidates(
         loss: of their logits [examples, classes], a scalar in nats.
         choose: what it makes of the examples to choose on.
     """
+    dtype = head.weight.dtype
     for strength in STRENGTHS:
-        layer = fitted(head, seen.features, loss, strength)
-        yield layer, F.linear(choose.features, *layer)
+        # As the model will hold it: an example that is right by a hundredth is wrong again where a layer rounds more.
+        weight, bias = (None if one is None else one.to(dtype) for one in fitted(head, seen.features, loss, strength))
+        yield (weight, bias), F.linear(choose.features.to(dtype), weight, bias).float()
 
 
 def fitted(head: nn.Linear, features: Tensor, of: Callable[[Tensor], Tensor], strength: float) -> Layer:
