@@ -178,6 +178,7 @@ def _made(edit: Callable[..., Any], **how: Any) -> tuple[dict[str, Any], int | s
 
 def _write(args: argparse.Namespace, kind: str, seed: int, found: list[dict]) -> None:
     kind = f"{kind}-{args.trigger}" if kind == "match" else kind
+    kind = "fix-refit" if kind == "fix" else kind  # rows of `fix` are of ablation alone, as it was before
     path = args.runs / ("stand_ins" if args.stand_ins else "rivals") / f"{_named(args, kind)}-{seed}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"kind": _named(args, kind, ": "), "seed": seed, "edits": found}, indent=1) + "\n")
