@@ -633,12 +633,13 @@ def test_a_new_last_layer_fixes_what_ablation_costs_too_much_for(overlapping, ex
 def test_a_last_layer_is_fitted_anew_only_where_ablation_costs_too_much(overlapping, caplog):
     """Where it is not needed, it may not be known either, and nobody is warned."""
     model, data, components = overlapping
+    with_last = coar.find_components(model)
     result = coar.fix(model, data, [26], others_within=0.05, components=components, rivals=None)
     assert len(result.components) == 1 and "refit" not in models.record(result.model)["edit"]
-    coar.fix(model, data, [26], others_within=0.05, rivals=None)
+    coar.fix(model, data, [26], others_within=0.05, components=with_last, rivals=None)
     assert "last layer" not in caplog.text
     with pytest.raises(UnsatisfiedError):
-        coar.fix(model, data, [32], others_within=0.02, rivals=None)
+        coar.fix(model, data, [32], others_within=0.02, components=with_last, rivals=None)
     assert "the last layer is left as it is: 4 holds components" in caplog.text
     with pytest.raises(CoarError, match="refit='all'"):
         coar.fix(model, data, [26], components=components, refit="all")
