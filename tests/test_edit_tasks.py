@@ -698,6 +698,26 @@ def test_lifting_the_worst_group(biased):
     assert lifting.groups_of(held.Held.read(model, data), data, labels)[1] == {0: "class 0", 1: "class 1"}
 
 
+@pytest.mark.parametrize(("was", "now", "lost", "said"), [
+    (0.5, 0.7, 0.01, ()), (0.5, 0.5, 0.01, ("does not carry over",)),
+    (0.5, 0.7, 0.2, ("more than was allowed",)), (0.5, 0.4, 0.2, ("does not carry over", "more than was allowed")),
+])  # fmt: skip
+def test_what_others_say_against_an_edit_is_told(biased, monkeypatch, caplog, was, now, lost, said):
+    model, data, components = biased
+
+    def shares(share, n=200):
+        return torch.arange(n) < share * n
+
+    measured = {
+        "target": fig.of_shares("accuracy of the worst group", shares(was), shares(now)),
+        "others": fig.of_shares("average accuracy", shares(0.9), shares(0.9 - lost)),
+    }
+    monkeypatch.setattr(lifting.Lifting, "figures", lambda self, model: measured)
+    coar.lift(model, data, "place", average_within=0.03, components=components, rivals=None)
+    told = [line for line in caplog.messages if "by examples that chose nothing" in line]
+    assert len(told) == len(said) and all(word in line for word, line in zip(said, told, strict=True)), told
+
+
 def test_a_group_that_stays_where_it_was_is_not_lifted(net):
     """Whatever is ablated, a class that a bias hides has none right."""
     model, data, components = net

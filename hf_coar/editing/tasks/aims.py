@@ -2,7 +2,7 @@
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -43,6 +43,7 @@ class Aim(ABC):
         before: what the model as it was makes of every part that has examples, by its name.
         kind: such as "forget".
         quick: rivals that are measured unless others are asked for.
+        shows: the figure that the edit is for, and which way it is to go: 1 up, -1 down.
         rules: names of the rankings that are tried, one after the other.
     """
 
@@ -51,6 +52,7 @@ class Aim(ABC):
     before: dict[str, Seen] = field(init=False, repr=False, compare=False)
     kind: ClassVar[str] = ""
     quick: ClassVar[tuple[str, ...]] = ()
+    shows: ClassVar[tuple[str, int]] = ("target", 1)
     rules: ClassVar[tuple[str, ...]] = ("covariance",)
 
     def __post_init__(self) -> None:
@@ -127,6 +129,20 @@ class Aim(ABC):
         return self.of.looker.output.boundary
 
     # ---------------------------------------------------------------------------------------------- what aims have
+
+    def doubts(self, figures: Mapping[str, Figure]) -> list[str]:
+        """What examples that chose nothing say against an edit: that it is none for them, or costs more than it may.
+
+        A limit counts as broken where chance does not explain it: choosing keeps a margin, judging has an error, too.
+        """
+        (name, sign), found = self.shows, []
+        shown, others = figures[name], figures["others"]
+        if sign * shown.change <= 0:
+            found.append(f"{_moved(shown)}: the edit does not carry over to them; more data may help")
+        lost = -others.change if self.boundary is not None else abs(others.change)
+        if lost - (others.spread or 0.0) > self.limits["others"]:
+            found.append(f"{_moved(others)}: that is more than was allowed; more data to choose on may help")
+        return found
 
     def shown(self, model: nn.Module, target: Tensor, grouped: tuple[Tensor, dict[int, str]] | None = None) -> Judged:
         """The examples to judge on, by class or by other groups.
@@ -252,6 +268,8 @@ def carried_out(aim: Aim, method: str, rivals: str | Sequence[str] | None) -> Ed
         made = _result(aim, changed, (), f"{aim.task} by {method}")
     else:
         made = _ablated(aim, before)
+    for doubt in aim.doubts(made.figures):
+        logger.warning("%s: by examples that chose nothing, %s", aim.task, doubt)
     against = {}
     for name in names:
         if name != method:
@@ -264,6 +282,11 @@ def carried_out(aim: Aim, method: str, rivals: str | Sequence[str] | None) -> Ed
                     raise
                 logger.info("edit: %s is not measured: %s", name, error)
     return replace(made, figures=Figures(made.figures.measured, against))
+
+
+def _moved(figure: Figure) -> str:
+    what, before, after = figure.row()
+    return f"{what} went from {before} to {after}"
 
 
 _GROUPS = ("quick", "all")

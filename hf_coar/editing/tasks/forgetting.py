@@ -50,6 +50,7 @@ class Forgetting(HeadAim):
     at_most: float
     contrasts: tuple[str, ...] = CONTRASTS
     kind: ClassVar[str] = "forget"
+    shows: ClassVar[tuple[str, int]] = ("target", -1)
     quick: ClassVar[tuple[str, ...]] = ("logit_bias", "last_layer")  # the latter is this edit with nothing ablated
 
     @property

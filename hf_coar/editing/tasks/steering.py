@@ -36,6 +36,7 @@ class Steering(Aim):
     signs: Tensor
     others_within: float
     kind: ClassVar[str] = "steer"
+    shows: ClassVar[tuple[str, int]] = ("moved", 1)
 
     @property
     def task(self) -> str:
