@@ -24,7 +24,9 @@ import argparse
 import functools
 import gzip
 import json
-from collections.abc import Callable
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -159,14 +161,11 @@ def _mobilenet(args: argparse.Namespace, channels: int, n_classes: int) -> nn.Mo
 @functools.cache
 def _speeches(folder: Path) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Windows of 64 words of training and of test speeches (every fifth), with their eras: as many words in each."""
-    from tokenizers import BertWordPieceTokenizer
-
     speeches = [json.loads(path.read_text()) for path in sorted(folder.glob("**/data/*.json"))]
     speeches = sorted((one for one in speeches if "text" in one), key=lambda one: (one["year"], one["name"]))
     training = [one["text"] for place, one in enumerate(speeches) if place % 5 != 4]
-    tokenizer = BertWordPieceTokenizer(lowercase=True)
-    tokenizer.train_from_iterator(training, vocab_size=VOCABULARY, special_tokens=SPECIAL, show_progress=False)
-    tokens = [tokenizer.encode(one["text"], add_special_tokens=False).ids for one in speeches]
+    vocabulary = _vocabulary(training)
+    tokens = [_numbers(one["text"], vocabulary) for one in speeches]
     total, before = sum(map(len, tokens)), 0
     parts: tuple[list, list] = ([], [])
     for place, found in enumerate(tokens):
@@ -175,6 +174,22 @@ def _speeches(folder: Path) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor
         windows = torch.tensor(found[: len(found) // (LENGTH - 2) * (LENGTH - 2)]).view(-1, LENGTH - 2)
         parts[place % 5 == 4].extend((window, era) for window in windows)
     return tuple(_windows(part) for part in parts)
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+|[^\w\s]", text.lower())
+
+
+def _vocabulary(texts: Iterable[str]) -> dict[str, int]:
+    """Numbers of the commonest words. Trainers of word pieces break ties as they like, so that a network that was saved
+    read other tokens in another process."""
+    counts = Counter(word for text in texts for word in _words(text))
+    common = sorted(counts, key=lambda word: (-counts[word], word))[: VOCABULARY - len(SPECIAL)]
+    return {word: number for number, word in enumerate([*SPECIAL, *common])}
+
+
+def _numbers(text: str, vocabulary: dict[str, int]) -> list[int]:
+    return [vocabulary.get(word, SPECIAL.index("[UNK]")) for word in _words(text)]
 
 
 def _windows(part: list[tuple[Tensor, int]]) -> Labelled:
