@@ -171,9 +171,9 @@ class Bench:
 
     def gates(self, delta: bool = False) -> None:
         """Side c, or f."""
-        method = coar.PathGradient(
-            rounds=self.n_rounds, delta=delta, shrink=False, max_outliers=coar.PathGradient.max_outliers if delta else 0
-        )
+        outliers = coar.PathGradient.max_outliers if delta else 0
+        # Flips and fresh sets are masked passes, of which the other side has none.
+        method = coar.PathGradient(rounds=self.n_rounds, delta=delta, shrink=False, max_outliers=outliers).bare()
         with tempfile.TemporaryDirectory() as folder:
             store = Store(folder, {})
             method.fit(self.problem(store))
