@@ -145,6 +145,8 @@ def run(args: argparse.Namespace, kind: str, seed: int) -> None:
         first, count = _made(edit, method="margin" if kind == "removal" else OURS)
         seconds = time.process_time() - started
         methods = {"zero" if args.stand_ins else OURS: first}
+        if kind == "fix":  # it fits the last layer anew only where no ablation keeps the limits
+            methods["ablation alone"] = first if isinstance(count, int) and count else {}
         methods |= {other: _made(edit, **how)[0] for other, how in others.items()}
         found.append({"edit": name, "n_components": count, "seconds": seconds, "methods": methods})
         common.logger.info("%s, seed %d, %s: %s", kind, seed, name, _short(methods))
@@ -178,7 +180,6 @@ def _made(edit: Callable[..., Any], **how: Any) -> tuple[dict[str, Any], int | s
 
 def _write(args: argparse.Namespace, kind: str, seed: int, found: list[dict]) -> None:
     kind = f"{kind}-{args.trigger}" if kind == "match" else kind
-    kind = "fix-refit" if kind == "fix" else kind  # rows of `fix` are of ablation alone, as it was before
     path = args.runs / ("stand_ins" if args.stand_ins else "rivals") / f"{_named(args, kind)}-{seed}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"kind": _named(args, kind, ": "), "seed": seed, "edits": found}, indent=1) + "\n")
