@@ -209,16 +209,17 @@ def table(args: argparse.Namespace) -> None:
 
 def _section(kind: str, runs: list[dict]) -> str:
     edits_ = [edit for one in runs for edit in one["edits"]]
-    names = list(dict.fromkeys(name for edit in edits_ for name in edit["methods"]))
-    keys = [key for key in SHOWN if any(key in edit["methods"][name] for edit in edits_ for name in names)]
-    firsts = [next((name for name in names if edit["methods"][name]), OURS) for edit in edits_]
+    names = list(dict.fromkeys((OURS, *(name for edit in edits_ for name in edit["methods"]))))
+    keys = [key for key in SHOWN if any(key in one for edit in edits_ for one in edit["methods"].values())]
+    firsts = [next((name for name, one in edit["methods"].items() if one), OURS) for edit in edits_]
     starts = [[_value(e, first, key, "before") for e, first in zip(edits_, firsts, strict=True)] for key in keys]
     rows = [["before", "", *(_cell(column) for column in starts)]]
-    for name in names:
+    for name in (name for name in names if any(name in edit["methods"] for edit in edits_)):
         made = [edit for edit in edits_ if edit["methods"].get(name)]
         low = ("probe", "recovery", "relearned", *(("target",) if kind.split(":")[0] in ("forget", "removal") else ()))
         cells = [_cell([_value(e, name, key, "after") for e in made], max if key in low else min) for key in keys]
-        rows.append([f"**{name}**" if name == OURS else name, f"{len(made)} of {len(edits_)}", *cells])
+        n_tried = sum(name in edit["methods"] for edit in edits_)
+        rows.append([f"**{name}**" if name == OURS else name, f"{len(made)} of {n_tried}", *cells])
     seeds = ", ".join(str(one["seed"]) for one in runs)
     seconds = statistics.fmean(edit["seconds"] for edit in edits_)
     head = ["method", "limits kept on the examples to choose on", *(key.replace("_", " ") for key in keys)]
