@@ -41,6 +41,17 @@ def test_95_percent_intervals_cover_90_to_99_percent_of_planted_effects(rounds):
     assert 0.90 <= float(torch.stack(inside).mean()) <= 0.99
 
 
+@pytest.mark.parametrize("n_examples", [1, 24])
+def test_the_unit_of_an_example_moves_nothing_but_its_own_numbers(n_examples):
+    """Outputs of a regression, or of a saturated classifier, have effects of hundredfold sizes."""
+    unit = 4.0 ** -torch.arange(n_examples)[:, None].remainder(5)
+    _, soft, hard, variance = planted(2, n_examples)
+    weights, errors = shrink(soft, hard, variance, SIZES)
+    in_units = shrink(unit * soft, unit * hard, unit.square() * variance, SIZES)
+    for found, wanted in zip(in_units, (weights, errors), strict=True):
+        assert torch.allclose(found / unit, wanted, rtol=1e-4, atol=1e-6)
+
+
 def test_without_noise_the_soft_reads_stay():
     truth, _, hard, variance = planted(0)
     weights, errors = shrink(truth, hard, torch.zeros_like(variance), SIZES)

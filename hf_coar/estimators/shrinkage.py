@@ -56,21 +56,35 @@ def _blocks(n_examples: int, sizes: Sequence[int], block: int) -> Iterator[tuple
 
 
 def _shrink_layer(soft: Tensor, hard: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
-    variance = _steadied(variance)
+    """One layer, every example in units of the size of its own reads.
+
+    Effects on a sentence that a regression takes for neutral, or on a mail of which a classifier is sure, are a
+    hundredth of those on others. In common units such examples were pulled to others' means and told others' noise.
+    """
+    size = soft.square().mean(1, keepdim=True)
+    unit = torch.where(size > 0, size, 1.0).sqrt()
+    soft, hard, variance = soft / unit, hard / unit, _steadied(variance / unit.square())
     by_component, variance_a = _empirical_bayes(soft, hard, variance)
     by_example, variance_b = _wiener(soft, hard, variance)
     share = 0.5 * min(1.0, _participation(variance.mean(0)) / _EVEN)
-    return torch.lerp(by_component, by_example, share), torch.lerp(variance_a, variance_b, share)
+    weights = torch.lerp(by_component, by_example, share)
+    return weights * unit, torch.lerp(variance_a, variance_b, share) * unit.square()
 
 
 _PRIOR_EXAMPLES = 2  # for how many examples the mean of the layer speaks where a component's noise is estimated
 
 
 def _steadied(variance: Tensor) -> Tensor:
-    """Better estimates of the noise: a handful of rounds says little about one read's, its component and layer more."""
+    """Better estimates of the noise: a handful of rounds says little about one read's, its component and layer more.
+
+    What other examples say of a component is relative to the noise that each has in the layer, which all of its
+    components tell.
+    """
     count = len(variance)
     trust = count / (count + _PRIOR_EXAMPLES)
-    of_component = torch.lerp(variance.mean(), variance.mean(0), trust)
+    of_example = variance.mean(1, keepdim=True)
+    relative = variance / of_example.clamp_min(_TINY)
+    of_component = torch.lerp(relative.mean(), relative.mean(0), trust) * of_example
     return (trust * variance + (2 - trust) * of_component) / 2 + _TINY
 
 
