@@ -59,6 +59,15 @@ def test_without_noise_the_soft_reads_stay():
     assert float(errors.max()) < 1e-4
 
 
+def test_layers_of_few_components_without_noise_stay():
+    """Fewer components than examples, so that what examples share is of low rank."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        soft, hard = torch.randn(2, 8, 1, generator=generator)
+        weights, errors = shrink(soft, hard, torch.zeros(8, 1), (1,))
+        assert torch.allclose(weights, soft, rtol=1e-3) and float(errors.max()) < 1e-3
+
+
 def test_reads_of_zero_stay_zero():
     zero = torch.zeros(4, sum(SIZES))
     weights, errors = shrink(zero, zero, zero, SIZES)

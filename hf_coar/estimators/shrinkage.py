@@ -21,6 +21,7 @@ from torch import Tensor
 
 BLOCK = 64  # examples that are shrunk together; more bring nothing
 _TINY = 1e-20
+_ROUNDING = 1e-12  # of reads in units of their size, the least noise there is: without any, filters may be singular
 
 
 def shrink(
@@ -85,7 +86,7 @@ def _steadied(variance: Tensor) -> Tensor:
     of_example = variance.mean(1, keepdim=True)
     relative = variance / of_example.clamp_min(_TINY)
     of_component = torch.lerp(relative.mean(), relative.mean(0), trust) * of_example
-    return (trust * variance + (2 - trust) * of_component) / 2 + _TINY
+    return (trust * variance + (2 - trust) * of_component) / 2 + _ROUNDING
 
 
 _EVEN = 0.1  # participation from which the noise counts as evenly spread; between .05 and .2 nothing much changes
