@@ -205,16 +205,19 @@ def test_speeches_are_divided_by_speech_and_eras_hold_as_many_words(args, tmp_pa
 
 
 def knows_class(model, args, label):
+    """And some others, which an edit is to leave as they are."""
     world = edit_worlds.WORLDS[args.world]
     raw, labels = world.raw(args, "test")
     with torch.no_grad():
-        return bool((model(**world.prepared(raw[labels == label])).logits.argmax(1) == label).float().mean() > 0.5)
+        right = model(**world.prepared(raw)).logits.argmax(1) == labels
+    own = labels == label
+    return bool(right[own].float().mean() > 0.5 and right[~own].float().mean() > 0.1)
 
 
 def test_an_edit_of_another_world_says_so(args, tmp_path):
     args.speeches, args.world, args.stand_ins = speeches(tmp_path / "sotu"), "speeches", False
-    # Of a network that is trained for so short a time: a class that it knows.
-    edits = (one for seed in range(4) for one in edit_rivals.edits(args, "forget", seed))
+    # Of networks that are trained for so short a time few know more than one class; here the first does.
+    edits = (one for seed in range(12, 40) for one in edit_rivals.edits(args, "forget", seed))
     knows = ((name, model, edit) for name, model, edit in edits if knows_class(model, args, int(name.split()[-1])))
     name, model, edit = next(knows)
     found, _ = edit_rivals._made(edit, method="logit_bias")

@@ -52,6 +52,16 @@ def test_the_unit_of_an_example_moves_nothing_but_its_own_numbers(n_examples):
         assert torch.allclose(found / unit, wanted, rtol=1e-4, atol=1e-6)
 
 
+def test_examples_on_which_a_layer_does_nothing_say_nothing_of_the_others():
+    """Of experts most examples ask none: without noise, they would be certain that its effects are 0."""
+    _, soft, hard, variance = planted(2, 12)
+    alone = shrink(soft, hard, variance, SIZES)
+    padded = [torch.cat([values, torch.zeros(6, values.shape[1])]) for values in (soft, hard, variance)]
+    together = shrink(*padded, SIZES)
+    for found, wanted in zip(together, alone, strict=True):
+        assert torch.equal(found[:12], wanted) and not found[12:].any()
+
+
 def test_without_noise_the_soft_reads_stay():
     truth, _, hard, variance = planted(0)
     weights, errors = shrink(truth, hard, torch.zeros_like(variance), SIZES)

@@ -70,7 +70,7 @@ def test_the_batch_size_moves_nothing_but_rounding(components):
 
 
 def test_an_image_folder(tmp_path, components):
-    for name in ("a", "b"):
+    for name in ("Bag", "Coat"):
         (tmp_path / name).mkdir()
         for i in range(3):
             (tmp_path / name / f"{i}.png").write_bytes(picture(i))

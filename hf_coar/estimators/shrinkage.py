@@ -21,6 +21,7 @@ from torch import Tensor
 
 BLOCK = 64  # examples that are shrunk together; more bring nothing
 _TINY = 1e-20
+_NOTHING = 1e-10  # of the squared size of the largest reads of a layer: next to float32's rounding of these
 _ROUNDING = 1e-12  # of reads in units of their size, the least noise there is: without any, filters may be singular
 
 
@@ -57,13 +58,22 @@ def _blocks(n_examples: int, sizes: Sequence[int], block: int) -> Iterator[tuple
 
 
 def _shrink_layer(soft: Tensor, hard: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
-    """One layer, every example in units of the size of its own reads.
+    """One layer; examples on which it does nothing, such as an expert that is not asked, say nothing of the others."""
+    size = soft.square().mean(1)
+    there = size > _NOTHING * size.max()
+    weights, spread = soft.clone(), variance.clone()
+    if bool(there.any()):
+        weights[there], spread[there] = _shrink_together(soft[there], hard[there], variance[there])
+    return weights, spread
+
+
+def _shrink_together(soft: Tensor, hard: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+    """One layer of examples on which it does something, every one in units of the size of its own reads.
 
     Effects on a sentence that a regression takes for neutral, or on a mail of which a classifier is sure, are a
     hundredth of those on others. In common units such examples were pulled to others' means and told others' noise.
     """
-    size = soft.square().mean(1, keepdim=True)
-    unit = torch.where(size > 0, size, 1.0).sqrt()
+    unit = soft.square().mean(1, keepdim=True).sqrt()
     soft, hard, variance = soft / unit, hard / unit, _steadied(variance / unit.square())
     by_component, variance_a = _empirical_bayes(soft, hard, variance)
     by_example, variance_b = _wiener(soft, hard, variance)
