@@ -288,7 +288,7 @@ def _attributed(
         unchecked = "checked on no fresh masks: coar.evaluate tells how well these attributions predict"
         logger.info("%s", checking.said(fit.checked, problem.ablated_fraction) if fit.checked else unchecked)
         reliability = attributions.stability()
-        warnings = checking.warnings_of(fit.checked, reliability, problem.ablated_fraction)
+        warnings = checking.warnings_of(fit.checked, reliability, problem.ablated_fraction, method.better)
         for warning in warnings:
             logger.warning("%s", warning)
         attributions.provenance = attributions.provenance.found(warnings=(*problem.warnings, *warnings))

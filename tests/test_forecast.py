@@ -8,7 +8,7 @@ import torch
 import hf_coar as coar
 from hf_coar import data
 from hf_coar.attributions.forecast import Calibration, Forecast
-from hf_coar.estimators import checking, flips
+from hf_coar.estimators import ESTIMATORS, checking, flips
 from hf_coar.masking import MaskedModel
 from hf_coar.models import outputs
 from hf_coar.runs import sampling
@@ -306,11 +306,18 @@ def test_a_fraction_that_leaves_no_model_is_said(demo_pair, caplog):
 
 def test_warnings_say_what_to_do():
     bad = {"decisions": 0.0, "unablated": 3.6, "output": -9.6, "correlation": 0.2}
-    lines = checking.warnings_of(bad, 0.1, 0.05)
+    lines = checking.warnings_of(bad, 0.1, 0.05, "something else")
     assert len(lines) == 3 and all("take" in line for line in lines)
     assert "3.6" in lines[0] and "-9.6" in lines[0] and "0.05" in lines[0]
-    assert checking.warnings_of({"decisions": 0.6, "correlation": 0.8}, 0.9, 0.05) == ()
-    assert checking.warnings_of(None, None, 0.05) == () and checking.warnings_of(None, math.nan, 0.05) == ()
+    assert checking.warnings_of({"decisions": 0.6, "correlation": 0.8}, 0.9, 0.05, "") == ()
+    assert checking.warnings_of(None, None, 0.05, "") == () and checking.warnings_of(None, math.nan, 0.05, "") == ()
+
+
+@pytest.mark.parametrize("name", ESTIMATORS.names())
+def test_nobody_is_told_to_take_what_was_taken(name):
+    """Leave-one-out that predicts little was told to take leave-one-out."""
+    method = ESTIMATORS[name]
+    assert f"{method.__name__}()" not in method.better and ("rounds" in method.better) <= hasattr(method, "rounds")
 
 
 def test_checks_are_not_the_masks_of_an_evaluation():

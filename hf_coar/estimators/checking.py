@@ -229,13 +229,16 @@ def said(facts: Mapping[str, Any], fraction: float) -> str:
     return ", ".join(parts)
 
 
-def warnings_of(checked: Mapping[str, Any] | None, reliability: float | None, fraction: float) -> tuple[str, ...]:
+def warnings_of(
+    checked: Mapping[str, Any] | None, reliability: float | None, fraction: float, better: str
+) -> tuple[str, ...]:
     """What a person must know before using attributions, one line each: what is wrong, and what to do.
 
     Args:
         checked: the facts of `checked`, or None.
         reliability: mean over the examples, or None.
         fraction: the ablated one.
+        better: what to take instead of the method, see `Estimator`.
     """
     facts, found = checked or {}, []
     decisions, correlation = facts.get("decisions"), facts.get("correlation")
@@ -245,13 +248,10 @@ def warnings_of(checked: Mapping[str, Any] | None, reliability: float | None, fr
             f"{facts['unablated']:.3g}, then {facts['output']:.3g}): hardly a model; take a smaller ablated_fraction"
         )
     if correlation is not None and correlation < _LOW_CORRELATION:
-        found.append(
-            f"fresh masks are predicted with a correlation of {correlation:.2f} only; take more rounds, a smaller "
-            "ablated_fraction, hf_coar.Regression(prior=…), or for few components hf_coar.baselines.LeaveOneOut()"
-        )
+        found.append(f"fresh masks are predicted with a correlation of {correlation:.2f} only; take {better}")
     if reliability is not None and reliability < _LOW_RELIABILITY:
         found.append(
-            f"the weights are mostly noise (reliability {reliability:.2f}; 1 = another seed gives the same); take more "
-            "rounds, or for few components hf_coar.baselines.LeaveOneOut()"
+            f"the weights are mostly noise (reliability {reliability:.2f}; 1 = another seed gives the same); "
+            f"take {better}"
         )
     return tuple(found)

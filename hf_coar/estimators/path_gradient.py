@@ -88,6 +88,10 @@ class PathGradient(Estimator):
     far_reads: bool = True
     differentiates = True
     sizable = True
+    better = (
+        "more rounds, a smaller ablated_fraction, hf_coar.Regression(prior=…), or for few components "
+        "hf_coar.baselines.LeaveOneOut()"
+    )
 
     def __post_init__(self) -> None:
         """Check the rounds."""

@@ -41,11 +41,13 @@ class Estimator(ABC):
         name: under which it is registered.
         differentiates: whether a gradient must get through the model.
         sizable: whether `sized` can make it cheaper or dearer.
+        better: what to take where it predicts little, in words.
     """
 
     name: ClassVar[str] = ""
     differentiates: ClassVar[bool] = False
     sizable: ClassVar[bool] = False
+    better: ClassVar[str] = "a smaller ablated_fraction, or method='auto'"
 
     @abstractmethod
     def parts(self, size: Size) -> list[Part]:

@@ -230,7 +230,7 @@ def _warn(report: Report, fitted: float | None) -> None:
                 fraction, 100 * kept, output, float(report.unablated.mean()),
             )  # fmt: skip
         if mean < _LOW_CORRELATION:
-            advice = "take more rounds"
+            advice = "attribute with more passes, or by another method"
             if fitted is None or abs(fraction / fitted - 1) > 0.01:
                 advice += f", or attribute with ablated_fraction={fraction:.3g}"
             logger.warning(
