@@ -18,6 +18,7 @@ from hf_coar.estimators.gates import GateRounds
 from hf_coar.masking import MaskedModel
 from hf_coar.models import fused, graphs, outputs
 from hf_coar.models.outputs import Output
+from hf_coar.runs.running import autocast
 
 
 @pytest.fixture
@@ -70,6 +71,17 @@ def test_by_auto_it_is_used_at_once_and_gives_the_same_bits(made):
         assert_same_bits(found, expected)
         assert replayed
     assert made == [0]
+
+
+def test_each_precision_has_a_graph_of_its_own(made):
+    torch.manual_seed(0)
+    model, batches, output = vit()
+    for _ in range(2):
+        for dtype in ("bfloat16", None):  # first looks are in full precision, whatever the run is in
+            with coar.running(dtype="bfloat16"), autocast(torch.device("cpu"), dtype):
+                _, replayed = gates(model, batches, output, compile="auto")
+            assert replayed
+    assert made == [0, 1]
 
 
 def loaded(model):

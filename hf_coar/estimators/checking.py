@@ -8,10 +8,12 @@ Every example has sets of its own, so that a handful of passes gives many indepe
 import logging
 import math
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice, product
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -70,17 +72,38 @@ class Sets:
             number: of the set.
         """
         count = len(weights)
-        words = sampling.words(self.seed, sampling.CHECKS, example, number, count + 2)
+
+        def words(start: int, how_many: int) -> np.ndarray:
+            return sampling.words(self.seed, sampling.CHECKS, example, number, how_many, start)
+
         if self.is_typical(number):
-            return torch.from_numpy(words[:count] >= round(self.fraction * 2**32))
-        which, how_many = int(words[count]) % 3, float(words[count + 1]) / 2**32
+            return torch.from_numpy(words(0, count) >= round(self.fraction * 2**32))
+        which, how_many = (int(word) for word in words(count, 2))
         is_random = number % 5 == 4
         most = max(1.0, (2 if is_random else 1) * self.fraction * count)
-        size = min(count, max(1, round(math.exp(how_many * math.log(most)))))
-        order = (
-            torch.from_numpy(words[:count].astype("int64")) if is_random else (weights, -weights, weights.abs())[which]
-        )
+        size = min(count, max(1, round(math.exp(how_many / 2**32 * math.log(most)))))
+        if is_random:
+            order = torch.from_numpy(words(0, count).astype("int64"))
+        else:
+            order = (weights, -weights, weights.abs())[which % 3]
         return torch.ones(count, dtype=torch.bool).index_fill_(0, order.topk(size).indices, False)
+
+    def of_examples(
+        self, estimates: Estimates, examples: Sequence[tuple[int, int]], numbers: Sequence[int]
+    ) -> Iterator[Tensor]:
+        """What stays in place in some sets of each example, bool [sets, components].
+
+        Args:
+            estimates: of the weights.
+            examples: for each its row in these, and its index in the data.
+            numbers: of the sets.
+        """
+
+        def draw(one: tuple[int, int]) -> Tensor:
+            weights = estimates.row(one[0]).weights
+            return torch.stack([self.kept(weights, one[1], number) for number in numbers])
+
+        return sampling.side_by_side(draw, examples)
 
 
 def measured_sets(problem: Problem, sets: Sets, estimates: Estimates, count: int) -> Tensor:
@@ -92,9 +115,13 @@ def measured_sets(problem: Problem, sets: Sets, estimates: Estimates, count: int
         weights = [estimates.row(_row(i, skipped)).weights for i in examples]
         found = []
         with torch.no_grad():
-            for number in range(part.start, part.stop):
-                kept = torch.stack([sets.kept(w, i, number) for w, i in zip(weights, examples, strict=True)])
-                # Nothing waits: on an accelerator the next sets are drawn while these are measured.
+            # Nothing waits: on an accelerator the next sets are drawn while these are measured.
+            numbers = range(part.start, part.stop)
+            drawn = sampling.side_by_side(
+                lambda one: sets.kept(weights[one[1]], examples[one[1]], one[0]), product(numbers, range(len(examples)))
+            )
+            for _ in numbers:
+                kept = torch.stack(list(islice(drawn, len(examples))))
                 with problem.masked.ablated(kept, how="hooks"):
                     found.append(problem.output.of(problem.masked.model, batch))
         return {"outputs": torch.stack(found, dim=1).cpu()}
@@ -139,10 +166,8 @@ def checked(problem: Problem, fit: Fit, estimates: Estimates, count: int) -> tup
 def _predicted(sets: Sets, estimates: Estimates, examples: list[int], numbers: list[int]) -> Tensor:
     """The sum of the weights that some sets keep, float32 [sets, examples]; sets are drawn anew, as all take memory."""
     found = torch.zeros(len(numbers), len(examples))
-    for row, example in enumerate(examples):
-        weights = estimates.row(row).weights
-        kept = torch.stack([sets.kept(weights, example, number) for number in numbers])
-        found[:, row] = kept.float() @ weights
+    for row, kept in enumerate(sets.of_examples(estimates, list(enumerate(examples)), numbers)):
+        found[:, row] = kept.float() @ estimates.row(row).weights
     return found
 
 
@@ -177,9 +202,9 @@ def _calibrated(
     rows = range(0, len(examples), math.ceil(len(examples) / _MOST_CALIBRATING))
     tried, near = _trusting(forecast), replace(forecast, far=None)
     shares, norms, *drops = (torch.zeros(count, len(rows)) for _ in range(2 + len(tried)))
-    for column, row in enumerate(rows):
+    drawn = sets.of_examples(estimates, [(row, examples[row]) for row in rows], range(count))
+    for column, (row, kept) in enumerate(zip(rows, map(Tensor.float, drawn), strict=True)):
         weights, errors = estimates.row(row)
-        kept = torch.stack([sets.kept(weights, examples[row], number) for number in range(count)]).float()
         weights, errors = weights[None], None if errors is None else errors[None]
         here = near.at([row])
         found, leaning = here.drops(weights, kept, fraction), None

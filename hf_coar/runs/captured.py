@@ -1,10 +1,10 @@
 """Captured passes: passes of one kind go through a graph where that pays off and gives what they give.
 
 A graph (`models.graphs`) knows shapes and weights. Whether all else that it was made of (attributes that a model
-keeps, what stands in) is as it was, every batch shows: its first pass is run as before, its second (or the one after
-which there is a graph) both ways, with other gates or under another mask than the graph was made with, and the same
-must come out. With `compile="auto"` on a CPU that is bit for bit: such graphs are not fused, as that changes numbers
-by rounding. On a CUDA device they are launched as one, and fused in long runs; `compile=True` fuses from the beginning.
+keeps, what stands in) is as it was, every batch shows: its first pass (or the one after which there is a graph) is run
+both ways, with other gates or under another mask than the graph was made with, and the same must come out. With
+`compile="auto"` on a CPU that is bit for bit: such graphs are not fused, as that changes numbers by rounding. On a CUDA
+device they are launched as one, and fused in long runs; `compile=True` fuses from the beginning.
 
 Other runs of the same model object use a graph again (`graphs.known`). Where the first check of a run tells that it is
 right no more, the model was changed in between, and another is made.
@@ -24,7 +24,7 @@ from hf_coar import data as data_module
 from hf_coar import models
 from hf_coar.models import calling, checked, graphs, launched
 from hf_coar.models.launched import Operations
-from hf_coar.runs.running import current, rounding
+from hf_coar.runs.running import current, precision, rounding
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +119,8 @@ class CapturedPasses:
         after = self._after(wanted, launched.are_launched(inputs))
         if after == math.inf:
             return self._run(batch, *more)
-        shape = self._shape((wanted, current().dtype, tuple(batch), *map(graphs.described, (*batch.values(), *more))))
+        like = tuple(map(graphs.described, (*batch.values(), *more)))
+        shape = self._shape((wanted, precision(inputs), tuple(batch), *like))
         fuse = self._is_to_be_fused(wanted, launched.are_launched(inputs))
         if shape.is_trusted and shape.is_fused >= fuse:
             calling.tell()
@@ -129,8 +130,10 @@ class CapturedPasses:
         found = self._run(batch, *more)
         shape.seconds += time.monotonic() - begun
         shape.of_batch += 1
-        # Not after the first pass of a batch, as there may be no other; after any later one, as this may be all data.
-        if shape.of_batch >= 2 and (shape.seconds >= after or self._is_there(shape, fuse)):
+        # None is made after the first pass of a batch, as there may be no other; after any later, as this may be all
+        # data. What is there is compared in the first: on a GPU the model's own code takes up to five times as long.
+        is_due = shape.of_batch >= 2 and (shape.seconds >= after or self._is_there(shape, fuse))
+        if is_due or shape.replay is not None:
             self._prepare(shape, self._flat(batch, more), inputs, found, fuse)
         return found
 

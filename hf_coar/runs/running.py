@@ -1,7 +1,7 @@
 """How passes run: precision, compilation, place. Nothing of it changes the numbers beyond rounding, or is stored."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -136,14 +136,25 @@ def autocast(device: torch.device, dtype: str | None) -> contextlib.AbstractCont
     return torch.autocast(device.type, _DTYPES[dtype], cache_enabled=False)
 
 
+def precision(inputs: Iterable[Any]) -> Hashable:
+    """What products of these are computed in, here and now: first looks are not in the precision of the run."""
+    devices = {one.device.type for one in inputs if isinstance(one, torch.Tensor)}
+    casts = [(one, torch.get_autocast_dtype(one)) for one in sorted(devices) if torch.is_autocast_enabled(one)]
+    return *casts, *(place.fp32_precision for place in _places())
+
+
+def _places() -> list[Any]:
+    """Where torch keeps how precise products of float32 are on CUDA devices."""
+    return [torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn]
+
+
 @contextmanager
 def _tf32() -> Iterator[None]:
-    places = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
-    before = [place.fp32_precision for place in places]
+    before = [place.fp32_precision for place in _places()]
     try:
-        for place in places:
+        for place in _places():
             place.fp32_precision = TF32
         yield
     finally:
-        for place, value in zip(places, before, strict=True):
+        for place, value in zip(_places(), before, strict=True):
             place.fp32_precision = value

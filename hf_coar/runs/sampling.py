@@ -6,9 +6,13 @@ Only raw 64-bit words are taken from NumPy: those are fixed by the algorithm, wh
 """
 
 import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from numbers import Integral, Real
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -18,9 +22,11 @@ from hf_coar.errors import CoarError
 
 MASKS, PATHS, BACKGROUND, EVALUATION, BOOTSTRAP, BASELINES, CHECKS, CONTEXTS = range(8)  # the purposes
 _FEWEST_ABLATED = 0.04  # components that a mask ablates on average
+_Item, _Drawn = TypeVar("_Item"), TypeVar("_Drawn")
+_BLOCK = 8  # words of 32 bits that Philox makes at a time
 
 
-def words(seed: int, purpose: int, index: int, sub_index: int, count: int) -> np.ndarray:
+def words(seed: int, purpose: int, index: int, sub_index: int, count: int, start: int = 0) -> np.ndarray:
     """`count` random words, uint32 [count], a pure function of the arguments.
 
     Args:
@@ -29,11 +35,13 @@ def words(seed: int, purpose: int, index: int, sub_index: int, count: int) -> np
         index: which mask or which example.
         sub_index: which draw for that index.
         count: how many words.
+        start: from which word of that draw on; those before are not made.
     """
     # The lowest counter word moves with every block drawn; the upper ones say which stream this is.
     # Lists of such large integers would pass through floats.
-    key, counter = (np.array(values, dtype=np.uint64) for values in ((seed, purpose), (0, 0, sub_index, index)))
-    return _SOURCE.at(key, counter).random_raw((count + 1) // 2).view(np.uint32)[:count]
+    block, skipped = divmod(start, _BLOCK)
+    key, counter = (np.array(values, dtype=np.uint64) for values in ((seed, purpose), (block, 0, sub_index, index)))
+    return _SOURCE.at(key, counter).random_raw((skipped + count + 1) // 2).view(np.uint32)[skipped : skipped + count]
 
 
 class _Source(threading.local):
@@ -51,6 +59,24 @@ class _Source(threading.local):
 
 
 _SOURCE = _Source()
+
+
+def side_by_side(draw: Callable[[_Item], _Drawn], items: Iterable[_Item]) -> Iterator[_Drawn]:
+    """Draws of several items, in their order, made a little ahead by as many threads as torch has.
+
+    Words and orders of components are one thread's work each, and what the host of an accelerator does most: sets of 64
+    examples of a ViT-B/16 take 20 ms one after the other, and the pass that they are for 9.
+    """
+    threads, items = torch.get_num_threads(), iter(items)
+    if threads == 1:
+        yield from map(draw, items)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        ahead = deque(pool.submit(draw, item) for item in islice(items, 2 * threads))
+        while ahead:
+            drawn = ahead.popleft().result()
+            ahead.extend(pool.submit(draw, item) for item in islice(items, 1))
+            yield drawn
 
 
 class MaskSequence(Protocol):
