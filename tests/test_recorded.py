@@ -125,5 +125,5 @@ def test_compiled_passes_are_captured_fused_and_recorded(monkeypatch, uncompiled
     with coar.running(compile=True):
         found, heard = measured(N_MASKS)
     (recording,) = made
-    assert uncompiled and recording.replays == (N_MASKS - 2) + (N_MASKS - 1) and heard == 2 * N_MASKS
+    assert uncompiled and recording.replays == (N_MASKS - 2) + N_MASKS and heard == 2 * N_MASKS
     torch.testing.assert_close(found[:, :, : captured.MASKED.least - 1], expected)
