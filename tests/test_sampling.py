@@ -15,13 +15,6 @@ def correlation(a: torch.Tensor, b: torch.Tensor) -> float:
     return float(np.corrcoef(a.flatten().double().numpy(), b.flatten().double().numpy())[0, 1])
 
 
-@pytest.fixture
-def threads_of_torch():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 # Golden values: a change of any of them makes every run that was begun before unresumable and every result
 # irreproducible. Change them only together with the format version.
 
@@ -67,28 +60,6 @@ def test_words_from_anywhere_on(start):
         assert np.array_equal(
             sampling.words(3, 6, 5, 2, count, start), sampling.words(3, 6, 5, 2, start + count)[start:]
         )
-
-
-@pytest.mark.parametrize("threads", [1, 3])
-def test_draws_side_by_side_come_in_order_and_a_little_ahead(threads, threads_of_torch):
-    threads_of_torch(threads)
-    begun = []
-
-    def draw(item):
-        begun.append(item)
-        return item * item
-
-    found = []
-    for result in sampling.side_by_side(draw, range(50)):
-        found.append(result)
-        assert len(begun) <= len(found) + 2 * threads
-    assert found == [item * item for item in range(50)]
-
-
-def test_what_goes_wrong_in_a_draw_is_raised(threads_of_torch):
-    threads_of_torch(2)
-    with pytest.raises(ZeroDivisionError):
-        list(sampling.side_by_side(lambda item: 1 / item, [2, 1, 0]))
 
 
 @pytest.mark.parametrize("changed", [(12, MASKS, 5, 3), (11, EVALUATION, 5, 3), (11, MASKS, 6, 3), (11, MASKS, 5, 4)])

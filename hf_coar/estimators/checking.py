@@ -23,6 +23,7 @@ from hf_coar.errors import NonFiniteOutputError
 from hf_coar.runs import sampling
 from hf_coar.runs.engine import Part
 from hf_coar.runs.problem import Estimates, Fit, Problem
+from hf_coar.storage.threads import side_by_side
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +104,7 @@ class Sets:
             weights = estimates.row(one[0]).weights
             return torch.stack([self.kept(weights, one[1], number) for number in numbers])
 
-        return sampling.side_by_side(draw, examples)
+        return side_by_side(draw, examples)
 
 
 def measured_sets(problem: Problem, sets: Sets, estimates: Estimates, count: int) -> Tensor:
@@ -117,7 +118,7 @@ def measured_sets(problem: Problem, sets: Sets, estimates: Estimates, count: int
         with torch.no_grad():
             # Nothing waits: on an accelerator the next sets are drawn while these are measured.
             numbers = range(part.start, part.stop)
-            drawn = sampling.side_by_side(
+            drawn = side_by_side(
                 lambda one: sets.kept(weights[one[1]], examples[one[1]], one[0]), product(numbers, range(len(examples)))
             )
             for _ in numbers:

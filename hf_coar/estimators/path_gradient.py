@@ -193,9 +193,10 @@ class PathGradient(Estimator):
         # Blocks of examples are estimated one by one: all reads together take three times what comes out of them.
         found = problem.reduce(part, read, "gate paths", BLOCK, estimate)
         spent = round(float(found["spent"].mean()), 1)
-        return self._forecast(problem, Fit(found["weights"], found["bias"], found.get("standard_errors"), spent))
+        fit = Fit(found["weights"], found["bias"], found.get("standard_errors"), spent)
+        return self._forecast(problem, gates, fit)
 
-    def _forecast(self, problem: Problem, fit: Fit) -> Fit:
+    def _forecast(self, problem: Problem, gates: GateRounds, fit: Fit) -> Fit:
         """The fit with single effects and, if it is to be checked, an interval."""
         flipped = self._flipped(len(problem.components))
         if not (flipped or self._checks):
@@ -210,17 +211,17 @@ class PathGradient(Estimator):
         forecast = Forecast(known.unablated, known.indices, known.effects, known.ratio(estimates))
         spent = flipped + 1 + self._checks
         if self._reads_far(problem.size):
-            forecast = replace(forecast, far=self._far(problem, estimates))
+            forecast = replace(forecast, far=self._far(problem, gates, estimates))
             spent += far_reads.cost(bool(self.max_outliers))
         fit = replace(fit, cost=fit.cost + spent, forecast=forecast)
         if self._checks:
             fit, estimates = checking.checked(problem, fit, estimates, self._checks)
         return replace(fit, **problem.settled(estimates))
 
-    def _far(self, problem: Problem, estimates: Estimates) -> Far | None:
+    def _far(self, problem: Problem, gates: GateRounds, estimates: Estimates) -> Far | None:
         """What is read far from the whole model; None where there are no finite outputs, which no weight depends on."""
         try:
-            return far_reads.read(problem, self.gates(problem), estimates, self.max_outliers)
+            return far_reads.read(problem, gates, estimates, self.max_outliers)
         except NonFiniteOutputError as error:
             logger.warning("strong sets are forecast by the weights alone, as nothing is read far away: %s", error)
             return None

@@ -6,13 +6,9 @@ Only raw 64-bit words are taken from NumPy: those are fixed by the algorithm, wh
 """
 
 import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from numbers import Integral, Real
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,7 +18,6 @@ from hf_coar.errors import CoarError
 
 MASKS, PATHS, BACKGROUND, EVALUATION, BOOTSTRAP, BASELINES, CHECKS, CONTEXTS = range(8)  # the purposes
 _FEWEST_ABLATED = 0.04  # components that a mask ablates on average
-_Item, _Drawn = TypeVar("_Item"), TypeVar("_Drawn")
 _BLOCK = 8  # words of 32 bits that Philox makes at a time
 
 
@@ -59,24 +54,6 @@ class _Source(threading.local):
 
 
 _SOURCE = _Source()
-
-
-def side_by_side(draw: Callable[[_Item], _Drawn], items: Iterable[_Item]) -> Iterator[_Drawn]:
-    """Draws of several items, in their order, made a little ahead by as many threads as torch has.
-
-    Words and orders of components are one thread's work each, and what the host of an accelerator does most: sets of 64
-    examples of a ViT-B/16 take 20 ms one after the other, and the pass that they are for 9.
-    """
-    threads, items = torch.get_num_threads(), iter(items)
-    if threads == 1:
-        yield from map(draw, items)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        ahead = deque(pool.submit(draw, item) for item in islice(items, 2 * threads))
-        while ahead:
-            drawn = ahead.popleft().result()
-            ahead.extend(pool.submit(draw, item) for item in islice(items, 1))
-            yield drawn
 
 
 class MaskSequence(Protocol):
