@@ -109,6 +109,22 @@ def test_edit_in_steps(run, tmp_path):
     assert code == 2 and "not those of before" in err
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--reference", "0-63"], "are in both decrease and reference"),
+        (["--reference", "900"], "out of range"),
+        (["--step", "0"], "step=0; in steps it must be a whole number"),
+        (["--n-components", "0"], "n_components=0"),
+    ],
+)
+def test_edits_in_steps_that_make_no_sense_cost_no_pass(run, tmp_path, monkeypatch, flags, message):
+    monkeypatch.setattr(editing.pipeline, "reopen", lambda *_, **__: pytest.fail("the model is loaded"))
+    words = ["edit", run, "--decrease", "label=8", "--n-components", 5, "--step", 2, "--out", tmp_path / "m"]
+    code, _, err = hf_coar(*words, *flags)
+    assert code == 2 and message in err
+
+
 def test_indices_ranges_and_labels_name_examples(run):
     attributions = coar.Attributions.from_pretrained(run)
     assert editing.examples(["3", "7-9"], "increase", attributions) == [3, 7, 8, 9]

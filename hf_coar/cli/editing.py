@@ -90,15 +90,17 @@ def _steered(args: argparse.Namespace) -> EditResult:
 def _unchecked(args: argparse.Namespace) -> str:
     """So many components by a rule, as they are told; measured on the examples that chose them."""
     attributions = Attributions.from_pretrained(args.attributions)
+    sides = {side: examples(getattr(args, side), side, attributions) for side in ("increase", "decrease", "reference")}
+    n_components = editing.making.N_COMPONENTS if args.n_components is None else args.n_components
+    editing.making.check_sides(attributions, **sides)
     source: Any = attributions
     data: Any = None
     if args.step is None:
         model = pipeline.reopen_model(attributions, **sources(args))
     else:
+        editing.stepwise.checked_steps(len(attributions.components), n_components, args.step)
         model, data = pipeline.reopen(attributions, **sources(args))
         source = _attributing_anew(attributions, data, config.imported(args.call, "--call"))
-    sides = {side: examples(getattr(args, side), side, attributions) for side in ("increase", "decrease", "reference")}
-    n_components = editing.making.N_COMPONENTS if args.n_components is None else args.n_components
     rule = args.rule or "welch"
     edited = editing.edit(model, source, n_components=n_components, rule=rule, step=args.step, **sides)
     edited_model.save(edited, args.out, overwrite=args.overwrite)

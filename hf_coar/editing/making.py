@@ -67,13 +67,7 @@ def _sides(
     attributions: Attributions, raised: Sequence[list[int]], lowered: Sequence[list[int]], reference: list[int] | None
 ) -> Sides:
     """The weights of both sides, checked."""
-    n_examples = len(attributions)
-    targets = {index for one in (*raised, *lowered) for index in one}
-    if not targets:
-        raise CoarError("nothing to edit for: give the indices of examples to increase or to decrease")
-    if reference is None:
-        reference = [index for index in range(n_examples) if index not in targets]
-    _check_indices(n_examples, _joined(raised), _joined(lowered), reference)
+    reference = _spared(len(attributions), _joined(raised), _joined(lowered), reference)
     weights = attributions.weights
     of_reference, known = weights[reference].double(), attributions.forecast
     in_place = (
@@ -99,7 +93,19 @@ def _joined(sets: Sequence[list[int]]) -> list[int]:
     return [index for one in sets for index in one]
 
 
-def _check_indices(n_examples: int, increase: list[int], decrease: list[int], reference: list[int]) -> None:
+def check_sides(attributions: Attributions, increase: Any, decrease: Any, reference: Any) -> None:
+    """Raises `CoarError` where `edit` would, for examples that there are not, or that are on two sides."""
+    raised, lowered, spared = _by_index(attributions, increase, decrease, reference)
+    _spared(len(attributions), _joined(raised), _joined(lowered), spared)
+
+
+def _spared(n_examples: int, increase: list[int], decrease: list[int], reference: list[int] | None) -> list[int]:
+    """The reference, by default all that are no targets; checked."""
+    targets = {*increase, *decrease}
+    if not targets:
+        raise CoarError("nothing to edit for: give the indices of examples to increase or to decrease")
+    if reference is None:
+        reference = [index for index in range(n_examples) if index not in targets]
     if not reference:
         raise CoarError(f"no references: all {n_examples} examples are targets; give fewer targets")
     outside = [index for index in (*increase, *decrease, *reference) if not 0 <= index < n_examples]
@@ -111,6 +117,7 @@ def _check_indices(n_examples: int, increase: list[int], decrease: list[int], re
     for a, b in (("increase", "decrease"), ("increase", "reference"), ("decrease", "reference")):
         if both := groups[a] & groups[b]:
             raise CoarError(f"examples {sorted(both)[:8]} are in both {a} and {b}")
+    return reference
 
 
 def edit(
