@@ -112,7 +112,7 @@ def test_edit_in_steps(run, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--reference", "0-63"], "are in both decrease and reference"),
+        (["--reference", "label=8"], "are in both decrease and reference"),
         (["--reference", "900"], "out of range"),
         (["--step", "0"], "step=0; in steps it must be a whole number"),
         (["--n-components", "0"], "n_components=0"),
