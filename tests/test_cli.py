@@ -142,7 +142,7 @@ ERRORS = {
     "rounds": (["attribute", MODEL, IMAGES, "--rounds", "3", "--out", "OUT"], "even number"),
     "output": (["attribute", MODEL, IMAGES, "--output", "joy", "--out", "OUT"], "unknown output 'joy'"),
     "token output": (["attribute", MODEL, IMAGES, "--output", "token_margin", "--out", "OUT"], "language models"),
-    "no attributions": (["evaluate", MODEL], "holds no attributions"),
+    "no attributions": (["evaluate", MODEL], "holds no attributions: it lacks components.json; of the model there"),
     "class": (["demo", "--forget", "Hat", "--out", "OUT"], "no class 'Hat'"),
     "masks without regression": (["attribute", MODEL, IMAGES, "--n-masks", "9", "--out", "OUT"], "--method regression"),
     "rounds in words": (["attribute", MODEL, IMAGES, "--reliability", "0.9", "--out", "OUT"], "add --rounds auto"),

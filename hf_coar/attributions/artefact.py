@@ -105,7 +105,9 @@ def check_folder(folder: Path) -> None:
     """Raises `CoarError` unless a folder holds attributions, or something like it."""
     absent = [file for file in (CONFIG, COMPONENTS) if not swapping.current(folder, file).is_file()]
     if absent:
-        raise CoarError(f"{folder} holds no attributions: it lacks {', '.join(absent)}")
+        a_model = (folder / "config.json").is_file()
+        advice = f"; of the model there, make some: hf-coar attribute {folder} DATA --out ANOTHER" if a_model else ""
+        raise CoarError(f"{folder} holds no attributions: it lacks {', '.join(absent)}{advice}")
 
 
 def read_config(path: Path, name: str) -> tuple[dict[str, str], Provenance]:
