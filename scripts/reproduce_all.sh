@@ -32,9 +32,9 @@ done
 models=(--models runs/demo-1 runs/demo-2)
 $python scripts/edit_fix_error.py --fashion-mnist "$images" "${models[@]}" --first-seed 3
 $python scripts/edit_forget_class.py --fashion-mnist "$images" "${models[@]}" --first-seed 3
-$python scripts/edit_subgroup.py --fashion-mnist "$images" --first-seed 3
-$python scripts/edit_backdoor.py --fashion-mnist "$images" --first-seed 6
-$python scripts/edit_typographic.py --fashion-mnist "$images" --first-seed 20
+$python scripts/edit_subgroup.py --fashion-mnist "$images" --first-seed 12
+$python scripts/edit_backdoor.py --fashion-mnist "$images" --first-seed 12
+$python scripts/edit_typographic.py --fashion-mnist "$images" --first-seed 30
 # The edits by task beside all their rivals, on networks of their own: garments, then other data and architectures.
 $python scripts/edit_rivals.py forget --fashion-mnist "$images" --seeds 35 36 37
 $python scripts/edit_rivals.py removal --fashion-mnist "$images" --seeds 25
