@@ -1,6 +1,7 @@
 """Forecasts for sets of any size: single effects, limits, intervals that hold, and warnings where little is left."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ import torch
 import hf_coar as coar
 from hf_coar import data
 from hf_coar.attributions.forecast import Calibration, Forecast
+from hf_coar.attributions.predicting import Known
+from hf_coar.attributions.rows import as_rows
 from hf_coar.estimators import ESTIMATORS, checking, flips
 from hf_coar.masking import MaskedModel
 from hf_coar.models import outputs
@@ -132,8 +135,8 @@ def test_limits_keep_forecasts_of_the_strongest_near_the_truth(demo_attributions
 
 
 def learnt(drops, norms, measured, typical=False):
-    flags = torch.full(drops.shape, bool(typical))
-    return Calibration.learnt(drops, torch.ones_like(drops), norms, measured, flags)
+    flags, strong = torch.full(drops.shape, bool(typical)), torch.zeros(drops.shape, dtype=torch.bool)
+    return Calibration.learnt(drops, torch.ones_like(drops), norms, strong, measured, flags)
 
 
 def test_calibration_learns_limits_and_spread():
@@ -146,7 +149,7 @@ def test_calibration_learns_limits_and_spread():
     assert found.limits[0] == pytest.approx(1 / 6, rel=0.25) and found.limits[1] == pytest.approx(1 / 3, rel=0.25)
     rest = drops[2000:], shares, norms[2000:]
     misses = (found.limited(*rest) - noisy[2000:]).abs()
-    inside = misses <= found.quantile(0.9) * found.expected_miss(*rest)
+    inside = misses <= found.quantile(0.9) * found.expected_miss(*rest, torch.zeros(2000, dtype=torch.bool))
     assert inside.double().mean() == pytest.approx(0.9, abs=0.03)
 
 
@@ -170,6 +173,53 @@ def test_no_limit_where_outputs_are_additive():
     assert max(found.limits) < 0.02
 
 
+def missed(sets, factors, generator):
+    """Forecasts of no limit, of sets of three kinds of strong ones and of none, that are missed by normal numbers."""
+    kinds = torch.arange(sets) % 4
+    norms = torch.rand(sets, generator=generator, dtype=torch.float64) + 0.5
+    drops = torch.tensor([0.3, 3.0, -3.0, 0.3], dtype=torch.float64)[kinds] * norms
+    noise = torch.randn(sets, generator=generator, dtype=torch.float64) * norms
+    return kinds, drops, norms, drops + 0.1 * torch.tensor(factors, dtype=torch.float64)[kinds] * noise
+
+
+def test_every_kind_of_strong_sets_is_missed_by_its_own():
+    generator = torch.Generator().manual_seed(0)
+    factors = (1.0, 2.0, 4.0, 8.0)
+    kinds, drops, norms, truth = missed(4000, factors, generator)
+    none = torch.zeros(4000, dtype=torch.bool)
+    found = Calibration.learnt(drops, torch.ones_like(drops), norms, kinds > 0, truth, none)
+    kinds, drops, norms, truth = missed(4000, factors, generator)
+    half = found.quantile(0.95) * found.expected_miss(drops, torch.ones_like(drops), norms, kinds > 0)
+    inside = ((truth - drops).abs() <= half).double()
+    assert all(float(inside[kinds == kind].mean()) == pytest.approx(0.95, abs=0.025) for kind in range(4))
+
+
+def test_intervals_of_a_single_example_hold():
+    """Twenty sets had their worst misses taken in by what was learnt from them: 92 % of others were inside."""
+    inside = []
+    for seed in range(60):
+        generator = torch.Generator().manual_seed(seed)
+        kinds, drops, norms, truth = missed(420, (1.0, 1.0, 1.0, 1.0), generator)
+        values, strong = (drops, torch.ones_like(drops), norms), kinds > 0
+        own = [x[:20] for x in (*values, strong, truth, kinds == 0)]
+        found = Calibration.learnt(*own)
+        half = found.quantile(0.95) * found.expected_miss(*values, strong)
+        inside.append(((truth - found.limited(*values)).abs() <= half)[20:].double().mean())
+    assert 0.94 <= float(torch.stack(inside).mean()) <= 0.98
+
+
+def test_no_part_of_a_spread_is_zero_by_chance():
+    drops, norms = torch.ones(16, dtype=torch.float64), torch.full((16,), 1e-3, dtype=torch.float64)
+    found = learnt(drops, norms, drops + 0.1)
+    assert min(found.spread) > 0.01
+
+
+def test_strong_sets_take_more_of_the_weights_than_their_share():
+    weights = torch.tensor([[9.0, -9.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0], [1.0] * 8])
+    kept = torch.ones(3, 8).index_put((torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 2, 3])), torch.tensor(0.0))
+    assert Forecast.strong(weights, kept).tolist() == [[True, False], [False, False], [False, False]]
+
+
 @pytest.mark.parametrize("level", [0, 1, -0.5, 2, True, "high"])
 def test_levels_that_make_no_sense(demo_attributions, level):
     with pytest.raises(coar.CoarError, match="level="):
@@ -191,6 +241,57 @@ def test_without_checks_there_is_no_interval(demo_pair):
     with pytest.raises(coar.CoarError, match="check_masks"):
         found.predict(torch.ones(832), level=0.95)
     assert found.without(4).low is None
+
+
+def test_what_was_measured_is_known():
+    """Of leave-one-out's every single head an interval was as wide as that of sets that nobody had measured."""
+    forecast = Forecast(
+        torch.tensor([10.0]), torch.tensor([0, 1]), torch.tensor([[1.0, 2.0]]),
+        pairs=torch.tensor([[0, 1]]), interactions=torch.tensor([[0.5]]),
+        calibration=Calibration(level=5.0, spread=(1.0, 1.0, 1.0), scores=(1.0,) * 19),
+    )  # fmt: skip
+    kept = 1 - torch.tensor([[0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 0, 1], [1, 0, 1], [1, 1, 1], [0.5, 0.5, 0]])
+    assert forecast.knows(kept).tolist() == [True, True, True, False, False, False, False]
+    known = Known(torch.tensor([[3.0, 3.0, 3.0]]), torch.zeros(1), None, forecast, 0.5)
+    values, low, high = known.outputs(kept, 0.95)
+    assert values[:3, 0].tolist() == pytest.approx([10.0, 9.0, 7.5])
+    assert ((high - low)[:3] < 0.01).all() and ((high - low)[3:] > 1).all()
+    alone = replace(forecast, pairs=forecast.pairs[:0], interactions=None)
+    assert alone.knows(kept).tolist() == [True, True, False, False, False, False, False]
+    one = replace(known, forecast=alone).outputs(kept[1:2], None)
+    assert float(one) == pytest.approx(9.0)
+
+
+@pytest.mark.parametrize("among", [0, 5])
+def test_intervals_are_learnt_from_sets_that_were_not_measured_before(mlp, monkeypatch, among):
+    """Of twelve heads' sets nine in ten were single heads and pairs; of larger ones three in ten were inside."""
+    learnt, sizes = Calibration.learnt, []
+
+    def spied(drops, shares, *rest):
+        sizes.extend((shares * 0.1 * n_components).round().int().tolist())
+        return learnt(drops, shares, *rest)
+
+    n_components = len(coar.find_components(mlp.model))
+    monkeypatch.setattr(Calibration, "learnt", spied)
+    monkeypatch.setattr(Forecast, "shares", staticmethod(lambda kept, fraction: (1 - kept).mean(1, keepdim=True) / 0.1))
+    method = coar.baselines.LeaveOneOut(pairs_among=among and n_components, check_masks=20)
+    found = coar.attribute(mlp.model, [mlp.batch], method=method, ablated_fraction=0.1, progress=False)
+    assert found.forecast.largest_known == (2 if among else 1) and len(sizes) > 10 * len(found)
+    assert min(sizes) == 1 + found.forecast.largest_known and max(sizes) > n_components / 3
+
+
+def test_intervals_that_an_earlier_version_learnt_are_none(demo_attributions):
+    found = demo_attributions
+    record = found.provenance.to_json()["forecast"]
+    old = {key: value for key, value in record["calibration"].items() if key != "strong"} | {"beyond": 1.2}
+    provenance = replace(found.provenance, forecast={**record, "calibration": old})
+    matrices = {name: as_rows(value) for name, value in found.forecast.matrices().items()}
+    loaded = Forecast.from_rows(provenance, matrices, {"unablated": found.forecast.unablated})
+    known = Known(found.weights, found.bias, found.standard_errors, loaded, 0.05)
+    kept = torch.rand(3, 832, generator=torch.Generator().manual_seed(0)).round()
+    assert torch.equal(known.outputs(kept, None), found.predict(kept))
+    with pytest.raises(coar.CoarError, match="earlier version"):
+        known.outputs(kept, 0.95)
 
 
 # -------------------------------------------------------------------------------------------------------------- without

@@ -10,9 +10,10 @@ from hf_coar.attributions.forecast import Forecast
 from hf_coar.errors import CoarError
 
 _NO_INTERVAL = (
-    "these attributions were not checked on fresh sets of components, and have no intervals; attribute again with "
-    "check_masks, such as hf_coar.PathGradient(check_masks=20)"
+    "these attributions were not checked on fresh sets of components, or by an earlier version, and have no intervals; "
+    "attribute again with check_masks, such as hf_coar.PathGradient(check_masks=20)"
 )
+ROUNDING = 1e-4  # of a set's norm: what was measured in other batches, or on another device, is as much off
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ class Known:
     @property
     def has_intervals(self) -> bool:
         """Whether fresh sets were measured."""
-        return self.forecast is not None and self.forecast.calibration is not None
+        calibration = self.forecast and self.forecast.calibration
+        return calibration is not None and len(calibration.scores) > 0
 
     def outputs(self, kept: Tensor, level: float | None) -> "Tensor | tuple[Tensor, Tensor, Tensor]":
         """Outputs [masks, examples] for kept, float32 [masks, components]; with a level also the ends of the interval.
@@ -87,10 +89,13 @@ class Known:
         if calibration is None:
             return forecast.unablated - drops
         shares, norms = forecast.shares(kept, self.fraction), forecast.norms(self.weights, self.errors, kept)
-        values = forecast.unablated - calibration.limited(drops, shares, norms)
+        known = forecast.knows(kept)[:, None]
+        values = forecast.unablated - torch.where(known, drops, calibration.limited(drops, shares, norms))
         if level is None:
             return values
-        half = calibration.quantile(level) * calibration.expected_miss(drops, shares, norms)
+        strong = forecast.strong(self.weights, kept)
+        half = calibration.quantile(level) * calibration.expected_miss(drops, shares, norms, strong)
+        half = torch.where(known, ROUNDING * norms, half)
         return values, values - half, values + half
 
     def outcome(self, kept: Tensor, level: float | None) -> Outcome:

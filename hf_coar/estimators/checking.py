@@ -39,6 +39,7 @@ _UNSEEN = 0.5
 _FEWEST_VALUES = 24  # predicted and measured ones, below which a correlation says nothing
 _TRUSTS = (0.0, 0.5, 1.0)  # in what was read far from the whole model
 _TINY = 1e-12
+_MANY = 8  # components, or half of fewer than sixteen, are ablated at once whatever the fitted fraction
 _MOST_CALIBRATING = 1024  # examples, evenly spaced, whose sets set the intervals: quantiles need no more
 
 
@@ -54,10 +55,12 @@ class Sets:
     Attributes:
         seed: of the run.
         fraction: the fitted one.
+        fewest: components of the smallest sets but random masks. Of smaller ones the strongest were measured already.
     """
 
     seed: int
     fraction: float
+    fewest: int = 1
 
     @staticmethod
     def is_typical(number: int) -> bool:
@@ -81,8 +84,8 @@ class Sets:
             return torch.from_numpy(words(0, count) >= round(self.fraction * 2**32))
         which, how_many = (int(word) for word in words(count, 2))
         is_random = number % 5 == 4
-        most = max(1.0, (2 if is_random else 1) * self.fraction * count)
-        size = min(count, max(1, round(math.exp(how_many / 2**32 * math.log(most)))))
+        most = max((2 if is_random else 1) * self.fraction * count, min(_MANY, count / 2), self.fewest)
+        size = min(count, round(self.fewest * (most / self.fewest) ** (how_many / 2**32)))
         if is_random:
             order = torch.from_numpy(words(0, count).astype("int64"))
         else:
@@ -144,7 +147,7 @@ def checked(problem: Problem, fit: Fit, estimates: Estimates, count: int) -> tup
         estimates: its weights and standard errors.
         count: sets an example.
     """
-    sets = Sets(problem.seed, problem.ablated_fraction)
+    sets = Sets(problem.seed, problem.ablated_fraction, 1 + fit.forecast.largest_known)
     try:
         measured = measured_sets(problem, sets, estimates, count)
     except NonFiniteOutputError as error:  # which the seed decides; another error may be gone when the run goes on
@@ -203,6 +206,7 @@ def _calibrated(
     rows = range(0, len(examples), math.ceil(len(examples) / _MOST_CALIBRATING))
     tried, near = _trusting(forecast), replace(forecast, far=None)
     shares, norms, *drops = (torch.zeros(count, len(rows)) for _ in range(2 + len(tried)))
+    strong, told = (torch.zeros(count, len(rows), dtype=torch.bool) for _ in range(2))
     drawn = sets.of_examples(estimates, [(row, examples[row]) for row in rows], range(count))
     for column, (row, kept) in enumerate(zip(rows, map(Tensor.float, drawn), strict=True)):
         weights, errors = estimates.row(row)
@@ -215,9 +219,14 @@ def _calibrated(
             of_one[:, column] = (found if leaning is None else found + one.far.trust * leaning)[:, 0]
         shares[:, column] = Forecast.shares(kept, fraction)[:, 0]
         norms[:, column] = here.norms(weights, errors, kept)[:, 0]
+        strong[:, column] = Forecast.strong(weights, kept)[:, 0]
+        told[:, column] = ~forecast.knows(kept)
     known = torch.tensor([sets.is_typical(number) for number in range(count)])[:, None].expand_as(shares)
     fallen = (forecast.unablated - measured)[:, list(rows)]
-    learnt = [Calibration.learnt(found, shares, norms, fallen, known) for found in drops]
+    shares, norms, strong, fallen, known, *drops = (
+        values[told] for values in (shares, norms, strong, fallen, known, *drops)
+    )
+    learnt = [Calibration.learnt(found, shares, norms, strong, fallen, known) for found in drops]
     misses = [
         float(((fallen - one.limited(found, shares, norms)).abs() / norms.clamp_min(_TINY)).mean())
         for one, found in zip(learnt, drops, strict=True)

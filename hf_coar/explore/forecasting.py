@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from hf_coar.attributions import Attributions
-from hf_coar.attributions.forecast import Forecast
+from hf_coar.attributions.far import Far
+from hf_coar.attributions.forecast import STRONG, Forecast
+from hf_coar.attributions.predicting import ROUNDING
 
 LEVEL = 0.95
 
@@ -20,11 +22,11 @@ def arrays(attributions: Attributions, components: Sequence[int], rows: Sequence
     index, forecast = torch.tensor(list(components)), attributions.forecast
     found: dict[str, Any] = {"n": len(attributions.components), "weights": []}
     if forecast is not None:
-        found |= {name: [] for name in ("singles", "squares", "total", "sum")}
+        found |= {name: [] for name in ("singles", "squares", "sizes", "total", "sum")}
         found |= {"fraction": attributions.provenance.ablated_fraction, "calibration": _calibration(forecast)}
-        found |= _pairs(forecast, list(components), rows)
+        found |= {"flipped": [i in forecast.flipped for i in components]} | _pairs(forecast, list(components), rows)
     far = None if forecast is None else forecast.far
-    found |= {"far": None} if far is None else {"far": {"reach": far.reach, "trust": far.trust, "of": [], "sizes": []}}
+    found |= {"far": None} if far is None else {"far": {"reach": far.reach, "trust": far.trust, "of": []}}
     for row in rows:
         weights = attributions.row(row)
         found["weights"].append(_short(weights[index]))
@@ -35,14 +37,13 @@ def arrays(attributions: Attributions, components: Sequence[int], rows: Sequence
         if far is not None:
             effects = (far.ratio * weights).index_copy(0, far.indices, far.effects[row])
             found["far"]["of"].append(_short(effects[index]))
-            found["far"]["sizes"].append(_short(far.sizes(weights[None])[0, index]))
     return found
 
 
 def _of_row(
     forecast: Forecast, row: int, weights: Tensor, errors: Tensor | None, index: Tensor
 ) -> dict[str, list[float] | float]:
-    """Single effects, what norms are made of, and sums over all components, as `Forecast.drops` and `norms` have."""
+    """What `Forecast.drops`, `norms` and `strong` sum: of the components by themselves, and of all of them."""
     effects, flipped, ratio = forecast.effects[row], forecast.flipped, forecast.ratio
     singles = (ratio * weights).index_copy(0, flipped, effects)
     squares = weights.square() * max(1.0, ratio**2)
@@ -51,6 +52,7 @@ def _of_row(
     excess = effects - ratio * weights[flipped]
     return {
         "singles": _short(singles[index]), "squares": _short(squares[index]),
+        "sizes": _short(Far.sizes(weights[None])[0, index]),
         "total": float((1 - ratio) * weights.sum() - excess.sum()), "sum": float(weights.sum().abs()),
     }  # fmt: skip
 
@@ -58,7 +60,7 @@ def _of_row(
 def _pairs(forecast: Forecast, components: list[int], rows: Sequence[int]) -> dict[str, Any]:
     """Interactions of the pairs among the components; `paired` says that pairs were measured at all."""
     if not len(forecast.pairs):
-        return {"paired": False}
+        return {"paired": False, "pairs": []}
     place = {component: i for i, component in enumerate(components)}
     there = [k for k, (i, j) in enumerate(forecast.pairs.tolist()) if i in place and j in place]
     pairs = [[place[i], place[j]] for i, j in forecast.pairs[there].tolist()]
@@ -72,7 +74,7 @@ def _calibration(forecast: Forecast) -> dict[str, Any] | None:
         return None
     score = known.quantile(LEVEL) if known.knows(LEVEL) else None
     found = {"limits": list(known.limits), "level": known.level, "spread": list(known.spread)}
-    return {**found, "beyond": known.beyond, "score": score}
+    return {**found, "strong": list(known.strong), "strong_from": STRONG, "rounding": ROUNDING, "score": score}
 
 
 def _short(values: Tensor) -> list[float]:
