@@ -112,7 +112,7 @@ def judged_sets(far_truth):
             for number in range(count)
         ]
     )
-    return checking._calibrated(sets, estimates, replace(plain, far=far), list(range(n_examples)), measured)
+    return checking._calibrated(sets, estimates, replace(plain, far=far), list(range(n_examples)), measured)[0]
 
 
 def test_fresh_sets_say_whether_far_effects_are_to_be_trusted():

@@ -414,6 +414,18 @@ def test_warnings_say_what_to_do():
     assert checking.warnings_of(None, None, 0.05, "") == () and checking.warnings_of(None, math.nan, 0.05, "") == ()
 
 
+def test_strong_sets_that_do_not_do_what_is_forecast_are_said():
+    """Sets that should raise the margin most hardly did, and the more of them, the less; nothing was said."""
+    which = torch.tensor([0, 1, 2]).repeat(40)
+    fallen = torch.tensor([9.0, 2.0, -1.0]).repeat(40)
+    misses = torch.tensor([9.0, 0.5, 1.5]).repeat(40)
+    facts = checking._explained(which, misses, fallen)
+    assert facts == pytest.approx({"lower": 0.75, "raise": -0.5})
+    (line,) = checking.warnings_of(facts, None, 0.05, "")
+    assert "raise the output" in line and "hf_coar.ablate" in line
+    assert checking._explained(which[:30], misses[:30], fallen[:30]) == {}
+
+
 @pytest.mark.parametrize("name", ESTIMATORS.names())
 def test_nobody_is_told_to_take_what_was_taken(name):
     """Leave-one-out that predicts little was told to take leave-one-out."""

@@ -80,7 +80,7 @@ class Calibration:
     def expected_miss(self, drops: Tensor, shares: Tensor, norms: Tensor, strong: Tensor) -> Tensor:
         """The spread of sets, from the same as `limited`, and which of them are strong, bool in their shape."""
         spread = torch.tensor(self.spread, dtype=drops.dtype)
-        factors = torch.tensor((1.0, *self.strong), dtype=drops.dtype)[_kinds(drops, norms, strong)]
+        factors = torch.tensor((1.0, *self.strong), dtype=drops.dtype)[kinds(drops, norms, strong)]
         return _features(drops, self.limited(drops, shares, norms), norms) @ spread * factors
 
     def knows(self, level: float) -> bool:
@@ -127,7 +127,7 @@ class Calibration:
         values = [x.flatten().double() for x in (drops, shares, norms, measured)]
         strong, typical = strong.flatten(), typical.flatten()
         shape = cls._shaped(*values, typical)
-        kinds, scores = _kinds(values[0], values[2], strong), torch.zeros_like(values[0])
+        which, scores = kinds(values[0], values[2], strong), torch.zeros_like(values[0])
         folds = torch.randperm(len(scores), generator=torch.Generator().manual_seed(0)) % _FOLDS
         for number in range(_FOLDS):
             here = folds == number
@@ -135,8 +135,8 @@ class Calibration:
             known, found = [x[here] for x in values[:3]], values[3][here]
             expected = of_others.expected_miss(*known, strong[here]).clamp_min(_TINY)
             scores[here] = (found - of_others.limited(*known)).abs() / expected
-        factors = _factors(scores, kinds)
-        scores = (scores / torch.tensor((1.0, *factors), dtype=scores.dtype)[kinds]).sort().values
+        factors = _factors(scores, which)
+        scores = (scores / torch.tensor((1.0, *factors), dtype=scores.dtype)[which]).sort().values
         if len(scores) > _KEPT_SCORES:
             scores = scores[torch.linspace(0, len(scores) - 1, _KEPT_SCORES).round().long()]
         return replace(shape, strong=factors, scores=tuple(scores.tolist()))
@@ -155,16 +155,16 @@ class Calibration:
         return replace(shape, spread=tuple(spread.tolist()))
 
 
-def _kinds(drops: Tensor, norms: Tensor, strong: Tensor) -> Tensor:
+def kinds(drops: Tensor, norms: Tensor, strong: Tensor) -> Tensor:
     """Kinds of sets: 0 like random ones; strong with a fall, 1, or a rise, 2, of more than the norm, or neither, 3."""
     return torch.where(strong, torch.where(drops > norms, 1, torch.where(drops < -norms, 2, 3)), 0)
 
 
-def _factors(scores: Tensor, kinds: Tensor) -> tuple[float, float, float]:
+def _factors(scores: Tensor, which: Tensor) -> tuple[float, float, float]:
     """What makes the tails of strong sets those of random ones, by kind; of all that are strong where it has few."""
-    usual = scores[kinds == 0]
-    of_all = _ratio_of_tails(scores[kinds > 0], usual) or 1.0
-    first, second, third = (_ratio_of_tails(scores[kinds == kind], usual) or of_all for kind in (1, 2, 3))
+    usual = scores[which == 0]
+    of_all = _ratio_of_tails(scores[which > 0], usual) or 1.0
+    first, second, third = (_ratio_of_tails(scores[which == kind], usual) or of_all for kind in (1, 2, 3))
     return first, second, third
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hf_coar import data as data_module
-from hf_coar.attributions.forecast import Calibration, Forecast
+from hf_coar.attributions.forecast import Calibration, Forecast, kinds
 from hf_coar.errors import NonFiniteOutputError
 from hf_coar.runs import sampling
 from hf_coar.runs.engine import Part
@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_CHECKS = 20
 FEWEST_CHECKS = 5
 _LOW_CORRELATION, _LOW_RELIABILITY, _FEW_DECISIONS = 0.5, 0.3, 0.25
+_STRONG_KINDS = {"lower": 1, "raise": 2}  # sets by what is forecast of them, see `kinds`
 _SCALE_PRIOR = 0.15  # how far scales are from 1, from network to network
 # A weight is off for other reasons than noise, which no spread of rounds shows: half-open gates stand for closed ones,
 # slopes are averaged. None of it is there in a linear network, and so it is taken to grow with what linear predictions
@@ -159,9 +160,9 @@ def checked(problem: Problem, fit: Fit, estimates: Estimates, count: int) -> tup
     at_fraction = _predicted(sets, estimates, examples, typical.nonzero().flatten().tolist())
     scale, uncertain = _scale(at_fraction, measured[typical])
     estimates = estimates.scaled(scale, uncertain)
-    forecast = _calibrated(sets, estimates, fit.forecast.scaled(scale), examples, measured)
+    forecast, forecasts = _calibrated(sets, estimates, fit.forecast.scaled(scale), examples, measured)
     facts = _facts(at_fraction, measured[typical], forecast.unablated, problem.output.boundary)
-    facts |= {"n_sets": count, "scale": scale}
+    facts |= {"n_sets": count, "scale": scale, **forecasts}
     facts |= {} if estimates.errors is None else {"uncertain": uncertain}
     bias = (measured[typical] - scale * at_fraction).mean(0)
     return replace(fit, bias=bias, forecast=forecast, checked=facts), estimates
@@ -200,8 +201,8 @@ def _scale(predicted: Tensor, measured: Tensor) -> tuple[float, float]:
 
 def _calibrated(
     sets: Sets, estimates: Estimates, forecast: Forecast, examples: list[int], measured: Tensor
-) -> Forecast:
-    """The forecast with what the sets of every example, or of many of them, say of it."""
+) -> tuple[Forecast, dict[str, float]]:
+    """The forecast with what the sets of every example, or of many of them, say of it; and `_explained`."""
     count, fraction = len(measured), sets.fraction
     rows = range(0, len(examples), math.ceil(len(examples) / _MOST_CALIBRATING))
     tried, near = _trusting(forecast), replace(forecast, far=None)
@@ -227,13 +228,22 @@ def _calibrated(
         values[told] for values in (shares, norms, strong, fallen, known, *drops)
     )
     learnt = [Calibration.learnt(found, shares, norms, strong, fallen, known) for found in drops]
-    misses = [
-        float(((fallen - one.limited(found, shares, norms)).abs() / norms.clamp_min(_TINY)).mean())
-        for one, found in zip(learnt, drops, strict=True)
-    ]
-    best = misses.index(min(misses))
+    misses = [(fallen - one.limited(found, shares, norms)).abs() for one, found in zip(learnt, drops, strict=True)]
+    relative = [float((values / norms.clamp_min(_TINY)).mean()) for values in misses]
+    best = relative.index(min(relative))
+    explained = _explained(kinds(drops[best], norms, strong), misses[best], fallen)
     found = replace(tried[best], calibration=learnt[best])
-    return found if found.far is None or found.far.trust else replace(found, far=None)
+    return found if found.far is None or found.far.trust else replace(found, far=None), explained
+
+
+def _explained(which: Tensor, misses: Tensor, fallen: Tensor) -> dict[str, float]:
+    """What forecasts say of the changes by strong sets that are to lower or to raise outputs; 1 = all, 0 = nothing."""
+    found = {}
+    for name, kind in _STRONG_KINDS.items():
+        here = which == kind
+        if int(here.sum()) >= _FEWEST_VALUES and float(fallen[here].abs().sum()) > 0:
+            found[name] = 1 - float(misses[here].sum() / fallen[here].abs().sum())
+    return found
 
 
 def _trusting(forecast: Forecast) -> list[Forecast]:
@@ -284,6 +294,12 @@ def warnings_of(
         )
     if correlation is not None and correlation < _LOW_CORRELATION:
         found.append(f"fresh masks are predicted with a correlation of {correlation:.2f} only; take {better}")
+    for name in _STRONG_KINDS:
+        if facts.get(name, 1.0) < 0:
+            found.append(
+                f"what ablating those does that should {name} the output most is forecast no better than by no change; "
+                "go by the interval, or measure such sets with hf_coar.ablate"
+            )
     if reliability is not None and reliability < _LOW_RELIABILITY:
         found.append(
             f"the weights are mostly noise (reliability {reliability:.2f}; 1 = another seed gives the same); "
