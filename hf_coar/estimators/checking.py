@@ -41,7 +41,7 @@ _FEWEST_VALUES = 24  # predicted and measured ones, below which a correlation sa
 _TRUSTS = (0.0, 0.5, 1.0)  # in what was read far from the whole model
 _TINY = 1e-12
 _MANY = 8  # components, or half of fewer than sixteen, are ablated at once whatever the fitted fraction
-_MOST_CALIBRATING = 1024  # examples, evenly spaced, whose sets set the intervals: quantiles need no more
+_MOST_CALIBRATING = 256  # examples, evenly spaced, whose sets set the intervals, of which 256 scores are kept
 
 
 def check_parts(count: int) -> list[Part]:

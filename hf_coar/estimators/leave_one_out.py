@@ -39,8 +39,8 @@ class LeaveOneOut(Estimator):
     Attributes:
         pairs_among: so many of the strongest components are also ablated two at a time, a pass a pair; their
             interactions correct the weights and take part in predictions, see `Attributions.pairs`. 0 for none.
-        check_masks: as for `PathGradient`; 0 for none. For a single example an interval of 95 % takes 32, as random masks of
-            few components are mostly single ones and pairs, which were measured already.
+        check_masks: as for `PathGradient`; 0 for none. For a single example an interval of 95 % takes 32, as random
+            masks of few components are mostly single ones and pairs, which were measured already.
     """
 
     pairs_among: int = 0
