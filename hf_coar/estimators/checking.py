@@ -297,8 +297,8 @@ def warnings_of(
     for name in _STRONG_KINDS:
         if facts.get(name, 1.0) < 0:
             found.append(
-                f"what ablating those does that should {name} the output most is forecast no better than by no change; "
-                "go by the interval, or measure such sets with hf_coar.ablate"
+                f"sets of components whose ablation should {name} the output most: forecasts of these are no better "
+                "than that nothing changes; go by the interval, or measure them with hf_coar.ablate"
             )
     if reliability is not None and reliability < _LOW_RELIABILITY:
         found.append(
