@@ -1,7 +1,7 @@
 """Whether standard errors hold: how often the definition itself lies within them, above all for large components.
 
-    python scripts/benchmark_errors.py demo --seeds 20 21 22 23
-    python scripts/benchmark_errors.py vit --seeds 0 1 2
+    python scripts/benchmark_errors.py demo --seeds 24 25 26 27
+    python scripts/benchmark_errors.py vit --seeds 10 11
     python scripts/benchmark_errors.py models/mobilenet --n-examples 2 --fraction 0.01 --n-contexts 24 --share 0.01
 
 The definition of a weight is a component's mean effect while every other one is ablated with the fraction's chance. It
