@@ -435,3 +435,21 @@ def test_nobody_is_told_to_take_what_was_taken(name):
 
 def test_checks_are_not_the_masks_of_an_evaluation():
     assert sampling.CHECKS not in (sampling.EVALUATION, sampling.MASKS, sampling.PATHS)
+
+
+def test_intervals_of_larger_sets_than_were_checked_are_told(demo_attributions, caplog):
+    found, count = demo_attributions, len(demo_attributions.components)
+    checked = round(2 * found.provenance.ablated_fraction * count)
+    kept = torch.ones(2, count, dtype=torch.bool)
+    kept[1, :checked] = False
+    with caplog.at_level("WARNING", "hf_coar"):
+        found.predict(kept, level=0.9)
+        kept[1, : 2 * checked] = False
+        found.predict(kept)
+        found.without(list(range(2 * checked)), level=None)
+        assert "extrapolated" not in caplog.text
+        found.predict(kept, level=0.9)
+        assert f"up to {checked} components: for the 1 larger ones, of up to {2 * checked}," in caplog.text
+        caplog.clear()
+        found.without(list(range(2 * checked)))
+    assert "extrapolated" in caplog.text

@@ -11,7 +11,7 @@ from torch import Tensor
 from hf_coar.attributions import looks, rows
 from hf_coar.attributions.forecast import Forecast
 from hf_coar.attributions.looking import Looking
-from hf_coar.attributions.predicting import Known, Outcome
+from hf_coar.attributions.predicting import Known, Outcome, tell_of_larger
 from hf_coar.attributions.provenance import Provenance
 from hf_coar.attributions.rows import Rows
 from hf_coar.attributions.saving import Saved
@@ -174,7 +174,7 @@ class Attributions(Looking, Saved):
             kept: bool or float, [masks, components] or [components]; True or 1 = left in place.
             level: such as 0.95: also give the ends of an interval that a share `level` of fresh sets fell into. These
                 ablate twice the fitted fraction at most (or eight components, or half of few): of larger sets the
-                interval is an extrapolation, which need not hold.
+                interval is an extrapolation, which need not hold: a warning says so.
 
         Returns:
             float32 [masks, examples] ([1, examples] for a single mask); with `level` three of them: values, low, high.
@@ -183,6 +183,8 @@ class Attributions(Looking, Saved):
             CoarError: another shape, gates outside 0 … 1, or a level for which too few sets were measured.
         """
         kept = torch.atleast_2d(self.components.check_kept(kept).float())
+        if level is not None:
+            tell_of_larger(self.forecast, self.provenance.ablated_fraction, kept)
         known = Known(self.weights, self.bias, self.standard_errors, self.forecast, self.provenance.ablated_fraction)
         return known.outputs(kept, level)
 
@@ -203,6 +205,8 @@ class Attributions(Looking, Saved):
         """
         kept = torch.ones(1, len(self.components))
         kept[0, self.components.indices(which)] = 0
+        if level is not None:
+            tell_of_larger(self.forecast, self.provenance.ablated_fraction, kept)
         rows = list(range(len(self))) if example is None else within(example, len(self))
         blocks = [rows[first : first + _BLOCK] for first in range(0, len(rows), _BLOCK)]
         return Outcome.joined([self._known(block).outcome(kept, level) for block in blocks])

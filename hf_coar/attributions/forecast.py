@@ -37,6 +37,7 @@ _TAIL, _FEWEST_SCORES = 0.95, 20  # intervals are of 95 % as a rule; one score l
 _FOLDS = 4  # one of which has the scores of a spread that the others taught
 # Sets that take this multiple of their share of all weights are strong. In trials on seven models 1.7 to 3 were alike.
 STRONG = 2
+_MANY = 8  # components, or half of fewer than sixteen, are ablated at once whatever the fitted fraction
 _AS_A_RULE = 1.25  # so much more is missed of strong sets; the median of seven models, for where there are few scores
 
 
@@ -154,6 +155,11 @@ class Calibration:
         limited = shape.limited(drops, shares, norms)
         spread = _non_negative_fit(_features(drops, limited, norms), (measured - limited).abs())
         return replace(shape, spread=tuple(spread.tolist()))
+
+
+def largest_checked(fraction: float, n_components: int, fewest: int, times: float = 2) -> float:
+    """Components of the largest sets on which forecasts are checked, by multiples of the fitted fraction."""
+    return max(times * fraction * n_components, min(_MANY, n_components / 2), fewest)
 
 
 def kinds(drops: Tensor, norms: Tensor, strong: Tensor) -> Tensor:

@@ -1,19 +1,37 @@
 """Predicting: outputs after ablations, by weights alone or by a forecast, with an interval where one is known."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from hf_coar.attributions.forecast import Forecast
+from hf_coar.attributions.forecast import Forecast, largest_checked
 from hf_coar.errors import CoarError
+
+logger = logging.getLogger(__name__)
 
 _NO_INTERVAL = (
     "these attributions were not checked on fresh sets of components, or by an earlier version, and have no intervals; "
     "attribute again with check_masks, such as hf_coar.PathGradient(check_masks=20)"
 )
 ROUNDING = 1e-4  # of a set's norm: what was measured in other batches, or on another device, is as much off
+_BEYOND = 1.25  # times the largest set that was checked; random masks of its size come so near
+
+
+def tell_of_larger(forecast: Forecast | None, fraction: float | None, kept: Tensor) -> None:
+    """Warns of sets, kept [masks, components], that are larger than those that intervals were measured on."""
+    if forecast is None or forecast.calibration is None or fraction is None:
+        return
+    most = largest_checked(fraction, kept.shape[1], 1 + forecast.largest_known)
+    sizes = (1 - kept).sum(1)
+    if beyond := int((sizes > _BEYOND * most).sum()):
+        logger.warning(
+            "intervals were measured on sets of up to %d components: for the %d larger ones, of up to %d, they are "
+            "extrapolated and need not hold; measure these with hf_coar.ablate",
+            round(most), beyond, round(float(sizes.max())),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hf_coar import data as data_module
-from hf_coar.attributions.forecast import Calibration, Forecast, kinds
+from hf_coar.attributions.forecast import Calibration, Forecast, kinds, largest_checked
 from hf_coar.errors import NonFiniteOutputError
 from hf_coar.runs import sampling
 from hf_coar.runs.engine import Part
@@ -40,7 +40,6 @@ _UNSEEN = 0.5
 _FEWEST_VALUES = 24  # predicted and measured ones, below which a correlation says nothing
 _TRUSTS = (0.0, 0.5, 1.0)  # in what was read far from the whole model
 _TINY = 1e-12
-_MANY = 8  # components, or half of fewer than sixteen, are ablated at once whatever the fitted fraction
 _MOST_CALIBRATING = 256  # examples, evenly spaced, whose sets set the intervals, of which 256 scores are kept
 
 
@@ -85,7 +84,7 @@ class Sets:
             return torch.from_numpy(words(0, count) >= round(self.fraction * 2**32))
         which, how_many = (int(word) for word in words(count, 2))
         is_random = number % 5 == 4
-        most = max((2 if is_random else 1) * self.fraction * count, min(_MANY, count / 2), self.fewest)
+        most = largest_checked(self.fraction, count, self.fewest, times=2 if is_random else 1)
         size = min(count, round(self.fewest * (most / self.fewest) ** (how_many / 2**32)))
         if is_random:
             order = torch.from_numpy(words(0, count).astype("int64"))
