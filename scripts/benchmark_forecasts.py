@@ -8,13 +8,15 @@
 `demo` is the embedded model, `vit` a small one trained here in seconds; the others come from
 `convert_benchmark_models.py` and `train_benchmark_models.py`. Masks
 and sets are of seeds that no fit uses. For every size: random masks that all examples share, as `evaluate` takes them.
-For intervals: fresh random sets and strongest sets of every example, which no calibration saw.
+For intervals: fresh random sets and strongest sets of every example, which no calibration saw, and sets larger than any
+that one saw.
 """
 
 import argparse
 import functools
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from torch import Tensor, nn
 import hf_coar as coar
 from hf_coar import data, demo, models
 from hf_coar.attributions import Attributions
+from hf_coar.attributions.forecast import largest_checked
 from hf_coar.estimators import checking
 from hf_coar.masking import MaskedModel
 from hf_coar.models import outputs
@@ -37,6 +40,7 @@ RESULTS = Path(__file__).parent / "results" / "forecasts.json"
 MASK_SEED = 12_345
 SIZES = (1 / 16, 1 / 4, 1 / 2, 1, 2, 4)  # of the fitted fraction
 N_SETS = 40
+LARGER, N_LARGER = (2, 4), 6
 
 
 def load(name: str, first: int, count: int) -> tuple[nn.Module, Any]:
@@ -88,22 +92,41 @@ def by_size(found: Attributions, model: nn.Module, batches: Any, n_masks: int) -
 
 @torch.no_grad()
 def coverage(found: Attributions, model: nn.Module, batches: Any, level: float) -> dict[str, float]:
-    """The share of fresh sets inside their intervals, by kind of set, and half the mean width beside the mean miss."""
+    """The share of fresh sets inside their intervals, by kind of set, and half the mean width."""
     batch = data.as_batch(next(iter(batches)))
-    sets = checking.Sets(seed=54_321, fraction=found.provenance.ablated_fraction)
     masked, output = MaskedModel(model, found.components), outputs.get(found.provenance.output)
-    inside: dict[str, list[Tensor]] = {"random": [], "strongest": []}
-    half: dict[str, list[Tensor]] = {"random": [], "strongest": []}
-    for number in range(N_SETS):
-        kept = torch.stack([sets.kept(found.weights[e], e, number) for e in range(len(found))])
+    inside: dict[str, list[Tensor]] = {}
+    half: dict[str, list[Tensor]] = {}
+    for kind, kept in (*checked_sets(found), *larger_sets(found)):
         with masked.ablated(kept, how="hooks"):
             truth = output.of(model, batch)
         low, high = (end.diagonal() for end in found.predict(kept, level=level)[1:])
-        kind = "strongest" if number % 5 in (1, 3) else "random"
-        inside[kind].append((low <= truth) & (truth <= high))
-        half[kind].append((high - low) / 2)
+        inside.setdefault(kind, []).append((low <= truth) & (truth <= high))
+        half.setdefault(kind, []).append((high - low) / 2)
     figures = {f"{kind} inside": float(torch.cat(values).float().mean()) for kind, values in inside.items()}
     return figures | {f"{kind} half width": float(torch.cat(values).mean()) for kind, values in half.items()}
+
+
+def checked_sets(found: Attributions) -> Iterator[tuple[str, Tensor]]:
+    """Fresh sets like those that intervals were learnt from, by kind: bool [examples, components]."""
+    sets = checking.Sets(seed=54_321, fraction=found.provenance.ablated_fraction)
+    for number in range(N_SETS):
+        kind = "strongest" if number % 5 in (1, 3) else "random"
+        yield kind, sets.kept(found.weights[:], range(len(found)), number)
+
+
+def larger_sets(found: Attributions) -> Iterator[tuple[str, Tensor]]:
+    """Sets of twice and four times the size up to which intervals were learnt."""
+    weights, generator = found.weights[:], torch.Generator().manual_seed(54_321)
+    known = 1 + found.forecast.largest_known
+    most = largest_checked(found.provenance.ablated_fraction, weights.shape[1], known)
+    for times in LARGER:
+        size = min(round(times * most), weights.shape[1] - 1)
+        orders = {"random": [torch.rand(weights.shape, generator=generator) for _ in range(N_LARGER)]}
+        orders["strongest"] = [weights, -weights, weights.abs()]
+        for kind, values in ((kind, one) for kind, several in orders.items() for one in several):
+            gone = values.topk(size, dim=1).indices
+            yield f"{kind} × {times}", torch.ones_like(weights, dtype=torch.bool).scatter_(1, gone, False)
 
 
 def tables(known: list[dict[str, Any]]) -> str:
@@ -124,14 +147,17 @@ def tables(known: list[dict[str, Any]]) -> str:
         lines.append(
             f"| {model}, {mean['cost']:.0f} | {fraction:.2%} | {figures[0]} | {figures[1]} | {mean['spread']:.2f} |"
         )
-    lines += ["", "| model | level | random sets inside, half width | strongest sets inside, half width |"]
-    lines += ["|---|---|---|---|"]
+    kinds = [f"{kind}{size}" for size in ("", *(f" × {times}" for times in LARGER)) for kind in ("random", "strongest")]
+    lines += [
+        "",
+        "Shares of sets inside their intervals, and half of the mean width; × 2 and × 4: sets so many times as",
+    ]
+    lines += ["large as the largest that intervals were learnt from.", ""]
+    lines += [f"| model | level | {' | '.join(kinds)} |", "|---" * (2 + len(kinds)) + "|"]
     for (model, level), rows in _grouped(known, "model", "level").items():
         mean = _mean(rows)
-        figures = [
-            f"{mean[f'{kind} inside']:.3f}, {mean[f'{kind} half width']:.2f}" for kind in ("random", "strongest")
-        ]
-        lines.append(f"| {model} | {level:g} | {figures[0]} | {figures[1]} |")
+        figures = [f"{mean[f'{kind} inside']:.3f}, {mean[f'{kind} half width']:.2f}" for kind in kinds]
+        lines.append(f"| {model} | {level:g} | {' | '.join(figures)} |")
     return "\n".join(lines) + "\n"
 
 

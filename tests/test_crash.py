@@ -121,8 +121,8 @@ def test_a_shard_under_the_name_of_another_is_computed_again(tmp_path):
 def test_what_checks_cannot_read_is_an_error_and_no_other_number(tmp_path):
     """Fresh sets set the scale: without them the weights would be others."""
     attribute(tmp_path)
-    (tmp_path / "length-sets.json").write_text('{"task": "attribute"}')
-    with pytest.raises(CoarError, match=r"length-sets\.json"):
+    (tmp_path / "length-checks.json").write_text('{"task": "attribute"}')
+    with pytest.raises(CoarError, match=r"length-checks\.json"):
         attribute(tmp_path)
 
 

@@ -72,7 +72,7 @@ def test_rows_and_columns_are_corrected_alike(scale):
     whole, wanted = estimates.rows(0, 5), torch.tensor([4, 0, 1, 6])
     assert all(torch.equal(all_[:, wanted], some) for all_, some in zip(whole, estimates.of(wanted), strict=True))
     assert (whole.weights[:, indices] == 0).all() and (whole.errors[:, indices] == (scale or 1)).all()
-    assert torch.equal(whole.weights[2], estimates.row(2).weights)
+    assert torch.equal(whole.weights[2], estimates.some([2]).weights[0])
     less_certain = replace(estimates, scale=None).scaled(scale or 1.0, uncertain=0.2).rows(0, 5)
     assert torch.equal(less_certain.weights, whole.weights)
     torch.testing.assert_close(less_certain.errors**2, whole.errors**2 + (0.2 * whole.weights) ** 2)

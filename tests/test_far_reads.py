@@ -105,7 +105,7 @@ def judged_sets(far_truth):
         [
             torch.stack(
                 [
-                    -of.at([e]).drops(weights[e][None], sets.kept(weights[e], e, number)[None].float(), 0.05)[0, 0]
+                    -of.at([e]).drops(weights[e][None], sets.kept(weights[e][None], [e], number).float(), 0.05)[0, 0]
                     for e in range(n_examples)
                 ]
             )

@@ -1,5 +1,9 @@
 """Work side by side: in order, not far ahead, errors raised, hashes the same."""
 
+import multiprocessing
+import os
+import threading
+
 import pytest
 import torch
 
@@ -34,6 +38,39 @@ def test_what_goes_wrong_is_raised(threads_of_torch):
     threads_of_torch(2)
     with pytest.raises(ZeroDivisionError):
         list(side_by_side(lambda item: 1 / item, [2, 1, 0]))
+
+
+def test_what_is_done_side_by_side_may_do_more_so(threads_of_torch):
+    """Threads that waited for others of the same few would wait for ever."""
+    threads_of_torch(2)
+    found = list(side_by_side(lambda item: sum(side_by_side(lambda one: one * item, range(5))), range(20)))
+    assert found == [10 * item for item in range(20)]
+
+
+def test_what_is_left_half_way_is_not_done(threads_of_torch):
+    threads_of_torch(2)
+    begun, may_end = [], threading.Event()
+
+    def do(item):
+        begun.append(item)
+        return may_end.wait(10) if item else item
+
+    several = side_by_side(do, range(50))
+    assert next(several) == 0
+    several.close()
+    may_end.set()
+    assert sum(side_by_side(lambda item: item, range(10))) == 45 and len(begun) <= 3
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked on Unix alone")
+def test_forked_processes_have_threads_of_their_own(threads_of_torch):
+    threads_of_torch(2)
+    assert sum(side_by_side(lambda item: item, range(10))) == 45
+    context = multiprocessing.get_context("fork")
+    child = context.Process(target=lambda: os._exit(sum(side_by_side(lambda item: item, range(10)))))
+    child.start()
+    child.join(30)
+    assert child.exitcode == 45
 
 
 def test_hashes_of_many_bytes_are_those_of_examples_alone(threads_of_torch):

@@ -8,11 +8,14 @@ import pytest
 import timm
 import torch
 import transformers
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hf_coar as coar
+from hf_coar import data
 from hf_coar.errors import DataError
 from hf_coar.estimators.gates import GateRounds
+from hf_coar.estimators.path_gradient import BatchReader
 from hf_coar.masking import MaskedModel
 from hf_coar.models import outputs
 from hf_coar.runs.engine import Part
@@ -85,6 +88,36 @@ def test_nothing_waits_in_a_pass(case):
     with Waits() as waits:
         passes.compute(batch, 0, part)
     assert waits.found == {"measuring.py": 1}
+
+
+class Listed(TorchFunctionMode):
+    """Counts values taken by lists of Python, which are copied to the device first: it finishes what is under way."""
+
+    found = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__name__", "") in ("__getitem__", "__setitem__"):
+            places = args[1] if isinstance(args[1], tuple) else (args[1],)
+            self.found += any(isinstance(place, list) for place in places)
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_waits_between_rounds():
+    torch.manual_seed(0)
+    model, batch, output = gpt2()
+    model.requires_grad_(False)
+    masked, output = MaskedModel(model, coar.find_components(model)), outputs.get(output)
+    reader = BatchReader(coar.PathGradient(), GateRounds(masked, output, 0.1, seed=0), data.as_batch(batch), 0)
+    assert reader.method.max_outliers
+    reader.next_round()
+    with Waits() as waits, Listed() as listed:
+        for _ in range(2):
+            reader.next_round()
+    assert not waits.found and not listed.found
+    reader._rows = [0, 2]
+    with listed:
+        reader.next_round()
+    assert listed.found == 1 and reader.sums.rounds.tolist() == [4, 3, 4]
 
 
 def test_what_is_written_to_a_batch_is_looked_at_again():

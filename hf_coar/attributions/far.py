@@ -18,6 +18,17 @@ from torch import Tensor
 _TINY = 1e-12
 
 
+def taken(gone: Tensor, values: Tensor) -> Tensor:
+    """What sets take of values, float32 [sets, examples].
+
+    Args:
+        gone: float32 [sets, components], 1 for what is ablated; or [sets, examples, components], where every example
+            has sets of its own.
+        values: float32 [examples, components].
+    """
+    return gone @ values.T if gone.dim() == 2 else torch.einsum("sec,ec->se", gone, values)
+
+
 @dataclass(frozen=True)
 class Far:
     """Effects on the way to a model of which much is gone.
@@ -54,7 +65,7 @@ class Far:
         Args:
             drops: float32 [sets, examples], as the weights have them.
             weights: float32 [examples, components].
-            gone: float32 [sets, components], 1 for what is ablated.
+            gone: what is ablated, as for `taken`.
             fraction: the one that the weights are for, of which random sets take that share.
 
         Returns:
@@ -66,15 +77,15 @@ class Far:
         """What full trust adds to drops, float32 [sets, examples]; arguments as for `mixed`."""
         share = ((self.beside(weights, gone) - fraction) / (self.reach - fraction)).clamp(0, 1)
         excess = self.effects - self.ratio * weights[:, self.indices]
-        far = self.ratio * (gone @ weights.T) + gone[:, self.indices] @ excess.T
+        far = self.ratio * taken(gone, weights) + taken(gone[..., self.indices], excess)
         return share * (far - drops)
 
     @staticmethod
     def beside(weights: Tensor, gone: Tensor) -> Tensor:
         """The share of all weights that is gone beside a component of a set, on average, float32 [sets, examples]."""
         size = Far.sizes(weights)
-        taken = gone @ size.T
-        return taken - (gone @ size.square().T) / taken.clamp_min(_TINY)
+        share = taken(gone, size)
+        return share - taken(gone, size.square()) / share.clamp_min(_TINY)
 
     @staticmethod
     def sizes(weights: Tensor) -> Tensor:
@@ -84,6 +95,10 @@ class Far:
     def at(self, rows: Sequence[int]) -> "Far":
         """Those of some of the examples alone."""
         return replace(self, effects=self.effects[list(rows)])
+
+    def to(self, device: torch.device) -> "Far":
+        """These effects on a device."""
+        return replace(self, indices=self.indices.to(device), effects=self.effects.to(device))
 
     def to_json(self) -> dict[str, Any]:
         """All but the effects."""

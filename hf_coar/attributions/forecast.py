@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_coar.attributions.far import Far
+from hf_coar.attributions.far import Far, taken
 from hf_coar.attributions.provenance import Provenance
 from hf_coar.attributions.rows import Rows, check_finite
 from hf_coar.errors import CoarError, CorruptFileError
@@ -37,6 +37,7 @@ _TAIL, _FEWEST_SCORES = 0.95, 20  # intervals are of 95 % as a rule; one score l
 _FOLDS = 4  # one of which has the scores of a spread that the others taught
 # Sets that take this multiple of their share of all weights are strong. In trials on seven models 1.7 to 3 were alike.
 STRONG = 2
+GROWTH = 0.75
 _MANY = 8  # components, or half of fewer than sixteen, are ablated at once whatever the fitted fraction
 _AS_A_RULE = 1.25  # so much more is missed of strong sets; the median of seven models, for where there are few scores
 
@@ -157,9 +158,9 @@ class Calibration:
         return replace(shape, spread=tuple(spread.tolist()))
 
 
-def largest_checked(fraction: float, n_components: int, fewest: int, times: float = 2) -> float:
-    """Components of the largest sets on which forecasts are checked, by multiples of the fitted fraction."""
-    return max(times * fraction * n_components, min(_MANY, n_components / 2), fewest)
+def largest_checked(fraction: float, n_components: int, fewest: int) -> float:
+    """Components of the largest sets on which forecasts are checked: twice the fitted fraction, or a few."""
+    return max(2 * fraction * n_components, min(_MANY, n_components / 2), fewest)
 
 
 def kinds(drops: Tensor, norms: Tensor, strong: Tensor) -> Tensor:
@@ -257,20 +258,21 @@ class Forecast:
 
         Args:
             weights: float32 [examples, components].
-            kept: float32 [masks, components].
+            kept: float32 [masks, components]; or [masks, examples, components], where every example has masks of its
+                own.
             fraction: the ablated fraction that the weights are for.
 
         Returns:
             float32 [masks, examples].
         """
         gone = 1 - kept
-        size = gone.mean(1, keepdim=True)
-        by_weight = gone @ weights.T
+        size = _sizes(gone)
+        by_weight = taken(gone, weights)
         excess = self.effects - self.ratio * weights[:, self.flipped]
-        singles = self.ratio * by_weight + gone[:, self.flipped] @ excess.T
+        singles = self.ratio * by_weight + taken(gone[..., self.flipped], excess)
         if len(self.pairs):
-            both = gone[:, self.pairs[:, 0]] * gone[:, self.pairs[:, 1]]
-            near = singles = singles - both @ self.interactions.T
+            both = gone[..., self.pairs[:, 0]] * gone[..., self.pairs[:, 1]]
+            near = singles = singles - taken(both, self.interactions)
         else:
             share = (size / fraction).clamp_max(1.0)
             # Mean of min(1, u / fraction) over the sizes u up to that of the set.
@@ -280,7 +282,7 @@ class Forecast:
             total = (1 - self.ratio) * weights.sum(1) - excess.sum(1)
             near = singles + share * (by_weight - singles) - size * (share - mean_share) * total
         found = near if self.far is None else self.far.mixed(near, weights, gone, fraction)
-        return torch.where(self.knows(kept)[:, None], singles, found)
+        return torch.where(self.knows(kept), singles, found)
 
     @property
     def largest_known(self) -> int:
@@ -288,12 +290,18 @@ class Forecast:
         return 2 if len(self.pairs) else min(1, len(self.flipped))
 
     def knows(self, kept: Tensor) -> Tensor:
-        """Which sets were measured themselves, so that nothing is to be forecast of them, bool [masks]."""
+        """Which sets were measured themselves, so that nothing is to be forecast of them, bool, as `shares` are."""
         gone = 1 - kept
-        alone = gone[:, self.flipped].sum(1)
-        pairs = (gone[:, self.pairs[:, 0]] * gone[:, self.pairs[:, 1]]).sum(1)
-        size = gone.count_nonzero(1)
-        return (size == 0) | (size == 1) & (alone == 1) | (size == 2) & (pairs == 1)
+        alone = gone[..., self.flipped].sum(-1)
+        pairs = (gone[..., self.pairs[:, 0]] * gone[..., self.pairs[:, 1]]).sum(-1)
+        size = gone.count_nonzero(-1)
+        known = (size == 0) | (size == 1) & (alone == 1) | (size == 2) & (pairs == 1)
+        return known if kept.dim() == 3 else known[:, None]
+
+    def growth(self, kept: Tensor, fraction: float) -> Tensor:
+        """By how much intervals are wider than checks say, as these had no sets as large, float32, as `shares` are."""
+        gone = (1 - kept).sum(-1, keepdim=kept.dim() == 2)
+        return (gone / largest_checked(fraction, kept.shape[-1], 1 + self.largest_known)).clamp_min(1) ** GROWTH
 
     def at(self, rows: Sequence[int]) -> "Forecast":
         """The forecast of some of the examples alone."""
@@ -304,6 +312,12 @@ class Forecast:
             self, unablated=self.unablated[here], effects=self.effects[here], interactions=interactions, far=far
         )
 
+    def to(self, device: torch.device) -> "Forecast":
+        """This forecast on a device."""
+        names = ("unablated", "flipped", "effects", "pairs", "interactions", "far")
+        values = {name: value for name in names if (value := getattr(self, name)) is not None}
+        return replace(self, **{name: value.to(device) for name, value in values.items()})
+
     def scaled(self, scale: float) -> "Forecast":
         """This forecast for weights that are so many times as large."""
         far = None if self.far is None else replace(self.far, ratio=self.far.ratio / scale)
@@ -311,14 +325,14 @@ class Forecast:
 
     @staticmethod
     def shares(kept: Tensor, fraction: float) -> Tensor:
-        """Sizes of sets by the fitted size, 1 at most, float32 [masks, 1]."""
-        return ((1 - kept).mean(1, keepdim=True) / fraction).clamp_max(1.0)
+        """Sizes of sets by the fitted size, 1 at most, float32 [masks, 1]; [masks, examples] of examples' own sets."""
+        return (_sizes(1 - kept) / fraction).clamp_max(1.0)
 
     @staticmethod
     def strong(weights: Tensor, kept: Tensor) -> Tensor:
         """Which sets take much more of an example's weights than random ones of their size, bool [masks, examples]."""
         gone = 1 - kept
-        return gone @ Far.sizes(weights).T > STRONG * gone.mean(1, keepdim=True)
+        return taken(gone, Far.sizes(weights)) > STRONG * _sizes(gone)
 
     def norms(self, weights: Tensor, errors: Tensor | None, kept: Tensor) -> Tensor:
         """How far random sets like these go, [masks, examples].
@@ -332,7 +346,7 @@ class Forecast:
         squares = squares.index_copy(1, self.flipped, known)
         squares = squares if errors is None else squares + errors.square()
         gone = 1 - kept
-        return (gone @ squares.T).sqrt() + gone.mean(1, keepdim=True) * weights.sum(1).abs()
+        return taken(gone, squares).sqrt() + _sizes(gone) * weights.sum(1).abs()
 
     def to_json(self) -> dict[str, Any]:
         """All but the tensors that have one row an example."""
@@ -391,6 +405,11 @@ class Forecast:
             calibration,
             Far.from_json(value["far"], tensor_of("far_effects")) if value.get("far") is not None else None,
         )
+
+
+def _sizes(gone: Tensor) -> Tensor:
+    """Shares of the components that sets take, float32 [masks, 1], or [masks, examples] of examples' own."""
+    return gone.mean(-1, keepdim=gone.dim() == 2)
 
 
 _ENTRIES = ("limits", "spread", "strong", "scores")

@@ -107,13 +107,13 @@ class Known:
         if calibration is None:
             return forecast.unablated - drops
         shares, norms = forecast.shares(kept, self.fraction), forecast.norms(self.weights, self.errors, kept)
-        known = forecast.knows(kept)[:, None]
+        known = forecast.knows(kept)
         values = forecast.unablated - torch.where(known, drops, calibration.limited(drops, shares, norms))
         if level is None:
             return values
         strong = forecast.strong(self.weights, kept)
         half = calibration.quantile(level) * calibration.expected_miss(drops, shares, norms, strong)
-        half = torch.where(known, ROUNDING * norms, half)
+        half = torch.where(known, ROUNDING * norms, half * forecast.growth(kept, self.fraction))
         return values, values - half, values + half
 
     def outcome(self, kept: Tensor, level: float | None) -> Outcome:

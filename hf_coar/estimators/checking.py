@@ -10,20 +10,21 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice, product
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from hf_coar import data as data_module
 from hf_coar.attributions.forecast import Calibration, Forecast, kinds, largest_checked
 from hf_coar.errors import NonFiniteOutputError
+from hf_coar.models.calling import sent
 from hf_coar.runs import sampling
 from hf_coar.runs.engine import Part
+from hf_coar.runs.measuring import OwnMaskedPasses
 from hf_coar.runs.problem import Estimates, Fit, Problem
-from hf_coar.storage.threads import side_by_side
+from hf_coar.runs.workers import processes
 
 logger = logging.getLogger(__name__)
 
@@ -40,12 +41,15 @@ _UNSEEN = 0.5
 _FEWEST_VALUES = 24  # predicted and measured ones, below which a correlation says nothing
 _TRUSTS = (0.0, 0.5, 1.0)  # in what was read far from the whole model
 _TINY = 1e-12
+_ROUNDING = 1e-5  # of the largest output
+_BYTES = {"cpu": 2**26, "cuda": 2**28}  # of sets at a time
+_CPU = torch.device("cpu")
 _MOST_CALIBRATING = 256  # examples, evenly spaced, whose sets set the intervals, of which 256 scores are kept
 
 
 def check_parts(count: int) -> list[Part]:
-    """The passes of so many sets."""
-    return [Part("sets", 0, count, float(count), count)] if count else []
+    """The passes of so many sets, which give two numbers each."""
+    return [Part("checks", 0, count, float(count), 2 * count)] if count else []
 
 
 @dataclass(frozen=True)
@@ -56,81 +60,116 @@ class Sets:
         seed: of the run.
         fraction: the fitted one.
         fewest: components of the smallest sets but random masks. Of smaller ones the strongest were measured already.
+        device: where blocks of them are drawn.
     """
 
     seed: int
     fraction: float
     fewest: int = 1
+    device: torch.device = _CPU
 
     @staticmethod
     def is_typical(number: int) -> bool:
         """Whether a set is a random mask of the fitted fraction."""
         return number % 5 in (0, 2)
 
-    def kept(self, weights: Tensor, example: int, number: int) -> Tensor:
-        """What stays in place, bool [components].
+    def kept(self, weights: Tensor, examples: Sequence[int], number: int) -> Tensor:
+        """What stays in place in one set of each of some examples, bool [examples, components], as the weights lie.
 
         Args:
-            weights: float32 [components], of the example.
-            example: its index in the data.
-            number: of the set.
+            weights: float32 [examples, components].
+            examples: their indices in the data.
+            number: of the sets.
         """
-        count = len(weights)
-
-        def words(start: int, how_many: int) -> np.ndarray:
-            return sampling.words(self.seed, sampling.CHECKS, example, number, how_many, start)
-
+        count, device = weights.shape[1], weights.device
+        words = partial(sampling.words_of, self.seed, sampling.CHECKS, examples, number)
         if self.is_typical(number):
-            return torch.from_numpy(words(0, count) >= round(self.fraction * 2**32))
-        which, how_many = (int(word) for word in words(count, 2))
+            return words(count, device) >= round(self.fraction * 2**32)
         is_random = number % 5 == 4
-        most = largest_checked(self.fraction, count, self.fewest, times=2 if is_random else 1)
-        size = min(count, round(self.fewest * (most / self.fewest) ** (how_many / 2**32)))
+        most = largest_checked(self.fraction, count, self.fewest)
+        which, how_many = words(2, torch.device("cpu"), start=count).T[..., None]
+        sizes = (self.fewest * (most / self.fewest) ** (how_many.double() / 2**32)).round().long().clamp_max(count)
+        sizes, which = sent(sizes, device), sent(which % 3, device)
         if is_random:
-            order = torch.from_numpy(words(0, count).astype("int64"))
+            values = words(count, device)
         else:
-            order = (weights, -weights, weights.abs())[which % 3]
-        return torch.ones(count, dtype=torch.bool).index_fill_(0, order.topk(size).indices, False)
+            values = torch.where(which == 2, weights.abs(), torch.where(which == 1, -weights, weights))
+        return ~_largest(values, sizes, math.ceil(most))
 
-    def of_examples(
+    def blocks(
         self, estimates: Estimates, examples: Sequence[tuple[int, int]], numbers: Sequence[int]
-    ) -> Iterator[Tensor]:
-        """What stays in place in some sets of each example, bool [sets, components].
+    ) -> "Iterator[Block]":
+        """Some sets of each example, as many examples at a time as take little memory.
 
         Args:
             estimates: of the weights.
             examples: for each its row in these, and its index in the data.
             numbers: of the sets.
         """
+        step = max(1, _BYTES[self.device.type] // (4 * max(1, len(numbers)) * estimates.weights.shape[1]))
+        for start in range(0, len(examples), step):
+            rows, indices = zip(*examples[start : start + step], strict=True)
+            weights, errors = estimates.some(rows)
+            weights, errors = sent(weights, self.device), None if errors is None else sent(errors, self.device)
+            kept = torch.stack([self.kept(weights, indices, number) for number in numbers])
+            yield Block(slice(start, start + len(rows)), rows, weights, errors, kept.float())
 
-        def draw(one: tuple[int, int]) -> Tensor:
-            weights = estimates.row(one[0]).weights
-            return torch.stack([self.kept(weights, one[1], number) for number in numbers])
 
-        return side_by_side(draw, examples)
+def _largest(values: Tensor, sizes: Tensor, most: int) -> Tensor:
+    """The so many largest of every row, of equal ones the first, whatever device finds them.
+
+    Args:
+        values: [rows, any].
+        sizes: int64 [rows, 1], at least 1.
+        most: the largest of these, or more.
+    """
+    least = values.topk(min(most, values.shape[1]), dim=1).values.gather(1, sizes - 1)
+    above, equal = values > least, values == least
+    return above | equal & (equal.cumsum(1) <= sizes - above.sum(1, keepdim=True))
 
 
-def measured_sets(problem: Problem, sets: Sets, estimates: Estimates, count: int) -> Tensor:
-    """Outputs of every example under its own sets, float32 [sets, examples]."""
+class Block(NamedTuple):
+    """Some examples, each with sets of its own.
+
+    Attributes:
+        columns: where they are among all that were asked for.
+        rows: in the estimates.
+        weights: float32 [examples, components].
+        errors: the same shape, or None.
+        kept: what stays in place, float32 [sets, examples, components].
+    """
+
+    columns: slice
+    rows: Sequence[int]
+    weights: Tensor
+    errors: Tensor | None
+    kept: Tensor
+
+
+def measured_sets(problem: Problem, sets: Sets, estimates: Estimates, count: int) -> tuple[Tensor, Tensor]:
+    """Outputs of every example under its own sets, and the sums of the weights these keep, float32 [sets, examples]."""
     skipped = sorted(problem.store.skipped)
+    passes = OwnMaskedPasses(problem.masked, problem.output)
 
     def compute(batch: data_module.Batch, first: int, part: Part) -> dict[str, Tensor]:
         examples = range(first, first + data_module.size(batch))
-        weights = [estimates.row(_row(i, skipped)).weights for i in examples]
-        found = []
-        with torch.no_grad():
-            # Nothing waits: on an accelerator the next sets are drawn while these are measured.
-            numbers = range(part.start, part.stop)
-            drawn = side_by_side(
-                lambda one: sets.kept(weights[one[1]], examples[one[1]], one[0]), product(numbers, range(len(examples)))
-            )
-            for _ in numbers:
-                kept = torch.stack(list(islice(drawn, len(examples))))
-                with problem.masked.ablated(kept, how="hooks"):
-                    found.append(problem.output.of(problem.masked.model, batch))
-        return {"outputs": torch.stack(found, dim=1).cpu()}
+        weights = estimates.some([_row(i, skipped) for i in examples]).weights
+        weights = sent(weights, _drawn_on(data_module.device_of(batch)))
+        passes.begin_batch(part.stop - part.start)
+        outputs, sums = [], []
+        for number in range(part.start, part.stop):
+            kept = sets.kept(weights, examples, number)
+            sums.append((kept * weights).sum(1))
+            outputs.append(passes(batch, kept))
+        return {name: torch.stack(of, dim=1).cpu() for name, of in {"outputs": outputs, "sums": sums}.items()}
 
-    return problem.compute(check_parts(count), compute, "fresh sets")["outputs"].T
+    found = problem.compute(check_parts(count), compute, "fresh sets")
+    return found["outputs"].T, found["sums"].T
+
+
+def _drawn_on(device: torch.device) -> torch.device:
+    """Where sets are drawn for examples on a device: it is done there where it takes less time."""
+    return device if device.type == "cuda" else _CPU
 
 
 def _row(example: int, skipped: list[int]) -> int:
@@ -147,32 +186,25 @@ def checked(problem: Problem, fit: Fit, estimates: Estimates, count: int) -> tup
         estimates: its weights and standard errors.
         count: sets an example.
     """
-    sets = Sets(problem.seed, problem.ablated_fraction, 1 + fit.forecast.largest_known)
+    device = _drawn_on(processes().device)
+    sets = Sets(problem.seed, problem.ablated_fraction, 1 + fit.forecast.largest_known, device)
     try:
-        measured = measured_sets(problem, sets, estimates, count)
+        measured, sums = measured_sets(problem, sets, estimates, count)
     except NonFiniteOutputError as error:  # which the seed decides; another error may be gone when the run goes on
         logger.warning("forecasts have no interval, as fresh sets cannot be measured: %s", error)
         return fit, estimates
     skipped = set(problem.store.skipped)
     examples = [i for i in range(measured.shape[1] + len(skipped)) if i not in skipped]
     typical = torch.tensor([sets.is_typical(number) for number in range(count)])
-    at_fraction = _predicted(sets, estimates, examples, typical.nonzero().flatten().tolist())
+    at_fraction = sums[typical]
     scale, uncertain = _scale(at_fraction, measured[typical])
     estimates = estimates.scaled(scale, uncertain)
     forecast, forecasts = _calibrated(sets, estimates, fit.forecast.scaled(scale), examples, measured)
     facts = _facts(at_fraction, measured[typical], forecast.unablated, problem.output.boundary)
-    facts |= {"n_sets": count, "scale": scale, **forecasts}
+    facts |= {"n_sets": count, "scale": scale, "changed": _changed(forecast.unablated, measured), **forecasts}
     facts |= {} if estimates.errors is None else {"uncertain": uncertain}
     bias = (measured[typical] - scale * at_fraction).mean(0)
     return replace(fit, bias=bias, forecast=forecast, checked=facts), estimates
-
-
-def _predicted(sets: Sets, estimates: Estimates, examples: list[int], numbers: list[int]) -> Tensor:
-    """The sum of the weights that some sets keep, float32 [sets, examples]; sets are drawn anew, as all take memory."""
-    found = torch.zeros(len(numbers), len(examples))
-    for row, kept in enumerate(sets.of_examples(estimates, list(enumerate(examples)), numbers)):
-        found[:, row] = kept.float() @ estimates.row(row).weights
-    return found
 
 
 def _scale(predicted: Tensor, measured: Tensor) -> tuple[float, float]:
@@ -201,26 +233,26 @@ def _scale(predicted: Tensor, measured: Tensor) -> tuple[float, float]:
 def _calibrated(
     sets: Sets, estimates: Estimates, forecast: Forecast, examples: list[int], measured: Tensor
 ) -> tuple[Forecast, dict[str, float]]:
-    """The forecast with what the sets of every example, or of many of them, say of it; and `_explained`."""
+    """The forecast with what sets of every example, or of many, drawn once more, say of it; and `_explained`."""
     count, fraction = len(measured), sets.fraction
     rows = range(0, len(examples), math.ceil(len(examples) / _MOST_CALIBRATING))
-    tried, near = _trusting(forecast), replace(forecast, far=None)
+    tried = _trusting(forecast)
     shares, norms, *drops = (torch.zeros(count, len(rows)) for _ in range(2 + len(tried)))
     strong, told = (torch.zeros(count, len(rows), dtype=torch.bool) for _ in range(2))
-    drawn = sets.of_examples(estimates, [(row, examples[row]) for row in rows], range(count))
-    for column, (row, kept) in enumerate(zip(rows, map(Tensor.float, drawn), strict=True)):
-        weights, errors = estimates.row(row)
-        weights, errors = weights[None], None if errors is None else errors[None]
-        here = near.at([row])
-        found, leaning = here.drops(weights, kept, fraction), None
-        if forecast.far is not None:  # once for all trusts
-            leaning = forecast.far.at([row]).leaning(found, weights, 1 - kept, fraction)
+    for columns, here, weights, errors, kept in sets.blocks(
+        estimates, [(row, examples[row]) for row in rows], range(count)
+    ):
+        of_these = forecast.at(here).to(sets.device)
+        near = replace(of_these, far=None)
+        found, leaning = near.drops(weights, kept, fraction), None
+        if of_these.far is not None:  # once for all trusts
+            leaning = of_these.far.leaning(found, weights, 1 - kept, fraction)
         for of_one, one in zip(drops, tried, strict=True):
-            of_one[:, column] = (found if leaning is None else found + one.far.trust * leaning)[:, 0]
-        shares[:, column] = Forecast.shares(kept, fraction)[:, 0]
-        norms[:, column] = here.norms(weights, errors, kept)[:, 0]
-        strong[:, column] = Forecast.strong(weights, kept)[:, 0]
-        told[:, column] = ~forecast.knows(kept)
+            of_one[:, columns] = (found if leaning is None else found + one.far.trust * leaning).cpu()
+        shares[:, columns] = Forecast.shares(kept, fraction).cpu()
+        norms[:, columns] = near.norms(weights, errors, kept).cpu()
+        strong[:, columns] = Forecast.strong(weights, kept).cpu()
+        told[:, columns] = ~near.knows(kept).cpu()
     known = torch.tensor([sets.is_typical(number) for number in range(count)])[:, None].expand_as(shares)
     fallen = (forecast.unablated - measured)[:, list(rows)]
     shares, norms, strong, fallen, known, *drops = (
@@ -264,6 +296,11 @@ def _facts(predicted: Tensor, measured: Tensor, unablated: Tensor, boundary: flo
     return facts
 
 
+def _changed(unablated: Tensor, measured: Tensor) -> float:
+    """The share of fresh sets [sets, examples] without which an output is another one, by more than rounding."""
+    return float(((measured - unablated).abs() > _ROUNDING * unablated.abs().max()).float().mean())
+
+
 def said(facts: Mapping[str, Any], fraction: float) -> str:
     """What fresh masks of the fitted fraction showed, in a line."""
     output, whole = facts["output"], facts["unablated"]
@@ -286,6 +323,11 @@ def warnings_of(
     """
     facts, found = checked or {}, []
     decisions, correlation = facts.get("decisions"), facts.get("correlation")
+    if facts.get("changed") == 0:
+        found.append(
+            f"none of {facts['n_sets']} fresh sets of components changes the output of any example: it does not depend "
+            "on them, and all weights are 0; take another output, or components that it passes through"
+        )
     if decisions is not None and decisions < _FEW_DECISIONS:
         found.append(
             f"with {fraction:.3g} of the components ablated {decisions:.0%} of the decisions are left (mean output "

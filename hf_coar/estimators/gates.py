@@ -287,25 +287,20 @@ class GateRounds:
 
     def _uniforms(self, purpose: int, examples: Sequence[int], sub_index: int, device: torch.device) -> Tensor:
         """Uniform numbers, float32 [examples, components]."""
-        if device.type == "cuda":
-            return sampling.uniforms_of(self._words(purpose, examples, sub_index, device))
         seed, count = self.seed, self.n_components
+        if device.type == "cuda":
+            return sampling.uniforms_of(sampling.words_of(seed, purpose, examples, sub_index, count, device))
         draws = [sampling.uniforms(seed, purpose, example, sub_index, count) for example in examples]
         return torch.from_numpy(np.stack(draws)).to(device)
 
     def _blocks(self, examples: Sequence[int], sub_index: int, device: torch.device) -> Tensor:
         """The block of every component, int32 [examples, components]."""
-        if device.type == "cuda":
-            return sampling.balanced_splits_of(self._words(sampling.PATHS, examples, sub_index, device), self.blocks)
         seed, count, blocks = self.seed, self.n_components, self.blocks
+        if device.type == "cuda":
+            words = sampling.words_of(seed, sampling.PATHS, examples, sub_index, count, device)
+            return sampling.balanced_splits_of(words, blocks)
         splits = [sampling.balanced_split(seed, sampling.PATHS, one, sub_index, count, blocks) for one in examples]
         return torch.from_numpy(np.stack(splits)).to(device)
-
-    def _words(self, purpose: int, examples: Sequence[int], sub_index: int, device: torch.device) -> Tensor:
-        """Raw words, int64 [examples, components]: what takes longer than drawing these, an accelerator does."""
-        drawn = [sampling.words(self.seed, purpose, example, sub_index, self.n_components) for example in examples]
-        # Not every operation takes unsigned numbers.
-        return sent(torch.from_numpy(np.stack(drawn).view(np.int32)), device).long() & 0xFFFFFFFF
 
     def _others(self, examples: Sequence[int], levels: Tensor, index: int, b: int) -> Tensor:
         """Gates of the components outside the block: 1, or a random background of 0 and 1."""

@@ -314,9 +314,11 @@ class BatchReader:
             self.sums = Sums(count, n_components, data_module.device_of(self.batch))
             if self.method.max_outliers:
                 self.outliers = find(self.gates.passes, self.batch, self.method.max_outliers)
-        rows, apart = self._rows, None if self.outliers is None else self.outliers.mask(n_components)[self._rows]
-        whole = len(rows) == count
-        some = self.batch if whole else data_module.take(self.batch, rows)
+        rows, some = self._rows, self.batch
+        apart = None if self.outliers is None else self.outliers.mask(n_components)
+        if len(rows) < count:
+            some = data_module.take(self.batch, rows)
+            apart = None if apart is None else apart[rows]
         read = read or self.gates.round
         examples = [self.first + row for row in rows]
         reads = read(some, examples, self.rounds, apart)

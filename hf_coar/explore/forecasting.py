@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_coar.attributions import Attributions
 from hf_coar.attributions.far import Far
-from hf_coar.attributions.forecast import STRONG, Forecast
+from hf_coar.attributions.forecast import GROWTH, STRONG, Forecast, largest_checked
 from hf_coar.attributions.predicting import ROUNDING
 
 LEVEL = 0.95
@@ -23,7 +23,9 @@ def arrays(attributions: Attributions, components: Sequence[int], rows: Sequence
     found: dict[str, Any] = {"n": len(attributions.components), "weights": []}
     if forecast is not None:
         found |= {name: [] for name in ("singles", "squares", "sizes", "total", "sum")}
-        found |= {"fraction": attributions.provenance.ablated_fraction, "calibration": _calibration(forecast)}
+        fraction = attributions.provenance.ablated_fraction
+        found |= {"fraction": fraction, "calibration": _calibration(forecast), "growth": GROWTH}
+        found["largest"] = largest_checked(fraction, found["n"], 1 + forecast.largest_known)
         found |= {"flipped": [i in forecast.flipped for i in components]} | _pairs(forecast, list(components), rows)
     far = None if forecast is None else forecast.far
     found |= {"far": None} if far is None else {"far": {"reach": far.reach, "trust": far.trust, "of": []}}

@@ -104,6 +104,38 @@ class MaskedPasses:
         return values.view(len(kept), count)
 
 
+class OwnMaskedPasses:
+    """Masked passes of one run in which every example has a mask of its own; call it with a batch and masks."""
+
+    def __init__(self, masked: MaskedModel, output: Output) -> None:
+        """Nothing has run yet."""
+        self.masked, self.output = masked, output
+        stand_in = masked.components.stand_in
+        alone = stand_in is None or not stand_in.of_partners
+        what = ("own masks", masked.components, output.identity)
+        self._passes = CapturedPasses(self._run, masked.model, MASKED, what, possible=alone)
+
+    def begin_batch(self, n_passes: int) -> None:
+        """Other examples come, for so many passes."""
+        self._passes.begin_batch(n_passes)
+
+    @torch.no_grad()
+    def __call__(self, batch: data_module.Batch, kept: Tensor) -> Tensor:
+        """Outputs float32 [examples] under masks, bool [examples, components]."""
+        return (self._passes if kept.is_cuda else self._run)(batch, kept)[0]
+
+    def _run(self, batch: data_module.Batch, kept: Tensor) -> tuple[Tensor]:
+        if not kept.is_cuda:
+            with self.masked.ablated(kept, how="hooks"):
+                return (self.output.of(self.masked.model, batch),)
+        # Gates that are to be differentiated are not looked at, for which the device would finish what is under way.
+        gates = [part.float().requires_grad_() for part in kept.split(self.masked.components.sizes(), dim=1)]
+        with self.masked.gated(gates) as fired:
+            values = self.output.of(self.masked.model, batch)
+        fired.check()
+        return (values.detach(),)
+
+
 def check_finite(values: Tensor, first: int, where: str, output: Output) -> None:
     """Raises `NonFiniteOutputError` naming the first example (counted from `first`) whose value is NaN or infinite."""
     bad = (~values.isfinite()).nonzero().flatten()

@@ -252,10 +252,10 @@ class Estimates:
             return Pair(weights, None)
         return Pair(weights, torch.hypot(pair.errors * self.scale, self.uncertain * weights))
 
-    def row(self, index: int) -> Pair:
-        """Those of one example, [components]."""
-        weights, errors = self.rows(index, index + 1)
-        return Pair(weights[0], None if errors is None else errors[0])
+    def some(self, rows: Sequence[int]) -> Pair:
+        """Those of some examples, [rows, components], in memory of their own."""
+        pairs = [self.rows(row, row + 1) for row in rows]
+        return Pair(*(None if parts[0] is None else torch.cat(parts) for parts in zip(*pairs, strict=True)))
 
     def of(self, indices: Tensor) -> Pair:
         """Those of some components, [examples, indices]."""

@@ -6,6 +6,7 @@ Only raw 64-bit words are taken from NumPy: those are fixed by the algorithm, wh
 """
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, Protocol
@@ -15,10 +16,12 @@ import torch
 from torch import Tensor
 
 from hf_coar.errors import CoarError
+from hf_coar.storage.threads import side_by_side
 
 MASKS, PATHS, BACKGROUND, EVALUATION, BOOTSTRAP, BASELINES, CHECKS, CONTEXTS = range(8)  # the purposes
 _FEWEST_ABLATED = 0.04  # components that a mask ablates on average
 _BLOCK = 8  # words of 32 bits that Philox makes at a time
+_MANY = 2**18  # words, which take a millisecond: below, threads are not worth starting
 
 
 def words(seed: int, purpose: int, index: int, sub_index: int, count: int, start: int = 0) -> np.ndarray:
@@ -37,6 +40,23 @@ def words(seed: int, purpose: int, index: int, sub_index: int, count: int, start
     block, skipped = divmod(start, _BLOCK)
     key, counter = (np.array(values, dtype=np.uint64) for values in ((seed, purpose), (block, 0, sub_index, index)))
     return _SOURCE.at(key, counter).random_raw((skipped + count + 1) // 2).view(np.uint32)[skipped : skipped + count]
+
+
+def words_of(
+    seed: int, purpose: int, indices: Sequence[int], sub_index: int, count: int, device: torch.device, start: int = 0
+) -> Tensor:
+    """The `words` of several indices on a device, int64 [indices, count]: what is made of them it may do sooner."""
+    found = torch.empty(len(indices), count, dtype=torch.int32, pin_memory=device.type == "cuda")
+    rows = found.numpy().view(np.uint32)
+
+    def draw(row: int) -> None:
+        rows[row] = words(seed, purpose, indices[row], sub_index, count, start)
+
+    threaded = found.numel() > _MANY and len(indices) > 1
+    for _ in side_by_side(draw, range(len(indices))) if threaded else map(draw, range(len(indices))):
+        pass
+    # Not every operation takes unsigned numbers.
+    return found.to(device, non_blocking=True).long() & 0xFFFFFFFF
 
 
 class _Source(threading.local):
