@@ -363,12 +363,23 @@ def test_sets_are_a_pure_function_and_of_three_kinds():
     assert not torch.equal(*both[4])
 
 
+def test_blocks_of_sets_are_as_small_as_what_is_made_of_them_wants(monkeypatch):
+    """Of 12 heads and their 66 pairs all examples came at once, and what was made of the pairs filled the memory."""
+    monkeypatch.setattr(checking, "_BYTES", {"cpu": 4 * 5 * 100})
+    weights, sets = torch.randn(9, 10), checking.Sets(0, 0.2)
+    for width, examples in ((10, 9), (25, 4), (1000, 1)):
+        blocks = list(sets.blocks(Estimates(weights), [(i, i) for i in range(9)], range(5), width, checking._CPU))
+        assert max(len(block.rows) for block in blocks) == examples
+        kept = torch.cat([block.kept for block in blocks], dim=1)
+        assert torch.equal(kept[3].bool(), sets.kept(weights, range(9), 3))
+
+
 def test_of_equal_weights_the_first_are_the_largest():
     """Which of equal values are the largest a GPU and a CPU do not agree on, and sets are drawn on either."""
     values = torch.tensor([[0.0, 3, 0, 3, 3, 0], [1, 1, 1, 1, 1, 1], [5, 4, 3, 2, 1, 0]])
-    found = checking._largest(values, torch.tensor([[2], [3], [1]]), 4).int().tolist()
+    found = checking._largest(values, torch.tensor([[2], [3], [1]]), 3).int().tolist()
     assert found == [[0, 1, 0, 1, 0, 0], [1, 1, 1, 0, 0, 0], [1, 0, 0, 0, 0, 0]]
-    assert checking._largest(values[:1], torch.tensor([[6]]), 100).all()
+    assert checking._largest(values[:1], torch.tensor([[6]]), 6).all()
 
 
 @torch.no_grad()

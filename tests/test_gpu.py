@@ -17,14 +17,17 @@ from test_captured import FEW, bert, gpt2, resnet, rounds_of, vit
 
 import hf_coar as coar
 from hf_coar import demo
-from hf_coar.estimators import live
+from hf_coar.attributions.far import Far
+from hf_coar.attributions.forecast import Forecast
+from hf_coar.estimators import checking, live
 from hf_coar.estimators.gates import GateRounds
 from hf_coar.estimators.regression import solve
 from hf_coar.masking import MaskedModel
 from hf_coar.models import launched, outputs
 from hf_coar.runs import captured, sampling
 from hf_coar.runs.engine import Part
-from hf_coar.runs.measuring import MaskedPasses
+from hf_coar.runs.measuring import MaskedPasses, OwnMaskedPasses
+from hf_coar.runs.problem import Estimates
 
 pytestmark = [
     pytest.mark.gpu,
@@ -248,6 +251,66 @@ def test_edits_and_live_rounds_stay_where_the_model_is():
     edited = coar.forget(model, data, label=3, rivals=None)
     assert next(edited.model.parameters()).device.type == "cuda"
     assert edited.figures.to_json()["target"]["after"] < 0.5
+
+
+def test_sets_and_what_is_forecast_of_them_are_those_of_the_cpu():
+    weights, errors = torch.randn(7, 3000).round(decimals=1), torch.rand(7, 3000)  # of which many are equal
+    sets = checking.Sets(3, 0.05)
+    for number in range(20):
+        here = sets.kept(weights, range(7), number)
+        assert torch.equal(sets.kept(weights.cuda(), range(7), number).cpu(), here), number
+    far = Far(torch.arange(40), torch.randn(7, 40), 0.5, 0.9)
+    forecast = Forecast(torch.randn(7), torch.tensor([3, 30]), torch.randn(7, 2), 0.8, far=far)
+    trusting = checking._trusting(forecast)
+    examples = [(row, row + 1) for row in range(7)]
+    estimates = Estimates(weights, errors)
+    with torch.autocast("cuda", torch.float16):  # the caller's, for the model
+        found = checking._forecasts_on(torch.device("cuda"), sets, estimates, trusting, examples, 20)
+    expected = checking._forecasts_on(torch.device("cpu"), sets, estimates, trusting, examples, 20)
+    for one, other in zip((*found[:2], *found.drops), (*expected[:2], *expected.drops), strict=True):
+        assert one.device.type == "cpu" and torch.allclose(one, other, rtol=1e-4, atol=1e-4)
+    assert torch.equal(found.told, expected.told) and float((found.strong != expected.strong).float().mean()) < 0.01
+
+
+def test_sets_that_do_not_fit_beside_the_model_are_forecast_on_the_cpu(monkeypatch):
+    weights = torch.randn(4, 500)
+    examples, forecast = (
+        [(row, row) for row in range(4)],
+        Forecast(torch.zeros(4), torch.zeros(0, dtype=torch.long), torch.zeros(4, 0)),
+    )
+    of = checking.Sets(0, 0.05), Estimates(weights), [forecast], examples, 20
+    expected, tried = checking._forecasts_on(torch.device("cpu"), *of), []
+    blocks = checking.Sets.blocks
+
+    def full(self, *args):
+        tried.append(args[-1].type)
+        if args[-1].type == "cuda":
+            torch.empty(2**50, device="cuda")
+        return blocks(self, *args)
+
+    monkeypatch.setattr(checking.Sets, "blocks", full)
+    found = checking._forecasts(*of)
+    assert tried == ["cuda", "cpu"] and torch.equal(found.drops[0], expected.drops[0])
+
+
+@CASES
+def test_masks_of_examples_own_are_those_of_the_cpu_and_are_launched_as_one(case, caplog):
+    model, (batch, *_), output = on("cpu", case)
+    masked, output = MaskedModel(model, coar.find_components(model)), outputs.get(output)
+    count = len(next(iter(batch.values())))
+    kept = torch.rand(20, count, len(masked)) > 0.1
+    with torch.no_grad():
+        expected = []
+        for rows in kept:
+            with masked.ablated(rows, how="hooks"):
+                expected.append(output.of(model, batch))
+    model.cuda()
+    there, passes = sent([batch])[0], OwnMaskedPasses(masked, output)
+    passes.begin_batch(20)
+    with caplog.at_level(logging.INFO, "hf_coar"):
+        found = [passes(there, rows.cuda()) for rows in kept]
+    torch.testing.assert_close(torch.stack(found).cpu(), torch.stack(expected), rtol=1e-3, atol=1e-3)
+    assert passes._passes.replays, caplog.text
 
 
 def test_recording_takes_only_what_is_worth_it(monkeypatch):

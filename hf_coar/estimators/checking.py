@@ -19,7 +19,7 @@ from torch import Tensor
 from hf_coar import data as data_module
 from hf_coar.attributions.forecast import Calibration, Forecast, kinds, largest_checked
 from hf_coar.errors import NonFiniteOutputError
-from hf_coar.models.calling import sent
+from hf_coar.models.calling import is_out_of_memory, sent
 from hf_coar.runs import sampling
 from hf_coar.runs.engine import Part
 from hf_coar.runs.measuring import OwnMaskedPasses
@@ -42,7 +42,8 @@ _FEWEST_VALUES = 24  # predicted and measured ones, below which a correlation sa
 _TRUSTS = (0.0, 0.5, 1.0)  # in what was read far from the whole model
 _TINY = 1e-12
 _ROUNDING = 1e-5  # of the largest output
-_BYTES = {"cpu": 2**26, "cuda": 2**28}  # of sets at a time
+# Of the sets of some examples at a time; several times as much is made of them. More on a CPU are not in its caches.
+_BYTES = {"cpu": 2**24, "cuda": 2**26}
 _CPU = torch.device("cpu")
 _MOST_CALIBRATING = 256  # examples, evenly spaced, whose sets set the intervals, of which 256 scores are kept
 
@@ -50,82 +51,6 @@ _MOST_CALIBRATING = 256  # examples, evenly spaced, whose sets set the intervals
 def check_parts(count: int) -> list[Part]:
     """The passes of so many sets, which give two numbers each."""
     return [Part("checks", 0, count, float(count), 2 * count)] if count else []
-
-
-@dataclass(frozen=True)
-class Sets:
-    """Fresh sets of components, a pure function of seed, example and number.
-
-    Attributes:
-        seed: of the run.
-        fraction: the fitted one.
-        fewest: components of the smallest sets but random masks. Of smaller ones the strongest were measured already.
-        device: where blocks of them are drawn.
-    """
-
-    seed: int
-    fraction: float
-    fewest: int = 1
-    device: torch.device = _CPU
-
-    @staticmethod
-    def is_typical(number: int) -> bool:
-        """Whether a set is a random mask of the fitted fraction."""
-        return number % 5 in (0, 2)
-
-    def kept(self, weights: Tensor, examples: Sequence[int], number: int) -> Tensor:
-        """What stays in place in one set of each of some examples, bool [examples, components], as the weights lie.
-
-        Args:
-            weights: float32 [examples, components].
-            examples: their indices in the data.
-            number: of the sets.
-        """
-        count, device = weights.shape[1], weights.device
-        words = partial(sampling.words_of, self.seed, sampling.CHECKS, examples, number)
-        if self.is_typical(number):
-            return words(count, device) >= round(self.fraction * 2**32)
-        is_random = number % 5 == 4
-        most = largest_checked(self.fraction, count, self.fewest)
-        which, how_many = words(2, torch.device("cpu"), start=count).T[..., None]
-        sizes = (self.fewest * (most / self.fewest) ** (how_many.double() / 2**32)).round().long().clamp_max(count)
-        sizes, which = sent(sizes, device), sent(which % 3, device)
-        if is_random:
-            values = words(count, device)
-        else:
-            values = torch.where(which == 2, weights.abs(), torch.where(which == 1, -weights, weights))
-        return ~_largest(values, sizes, math.ceil(most))
-
-    def blocks(
-        self, estimates: Estimates, examples: Sequence[tuple[int, int]], numbers: Sequence[int]
-    ) -> "Iterator[Block]":
-        """Some sets of each example, as many examples at a time as take little memory.
-
-        Args:
-            estimates: of the weights.
-            examples: for each its row in these, and its index in the data.
-            numbers: of the sets.
-        """
-        step = max(1, _BYTES[self.device.type] // (4 * max(1, len(numbers)) * estimates.weights.shape[1]))
-        for start in range(0, len(examples), step):
-            rows, indices = zip(*examples[start : start + step], strict=True)
-            weights, errors = estimates.some(rows)
-            weights, errors = sent(weights, self.device), None if errors is None else sent(errors, self.device)
-            kept = torch.stack([self.kept(weights, indices, number) for number in numbers])
-            yield Block(slice(start, start + len(rows)), rows, weights, errors, kept.float())
-
-
-def _largest(values: Tensor, sizes: Tensor, most: int) -> Tensor:
-    """The so many largest of every row, of equal ones the first, whatever device finds them.
-
-    Args:
-        values: [rows, any].
-        sizes: int64 [rows, 1], at least 1.
-        most: the largest of these, or more.
-    """
-    least = values.topk(min(most, values.shape[1]), dim=1).values.gather(1, sizes - 1)
-    above, equal = values > least, values == least
-    return above | equal & (equal.cumsum(1) <= sizes - above.sum(1, keepdim=True))
 
 
 class Block(NamedTuple):
@@ -146,9 +71,89 @@ class Block(NamedTuple):
     kept: Tensor
 
 
+@dataclass(frozen=True)
+class Sets:
+    """Fresh sets of components, a pure function of seed, example and number.
+
+    Attributes:
+        seed: of the run.
+        fraction: the fitted one.
+        fewest: components of the smallest sets but random masks. Of smaller ones the strongest were measured already.
+    """
+
+    seed: int
+    fraction: float
+    fewest: int = 1
+
+    @staticmethod
+    def is_typical(number: int) -> bool:
+        """Whether a set is a random mask of the fitted fraction."""
+        return number % 5 in (0, 2)
+
+    def kept(self, weights: Tensor, examples: Sequence[int], number: int) -> Tensor:
+        """What stays in place in a set of each of some examples, bool [examples, components], where the weights are.
+
+        Args:
+            weights: float32 [examples, components].
+            examples: their indices in the data.
+            number: of the sets.
+        """
+        count, device = weights.shape[1], weights.device
+        words = partial(sampling.words_of, self.seed, sampling.CHECKS, examples, number)
+        if self.is_typical(number):
+            return words(count, device) >= round(self.fraction * 2**32)
+        most = largest_checked(self.fraction, count, self.fewest)
+        which, how_many = words(2, _CPU, start=count).T[..., None]
+        sizes = (self.fewest * (most / self.fewest) ** (how_many.double() / 2**32)).round().long().clamp_max(count)
+        if number % 5 == 4:
+            values = words(count, device)
+        else:
+            which = sent(which % 3, device)
+            values = torch.where(which == 2, weights.abs(), torch.where(which == 1, -weights, weights))
+        return ~_largest(values, sent(sizes, device), int(sizes.max()))
+
+    def blocks(
+        self,
+        estimates: Estimates,
+        examples: Sequence[tuple[int, int]],
+        numbers: Sequence[int],
+        width: int,
+        device: torch.device,
+    ) -> Iterator[Block]:
+        """Some sets of each example, as many examples at a time as take little memory.
+
+        Args:
+            estimates: of the weights.
+            examples: for each its row in these, and its index in the data.
+            numbers: of the sets.
+            width: of what is made of a set: its components, or more.
+            device: where they are drawn.
+        """
+        step = max(1, _BYTES[device.type] // (4 * max(1, len(numbers)) * width))
+        for start in range(0, len(examples), step):
+            rows, indices = zip(*examples[start : start + step], strict=True)
+            weights, errors = estimates.some(rows)
+            weights, errors = sent(weights, device), None if errors is None else sent(errors, device)
+            kept = torch.stack([self.kept(weights, indices, number) for number in numbers])
+            yield Block(slice(start, start + len(rows)), rows, weights, errors, kept.float())
+
+
+def _largest(values: Tensor, sizes: Tensor, most: int) -> Tensor:
+    """The so many largest of every row, of equal ones the first, whatever device finds them.
+
+    Args:
+        values: [rows, any].
+        sizes: int64 [rows, 1], at least 1.
+        most: the largest of these.
+    """
+    least = values.topk(most, dim=1).values.gather(1, sizes - 1)
+    above, equal = values > least, values == least
+    return above | equal & (equal.cumsum(1) <= sizes - above.sum(1, keepdim=True))
+
+
 def measured_sets(problem: Problem, sets: Sets, estimates: Estimates, count: int) -> tuple[Tensor, Tensor]:
     """Outputs of every example under its own sets, and the sums of the weights these keep, float32 [sets, examples]."""
-    skipped = sorted(problem.store.skipped)
+    skipped, estimates = sorted(problem.store.skipped), replace(estimates, errors=None)
     passes = OwnMaskedPasses(problem.masked, problem.output)
 
     def compute(batch: data_module.Batch, first: int, part: Part) -> dict[str, Tensor]:
@@ -168,7 +173,7 @@ def measured_sets(problem: Problem, sets: Sets, estimates: Estimates, count: int
 
 
 def _drawn_on(device: torch.device) -> torch.device:
-    """Where sets are drawn for examples on a device: it is done there where it takes less time."""
+    """Where sets are drawn for examples on a device: CUDA devices do it, others leave it to the CPU."""
     return device if device.type == "cuda" else _CPU
 
 
@@ -186,8 +191,7 @@ def checked(problem: Problem, fit: Fit, estimates: Estimates, count: int) -> tup
         estimates: its weights and standard errors.
         count: sets an example.
     """
-    device = _drawn_on(processes().device)
-    sets = Sets(problem.seed, problem.ablated_fraction, 1 + fit.forecast.largest_known, device)
+    sets = Sets(problem.seed, problem.ablated_fraction, 1 + fit.forecast.largest_known)
     try:
         measured, sums = measured_sets(problem, sets, estimates, count)
     except NonFiniteOutputError as error:  # which the seed decides; another error may be gone when the run goes on
@@ -234,25 +238,11 @@ def _calibrated(
     sets: Sets, estimates: Estimates, forecast: Forecast, examples: list[int], measured: Tensor
 ) -> tuple[Forecast, dict[str, float]]:
     """The forecast with what sets of every example, or of many, drawn once more, say of it; and `_explained`."""
-    count, fraction = len(measured), sets.fraction
+    count, tried = len(measured), _trusting(forecast)
     rows = range(0, len(examples), math.ceil(len(examples) / _MOST_CALIBRATING))
-    tried = _trusting(forecast)
-    shares, norms, *drops = (torch.zeros(count, len(rows)) for _ in range(2 + len(tried)))
-    strong, told = (torch.zeros(count, len(rows), dtype=torch.bool) for _ in range(2))
-    for columns, here, weights, errors, kept in sets.blocks(
-        estimates, [(row, examples[row]) for row in rows], range(count)
-    ):
-        of_these = forecast.at(here).to(sets.device)
-        near = replace(of_these, far=None)
-        found, leaning = near.drops(weights, kept, fraction), None
-        if of_these.far is not None:  # once for all trusts
-            leaning = of_these.far.leaning(found, weights, 1 - kept, fraction)
-        for of_one, one in zip(drops, tried, strict=True):
-            of_one[:, columns] = (found if leaning is None else found + one.far.trust * leaning).cpu()
-        shares[:, columns] = Forecast.shares(kept, fraction).cpu()
-        norms[:, columns] = near.norms(weights, errors, kept).cpu()
-        strong[:, columns] = Forecast.strong(weights, kept).cpu()
-        told[:, columns] = ~near.knows(kept).cpu()
+    shares, norms, strong, told, drops = _forecasts(
+        sets, estimates, tried, [(row, examples[row]) for row in rows], count
+    )
     known = torch.tensor([sets.is_typical(number) for number in range(count)])[:, None].expand_as(shares)
     fallen = (forecast.unablated - measured)[:, list(rows)]
     shares, norms, strong, fallen, known, *drops = (
@@ -265,6 +255,58 @@ def _calibrated(
     explained = _explained(kinds(drops[best], norms, strong), misses[best], fallen)
     found = replace(tried[best], calibration=learnt[best])
     return found if found.far is None or found.far.trust else replace(found, far=None), explained
+
+
+class _Forecasts(NamedTuple):
+    """What is forecast of sets, each [sets, examples]; drops by every forecast, and which sets tell anything of it."""
+
+    shares: Tensor
+    norms: Tensor
+    strong: Tensor
+    told: Tensor
+    drops: list[Tensor]
+
+
+def _forecasts(
+    sets: Sets, estimates: Estimates, tried: list[Forecast], examples: Sequence[tuple[int, int]], count: int
+) -> _Forecasts:
+    """What some forecasts say of sets of examples, given by their rows and indices, that differ in trust alone."""
+    device = _drawn_on(processes().device)
+    try:
+        return _forecasts_on(device, sets, estimates, tried, examples, count)
+    except RuntimeError as error:
+        if device == _CPU or not is_out_of_memory(error):
+            raise
+    torch.cuda.empty_cache()  # here, where the error and with it what its frames hold is gone
+    return _forecasts_on(_CPU, sets, estimates, tried, examples, count)
+
+
+def _forecasts_on(
+    device: torch.device,
+    sets: Sets,
+    estimates: Estimates,
+    tried: list[Forecast],
+    examples: Sequence[tuple[int, int]],
+    count: int,
+) -> _Forecasts:
+    forecast, fraction = tried[0], sets.fraction
+    shares, norms, *drops = (torch.zeros(count, len(examples)) for _ in range(2 + len(tried)))
+    strong, told = (torch.zeros(count, len(examples), dtype=torch.bool) for _ in range(2))
+    width = max(estimates.weights.shape[1], len(forecast.pairs))
+    with torch.autocast(device.type, enabled=False):  # the caller's is for the model: squares of weights are small
+        for columns, rows, weights, errors, kept in sets.blocks(estimates, examples, range(count), width, device):
+            here = forecast.at(rows).to(device)
+            near = replace(here, far=None)
+            found, leaning = near.drops(weights, kept, fraction), None
+            if here.far is not None:  # once for all trusts
+                leaning = here.far.leaning(found, weights, 1 - kept, fraction)
+            for of_one, one in zip(drops, tried, strict=True):
+                of_one[:, columns] = (found if leaning is None else found + one.far.trust * leaning).cpu()
+            shares[:, columns] = Forecast.shares(kept, fraction).cpu()
+            norms[:, columns] = near.norms(weights, errors, kept).cpu()
+            strong[:, columns] = Forecast.strong(weights, kept).cpu()
+            told[:, columns] = ~near.knows(kept).cpu()
+    return _Forecasts(shares, norms, strong, told, drops)
 
 
 def _explained(which: Tensor, misses: Tensor, fallen: Tensor) -> dict[str, float]:
@@ -326,7 +368,7 @@ def warnings_of(
     if facts.get("changed") == 0:
         found.append(
             f"none of {facts['n_sets']} fresh sets of components changes the output of any example: it does not depend "
-            "on them, and all weights are 0; take another output, or components that it passes through"
+            "on them; take another output, or components that it passes through"
         )
     if decisions is not None and decisions < _FEW_DECISIONS:
         found.append(

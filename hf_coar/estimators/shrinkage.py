@@ -19,8 +19,6 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from hf_coar.storage.threads import side_by_side
-
 BLOCK = 64  # examples that are shrunk together; more bring nothing
 _TINY = 1e-20
 _NOTHING = 1e-10  # of the squared size of the largest reads of a layer: next to float32's rounding of these
@@ -43,13 +41,11 @@ def shrink(
         weights and standard errors, float32 [examples, components].
     """
     weights, errors = torch.empty_like(soft), torch.empty_like(soft)
-
-    def shrink_one(place: tuple[slice, slice]) -> None:
-        weights[place], spread = _shrink_layer(soft[place].double(), hard[place].double(), variance[place].double())
-        errors[place] = spread.sqrt().float()
-
-    for _ in side_by_side(shrink_one, _blocks(soft.shape[0], sizes, block)):
-        pass
+    for rows, columns in _blocks(soft.shape[0], sizes, block):
+        weights[rows, columns], spread = _shrink_layer(
+            soft[rows, columns].double(), hard[rows, columns].double(), variance[rows, columns].double()
+        )
+        errors[rows, columns] = spread.sqrt().float()
     return weights, errors
 
 

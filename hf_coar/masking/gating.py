@@ -121,7 +121,8 @@ def _ablating(gates: Sequence[Tensor]) -> list[bool]:
     plain = [gate for gate in gates if not gate.requires_grad]
     # A bool compared with a number is made a number first, which took longer than the pass of a ViT-B/16 on a GPU.
     open_ = [gate.all() if gate.dtype == torch.bool else (gate == 1).all() for gate in plain]
-    looked_at = iter(torch.stack(open_).tolist() if open_ else ())
+    together = len({one.device for one in open_}) == 1
+    looked_at = iter(torch.stack(open_).tolist() if together else map(bool, open_))
     return [gate.requires_grad or not next(looked_at) for gate in gates]
 
 

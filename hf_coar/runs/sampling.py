@@ -21,7 +21,7 @@ from hf_coar.storage.threads import side_by_side
 MASKS, PATHS, BACKGROUND, EVALUATION, BOOTSTRAP, BASELINES, CHECKS, CONTEXTS = range(8)  # the purposes
 _FEWEST_ABLATED = 0.04  # components that a mask ablates on average
 _BLOCK = 8  # words of 32 bits that Philox makes at a time
-_MANY = 2**18  # words, which take a millisecond: below, threads are not worth starting
+_MANY = 2**18  # words, which take a millisecond: fewer are not worth handing out to threads
 
 
 def words(seed: int, purpose: int, index: int, sub_index: int, count: int, start: int = 0) -> np.ndarray:
@@ -46,7 +46,8 @@ def words_of(
     seed: int, purpose: int, indices: Sequence[int], sub_index: int, count: int, device: torch.device, start: int = 0
 ) -> Tensor:
     """The `words` of several indices on a device, int64 [indices, count]: what is made of them it may do sooner."""
-    found = torch.empty(len(indices), count, dtype=torch.int32, pin_memory=device.type == "cuda")
+    pinned = device.type == "cuda"
+    found = torch.empty(len(indices), count, dtype=torch.int32, device="cpu", pin_memory=pinned)
     rows = found.numpy().view(np.uint32)
 
     def draw(row: int) -> None:
