@@ -316,6 +316,9 @@ def _running_flags(verb: argparse.ArgumentParser) -> None:
     what = "compile all passes, for long runs; --no-compile: not even captured graphs"
     _switch(verb, "--compile", what, default="auto")
     verb.add_argument("--masks-together", type=int, default=1, metavar="K", help="masks in one forward pass")
+    verb.add_argument(
+        "--num-workers", type=int, metavar="N", help="threads that read batches ahead (one on an accelerator)"
+    )
     _switch(verb, "--strict", "an example that cannot be read is an error")
     _switch(verb, "--report", "write a page with pictures, about a second (on by default)", default=True)
 

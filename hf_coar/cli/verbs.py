@@ -166,5 +166,5 @@ def completion_script(args: argparse.Namespace, whole: argparse.ArgumentParser) 
 
 
 def _running(args: argparse.Namespace) -> dict[str, Any]:
-    names = ("worker", "dtype", "compile", "masks_together", "strict", "report")
+    names = ("worker", "dtype", "compile", "masks_together", "num_workers", "strict", "report")
     return {name: getattr(args, name) for name in names}

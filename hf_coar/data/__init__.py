@@ -8,6 +8,7 @@ from hf_coar.data.kinds import KINDS, Kind
 from hf_coar.data.loading import load_data
 from hf_coar.data.numbering import numbers, within
 from hf_coar.data.partners import joined, paired, with_partners
+from hf_coar.data.reading import Piece, Reader
 
 __all__ = [
     "Batch",
@@ -17,7 +18,9 @@ __all__ = [
     "Identity",
     "KINDS",
     "Kind",
+    "Piece",
     "Read",
+    "Reader",
     "as_batch",
     "batches",
     "describe",

@@ -177,12 +177,14 @@ class Chunk:
         start: its first example.
         stop: one past its last.
         read: reads and decodes it.
+        decodes: whether that makes new tensors of something else, whenever it is wanted.
     """
 
     number: int
     start: int
     stop: int
     read: Callable[[], Read]
+    decodes: bool = False
 
 
 class Chunks:
@@ -244,7 +246,7 @@ class Chunks:
         dataset, batch_size = self._data.dataset, self._data.batch_size
         indices = range(number * batch_size, min((number + 1) * batch_size, len(dataset)))
         read = _indexed_reader(self._data, indices)
-        return Chunk(number, indices.start, indices.stop, read)
+        return Chunk(number, indices.start, indices.stop, read, decodes=True)
 
     @staticmethod
     def _numbered(found: Iterable[tuple[int, Callable[[int], Read]]]) -> Iterator[Chunk]:

@@ -10,14 +10,14 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from hf_coar import data as data_module
 from hf_coar import models
-from hf_coar.data import Identity
+from hf_coar.data import Piece
 from hf_coar.errors import CoarError, DataError, ModelError
 from hf_coar.models import calling, failing, is_out_of_memory
 from hf_coar.runs import workers
@@ -81,6 +81,7 @@ def run(
     compute: Compute,
     what: str,
     progress: bool = True,
+    reader: data_module.Reader | None = None,
 ) -> int:
     """Do every unit of work that the store lacks; how is what `running` says.
 
@@ -94,6 +95,7 @@ def run(
             fewer examples.
         what: said by the progress bar.
         progress: show it.
+        reader: of these data, which keeps what it has decoded; None for a new one.
 
     Returns:
         The number of examples, skipped ones among them.
@@ -113,7 +115,11 @@ def run(
         calling.heard(bar.passed),
     ):
         by_hand = team.count > 1 and (options.worker or os.environ.get(workers.WORKER))
-        job = _Job(store, chunks, parts, compute, device, team, options.strict, what, bar, Outbox(store))
+        threads = (device.type != "cpu") if options.num_workers is None else options.num_workers
+        reader = reader or data_module.Reader()
+        job = _Job(
+            store, chunks, parts, compute, device, team, options.strict, what, bar, Outbox(store), reader, int(threads)
+        )
         with job.nothing_lost():
             job.do_own()
             if team.count > 1:
@@ -121,15 +127,6 @@ def run(
         if by_hand:
             job.check_others()
     return job.finish()
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """Examples of a batch without a hole: the index of the first, the batch on the device, by what they are known."""
-
-    start: int
-    batch: data_module.Batch
-    identity: Identity
 
 
 @dataclass
@@ -146,6 +143,8 @@ class _Job:
     what: str
     bar: Progress
     outbox: Outbox
+    reader: data_module.Reader
+    threads: int  # that read batches while the passes of one run
     bounds: dict[int, tuple[int, int]] = field(default_factory=dict)  # of the batches passed so far
     checked: set[int] = field(default_factory=set)  # batches that were compared with what there is
     fits: int | None = None  # examples that fit into memory at once, once that was found out
@@ -181,9 +180,25 @@ class _Job:
             pieces = None
             if units and self.store.was_begun(chunk.start, chunk.stop):
                 pieces = self._read(chunk)
+            if units:
+                self.reader.begin(self._following(chunk.number), self.threads)
             self._do(chunk, units, pieces)
         if not self.bounds:
             raise DataError("the data set is empty; nothing to run on")
+
+    def _following(self, number: int) -> Iterator[data_module.Chunk]:
+        """The next batches of which this process does something, as many as there are threads to read them."""
+        if not self.threads or not self.chunks.random_access:
+            return
+        found, soon = 0, number + 1 + self.threads + _NEIGHBOURS * self.team.count
+        for following in range(number + 1, min(soon, len(self.chunks))):
+            if found == self.threads:
+                return
+            chunk, parts = self.chunks.at(following), range(len(self.parts))
+            own = [part for part in parts if self._owner((following, part)) == self.team.index]
+            if any(self.store.missing(self.parts[part].name, chunk.start, chunk.stop) for part in own):
+                found += 1
+                yield chunk
 
     def check_others(self) -> None:
         """Compare what other workers had done when this one came, as nobody says that they look at these data."""
@@ -243,7 +258,7 @@ class _Job:
 
     # ------------------------------------------------------------------------------------------------------- one batch
 
-    def _do(self, chunk: data_module.Chunk, units: list[Unit], pieces: list[_Piece] | None = None) -> None:
+    def _do(self, chunk: data_module.Chunk, units: list[Unit], pieces: list[Piece] | None = None) -> None:
         """The missing ones of some units of a batch, which is read only if there are any, or was already."""
         for _, number in units:
             part = self.parts[number]
@@ -260,9 +275,9 @@ class _Job:
                 self._do_stretch(part, pieces, first, last)
             self.bar.update(part.cost * (chunk.stop - chunk.start), computed=bool(missing))
 
-    def _read(self, chunk: data_module.Chunk) -> list[_Piece]:
+    def _read(self, chunk: data_module.Chunk) -> list[Piece]:
         """The examples of a batch, compared with those that there are results of."""
-        read = chunk.read()
+        read = self.reader.read(chunk)
         for index, reason in read.failed.items():
             if self.strict:
                 raise DataError(f"example {index} cannot be read: {reason}; leave it out, or run without strict")
@@ -270,12 +285,11 @@ class _Job:
                 logger.warning("example %d cannot be read and is left out: %s", index, reason)
                 self.store.skip(index, reason)
         pieces = []
-        for start, batch in read.pieces:
-            identity = Identity.of_batch(batch)
-            self._check_entries(set(identity.hashes), start)
-            self.store.check_expected(batch, identity, start)
-            self.store.check_examples(identity, start)
-            pieces.append(_Piece(start, data_module.to_device(batch, self.device), identity))
+        for piece in read.pieces:
+            self._check_entries(set(piece.identity.hashes), piece.start)
+            self.store.check_expected(piece.batch, piece.identity, piece.start)
+            self.store.check_examples(piece.identity, piece.start)
+            pieces.append(replace(piece, batch=data_module.to_device(piece.batch, self.device)))
         self.checked.add(chunk.number)
         return pieces
 
@@ -290,7 +304,7 @@ class _Job:
                 "batches the same (an attention_mask of ones, say)"
             )
 
-    def _do_stretch(self, part: Part, pieces: list[_Piece], first: int, last: int) -> None:
+    def _do_stretch(self, part: Part, pieces: list[Piece], first: int, last: int) -> None:
         """One part of the passes on examples first … last - 1 of a batch."""
         for piece in pieces:
             low, high = max(first, piece.start), min(last, piece.start + len(piece.identity))

@@ -1,7 +1,7 @@
 """A problem: what is to be attributed, and the two ways in which an estimator looks at it: `measure` and `compute`."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hf_coar.attributions import rows
 from hf_coar.attributions.forecast import Forecast
 from hf_coar.components import Components
-from hf_coar.data import Batch, Identity
+from hf_coar.data import Batch, Identity, Reader
 from hf_coar.errors import CoarError, NonFiniteOutputError
 from hf_coar.masking import MaskedModel
 from hf_coar.models.outputs import Output
@@ -54,6 +54,7 @@ class Problem:
         identity: of the examples; known once something was computed.
         first: the first of the examples.
         warnings: what a first look found that a person must know of, one line each.
+        reader: of the data.
     """
 
     masked: MaskedModel
@@ -65,6 +66,7 @@ class Problem:
     identity: Identity | None = None
     first: First | None = None
     warnings: tuple[str, ...] = ()
+    reader: Reader = field(default_factory=Reader)
 
     def __post_init__(self) -> None:
         """Nothing is read yet."""
@@ -171,7 +173,7 @@ class Problem:
             _check_finite(results, first, part, self.components)
             return results
 
-        return run(self.store, self.model, self.data, list(parts), finite, what)
+        return run(self.store, self.model, self.data, list(parts), finite, what, reader=self.reader)
 
     def measure(self, masks: MaskSequence, kind: str = "masks") -> Tensor:
         """Outputs of every example under every mask, float32 [masks, examples].

@@ -35,6 +35,9 @@ class Running:
         worker: "i/n": this is worker i, counted from 0, of n that were started one by one and share the run's folder.
         strict: an example that cannot be read is an error; otherwise it is left out, and listed in the run's folder.
         batch_size: examples a batch, for `datasets` objects and what `load` gives; None for their own.
+        num_workers: threads that read and decode batches while the passes of one run, each a batch; more than one need
+            a data set that several threads can read. 0 for none. None: one on an accelerator, whose passes leave the
+            host time, and none on a CPU, which they fill.
         progress: show a progress bar.
         log_with: where figures of the run go while it runs, see `tracking.tracked`; None for nowhere.
         report: write `report.html`, `report.md` and pictures into the run's folder, which takes about a second. Where
@@ -47,6 +50,7 @@ class Running:
     worker: str | None = None
     strict: bool = False
     batch_size: int | None = None
+    num_workers: int | None = None
     progress: bool = True
     log_with: Any = None
     report: bool = True
@@ -58,6 +62,8 @@ class Running:
             raise CoarError(f"dtype={self.dtype!r}; there are {known}, and None for the model's own")
         if self.batch_size is not None:
             check_count(self.batch_size, "batch_size")
+        if self.num_workers is not None:
+            check_count(self.num_workers, "num_workers", least=0)
         if not isinstance(self.compile, bool | str):
             raise CoarError(f"compile={self.compile!r}; there are 'auto', True, False and the names of backends")
         named = self.compile if isinstance(self.compile, str) and self.compile != "auto" else None
