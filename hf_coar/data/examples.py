@@ -178,6 +178,7 @@ class Chunk:
         stop: one past its last.
         read: reads and decodes it.
         decodes: whether that makes new tensors of something else, whenever it is wanted.
+        in_memory: whether its tensors lie there anyway, as in a list of batches.
     """
 
     number: int
@@ -185,6 +186,7 @@ class Chunk:
     stop: int
     read: Callable[[], Read]
     decodes: bool = False
+    in_memory: bool = False
 
 
 class Chunks:
@@ -240,7 +242,7 @@ class Chunks:
         """Batch `number`; passes the ones before it where there is no random access."""
         if self._bounds is not None:
             start, stop = self._bounds[number : number + 2]
-            return Chunk(number, start, stop, lambda: Read([(start, as_batch(self._data[number]))]))
+            return Chunk(number, start, stop, lambda: Read([(start, as_batch(self._data[number]))]), in_memory=True)
         if not self._indexed:
             return next(itertools.islice(self, number, None))
         dataset, batch_size = self._data.dataset, self._data.batch_size

@@ -87,13 +87,14 @@ class Reader:
         """The pieces; what lies in memory and was not written to since is known by what it was known by."""
         known, pieces, seen = self._known.get(chunk.number, []), [], []
         for place, (start, batch) in enumerate(read.pieces):
-            versions = _versions(batch)
+            versions = _versions(batch) if chunk.in_memory else None
             same = versions is not None and place < len(known) and _are_same(versions, known[place][0])
             identity = known[place][1] if same else Identity.of_batch(batch)
             pieces.append(Piece(start, batch, identity))
-            if versions is not None and not chunk.decodes:
+            if versions is not None:
                 seen.append((versions, identity))
-        self._known[chunk.number] = seen
+        if seen:
+            self._known[chunk.number] = seen
         return pieces
 
 
