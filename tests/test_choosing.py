@@ -87,6 +87,19 @@ def test_pairs_bring_leave_one_out_to_the_banzhaf_value(few):
     assert paired < 0.3 * singles and paired < 0.05
 
 
+def test_weights_far_from_the_whole_model_are_told(few, caplog):
+    """At large fractions weights of single effects and pairs are further off than a regression's; nothing said so."""
+    for fraction, told in ((0.1, False), (0.5, True)):
+        caplog.clear()
+        with caplog.at_level("WARNING", "hf_coar"):
+            found = attribute(few, "auto", ablated_fraction=fraction)
+        assert found.provenance.method_name == "leave_one_out"
+        assert ("hold near the whole model" in caplog.text) == told
+        assert any("Regression(n_masks=200)" in line for line in found.provenance.warnings) == told
+        exact, fitted = banzhaf(*few[2:], fraction), attribute(few, coar.Regression(200), ablated_fraction=fraction)
+        assert (error(found, exact) > error(fitted, exact)) == told, (error(found, exact), error(fitted, exact))
+
+
 def test_pairs_are_the_interactions(few):
     kept, values = few[2:]
     found = attribute(few, coar.baselines.LeaveOneOut(N))
