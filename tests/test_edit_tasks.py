@@ -924,12 +924,31 @@ BAD = {
     ),
     "groups": (lambda m, d: coar.lift(m, d, [0, 1]), "for 500 examples; give each a whole number"),
     "words": (lambda m, d: coar.lift(m, d, ["dim"] * 499 + ["lit"]), r"groups with fewer .*\{'lit': 1\}"),
+    "many small groups": (
+        lambda m, d: coar.lift(m, d, range(500)),
+        r"\{'group 0': 1, .*'group 7': 1\} and 492 more, of 500;",
+    ),
+    "fractions": (lambda m, d: coar.lift(m, d, [0.5, 1.5] * 250), "given by a list of fractions; give the name of"),
+    "no groups": (lambda m, d: coar.lift(m, d, [None, 2] * 250), "given by a list; give the name of a column"),
+    "a mapping": (lambda m, d: coar.lift(m, d, dict(enumerate([0, 1] * 250))), "given by a dict; give the name"),
     "pairs": (lambda m, d: coar.match(m, d, d[:3]), "500 clean and 150 triggered examples"),
     "other labels": (lambda m, d: coar.match(m, d, d[::-1][:9] + d[:1]), "pairs .* have other labels"),
     "nothing": (lambda m, d: coar.steer(m, d), "nothing to steer"),
     "both sides": (lambda m, d: coar.steer(m, d, [1, 2], [2, 3]), r"examples \[2\] are in both"),
     "keys": (lambda m, d: coar.steer(m, d, {"class": 1}), "increase given by"),
 }
+
+
+@pytest.mark.parametrize("numbers", [(-1, 1), (-2, -1), (0, 2**62)], ids=str)
+def test_an_entry_divides_every_class_whatever_its_numbers(net, numbers):
+    """Classes and numbers are kept apart: -1 of one class is no group of another's."""
+    model, _, _ = net
+    inputs, labels = blobs()
+    places = torch.tensor(numbers)[torch.arange(len(labels)) // N_CLASSES % 2]
+    data = batches(inputs, labels, place=places)
+    found, names = lifting.groups_of(held.Held.read(model, data), data, "place")
+    said = [f"class {label}, place {place}" for label, place in zip(labels.tolist(), places.tolist(), strict=True)]
+    assert [names[group] for group in found.tolist()] == said and len(names) == 2 * N_CLASSES
 
 
 @pytest.mark.parametrize("name", BAD)

@@ -30,6 +30,7 @@ STEP_FRACTION = 0.02  # of the components: a tenth or more of them go, and two w
 MOST_TRIED = 12  # models measured on a walk
 REFITTED = 4  # models on the way whose last layer is fitted anew, beside the one with nothing ablated
 _NONE = torch.empty(0, dtype=torch.long)
+_SHOWN = 8  # groups that an error names
 
 
 def softened(logits: Tensor, batch: Any) -> Tensor:
@@ -192,7 +193,7 @@ def groups_of(held: Held, data: Any, groups: Any) -> tuple[Tensor, dict[int, str
         CoarError: no such entry or column, another number of groups than examples, one group, or one with too few.
     """
     found, name = _named(held, data, groups)
-    if found.shape != (len(held),) or found.is_floating_point():
+    if found.shape != (len(held),):
         raise CoarError(f"groups of shape {list(found.shape)} for {held.n_all} examples; give each a whole number")
     numbers, found = found.unique(return_inverse=True)
     if len(numbers) < 2:
@@ -201,9 +202,11 @@ def groups_of(held: Held, data: Any, groups: Any) -> tuple[Tensor, dict[int, str
     counts = {names[place]: held.n_different(found == place) for place in names}
     small = {name: count for name, count in counts.items() if count < sum(LEAST)}
     if small:
+        shown = dict(list(small.items())[:_SHOWN])
+        more = f" and {len(small) - _SHOWN} more" if len(small) > _SHOWN else ""
         raise CoarError(
-            f"groups with fewer than {sum(LEAST)} examples (group: examples): {small}; that many are needed to "
-            "attribute, to choose on and to judge on; give more data, or put groups together"
+            f"groups with fewer than {sum(LEAST)} examples (group: examples): {shown}{more}, of {len(names)}; that "
+            "many are needed to attribute, to choose on and to judge on; give more data, or put groups together"
         )
     return found, names
 
@@ -212,19 +215,32 @@ def _named(held: Held, data: Any, groups: Any) -> tuple[Tensor, Callable[[int], 
     """A number for every example, as they are given, and what a number is called."""
     if isinstance(groups, str):
         column = _column(data, groups)
-        places, values = (held.entry(groups), None) if column is None else (held.some(column[0]), column[1])
+        if column is None:
+            found, places = held.entry(groups).unique(return_inverse=True)
+            values = found.tolist()
+        else:
+            places, values = held.some(column[0]), column[1]
         labels, classes = held.labels.unique(return_inverse=True)
-        count = int(places.max()) + 1
 
         def of_both(number: int) -> str:
-            label, place = divmod(number, count)
-            return f"{held.name(int(labels[label]))}, {groups} {place if values is None else values[place]}"
+            label, place = divmod(number, len(values))
+            return f"{held.name(int(labels[label]))}, {groups} {values[place]}"
 
-        return classes * count + places, of_both
+        return classes * len(values) + places, of_both
     if not isinstance(groups, Tensor) and any(isinstance(one, str) for one in groups):
         found, words = _numbered(groups)
         return held.some(found), lambda number: str(words[number])
-    found = held.some(torch.as_tensor(groups).cpu())
+    try:
+        found = torch.as_tensor(groups).cpu()
+    except (TypeError, ValueError, RuntimeError):
+        found = None
+    if found is None or found.is_floating_point() or found.is_complex():
+        kind = "" if found is None else " of fractions"
+        raise CoarError(
+            f"groups given by a {type(groups).__name__}{kind}; give the name of a column or of an entry of the "
+            "batches, or every example's group by a whole number or a word"
+        )
+    found = held.some(found)
     classes = found.shape == held.labels.shape and torch.equal(found.long(), held.labels)
     return found, held.name if classes else lambda number: f"group {number}"
 
