@@ -293,6 +293,39 @@ def test_the_three_parts_have_nothing_in_common():
     assert not {7, 9} & set(torch.cat(list(vars(apart).values())).tolist())
 
 
+@pytest.mark.parametrize(("n_classes", "each"), [(300, 2), (200, 1), (1000, 50), (700, 20), (14, 3)])
+def test_others_are_in_every_part_however_many_classes_they_are(n_classes, each):
+    """Two of each of 300 classes, and fifty of each of a thousand: a part without others has nothing to spare."""
+    labels = torch.arange(n_classes * each) % n_classes
+    none = torch.zeros(len(labels), dtype=torch.bool)
+    fixed = divided(labels, none, 0, "", [0], spare=True)
+    assert all(len(rows) >= len(labels) / 5 or len(rows) >= 150 for rows in vars(fixed).values())
+    if each >= 20:
+        parts = divided(labels, labels == 3, 0, "class 3")
+        others, own = (
+            [int(((labels[rows] == 3) == of).sum()) for rows in vars(parts).values()] for of in (False, True)
+        )
+        assert others[0] >= 100 and others[1] >= 300 and others[2] >= 2000
+        assert own == ([12, 18, 20] if each == 50 else list(held.LEAST))
+        groups = divided(labels, labels == 0, 0, "a group", every=True)
+        assert all(len(labels[rows].unique()) == n_classes for rows in vars(groups).values())
+
+
+def test_fixing_an_example_of_many_classes():
+    """Of two examples a class there are others to spare, and to fit a layer to."""
+    n_classes, generator = 60, torch.Generator().manual_seed(0)
+    centres = 3 * torch.randn(n_classes, WIDTH, generator=generator)
+    sets = []
+    for each in (30, 2):
+        labels = torch.arange(n_classes * each) % n_classes
+        sets.append((centres[labels] + 1.8 * torch.randn(len(labels), WIDTH, generator=generator), labels))
+    model = trained(*sets[0], n_classes=n_classes)
+    data = batches(*sets[1])
+    wrong = (~right(model, data, torch.arange(120))).nonzero()[:1, 0]
+    result = coar.fix(model, data, wrong, others_within=0.1)
+    assert result.figures["target"].after == 1 and result.figures["others"].change > -0.2
+
+
 def test_what_is_left_over_is_chosen_on_where_one_model_is_measured():
     labels, none = torch.arange(6000) % 5, torch.zeros(6000, dtype=torch.bool)
     few, many = (divided(labels, none, 0, "", [7, 9], spare=spare) for spare in (False, True))

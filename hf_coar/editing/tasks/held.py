@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 # numbers, a choice by too few examples is what goes wrong.
 ATTRIBUTED, CHOSEN_ON = 0.25, 0.35
 _MOST = (300, 800, 6000)  # examples in all that are attributed, chosen on, judged on, about
+_MOST_SHARES = 10  # a tenth of all is the targets' however many classes there are: eight of a thousand's told nothing
+_NONE = (0, 0, 0)
 LEAST = (4, 8, 8)  # examples of the targets to attribute, to choose on, to judge on; others as many and twice that
 
 
@@ -243,9 +245,11 @@ class Parts:
 
 def divided(
     firsts: Tensor, strata: Tensor, targets: Tensor, seed: int, what: str, apart: Sequence[int] = (),
-    spare: bool = False,
+    spare: bool = False, every: bool = False,
 ) -> Parts:  # fmt: skip
     """Divides examples at random, every stratum (class or group) alike; copies of an example go where it goes.
+
+    Strata of others that are too small to have a part of each, or too many, are divided as if they were one.
 
     Args:
         firsts: see `Held.firsts`: a figure of copies of what chose would be none of examples that chose nothing.
@@ -255,6 +259,7 @@ def divided(
         what: the targets are, for errors, such as "label 'Bag'"; "" where there is nothing to divide of them.
         apart: examples that go into no part.
         spare: whether those that are left over, as many models are to be measured, are to be chosen on, too.
+        every: whether not only the targets, but every stratum has as many in each part as targets need.
 
     Raises:
         CoarError: too few targets or others to attribute, to choose on and to judge on; says how many are needed.
@@ -268,22 +273,44 @@ def divided(
     parts: list[list[Tensor]] = [[], [], [], []]
     keys = strata * 2 + targets.long()
     keys[~own] = keys.min() - 1
+    if not every:
+        keys = _thrown_together(keys, own, targets)
     present = keys[own].unique().tolist()
     for key in present:
         rows = (keys == key).nonzero()[:, 0]
         rows = rows[torch.randperm(len(rows), generator=generator)]
-        least = LEAST if bool(targets[rows[0]]) else (0, 0, 0)
-        for part, some in zip(parts, rows.split(_sizes(len(rows), len(present), least)), strict=False):
+        wanted = bool(targets[rows[0]])
+        sizes = _sizes(len(rows), len(present), LEAST if wanted or every else _NONE, wanted)
+        for part, some in zip(parts, rows.split(sizes), strict=False):
             part.append(some)
     *used, left = parts
     used[1] += left if spare else []
     return Parts(*(torch.isin(firsts, torch.cat(part)).nonzero()[:, 0] for part in used))
 
 
-def _sizes(n_rows: int, n_strata: int, least: Sequence[int]) -> list[int]:
-    """How many of a stratum are attributed, chosen on, judged on, and left over."""
+def _thrown_together(keys: Tensor, own: Tensor, targets: Tensor) -> Tensor:
+    """The strata of others of which a part would have none are one stratum: of a thousand classes no part had any.
+
+    Args:
+        keys: of the strata, int64 [examples].
+        own: which examples are divided, bool [examples].
+        targets: which are no others, bool [examples].
+    """
+    others, n_strata = own & ~targets, len(keys[own].unique())
+    strata, counts = keys[others].unique(return_counts=True)
+    small = [0 in _sizes(count, n_strata, _NONE, wanted=False)[:-1] for count in counts.tolist()]
+    together = others & torch.isin(keys, strata[torch.tensor(small, dtype=torch.bool)])
+    return torch.where(together, keys.max() + 1, keys)
+
+
+def _sizes(n_rows: int, n_strata: int, least: Sequence[int], wanted: bool) -> list[int]:
+    """How many of a stratum, of targets that are `wanted` or of others, go where they go.
+
+    Returns:
+        those that are attributed, chosen on, judged on, and left over.
+    """
     # A target's stratum may have more than its share of the whole: it is what the edit is for.
-    each = max(2, n_strata) / (2 if any(least) else 1)
+    each = min(max(2, n_strata) / 2, _MOST_SHARES) if wanted else max(2, n_strata)
     caps = [max(fewest, round(most / each)) for fewest, most in zip(least, _MOST, strict=True)]
     chosen, judged = (
         min(max(fewest, round(share * n_rows)), cap)

@@ -299,6 +299,6 @@ def lift(
     of = Setting.of(model, data, components)
     numbers, names = groups_of(of.held, data, groups)
     targets = numbers == int(numbers[0])  # every group is divided alike, and each is large enough
-    parts = divided(of.held.firsts, numbers, targets, seed, "a group")
+    parts = divided(of.held.firsts, numbers, targets, seed, "a group", every=True)
     aim = Lifting(of, parts, numbers, average_within, names=names, refit=refit)
     return carried_out(aim.refitting_if_possible(), method, rivals)
