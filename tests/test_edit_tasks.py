@@ -326,6 +326,15 @@ def test_fixing_an_example_of_many_classes():
     assert result.figures["target"].after == 1 and result.figures["others"].change > -0.2
 
 
+def test_a_goal_that_can_be_told_is_not_refused(net):
+    """So many examples of a class as an error asks for are enough, and so is the goal that it names."""
+    model, _, components = net
+    options = {"components": components, "rivals": None, "others_within": 0.5}
+    inputs, labels = blobs(5 * 26)
+    assert coar.forget(model, batches(inputs, labels), 3, **options).figures["target"].after < 0.2
+    assert coar.forget(model, batches(*blobs(100)), 3, at_most=0.107, **options).figures["target"].after < 0.2
+
+
 def test_what_is_left_over_is_chosen_on_where_one_model_is_measured():
     labels, none = torch.arange(6000) % 5, torch.zeros(6000, dtype=torch.bool)
     few, many = (divided(labels, none, 0, "", [7, 9], spare=spare) for spare in (False, True))
@@ -431,11 +440,12 @@ def test_the_card_carries_the_figures(forgotten, tmp_path):
 
 
 def test_limits_that_nothing_keeps(net):
-    model, data, components = net
-    wanted = r"leaves 'class 3' at 0.1 % or less.*without an edit: target 0\.\d.*within the limits the best is"
+    model, data, _ = net
+    components = coar.find_components(model, include=["2"])
+    wanted = r"leaves 'class 3' at 3 % or less.*without an edit: target 0\.\d.*within the limits the best is"
     with pytest.raises(UnsatisfiedError, match=wanted) as found:
-        coar.forget(model, data, 3, at_most=0.001, components=components)
-    # Nothing may be left of the class, and it is the margin for chance that speaks against the best.
+        coar.forget(model, data, 3, at_most=0.03, refit=None, components=components)
+    # What is left of the class looks well enough, and it is the margin for chance that speaks against the best.
     assert re.search(r"components, with its margin for chance 0\.\d+ short of the target\)", str(found.value))
     assert found.value.best.verdict.spent <= 0 < found.value.best.verdict.missing
 
@@ -945,6 +955,14 @@ BAD = {
     "too few": (
         lambda m, d: coar.forget(m, d[:1], 3),
         "10 different examples, and 20 are needed: 4 to attribute, 8 to choose",
+    ),
+    "untold": (
+        lambda m, d: coar.forget(m, d[:2], 3),
+        r"at_most=0.1 can't be told by 8 examples .* chance leaves 10.6 % .* about 26 examples .*at_most=0.107",
+    ),
+    "untold of all": (
+        lambda m, d: coar.forget(m, d, 3, at_most=0.01),
+        r"at_most=0.01 can't be told by 35 .*\. Give at_most=0.028$",
     ),
     "a limit": (lambda m, d: coar.forget(m, d, 3, others_within=1.5), "others_within=1.5: give a share"),
     "rival": (lambda m, d: coar.forget(m, d, 3, rivals=["activation_difference"]), "forget knows no rival 'activation"),

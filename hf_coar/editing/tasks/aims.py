@@ -115,6 +115,10 @@ class Aim(ABC):
         found = f"target {before.target:.3g}, others {before.others:.3g}"
         return f"with nothing ablated the examples to choose on are where they are to be ({found})"
 
+    def untold(self) -> str:
+        """Why no model could be seen to keep the limits, whatever is done, in words; empty where one could."""
+        return ""
+
     def entries(self) -> dict[str, Any]:
         """What goes into the record of the edit."""
         return {}
@@ -247,7 +251,7 @@ def carried_out(aim: Aim, method: str, rivals: str | Sequence[str] | None) -> Ed
             that this model can't have.
 
     Raises:
-        UnsatisfiedError: nothing keeps the limits.
+        UnsatisfiedError: nothing keeps the limits, or too few examples could tell.
         CoarError: an unknown method or rival, or a named one that this model can't have; or nothing to do.
     """
     names = _chosen(aim, rivals)
@@ -257,6 +261,8 @@ def carried_out(aim: Aim, method: str, rivals: str | Sequence[str] | None) -> Ed
     before = aim.judge(aim.of.model)
     if why := aim.met(before):
         raise CoarError(f"{aim.task}: there is nothing to do, as {why}")
+    if why := aim.untold():
+        raise UnsatisfiedError(f"{aim.task}: {why}")
     if aim.boundary is not None and before.others <= aim.limits["others"]:
         raise CoarError(
             f"{aim.task}: of the others {before.others:.1%} are right as it is, so that they could lose no more than "

@@ -1,6 +1,7 @@
 """`forget`: a model that no longer knows a class, and is as good as before on the others."""
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,7 +18,7 @@ from hf_coar.editing.tasks import probing, relearning
 from hf_coar.editing.tasks.aims import ABLATION, Weigh, carried_out
 from hf_coar.editing.tasks.figures import Figure
 from hf_coar.editing.tasks.heads import HeadAim, check_refit
-from hf_coar.editing.tasks.held import check_limits, divided
+from hf_coar.editing.tasks.held import CHOSEN_ON, SURELY_CHOSEN_ON, check_limits, divided
 from hf_coar.editing.tasks.judged import Judged
 from hf_coar.editing.tasks.looking import Seen
 from hf_coar.editing.tasks.setting import EditResult, Setting
@@ -86,6 +87,20 @@ class Forgetting(HeadAim):
             f"the model as it is gets {100 * before.target:.1f} % of {self.name} right, of {n_chosen} examples to "
             f"choose on, and at most {100 * self.at_most:.3g} % is asked for. See that the labels are those that the "
             "model was trained on, or ask for less with at_most=…"
+        )
+
+    def untold(self) -> str:
+        """Why no model can be seen to forget the class: with none of it right, chance leaves more than is asked for."""
+        n_chosen = int(self.own(self.parts.choose).sum())
+        least = _least_told(n_chosen)
+        if least <= self.at_most:
+            return ""
+        enough = next((n for n in range(n_chosen, SURELY_CHOSEN_ON + 1) if _least_told(n) <= self.at_most), None)
+        needed = f"about {math.ceil(enough / CHOSEN_ON)} examples of the class, or " if enough else ""
+        return (
+            f"at_most={self.at_most:.3g} can't be told by {n_chosen} examples of {self.name} to choose on, of which "
+            f"chance leaves {100 * least:.1f} % where none is right. Give {needed}"
+            f"at_most={math.ceil(1000 * least) / 1000:.3g}"
         )
 
     def own(self, rows: Tensor) -> Tensor:
@@ -244,6 +259,11 @@ class Forgetting(HeadAim):
 
     def _biased(self, fit: Seen, labels: Tensor, judge: Seen) -> Tensor | None:
         return probing.one_bias(fit, labels, judge, self.label)
+
+
+def _least_told(n_chosen: int) -> float:
+    """The accuracy on a class, with its standard error, of which none of so many examples is right."""
+    return sum(fig.share_and_error(torch.zeros(n_chosen, dtype=torch.bool)))
 
 
 def _less(verdict: Verdict, left: float) -> Verdict:

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 ATTRIBUTED, CHOSEN_ON = 0.25, 0.35
 _MOST = (300, 800, 6000)  # examples in all that are attributed, chosen on, judged on, about
 _MOST_SHARES = 10  # a tenth of all is the targets' however many classes there are: eight of a thousand's told nothing
+SURELY_CHOSEN_ON = _MOST[1] // _MOST_SHARES  # of the targets, where there are enough of them
 _NONE = (0, 0, 0)
 LEAST = (4, 8, 8)  # examples of the targets to attribute, to choose on, to judge on; others as many and twice that
 
