@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -965,6 +966,10 @@ BAD = {
         r"at_most=0.01 can't be told by 35 .*\. Give at_most=0.028$",
     ),
     "a limit": (lambda m, d: coar.forget(m, d, 3, others_within=1.5), "others_within=1.5: give a share"),
+    "a fraction": (lambda m, d: coar.forget(m, d, 3.5), "label 3.5: give the name of one class, or its number"),
+    "no label": (lambda m, d: coar.forget(m, d, None), "label None: give the name"),
+    "labels": (lambda m, d: coar.forget(m, d, [3, 4]), r"label \[3, 4\]: give the name"),
+    "one example": (lambda m, d: coar.steer(m, d, decrease=3), "decrease: 1 different examples, and 20 are needed"),
     "rival": (lambda m, d: coar.forget(m, d, 3, rivals=["activation_difference"]), "forget knows no rival 'activation"),
     "method": (lambda m, d: coar.forget(m, d, 3, method="magic"), "knows no rival 'magic'; there are"),
     "no entry": (lambda m, d: coar.lift(m, d, "place"), "no entry 'place'"),
@@ -988,6 +993,15 @@ BAD = {
     "both sides": (lambda m, d: coar.steer(m, d, [1, 2], [2, 3]), r"examples \[2\] are in both"),
     "keys": (lambda m, d: coar.steer(m, d, {"class": 1}), "increase given by"),
 }
+
+
+@pytest.mark.parametrize("number", [3, "3", np.int64(3), np.uint8(3), torch.tensor(3), np.array(3)], ids=repr)
+def test_a_class_by_its_number_of_any_kind(net, number):
+    model, data, _ = net
+    found = held.Held.read(model, data)
+    own = (found.labels == 3).nonzero()[:, 0].tolist()
+    assert found.label_of(number) == 3 and held.indices_of({"label": number}, found, "increase") == own
+    assert held.indices_of({"label": [number, 1]}, found, "increase")[: len(own)] == own
 
 
 @pytest.mark.parametrize("numbers", [(-1, 1), (-2, -1), (0, 2**62)], ids=str)

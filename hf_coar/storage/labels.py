@@ -1,8 +1,9 @@
 """Class names in a record: what a label is called, and which label a name means."""
 
+import operator
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 from hf_coar.errors import CoarError
 from hf_coar.storage.texts import shortened
@@ -38,18 +39,21 @@ def label_name(record: Any, label: int) -> str:
     return shortened(names[label], 80) if label < len(names) and names[label].strip() else f"class {label}"
 
 
-def label_of(record: Any, name: int | str) -> int:
+def label_of(record: Any, name: SupportsIndex | str) -> int:
     """The label that a name or a number means.
 
     Args:
         record: as of `label_names`.
-        name: of a class, in any case, or its number.
+        name: of a class, in any case, or its number, which may be of numpy or a tensor.
 
     Raises:
-        CoarError: no class has this name, or several have; the message says which there are.
+        CoarError: no class has this name, or several have, and the message says which there are; or neither is given.
     """
-    if isinstance(name, int):
-        return int(name)
+    if not isinstance(name, str):
+        try:
+            return operator.index(name)
+        except TypeError:
+            raise CoarError(f"label {name!r}: give the name of one class, or its number") from None
     names = label_names(record)
     exact = [label for label, one in enumerate(names) if one == name]
     found = exact or list(places(names).get(name_key(name), ()))

@@ -1,7 +1,7 @@
 """Labelled examples in memory, and their division into those that are attributed, chosen on and judged on."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -341,9 +341,10 @@ def indices_of(examples: Any, held: Held, side: str) -> list[int]:
     if isinstance(examples, dict) and list(examples) != ["label"]:
         raise CoarError(f"{side} given by {sorted(map(str, examples))}; give {{'label': name or number}}")
     if isinstance(labels, str) or isinstance(examples, dict):
-        labels = [labels] if isinstance(labels, str | int) else labels
+        several = isinstance(labels, Iterable) and not isinstance(labels, str) and getattr(labels, "ndim", 1)
+        labels = labels if several else [labels]
         return [index for one in labels for index in (held.labels == held.label_of(one)).nonzero()[:, 0].tolist()]
-    if any(isinstance(one, str) for one in labels):
+    if isinstance(labels, Iterable) and any(isinstance(one, str) for one in labels):
         return indices_of({"label": labels}, held, side)
     return held.places(labels, side)
 
