@@ -32,7 +32,7 @@ from hf_coar.editing.tasks.forgetting import Forgetting
 from hf_coar.editing.tasks.looking import Looker, Seen
 from hf_coar.editing.tasks.setting import Setting
 from hf_coar.editing.tasks.steering import Steering
-from hf_coar.errors import CoarError, UnsatisfiedError
+from hf_coar.errors import CoarError, NonFiniteOutputError, UnsatisfiedError
 from hf_coar.runs.memory import peak_bytes
 
 N_CLASSES, WIDTH = 5, 12
@@ -1002,6 +1002,27 @@ def test_a_class_by_its_number_of_any_kind(net, number):
     own = (found.labels == 3).nonzero()[:, 0].tolist()
     assert found.label_of(number) == 3 and held.indices_of({"label": number}, found, "increase") == own
     assert held.indices_of({"label": [number, 1]}, found, "increase")[: len(own)] == own
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("call", ["forget", "fix", "lift", "steer", "match"])
+def test_outputs_that_are_no_numbers_are_refused_before_anything_is_done(net, monkeypatch, call, value):
+    """Whatever part the example falls into: NaN counts neither as right nor as wrong, and a mean with it is none."""
+    model, _, components = net
+    inputs, labels = blobs()
+    inputs[438] = value
+    data = batches(inputs, labels)
+    monkeypatch.setattr(looking, "weights", None)
+    calls = {
+        "forget": lambda: coar.forget(model, data, 3, components=components),
+        "fix": lambda: coar.fix(model, data, (~right(model, data, torch.arange(400))).nonzero()[:1, 0]),
+        "lift": lambda: coar.lift(model, data, labels, components=components),
+        "steer": lambda: coar.steer(model, data, decrease={"label": 1}, output="logit", components=components),
+        "match": lambda: coar.match(model, data[:8], data[:8], judge=(data[7:], data[7:]), components=components),
+    }
+    where = 438 if call != "match" else 438 - 7 * 50
+    with pytest.raises(NonFiniteOutputError, match=rf"of example {where} is -?(nan|inf) with nothing ablated"):
+        calls[call]()
 
 
 @pytest.mark.parametrize("numbers", [(-1, 1), (-2, -1), (0, 2**62)], ids=str)

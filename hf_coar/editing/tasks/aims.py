@@ -18,7 +18,7 @@ from hf_coar.editing.tasks import refitting
 from hf_coar.editing.tasks.figures import Figure, Figures
 from hf_coar.editing.tasks.held import Parts
 from hf_coar.editing.tasks.judged import Judged, by_class
-from hf_coar.editing.tasks.looking import Seen, weights
+from hf_coar.editing.tasks.looking import Seen, check_finite, weights
 from hf_coar.editing.tasks.setting import EditResult, Setting, common_entries, counts
 from hf_coar.editing.tasks.walking import Point, Verdict, best, walk
 from hf_coar.errors import CoarError, UnsatisfiedError
@@ -57,7 +57,10 @@ class Aim(ABC):
 
     def __post_init__(self) -> None:
         """Looks at the model while it is whole: a look on first use fell into a block that ablates, where it isn't."""
-        seen = {part: self.of.see(self.of.model, rows) for part, rows in vars(self.parts).items() if len(rows)}
+        found = {part: rows for part, rows in vars(self.parts).items() if len(rows)}
+        seen = {part: self.of.see(self.of.model, rows) for part, rows in found.items()}
+        for part, rows in found.items():
+            check_finite(seen[part], self.of.looker.output, self.of.held.numbers[rows])
         object.__setattr__(self, "before", seen)
 
     @property

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hf_coar import data as data_module
 from hf_coar import models
+from hf_coar.errors import NonFiniteOutputError
 from hf_coar.estimators.gates import GateRounds
 from hf_coar.masking import MaskedModel
 from hf_coar.models import calling, tasks
@@ -30,6 +31,27 @@ class Seen:
     values: Tensor
     logits: Tensor | None
     features: Tensor | None
+
+
+def check_finite(seen: Seen, output: Output, numbers: Tensor | None = None) -> None:
+    """Refuses NaN and infinity, which are neither right nor wrong, and of which no mean is one.
+
+    Args:
+        seen: what the model as it was makes of some examples.
+        output: that it was looked at by.
+        numbers: of these examples in the data set, int64 [examples]; None where they are of pairs.
+
+    Raises:
+        NonFiniteOutputError: some outputs are no numbers; says of which examples.
+    """
+    bad = (~seen.values.isfinite()).nonzero()[:, 0]
+    if len(bad):
+        which = "of a pair" if numbers is None else f"of example {int(numbers[bad[0]])}"
+        more = f" (and of {len(bad) - 1} more it is no number)" if len(bad) > 1 else ""
+        raise NonFiniteOutputError(
+            f"output {output.name!r} {which} is {float(seen.values[bad[0]])} with nothing ablated{more}: look at what "
+            "the example holds, leave it out, or try a higher precision"
+        )
 
 
 def last_linear(model: nn.Module, n_classes: int | None) -> str | None:

@@ -17,7 +17,7 @@ from hf_coar.editing.tasks.aims import ABLATION, Aim, Weigh, carried_out
 from hf_coar.editing.tasks.figures import Figure
 from hf_coar.editing.tasks.held import Held, Parts, check_limits
 from hf_coar.editing.tasks.judged import Judged, by_class
-from hf_coar.editing.tasks.looking import Seen
+from hf_coar.editing.tasks.looking import Seen, check_finite
 from hf_coar.editing.tasks.setting import EditResult, Setting
 from hf_coar.editing.tasks.walking import Point, Verdict
 from hf_coar.errors import CoarError
@@ -72,6 +72,22 @@ class Matching(Aim):
     # four three quarters as far, while clean pictures lose two points less.
     rules: ClassVar[tuple[str, ...]] = ("penalised", "covariance")
     quick: ClassVar[tuple[str, ...]] = ("gradient_times_parameter",)
+
+    def __post_init__(self) -> None:
+        """Looks at nothing yet: those to judge on may be of other data, and are looked at by themselves."""
+        object.__setattr__(self, "before", {})
+
+    def check(self) -> None:
+        """Looks at all pairs while the model is whole.
+
+        Raises:
+            NonFiniteOutputError: of some it makes no number.
+        """
+        output, numbers = self.of.looker.output, self.shown_on[0].numbers[self.parts.judge]
+        for seen in self.start:
+            check_finite(seen, output)
+        for seen in self.judged_before:
+            check_finite(seen, output, numbers)
 
     @property
     def task(self) -> str:
@@ -249,7 +265,9 @@ def match(
     pairs = _with_copies(*(one.at(edited, of.batch) for one in (of.held, other)))
     none = torch.empty(0, dtype=torch.long)
     parts = Parts(edited.sort().values, none, rest.sort().values)
-    return carried_out(Matching(of, parts, pairs, judged, clean_within), method, rivals)
+    aim = Matching(of, parts, pairs, judged, clean_within)
+    aim.check()
+    return carried_out(aim, method, rivals)
 
 
 def _paired(clean: Held, triggered: Held) -> Held:
