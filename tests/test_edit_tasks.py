@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import build_net, same_state, state_of
+from datasets import Dataset
 from torch import nn
 
 import hf_coar as coar
@@ -1002,6 +1003,18 @@ def test_a_class_by_its_number_of_any_kind(net, number):
     own = (found.labels == 3).nonzero()[:, 0].tolist()
     assert found.label_of(number) == 3 and held.indices_of({"label": number}, found, "increase") == own
     assert held.indices_of({"label": [number, 1]}, found, "increase")[: len(own)] == own
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_column_of_words_of_a_data_set_that_is_given_as_it_is(net, stream):
+    model, _, _ = net
+    inputs, labels = blobs()
+    places = ["dim" if i % 3 else "lit" for i in range(500)]
+    made = Dataset.from_dict({"input": inputs.tolist(), "labels": labels.tolist(), "place": places})
+    data = made.to_iterable_dataset() if stream else made
+    found, names = lifting.groups_of(held.Held.read(model, data), data, "place")
+    said = [f"class {i % N_CLASSES}, place {place}" for i, place in enumerate(places)]
+    assert [names[group] for group in found.tolist()] == said
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

@@ -247,7 +247,7 @@ def _named(held: Held, data: Any, groups: Any) -> tuple[Tensor, Callable[[int], 
 
 def _column(data: Any, name: str) -> tuple[Tensor, list] | None:
     """Places 0, 1, … of a column of the data set, int64 [examples], and its values; None where there is none."""
-    dataset = getattr(data, "dataset", None) if isinstance(data, Examples) else None
+    dataset = data.dataset if isinstance(data, Examples) else data  # one of `datasets` may be given as it is
     if name not in (getattr(dataset, "column_names", None) or ()):
         return None
     return _numbered(list(dataset[name]))
