@@ -172,7 +172,7 @@ class Fixing(HeadAim):
         """Those to fix, which it was made for, and all others by class."""
         rows, none = self.targets, torch.zeros(len(self.targets), dtype=torch.long)
         seen = self.of.see(self.of.model, rows), self.of.see(model, rows)
-        output, names = self.of.looker.output, {0: f"to fix ({len(rows)})"}
+        output, names = self.of.looker.output, {0: "to fix"}
         own = Judged(self.of.held, rows, *seen, output.boundary, output.unit, none == 0, none, names)
         return [own, self.shown(model, torch.zeros(len(self.parts.judge), dtype=torch.bool))]
 
