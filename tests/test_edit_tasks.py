@@ -1,6 +1,7 @@
 """Edits by task: what they do on small trained networks, that figures chose nothing, rivals, and errors."""
 
 import copy
+import json
 import re
 from dataclasses import replace
 from itertools import pairwise
@@ -1003,6 +1004,12 @@ def test_a_class_by_its_number_of_any_kind(net, number):
     own = (found.labels == 3).nonzero()[:, 0].tolist()
     assert found.label_of(number) == 3 and held.indices_of({"label": number}, found, "increase") == own
     assert held.indices_of({"label": [number, 1]}, found, "increase")[: len(own)] == own
+
+
+def test_a_mean_of_one_example_has_no_interval():
+    figure = fig.of_means("mean output", torch.tensor([2.0]), torch.tensor([1.5]), "logits")
+    assert figure.row() == ("mean output (logits)", "2", "1.5 (one example has no interval)")
+    assert json.loads(json.dumps(figure.to_json(), allow_nan=False))["low"] is None
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -19,7 +19,7 @@ class Figure:
         what: in words, such as "accuracy on 'Bag'".
         before: of the model as it was.
         after: of the edited one.
-        low: lower end of the 95 % interval of `after`.
+        low: lower end of the 95 % interval of `after`; minus infinity where one example gives none of a mean.
         high: upper end.
         n: examples that it is from.
         share: whether it is a share from 0 to 1, shown in percent.
@@ -46,13 +46,17 @@ class Figure:
         """What, before and after with its interval, for a card."""
         if not self.share:
             what = f"{self.what} ({self.unit})" if self.unit else self.what
-            return what, f"{self.before:.3g}", f"{self.after:.3g} ({self.low:.3g} to {self.high:.3g})"
+            between = f"{self.low:.3g} to {self.high:.3g}" if math.isfinite(self.low) else "one example has no interval"
+            return what, f"{self.before:.3g}", f"{self.after:.3g} ({between})"
         low, high = 100 * self.low, 100 * self.high
         return self.what, f"{self.before:.1%}", f"{self.after:.1%} ({low:.1f}–{high:.1f}, n = {self.n})"
 
     def to_json(self) -> dict[str, float | int | str | bool | None]:
-        """JSON values."""
-        return dict(vars(self))
+        """JSON values: null for an end of an interval that there is none of."""
+        return {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in vars(self).items()
+        }
 
 
 def interval(share: float, n: int) -> tuple[float, float]:
