@@ -1006,6 +1006,25 @@ def test_a_class_by_its_number_of_any_kind(net, number):
     assert held.indices_of({"label": [number, 1]}, found, "increase")[: len(own)] == own
 
 
+def test_advice_is_of_the_call_that_is_made():
+    """Only steer takes an output: of one logit the others say so, where what is wrong asks for one."""
+    inputs, labels = blobs(200)
+    data, yes = batches(inputs, labels % 2), nn.Sequential(nn.Linear(WIDTH, 8), nn.ReLU(), nn.Linear(8, 1))
+    calls = (lambda: coar.forget(yes, data, 1), lambda: coar.fix(yes, data, [3]), lambda: coar.lift(yes, data, labels))
+    for call in calls:
+        with pytest.raises(CoarError, match=r"output='multi_label'.* This call takes no output=…: coar\.steer does$"):
+            call()
+    with pytest.raises(CoarError, match="output='multi_label'") as raised:
+        coar.steer(yes, data, decrease={"label": 1})
+    assert "takes no output" not in str(raised.value)
+
+
+def test_a_trigger_that_makes_nothing_wrong(net):
+    model, data, components = net
+    with pytest.raises(CoarError, match=r"nothing to do, as the trigger makes none of the 64 pairs .* \d\d\.\d% are"):
+        coar.match(model, data, data, components=components)
+
+
 def test_a_mean_of_one_example_has_no_interval():
     figure = fig.of_means("mean output", torch.tensor([2.0]), torch.tensor([1.5]), "logits")
     assert figure.row() == ("mean output (logits)", "2", "1.5 (one example has no interval)")

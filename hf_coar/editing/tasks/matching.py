@@ -154,6 +154,15 @@ class Matching(Aim):
         shares = (float(one.float().mean()) for one in (right, self.of.right(clean)))
         return Verdict(*shares, missing, spent, goal)
 
+    def met(self, before: Verdict) -> str:
+        """Whether the trigger makes none of the pairs wrong."""
+        if before.missing > 0:
+            return ""
+        return (
+            f"the trigger makes none of the {len(self.parts.attribute)} pairs to edit by wrong: {before.target:.1%} "
+            f"are right with it, {before.others:.1%} without. Give pairs that it makes wrong"
+        )
+
     def loss(self, model: nn.Module) -> Tensor:
         """Cross-entropy of clean and triggered examples alike."""
         found = []

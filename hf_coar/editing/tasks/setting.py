@@ -41,15 +41,26 @@ class Setting:
     looker: Looker
 
     @classmethod
-    def of(cls, model: nn.Module, data: Any, components: Components | None, output: Any = tasks.AUTO) -> "Setting":
+    def of(cls, model: nn.Module, data: Any, components: Components | None, output: Any = None) -> "Setting":
         """Checks a model and reads the data.
+
+        Args:
+            model: to edit.
+            data: examples.
+            components: of the model; all by default.
+            output: as for `attribute`; None where the call takes none, and the task's own is meant.
 
         Raises:
             CoarError: the model was edited already, or has no components or outputs to edit by.
         """
         check_base(model)
         held = Held.read(model, data)
-        looker = Looker.of(model, held.batches[0], output)
+        try:
+            looker = Looker.of(model, held.batches[0], tasks.AUTO if output is None else output)
+        except CoarError as error:
+            if output is not None or "output=" not in str(error):
+                raise
+            raise type(error)(f"{error}. This call takes no output=…: coar.steer does") from error
         components = components or _found(model, looker, held.batches[0])
         masked = MaskedModel(model, replace(components, fingerprint=None))
         constants.check_says(model, masked.components.groups, masked.components.stand_in)
