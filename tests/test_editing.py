@@ -14,6 +14,7 @@ from torch import nn
 
 import hf_coar as coar
 from hf_coar import editing, models
+from hf_coar.editing import choosing
 from hf_coar.errors import CoarError, ModelMismatchError
 
 
@@ -505,3 +506,15 @@ def test_candidates_are_json(judged):
     model, _, found = judged
     choice = editing.choose(model, found.components, {"a": torch.arange(13)}, lambda _: 1.0, numbers=[2])
     assert asdict(choice.best) == {"rule": "a", "n_components": 2, "gate": 0.0, "slack": None, "goal": 1.0}
+
+
+@pytest.mark.parametrize("truth", [bool, np.bool_, torch.tensor], ids=repr)
+def test_a_constraint_that_says_no_is_no(truth):
+    """A truth of numpy or torch is one too: as a number it were 0, which is enough."""
+    assert choosing._slack(truth(False)) < 0 <= choosing._slack(truth(True))
+
+
+@pytest.mark.parametrize("value", [None, "0.5 or so", torch.tensor([1.0, 2.0])], ids=type)
+def test_a_validation_that_gives_no_number(value):
+    with pytest.raises(CoarError, match=f"validation gave a {type(value).__name__} for an edited model; it must be"):
+        choosing._number("validation", value)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -185,13 +186,16 @@ def _check(components: Components, rankings: Mapping[str, Tensor], numbers: Any,
 
 
 def _slack(value: Any) -> float:
-    if isinstance(value, bool):
+    if isinstance(value, bool | np.bool_) or (getattr(value, "dtype", None) == torch.bool and value.numel() == 1):
         return 0.0 if value else -1.0
     return _number("a constraint", value)
 
 
 def _number(what: str, value: Any) -> float:
-    value = float(value)
+    try:
+        value = float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise CoarError(f"{what} gave a {type(value).__name__} for an edited model; it must be one number") from None
     if not math.isfinite(value):
         raise CoarError(f"{what} gave {value} for an edited model; it must be a finite number")
     return value
