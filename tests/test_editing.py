@@ -508,7 +508,7 @@ def test_candidates_are_json(judged):
     assert asdict(choice.best) == {"rule": "a", "n_components": 2, "gate": 0.0, "slack": None, "goal": 1.0}
 
 
-@pytest.mark.parametrize("truth", [bool, np.bool_, torch.tensor], ids=repr)
+@pytest.mark.parametrize("truth", [bool, np.bool_, torch.tensor], ids=["bool", "numpy", "tensor"])
 def test_a_constraint_that_says_no_is_no(truth):
     """A truth of numpy or torch is one too: as a number it were 0, which is enough."""
     assert choosing._slack(truth(False)) < 0 <= choosing._slack(truth(True))
