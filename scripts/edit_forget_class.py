@@ -1,8 +1,8 @@
 """Edit 2 of the paper: forget one class, each of the ten in turn, and keep the others.
 
-    python scripts/train_demo_model.py --epochs 10 --seed 1 --out runs/demo-1
-    python scripts/train_demo_model.py --epochs 10 --seed 2 --out runs/demo-2
-    python scripts/edit_forget_class.py --models runs/demo-1 runs/demo-2
+    python scripts/train_demo_model.py --epochs 10 --seed 101 --out runs/demo-101
+    python scripts/train_demo_model.py --epochs 10 --seed 102 --out runs/demo-102
+    python scripts/edit_forget_class.py --models runs/demo-101 runs/demo-102 --first-seed 9
 
 Thirty-five minutes with one thread. The paper's own set-up, where the Hub can be reached (ten of the thousand classes):
 
