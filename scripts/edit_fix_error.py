@@ -14,8 +14,8 @@ Every rule ablates the fewest components, up to 60, that get the image right; of
 one whose model is the most accurate, by a smooth count. Where that still costs more than 2.5 points of it no edit is
 made, and the image counts as not fixed. The paper's way: Welch's score, and the fewest components that get it right.
 
-The list of rules and the allowance were set on the images of seed 0, in the embedded model; `--first-seed 9` takes images
-of the same test set that had no part in it, two thirds of them in networks that had none either.
+The list of rules and the allowance were set on the images of seed 0, in the embedded model; `--first-seed 9` takes
+images of the same test set that had no part in it, two thirds of them in networks that had none either.
 """
 
 from __future__ import annotations
