@@ -18,6 +18,8 @@ RECORD = {"data": {"label_names": ["one", "two", "Three_B", "7"]}}
 def test_names_and_labels():
     assert [labels.label_name(RECORD, label) for label in (0, 3, 9, -1)] == ["one", "7", "class 9", ""]
     assert [labels.label_of(RECORD, name) for name in ("two", "THREE b", "7", "1", 2)] == [1, 2, 3, 1, 2]
+    # What figures and pages call a class without a name is taken for it.
+    assert labels.label_of({}, labels.label_name({}, 4)) == 4 and labels.label_of(RECORD, "class 9") == 9
     assert labels.label_names({"model": {"label_names": ("a", "b")}, "data": {}}) == ("a", "b")
     assert labels.label_names({"data": {"label_names": [3, None]}}) == labels.label_names({}) == ()
     with pytest.raises(coar.CoarError, match="no class is called 'four'; there are one, two, Three_B, 7"):

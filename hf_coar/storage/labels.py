@@ -61,8 +61,8 @@ def label_of(record: Any, name: SupportsIndex | str) -> int:
         return found[0]
     if found:
         raise CoarError(f"the classes {found} are all called {name!r}; give the number of one")
-    if re.fullmatch(r"\d{1,9}", name):
-        return int(name)
+    if number := re.fullmatch(r"(?:class )?(\d{1,9})", name):  # or as `label_name` calls a class without a name
+        return int(number[1])
     known = (
         shortened(", ".join(repr(one) if "," in one else one for one in names), 300)
         if names
