@@ -9,8 +9,9 @@ from torch import nn
 
 import hf_coar as coar
 from hf_coar import data
+from hf_coar.attributions.calibration import Calibration
 from hf_coar.attributions.far import Far
-from hf_coar.attributions.forecast import Calibration, Forecast
+from hf_coar.attributions.forecast import Forecast
 from hf_coar.attributions.predicting import Known
 from hf_coar.attributions.rows import as_rows
 from hf_coar.estimators import ESTIMATORS, checking, flips

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from hf_coar import data as data_module
-from hf_coar.attributions.forecast import Calibration, Forecast, kinds, largest_checked
+from hf_coar.attributions.calibration import Calibration, kinds
+from hf_coar.attributions.forecast import Forecast, largest_checked
 from hf_coar.errors import NonFiniteOutputError
 from hf_coar.models.calling import is_out_of_memory, sent
 from hf_coar.runs import sampling
