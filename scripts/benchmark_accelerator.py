@@ -312,14 +312,17 @@ code: SmolLM2's wait for Python nine tenths of the time, and nobody launched the
 were never compiled on the machine (SmolLM2: compiled before). `compile="auto"` fuses in runs of more than a minute
 alone.
 
-**Whole default runs of 256 images take 1.20 (ResNet-50) and 1.75 (ViT-B/16) times as long as their passes alone**, from
-the model to what is saved, each the median of two, alone on the machine; before the last mends it was 3.1 for both.
-Wanted was 1.35: met for ResNet-50, missed for ViT-B/16, which has three times as many components. Its 16.4 s are, by
-the phases of another such run: 4.1 gate passes, 4.2 single effects of 128 components, 1.8 fresh sets and .7 far reads,
-all of which the device fills; and on the host, in between, 1.7 judging the fit, 1.0 shrinking, .8 shards, .7 the
-fingerprint of the weights, .8 writing what comes out, .5 hashing images. The mends: fresh sets are drawn on the device,
-their passes launched as one (13 ms where hooks took 27), the fit judged there, no round waits for a list of rows, a
-look at all gates is one and not one a layer, images are hashed once and ahead.
+**Whole default runs of 256 images took 12.3 s (ResNet-50) and 16.4 s (ViT-B/16)**, from the model to what is saved,
+means of two, alone on the machine: 1.20 and 1.75 times as many plain passes in the same run. Plain passes
+wait for Python in part and vary: by the times of single passes in the other table they would have taken 7.8 and 8.7 s,
+and the ratios be 1.6 and 1.9. On a CPU 1.15 is wanted of compiled runs, which these are, and 1.35 of others: the first
+is missed by both. Before the last mends ViT-B/16's took 24.1 s, alone, in another run; ResNet-50's 24.8 s, disturbed.
+
+Where ViT-B/16's time goes, in a trial with waits between phases, of which there is no script: 4.1 s gate passes, 4.2
+single effects of 128 components, 1.8 fresh sets and .7 far reads, most of which the device fills; and on the host, in
+between, 1.7 judging the fit, 1.0 shrinking, .8 shards, .7 the fingerprint of the weights, .8 writing what comes out and
+.5 hashing images. The mends: fresh sets are drawn on the device, their passes launched as one, the fit judged there, no
+round waits for a list of rows, a look at all gates is one and not one a layer, images are hashed once and ahead.
 
 An earlier page said that `compile=True` gave other values for ViT-B/16 in bfloat16, by as much as the largest. These
 are ties: a margin takes the largest other logit, and where two are equal up to rounding, as in 1 of 64 examples of such
@@ -327,7 +330,7 @@ networks with random weights, the gradient goes to one or the other. With log-pr
 ([ties](ties.md): six seeds, on a CPU).
 
 `pytest -m gpu`: 24 of the 26 tests passed with the code of these rows; the two of fused passes, which take longest, did
-with that of the rows before.
+with that of earlier rows.
 
 **Not run**: whole runs of SmolLM2 and of many batches, where what the host does once counts less; several GPUs
 (recordings are of one device only, and are filled with NaN before the first launch)."""

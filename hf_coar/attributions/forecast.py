@@ -32,8 +32,8 @@ MATRICES = ("effects", "interactions", "far_effects")  # the names of those with
 _TINY = 1e-12
 # Sets that take this multiple of their share of all weights are strong. In trials on seven models 1.7 to 3 were alike.
 STRONG = 2
-# Intervals grow by this power of how many times as large a set is as the largest checked. On small nets, the demo and a
-# small ViT, sets twice as large wanted up to 1.7 times the width, four times as large up to 2.4 times.
+# Intervals grow by this power of how many times as large a set is as the largest checked. In trials on small nets, the
+# demo and a small ViT, sets twice as large wanted up to 1.7 times the width, four times as large up to 2.4 times.
 GROWTH = 0.75
 _MANY = 8  # components, or half of fewer than sixteen, are ablated at once whatever the fitted fraction
 
