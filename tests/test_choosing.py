@@ -100,6 +100,14 @@ def test_weights_far_from_the_whole_model_are_told(few, caplog):
         assert (error(found, exact) > error(fitted, exact)) == told, (error(found, exact), error(fitted, exact))
 
 
+def test_weights_that_are_exact_are_not_warned_of(caplog):
+    """Of a single component there is nothing that its effect could depend on."""
+    model, batch = nn.Sequential(nn.Linear(4, 1)).eval(), {"x": torch.randn(3, 4)}
+    with caplog.at_level("WARNING", "hf_coar"):
+        coar.attribute(model, [batch], output=lambda logits, _: logits[:, 0], ablated_fraction=0.5, progress=False)
+    assert "near the whole model" not in caplog.text
+
+
 def test_pairs_are_the_interactions(few):
     kept, values = few[2:]
     found = attribute(few, coar.baselines.LeaveOneOut(N))

@@ -76,7 +76,8 @@ def settled(problem: Problem, method: Estimator | None, budget: float | str | No
             method, reasons["method"] = chosen, f"method={chosen.name!r}: {reason}"
         if method.differentiates and first.faint:
             _warn(problem, faint.warning(first.faint, len(problem.components.groups)))
-        if isinstance(method, LeaveOneOut) and problem.ablated_fraction > _FAR:
+        exact_up_to = 2 if isinstance(method, LeaveOneOut) and method.pairs_among >= 2 else 1  # components
+        if isinstance(method, LeaveOneOut) and problem.ablated_fraction > _FAR and len(problem.masked) > exact_up_to:
             _warn(problem, _far_from_whole(method, problem.size))
     except (RuntimeError, MemoryError) as error:
         if not models.is_out_of_memory(error):
