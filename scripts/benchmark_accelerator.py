@@ -243,6 +243,7 @@ HEADERS = {
     ),
     "Ridge": "| components × masks | time | correlation with the planted weights |",
 }
+N_KEYS = {"Passes": 2, "Whole default runs": 3, "Ridge": 1}  # cells that say what a row is of
 
 
 def _share(figures: dict[str, float], what: str, of: str | None, percent: bool = False, digits: int = 2) -> str:
@@ -303,44 +304,45 @@ def measure(args: argparse.Namespace) -> dict[str, list[str]]:
 
 NOTES = """\
 Device: NVIDIA H200, torch 2.11 with CUDA 13, transformers 5.17, Python 3.12, 16 CPU cores. Passes are medians of three
-(SmolLM2, tf32: four) repeats in one process that had the device to itself; rows in tf32 and of SmolLM2 are from before
-the mends below.
+(ResNet-50: two, tf32: four) repeats in one process that had the device to itself; rows in tf32 are from before the
+mends below. The machine is another one from call to call.
 
-**A gate pass takes 0.91 (ResNet-50), 1.01 (ViT-B/16) and 0.15 (SmolLM2) times plain forward and backward** in bfloat16,
-captured, fused and launched as one, where that of our own code takes 5.3, 2.9 and 1.9. Plain passes are the model's own
+**A gate pass takes 0.97 (ResNet-50), 1.02 (ViT-B/16) and 0.21 (SmolLM2) times plain forward and backward** in bfloat16,
+captured, fused and launched as one, where that of our own code takes 4.4, 2.8 and 2.7. Plain passes are the model's own
 code: SmolLM2's wait for Python nine tenths of the time, and nobody launched them as one. "made in" is with kernels that
-were never compiled on the machine (SmolLM2: compiled before). `compile="auto"` fuses in runs of more than a minute
-alone.
+were never compiled on the machine (ViT-B/16: compiled a few minutes before; else 27 to 36 s). `compile="auto"` fuses in
+runs of more than a minute alone.
 
-**Whole default runs of 256 images took 12.3 s (ResNet-50) and 16.4 s (ViT-B/16)**, from the model to what is saved,
-means of two, alone on the machine: 1.20 and 1.75 times as many plain passes in the same run. Plain passes
-wait for Python in part and vary: by the times of single passes in the other table they would have taken 7.8 and 8.7 s,
-and the ratios be 1.6 and 1.9. On a CPU 1.15 is wanted of compiled runs, which these are, and 1.35 of others: the first
-is missed by both. Before the last mends ViT-B/16's took 24.1 s, alone, in another run; ResNet-50's 24.8 s, disturbed.
+**Whole default runs of 256 images took 12.5 s (ResNet-50) and 13.9 s (ViT-B/16), of 1,024 images 52.4 s (ViT-B/16), and
+of 64 texts 14.8 s (SmolLM2)**, from the model to what is saved, alone on the machine, means of two (1,024 images and
+SmolLM2: one): 1.30, 1.68, 1.52 and .40 times as many plain passes in the same run. On a CPU 1.15 is wanted of compiled
+runs, which these are, and 1.35 of others: **the first is missed by both networks for images, the second by ViT-B/16**.
+An earlier version took 16.4 s for 256 images of ViT-B/16 (24.1 s before that), in other runs.
 
-Where ViT-B/16's time goes, in a trial with waits between phases, of which there is no script: 4.1 s gate passes, 4.2
-single effects of 128 components, 1.8 fresh sets and .7 far reads, most of which the device fills; and on the host, in
-between, 1.7 judging the fit, 1.0 shrinking, .8 shards, .7 the fingerprint of the weights, .8 writing what comes out and
-.5 hashing images. The mends: fresh sets are drawn on the device, their passes launched as one, the fit judged there, no
-round waits for a list of rows, a look at all gates is one and not one a layer, images are hashed once and ahead.
+Where ViT-B/16's time goes, by a sampled profile of one run of 256 images (14.2 s), of which there is no script, in s:
+4.3 single effects of 128 components and 3.7 gate passes, which the device fills; 1.3 fresh sets, half of them draws;
+1.2 judging the fit, most of them draws; .8 shrinking (mended since), .7 far reads, .6 the fingerprint of the weights,
+.6 comparing recorded passes with those of our own code, .4 writing what comes out, .3 reading shards, .3 looking for
+outliers. The mends: fresh sets are drawn on the device, their passes launched as one, the fit judged there and reads
+shrunk there, layers of one size at once; no round waits for a list of rows, a look at all gates is one and not one a
+layer, images are hashed once and ahead, rows are hashed by several threads, shards are written by a thread.
 
 An earlier page said that `compile=True` gave other values for ViT-B/16 in bfloat16, by as much as the largest. These
 are ties: a margin takes the largest other logit, and where two are equal up to rounding, as in 1 of 64 examples of such
 networks with random weights, the gradient goes to one or the other. With log-probabilities all examples agree to 1.3 %
 ([ties](ties.md): six seeds, on a CPU).
 
-`pytest -m gpu`: 24 of the 26 tests passed with the code of these rows; the two of fused passes, which take longest, did
-with that of earlier rows.
+`pytest -m gpu`: 6 of the 27 tests, among them those of fused passes, passed with the code of these rows but the last
+change of shrinking (layers of one size at once; the same bits on a CPU), the others with that of earlier rows.
 
-**Not run**: whole runs of SmolLM2 and of many batches, where what the host does once counts less; several GPUs
-(recordings are of one device only, and are filled with NaN before the first launch)."""
+**Not run**: several GPUs (recordings are of one device only, and are filled with NaN before the first launch)."""
 
 
 def write(found: dict[str, list[str]]) -> None:
-    """The page, with new rows in the places of older ones of the same network and precision; the others stay."""
+    """The page, with new rows in the places of older ones of the same network, precision and data; the others stay."""
     parts = [f"# The engine on a CUDA device\n\n{__doc__.strip()}", NOTES]
     for table, header in HEADERS.items():
-        n_keys = 1 if table == "Ridge" else 2
+        n_keys = N_KEYS[table]
         new = {tuple(cell.strip() for cell in row.split("|")[1:-1])[:n_keys]: row for row in found.get(table, ())}
         rows = tables.rows_of(RESULTS, n_keys, table) | new
         body = "\n".join([header, "|---" * (header.count("|") - 1) + "|", *rows.values()])

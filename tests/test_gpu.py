@@ -22,6 +22,7 @@ from hf_coar.attributions.forecast import Forecast
 from hf_coar.estimators import checking, live
 from hf_coar.estimators.gates import GateRounds
 from hf_coar.estimators.regression import solve
+from hf_coar.estimators.shrinkage import shrink
 from hf_coar.masking import MaskedModel
 from hf_coar.models import launched, outputs
 from hf_coar.runs import captured, sampling
@@ -291,6 +292,15 @@ def test_sets_that_do_not_fit_beside_the_model_are_forecast_on_the_cpu(monkeypat
     monkeypatch.setattr(checking.Sets, "blocks", full)
     found = checking._forecasts(*of)
     assert tried == ["cuda", "cpu"] and torch.equal(found.drops[0], expected.drops[0])
+
+
+def test_reads_are_shrunk_as_on_the_cpu():
+    soft, variance = torch.randn(100, 900), torch.rand(100, 900)
+    reads = {"soft": soft, "hard": soft + 0.3 * torch.randn(100, 900), "variance": variance}
+    weights, errors = coar.PathGradient().estimate(reads, [500, 400])
+    expected = shrink(reads["soft"], reads["hard"], variance, [500, 400])
+    assert weights.device.type == "cpu" and torch.allclose(weights, expected[0], rtol=1e-5, atol=1e-6)
+    assert torch.allclose(errors, expected[1], rtol=1e-5, atol=1e-6)
 
 
 @CASES

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from hf_coar.data import identity
+from hf_coar.storage import threads
 from hf_coar.storage.threads import side_by_side
 
 
@@ -75,7 +76,7 @@ def test_forked_processes_have_threads_of_their_own(threads_of_torch):
 
 def test_hashes_of_many_bytes_are_those_of_examples_alone(threads_of_torch):
     batch = {"pixel_values": torch.randn(6, 3, 256, 256)}
-    assert batch["pixel_values"].nbytes > identity._MUCH > batch["pixel_values"][0].nbytes
+    assert batch["pixel_values"].nbytes > threads.MUCH > batch["pixel_values"][0].nbytes
     threads_of_torch(2)
     together = identity.hashes(batch)["pixel_values"]
     for index, found in enumerate(together):

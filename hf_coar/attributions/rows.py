@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hf_coar.errors import CoarError, CorruptFileError, NonFiniteOutputError, OutOfRangeError
 from hf_coar.storage import files, streaming
+from hf_coar.storage.threads import MUCH, side_by_side
 
 MATRICES = ("weights", "standard_errors")  # of estimates; all else of them is small
 
@@ -287,7 +288,7 @@ def _root(kinds: Mapping[str, tuple[torch.dtype, Sequence[int]]], columns: Mappi
 
 
 def _row_checksums(matrix: Tensor) -> Tensor:
-    found = b"".join(_row_checksum(row) for row in matrix)
+    found = b"".join((side_by_side if matrix.nbytes > MUCH else map)(_row_checksum, matrix))
     return torch.frombuffer(bytearray(found), dtype=torch.uint8).view(len(matrix), _DIGEST_SIZE)
 
 

@@ -18,11 +18,10 @@ from torch import Tensor
 from hf_coar.data.batches import Batch, size
 from hf_coar.errors import CorruptFileError, DataError
 from hf_coar.storage import files
-from hf_coar.storage.threads import side_by_side
+from hf_coar.storage.threads import MUCH, side_by_side
 
 HASH_SIZE = 16  # bytes
 HASH = "hash:"  # of the names under which hashes lie among the results of a run
-_MUCH = 2**20  # bytes of an entry from which on threads hash its examples; of fewer a hash takes less than a thread
 _IGNORED_LABEL = -100  # as losses and collators have it
 _ADVICE = "give the same data set, split, columns, preprocessing and order (no shuffling)"
 
@@ -176,7 +175,7 @@ def _hashes_of(name: str, value: Tensor, stretches: Sequence[tuple[int, int, int
             row = row[start:stop]
         return _digest(f"{name}\0{value.dtype}\0{tuple(row.shape)}\0{offset}\0".encode(), row)
 
-    found = bytearray().join((side_by_side if value.nbytes > _MUCH else map)(digest, range(len(value))))
+    found = bytearray().join((side_by_side if value.nbytes > MUCH else map)(digest, range(len(value))))
     return torch.frombuffer(found, dtype=torch.uint8).view(len(value), HASH_SIZE)
 
 

@@ -20,12 +20,12 @@ from hf_coar import data as data_module
 from hf_coar.attributions.calibration import Calibration, kinds
 from hf_coar.attributions.forecast import Forecast, largest_checked
 from hf_coar.errors import NonFiniteOutputError
-from hf_coar.models.calling import is_out_of_memory, sent
+from hf_coar.models.calling import sent
 from hf_coar.runs import sampling
 from hf_coar.runs.engine import Part
 from hf_coar.runs.measuring import OwnMaskedPasses
 from hf_coar.runs.problem import Estimates, Fit, Problem
-from hf_coar.runs.workers import processes
+from hf_coar.runs.workers import beside_passes, where_it_fits
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ _TRUSTS = (0.0, 0.5, 1.0)  # in what was read far from the whole model
 _TINY = 1e-12
 _ROUNDING = 1e-5  # of the largest output
 # Of the sets of some examples at a time; several times as much is made of them. More on a CPU are not in its caches.
-_BYTES = {"cpu": 2**24, "cuda": 2**26}
+_BYTES = {"cpu": 2**24, "cuda": 2**28, "xpu": 2**28}
 _CPU = torch.device("cpu")
 _MOST_CALIBRATING = 256  # examples, evenly spaced, whose sets set the intervals, of which 256 scores are kept
 
@@ -160,7 +160,7 @@ def measured_sets(problem: Problem, sets: Sets, estimates: Estimates, count: int
     def compute(batch: data_module.Batch, first: int, part: Part) -> dict[str, Tensor]:
         examples = range(first, first + data_module.size(batch))
         weights = estimates.some([_row(i, skipped) for i in examples]).weights
-        weights = sent(weights, _drawn_on(data_module.device_of(batch)))
+        weights = sent(weights, beside_passes(data_module.device_of(batch)))
         passes.begin_batch(part.stop - part.start)
         outputs, sums = [], []
         for number in range(part.start, part.stop):
@@ -171,11 +171,6 @@ def measured_sets(problem: Problem, sets: Sets, estimates: Estimates, count: int
 
     found = problem.compute(check_parts(count), compute, "fresh sets")
     return found["outputs"].T, found["sums"].T
-
-
-def _drawn_on(device: torch.device) -> torch.device:
-    """Where sets are drawn for examples on a device: CUDA devices do it, others leave it to the CPU."""
-    return device if device.type == "cuda" else _CPU
 
 
 def _row(example: int, skipped: list[int]) -> int:
@@ -272,14 +267,11 @@ def _forecasts(
     sets: Sets, estimates: Estimates, tried: list[Forecast], examples: Sequence[tuple[int, int]], count: int
 ) -> _Forecasts:
     """What some forecasts say of sets of examples, given by their rows and indices, that differ in trust alone."""
-    device = _drawn_on(processes().device)
-    try:
+
+    def on(device: torch.device) -> _Forecasts:
         return _forecasts_on(device, sets, estimates, tried, examples, count)
-    except RuntimeError as error:
-        if device == _CPU or not is_out_of_memory(error):
-            raise
-    torch.cuda.empty_cache()  # here, where the error and with it what its frames hold is gone
-    return _forecasts_on(_CPU, sets, estimates, tried, examples, count)
+
+    return where_it_fits(on, "judging the fit")
 
 
 def _forecasts_on(

@@ -24,9 +24,11 @@ from hf_coar.estimators.gates import GateRounds, Reads, Sums, n_blocks
 from hf_coar.estimators.outliers import Outliers, find
 from hf_coar.estimators.registry import FORWARD_AND_BACKWARD, Estimator, is_whole, register, single_part
 from hf_coar.estimators.shrinkage import BLOCK, shrink
+from hf_coar.models.calling import sent
 from hf_coar.runs.engine import Part
 from hf_coar.runs.measuring import parts_of
 from hf_coar.runs.problem import Estimates, Fit, Problem, Size
+from hf_coar.runs.workers import where_it_fits
 
 logger = logging.getLogger(__name__)
 
@@ -259,8 +261,12 @@ class PathGradient(Estimator):
         if "variance" not in reads:  # a single pass, or one and one context
             return (reads["soft"] + reads["hard"]) / 2 if "hard" in reads else reads["soft"], None
         if self.shrink:
-            block = BLOCK if self.across_examples else 1
-            weights, errors = shrink(reads["soft"], reads["hard"], reads["variance"], sizes, block)
+            block, noisy = BLOCK if self.across_examples else 1, [reads[name] for name in ("soft", "hard", "variance")]
+
+            def shrunk(device: torch.device) -> list[Tensor]:
+                return [found.cpu() for found in shrink(*(sent(part, device) for part in noisy), sizes, block)]
+
+            weights, errors = where_it_fits(shrunk, "shrinking the reads")
         else:
             weights, errors = reads["soft"].clone(), reads["variance"].sqrt()
         if "outliers" in reads:

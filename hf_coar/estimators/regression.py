@@ -1,6 +1,5 @@
 """Regression: the paper's estimator. Outputs under random masks, regressed on the masks (Shah, Ilyas, Mądry 2024)."""
 
-import logging
 from dataclasses import dataclass, field
 
 import torch
@@ -11,12 +10,10 @@ from hf_coar.estimators import solvers
 from hf_coar.estimators.registry import Estimator, get, is_whole, register
 from hf_coar.estimators.solvers import Ridge, Solver
 from hf_coar.runs import workers
-from hf_coar.runs.engine import Part, is_out_of_memory
+from hf_coar.runs.engine import Part
 from hf_coar.runs.measuring import parts_of
 from hf_coar.runs.problem import Fit, Problem, Size
 from hf_coar.runs.sampling import MASKS, Masks
-
-logger = logging.getLogger(__name__)
 
 _MASK_MEMORY = 2**34  # bytes of masks that are held while solving
 
@@ -116,15 +113,9 @@ def solve(solver: Solver, masks: Tensor, outputs: Tensor, prior: Tensor | None =
         weights float32 [examples, components], bias float32 [examples].
     """
     arguments = (masks, outputs) if prior is None else (masks, outputs, prior)
-    device = workers.processes().device
-    if device.type in ("cuda", "xpu"):  # others have no float64
-        try:
-            weights, bias = solver.fit(*(argument.to(device) for argument in arguments))
-            return weights.cpu(), bias.cpu()
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            logger.warning("the regression does not fit into the memory of %s; solving on the CPU", device)
-        torch.accelerator.empty_cache()
-    weights, bias = solver.fit(*arguments)
-    return weights, bias
+
+    def fitted(device: torch.device) -> tuple[Tensor, Tensor]:
+        weights, bias = solver.fit(*(argument.to(device) for argument in arguments))
+        return weights.cpu(), bias.cpu()
+
+    return workers.where_it_fits(fitted, "the regression")

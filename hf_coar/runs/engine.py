@@ -117,9 +117,8 @@ def run(
         by_hand = team.count > 1 and (options.worker or os.environ.get(workers.WORKER))
         threads = (device.type != "cpu") if options.num_workers is None else options.num_workers
         reader = reader or data_module.Reader()
-        job = _Job(
-            store, chunks, parts, compute, device, team, options.strict, what, bar, Outbox(store), reader, int(threads)
-        )
+        outbox = Outbox(store, behind=device.type != "cpu")
+        job = _Job(store, chunks, parts, compute, device, team, options.strict, what, bar, outbox, reader, int(threads))
         with job.nothing_lost():
             job.do_own()
             if team.count > 1:

@@ -162,10 +162,18 @@ class Store:
 
     def write(self, part: str, start: int, results: Mapping[str, Tensor]) -> None:
         """Store the results of a part for examples from `start` on; the first axis of every tensor is the example."""
+        self.note(part, start, self.put(part, start, results))
+
+    def put(self, part: str, start: int, results: Mapping[str, Tensor]) -> int:
+        """The half of `write` that any thread may do, the file alone; returns one past the last example."""
         stop = start + next(iter(results.values())).shape[0]
         path = self._path(part, start, stop)
         files.write_tensors(path, results, self._about_shard(path))
-        self._names.add(path.name)
+        return stop
+
+    def note(self, part: str, start: int, stop: int) -> None:
+        """The other half: that the results of examples start … stop - 1 are on the disk."""
+        self._names.add(self._path(part, start, stop).name)
         self._done.add(part, start, stop)
 
     def _path(self, part: str, start: int, stop: int) -> Path:

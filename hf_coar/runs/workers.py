@@ -1,19 +1,25 @@
 """Who shares a run: processes that a launcher started together, and workers that were started one by one."""
 
+import logging
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from hf_coar.errors import CoarError
+from hf_coar.models import is_out_of_memory
+
+logger = logging.getLogger(__name__)
+
+_Found = TypeVar("_Found")
 
 WORKER = "HF_COAR_WORKER"  # environment variable: "i/n", this is worker i (from 0) of n that share the run's folder
 
@@ -44,6 +50,33 @@ def processes() -> Any:
     # meet once, at the end, so a slow one must not be taken for a dead one.
     options = {"timeout": timedelta(days=7)} if "WORLD_SIZE" in os.environ else {}
     return PartialState(cpu=not torch.accelerator.is_available(), **options)
+
+
+_BESIDE_PASSES = ("cuda", "xpu")  # other accelerators have no float64
+
+
+def beside_passes(device: torch.device) -> torch.device:
+    """Where to compute what is not the model's: on a device itself, or on the CPU where it lacks what that takes."""
+    return device if device.type in _BESIDE_PASSES else torch.device("cpu")
+
+
+def where_it_fits(compute: Callable[[torch.device], _Found], what: str) -> _Found:
+    """What a function of a device finds on this process's accelerator, or on the CPU where that is full or lacking.
+
+    Args:
+        compute: called with the device, once or twice.
+        what: it does, for the log.
+    """
+    device = beside_passes(processes().device)
+    if device.type != "cpu":
+        try:
+            return compute(device)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            logger.warning("%s does not fit into the memory of %s, and is done on the CPU", what, device)
+        torch.accelerator.empty_cache()  # here, where the error and with it what its frames hold is gone
+    return compute(torch.device("cpu"))
 
 
 def _check_launched(environment: Mapping[str, str]) -> None:

@@ -10,6 +10,8 @@ from typing import TypeVar
 
 import torch
 
+MUCH = 2**20  # bytes from which on threads hash the rows of a tensor; of fewer a hash takes less than a thread
+
 _Item, _Found = TypeVar("_Item"), TypeVar("_Found")
 
 
