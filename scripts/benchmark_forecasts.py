@@ -111,12 +111,14 @@ def checked_sets(found: Attributions) -> Iterator[tuple[str, Tensor]]:
     """Fresh sets like those that intervals were learnt from, by kind: bool [examples, components]."""
     sets = checking.Sets(seed=54_321, fraction=found.provenance.ablated_fraction)
     for number in range(N_SETS):
+        if sets.is_distant(number, found.weights.shape[1]):  # `larger_sets` are those
+            continue
         kind = "strongest" if number % 5 in (1, 3) else "random"
         yield kind, sets.kept(found.weights[:], range(len(found)), number)
 
 
 def larger_sets(found: Attributions) -> Iterator[tuple[str, Tensor]]:
-    """Sets of twice and four times the size up to which intervals were learnt."""
+    """Sets of twice and four times the size of the largest near ones; how intervals grow with it is learnt."""
     weights, generator = found.weights[:], torch.Generator().manual_seed(54_321)
     known = 1 + found.forecast.largest_known
     most = largest_checked(found.provenance.ablated_fraction, weights.shape[1], known)

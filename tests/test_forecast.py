@@ -1,5 +1,6 @@
 """Forecasts for sets of any size: single effects, limits, intervals that hold, and warnings where little is left."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -345,7 +346,7 @@ def test_flips_take_over_only_where_reads_are_noise():
     assert torch.equal(found[:, 1:], weights[:, 1:]) and torch.allclose(spread[:, 1:], errors[:, 1:])
 
 
-def test_sets_are_a_pure_function_and_of_three_kinds():
+def test_sets_are_a_pure_function_and_of_four_kinds():
     weights = torch.linspace(-1, 2, 400)
     sets = checking.Sets(seed=3, fraction=0.05)
     both = [sets.kept(weights.expand(2, -1), [7, 8], number) for number in range(200)]
@@ -353,15 +354,26 @@ def test_sets_are_a_pure_function_and_of_three_kinds():
     assert all(torch.equal(row, sets.kept(weights[None], [7], number)[0]) for number, row in enumerate(rows))
     typical = torch.stack([row for number, row in enumerate(rows) if sets.is_typical(number)])
     assert float((~typical).float().mean()) == pytest.approx(0.05, abs=0.01)
-    strongest = [~row for number, row in enumerate(rows) if number % 5 in (1, 3)]
+    distant = [number for number in range(200) if sets.is_distant(number, 400)]
+    assert [number % 10 for number in distant[:4]] == [3, 9, 3, 9]
+    strongest = [number for number in range(200) if number % 5 in (1, 3)]
     orders = [weights.argsort(descending=True), weights.argsort(), weights.abs().argsort(descending=True)]
-    for gone in strongest:
+    for number in strongest:
+        gone = ~rows[number]
         count = int(gone.sum())
-        assert 1 <= count <= 40
+        assert 50 <= count <= 200 if number in distant else 1 <= count <= 40
         assert any(gone[order[:count]].all() for order in orders)
-    sizes = {int((~row).sum()) for number, row in enumerate(rows) if number % 5 == 4}
-    assert min(sizes) <= 2 and 20 <= max(sizes) <= 40
+    sizes = {number: int((~row).sum()) for number, row in enumerate(rows) if number % 5 == 4}
+    near, far = ({sizes[number] for number in sizes if (number in distant) == here} for here in (False, True))
+    assert min(near) <= 2 and 20 <= max(near) <= 40 and 50 <= min(far) < 70 and 150 < max(far) <= 200
     assert not torch.equal(*both[4])
+
+
+def test_of_few_components_no_set_is_distant():
+    """Of fewer than sixteen half are in near sets, and there is nothing to learn from sets of the same size."""
+    sets = checking.Sets(seed=3, fraction=0.05)
+    assert not any(sets.is_distant(number, count) for number in range(20) for count in (1, 2, 12, 16))
+    assert sets.is_distant(9, 40) and not checking.Sets(seed=3, fraction=0.3).is_distant(9, 400)
 
 
 def test_blocks_of_sets_are_as_small_as_what_is_made_of_them_wants(monkeypatch):
@@ -503,9 +515,9 @@ def test_intervals_grow_with_the_distance_from_what_was_checked():
     forecast = Forecast(torch.tensor([10.0]), torch.zeros(0, dtype=torch.long), torch.zeros(1, 0))
     kept = torch.ones(3, 100)
     kept[0, :10], kept[1, :40], kept[2, :80] = 0, 0, 0
-    assert forecast.growth(kept, 0.1).flatten().tolist() == pytest.approx([1, 2**0.75, 4**0.75])
+    assert forecast.times(kept, 0.1).flatten().tolist() == pytest.approx([1, 2, 4])
     own = kept[:, None].repeat(1, 2, 1)
-    assert torch.equal(forecast.growth(own, 0.1), forecast.growth(kept, 0.1).repeat(1, 2))
+    assert torch.equal(forecast.times(own, 0.1), forecast.times(kept, 0.1).repeat(1, 2))
     calibrated = replace(forecast, calibration=Calibration(spread=(1.0, 0.0, 0.0), scores=(1.0,) * 19))
     known = Known(torch.ones(1, 100), torch.zeros(1), None, calibrated, 0.1)
     _, low, high = known.outputs(kept, 0.95)
@@ -513,26 +525,58 @@ def test_intervals_grow_with_the_distance_from_what_was_checked():
     assert ((high - low) / 2 / norms).flatten().tolist() == pytest.approx([1, 2**0.75, 4**0.75])
 
 
+def test_distant_sets_teach_how_intervals_grow():
+    """Of a GPT-2's random sets four times as large as near ones half were inside intervals that a constant widened."""
+    generator = torch.Generator().manual_seed(0)
+    count, spread = 400, (1.0, 0.0, 0.0)
+    norms, times = torch.ones(count), 1.25 + 8 * torch.rand(count, generator=generator)
+    strong = torch.arange(count) % 2 == 0
+    noise = torch.rand(count, generator=generator)
+    near = Calibration(spread=spread, scores=tuple(torch.linspace(0.05, 1, 20).tolist()))
+    for power, until in ((1.5, 1e6), (2.0, 2.0)):
+        measured = noise * times.clamp_max(until) ** torch.where(strong, 0.0, power)
+        found = near.reaching(torch.zeros(count), torch.ones(count), norms, strong, measured, times, 0.5)
+        assert found.growth[0] == pytest.approx(power, abs=0.2) and found.growth[1] < 0.1 and found.reach == 0.5
+        assert found.until[0] == until
+        inside = measured <= found.quantile(0.95) * found.widening(times, strong)
+        assert inside[strong].all() and 0.93 < float(inside[~strong].float().mean()) < 0.98
+    few = near.reaching(*(x[:6] for x in (torch.zeros(count), torch.ones(count), norms, strong, measured, times)), 0.5)
+    assert min(few.growth) >= 0.75  # what a constant says, and as much as any of them wants
+    assert near.reaching(*(x[:0] for x in (norms, norms, norms, strong, norms, times)), 0.5) == near
+
+
+def test_forecasts_of_before_distant_sets_grow_by_the_constant(demo_attributions, tmp_path):
+    demo_attributions.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    assert config["forecast"]["calibration"]["reach"] == 0.5
+    for name in ("growth", "until", "reach"):
+        del config["forecast"]["calibration"][name]
+    path.write_text(json.dumps(config))
+    found = coar.Attributions.from_pretrained(tmp_path).forecast.calibration
+    assert (found.growth, found.until, found.reach) == ((0.75, 0.75), Calibration.until, 0.0)
+
+
 def test_strong_sets_are_checked_as_far_as_intervals_are_said_to_hold():
     """They were checked up to half the size from which a warning tells that intervals are extrapolated."""
     weights, sets = torch.randn(300, 400, generator=torch.Generator().manual_seed(0)), checking.Sets(0, 0.05)
-    sizes = [(~sets.kept(weights, range(300), number)).sum(1) for number in (1, 3, 4)]
+    sizes = [(~sets.kept(weights, range(300), number)).sum(1) for number in (1, 4, 6)]
     assert all(one.min() < 3 and 38 <= one.max() <= 40 for one in sizes)
 
 
 def test_intervals_of_larger_sets_than_were_checked_are_told(demo_attributions, caplog):
     found, count = demo_attributions, len(demo_attributions.components)
-    checked = round(2 * found.provenance.ablated_fraction * count)
+    checked = count // 2
     kept = torch.ones(2, count, dtype=torch.bool)
     kept[1, :checked] = False
     with caplog.at_level("WARNING", "hf_coar"):
         found.predict(kept, level=0.9)
-        kept[1, : 2 * checked] = False
+        kept[1, : count - 2] = False
         found.predict(kept)
-        found.without(list(range(2 * checked)), level=None)
+        found.without(list(range(count - 2)), level=None)
         assert "extrapolated" not in caplog.text
         found.predict(kept, level=0.9)
-        assert f"up to {checked} components: for the 1 larger ones, of up to {2 * checked}," in caplog.text
+        assert f"up to {checked} components: for the 1 larger ones, of up to {count - 2}," in caplog.text
         caplog.clear()
-        found.without(list(range(2 * checked)))
+        found.without(list(range(count - 2)))
     assert "extrapolated" in caplog.text

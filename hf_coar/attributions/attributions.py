@@ -173,9 +173,9 @@ class Attributions(Looking, Saved):
         Args:
             kept: bool or float, [masks, components] or [components]; True or 1 = left in place.
             level: such as 0.95: also give the ends of an interval that a share `level` of fresh sets fell into. These
-                ablate twice the fitted fraction at most (or eight components, or half of few): of larger sets the
-                interval is an extrapolation, which grows with the distance and need not hold: a warning says so from
-                a quarter more on.
+                ablate twice the fitted fraction at most (or eight components, or half of few), some half of the model:
+                these teach how intervals grow with the size. Beyond, they are extrapolated and need not hold; a warning
+                says so.
 
         Returns:
             float32 [masks, examples] ([1, examples] for a single mask); with `level` three of them: values, low, high.

@@ -32,14 +32,11 @@ MATRICES = ("effects", "interactions", "far_effects")  # the names of those with
 _TINY = 1e-12
 # Sets that take this multiple of their share of all weights are strong. In trials on seven models 1.7 to 3 were alike.
 STRONG = 2
-# Intervals grow by this power of how many times as large a set is as the largest checked. In trials on small nets, the
-# demo and a small ViT, sets twice as large wanted up to 1.7 times the width, four times as large up to 2.4 times.
-GROWTH = 0.75
 _MANY = 8  # components, or half of fewer than sixteen, are ablated at once whatever the fitted fraction
 
 
 def largest_checked(fraction: float, n_components: int, fewest: int) -> float:
-    """Components of the largest sets on which forecasts are checked: twice the fitted fraction, or a few."""
+    """Components of the largest sets that teach forecasts their misses: twice the fitted fraction, or a few."""
     return max(2 * fraction * n_components, min(_MANY, n_components / 2), fewest)
 
 
@@ -112,10 +109,15 @@ class Forecast:
         known = (size == 0) | (size == 1) & (alone == 1) | (size == 2) & (pairs == 1)
         return known if kept.dim() == 3 else known[:, None]
 
-    def growth(self, kept: Tensor, fraction: float) -> Tensor:
-        """By how much intervals are wider than checks say, as these had no sets as large, float32, as `shares` are."""
+    def times(self, kept: Tensor, fraction: float) -> Tensor:
+        """How many times as large as the largest near sets others are, 1 at least, float32, as `shares` are."""
         gone = (1 - kept).sum(-1, keepdim=kept.dim() == 2)
-        return (gone / largest_checked(fraction, kept.shape[-1], 1 + self.largest_known)).clamp_min(1) ** GROWTH
+        return (gone / largest_checked(fraction, kept.shape[-1], 1 + self.largest_known)).clamp_min(1)
+
+    def most_measured(self, fraction: float, n_components: int) -> float:
+        """Components of the largest sets on which intervals were measured, near or distant."""
+        reach = 0.0 if self.calibration is None else self.calibration.reach
+        return max(largest_checked(fraction, n_components, 1 + self.largest_known), reach * n_components)
 
     def at(self, rows: Sequence[int]) -> "Forecast":
         """The forecast of some of the examples alone."""
@@ -171,7 +173,7 @@ class Forecast:
             found["far"] = self.far.to_json()
         if self.calibration is not None:
             found["calibration"] = {key: list(getattr(self.calibration, key)) for key in _ENTRIES}
-            found["calibration"]["level"] = self.calibration.level
+            found["calibration"] |= {"level": self.calibration.level, "reach": self.calibration.reach}
         return found
 
     def matrices(self) -> dict[str, Tensor]:
@@ -203,8 +205,8 @@ class Forecast:
         if found is not None:
             if "strong" not in found:  # before there were kinds of strong sets: other scores, without them no interval
                 found = {**found, "strong": Calibration.strong, "scores": ()}
-            entries = {key: tuple(map(float, found[key])) for key in _ENTRIES}
-            calibration = Calibration(**entries, level=float(found["level"]))
+            entries = {key: tuple(map(float, found.get(key, getattr(Calibration, key)))) for key in _ENTRIES}
+            calibration = Calibration(**entries, level=float(found["level"]), reach=float(found.get("reach", 0.0)))
 
         def tensor_of(name: str) -> Tensor:
             return matrices[name].tensor() if widths[name] else torch.zeros(len(unablated), 0)
@@ -226,7 +228,8 @@ def _sizes(gone: Tensor) -> Tensor:
     return gone.mean(-1, keepdim=gone.dim() == 2)
 
 
-_ENTRIES = ("limits", "spread", "strong", "scores")
+_ENTRIES = ("limits", "spread", "strong", "growth", "until", "scores")
+_LATER = ("strong", "growth", "until")  # which forecasts of earlier versions lack
 
 
 def _is_sane(value: Any, widths: Mapping[str, int], n_components: int, fraction: float) -> bool:
@@ -243,14 +246,17 @@ def _is_sane(value: Any, widths: Mapping[str, int], n_components: int, fraction:
         return False
     if calibration is None:
         return True
-    if not isinstance(calibration, Mapping) or not _are_numbers([calibration.get("level")]):
+    if not isinstance(calibration, Mapping) or not _are_numbers(
+        [calibration.get("level"), calibration.get("reach", 0)]
+    ):
         return False
-    entries = [calibration.get(key, Calibration.strong if key == "strong" else None) for key in _ENTRIES]
-    if not all(map(_are_numbers, entries)):
+    entries = [calibration.get(key, getattr(Calibration, key) if key in _LATER else None) for key in _ENTRIES]
+    if not all(map(_are_numbers, entries)) or not 0 <= calibration.get("reach", 0) <= 1:
         return False
-    limits, spread, strong, scores = entries
-    lengths = len(limits), len(spread), len(strong)
-    return lengths == (2, 3, 3) and min(strong) >= 1 and all(x >= 0 for x in (*limits, *spread, *scores))
+    limits, spread, strong, growth, until, scores = entries
+    if tuple(map(len, entries[:-1])) != (2, 3, 3, 2, 2) or min(*strong, *until) < 1:
+        return False
+    return all(x >= 0 for x in (*limits, *spread, *growth, *scores))
 
 
 def _is_sane_far(value: Any, width: int, n_components: int, fraction: float) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_coar.attributions.forecast import Forecast, largest_checked
+from hf_coar.attributions.forecast import Forecast
 from hf_coar.errors import CoarError
 
 logger = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ def tell_of_larger(forecast: Forecast | None, fraction: float | None, kept: Tens
     """Warns of sets, kept [masks, components], that are larger than those that intervals were measured on."""
     if forecast is None or forecast.calibration is None or fraction is None:
         return
-    most = largest_checked(fraction, kept.shape[1], 1 + forecast.largest_known)
+    most = forecast.most_measured(fraction, kept.shape[1])
     sizes = (1 - kept).sum(1)
     if beyond := int((sizes > _BEYOND * most).sum()):
         logger.warning(
@@ -113,7 +113,8 @@ class Known:
             return values
         strong = forecast.strong(self.weights, kept)
         half = calibration.quantile(level) * calibration.expected_miss(drops, shares, norms, strong)
-        half = torch.where(known, ROUNDING * norms, half * forecast.growth(kept, self.fraction))
+        half *= calibration.widening(forecast.times(kept, self.fraction), strong)
+        half = torch.where(known, ROUNDING * norms, half)
         return values, values - half, values + half
 
     def outcome(self, kept: Tensor, level: float | None) -> Outcome:

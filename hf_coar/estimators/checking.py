@@ -1,8 +1,9 @@
 """Checking: fits judged on fresh sets of components, from which the intervals of forecasts and the warnings come.
 
-Of five sets, two are random masks of the fitted fraction, which say how good the predictions are and what is left of
-the model; two are the strongest components of the example itself, as people ablate them; one is random and of any size.
-Every example has sets of its own, so that a handful of passes gives many independent ones.
+Of ten sets, four are random masks of the fitted fraction, which say how good the predictions are and what is left of
+the model; three are the strongest components of the example itself, as people ablate them; one is random and of any
+size up to twice the fraction; and two, one random and one of the strongest, are distant: larger, up to half of the
+model. Every example has sets of its own, so that a handful of passes gives many independent ones.
 """
 
 import logging
@@ -40,6 +41,7 @@ _SCALE_PRIOR = 0.15  # how far scales are from 1, from network to network
 # leave of fresh outputs: this times the root of that share. See `scripts/benchmark_errors.py`.
 _UNSEEN = 0.5
 _FEWEST_VALUES = 24  # predicted and measured ones, below which a correlation says nothing
+_NEAREST, FARTHEST = 1.25, 0.5  # distant sets: times the largest near one, and the share of all components
 _TRUSTS = (0.0, 0.5, 1.0)  # in what was read far from the whole model
 _TINY = 1e-12
 _ROUNDING = 1e-5  # of the largest output
@@ -91,6 +93,14 @@ class Sets:
         """Whether a set is a random mask of the fitted fraction."""
         return number % 5 in (0, 2)
 
+    def is_distant(self, number: int, count: int) -> bool:
+        """Whether a set of so many components is larger than near ones, so that it teaches how intervals grow."""
+        nearest, farthest = self._distant(count)
+        return number % 10 in (3, 9) and farthest >= nearest + 1
+
+    def _distant(self, count: int) -> tuple[float, float]:
+        return _NEAREST * largest_checked(self.fraction, count, self.fewest), FARTHEST * count
+
     def kept(self, weights: Tensor, examples: Sequence[int], number: int) -> Tensor:
         """What stays in place in a set of each of some examples, bool [examples, components], where the weights are.
 
@@ -103,9 +113,11 @@ class Sets:
         words = partial(sampling.words_of, self.seed, sampling.CHECKS, examples, number)
         if self.is_typical(number):
             return words(count, device) >= round(self.fraction * 2**32)
-        most = largest_checked(self.fraction, count, self.fewest)
+        least, most = self.fewest, largest_checked(self.fraction, count, self.fewest)
+        if self.is_distant(number, count):
+            least, most = self._distant(count)
         which, how_many = words(2, _CPU, start=count).T[..., None]
-        sizes = (self.fewest * (most / self.fewest) ** (how_many.double() / 2**32)).round().long().clamp_max(count)
+        sizes = (least * (most / least) ** (how_many.double() / 2**32)).round().long().clamp_max(count)
         if number % 5 == 4:
             values = words(count, device)
         else:
@@ -236,20 +248,24 @@ def _calibrated(
     """The forecast with what sets of every example, or of many, drawn once more, say of it; and `_explained`."""
     count, tried = len(measured), _trusting(forecast)
     rows = range(0, len(examples), math.ceil(len(examples) / _MOST_CALIBRATING))
-    shares, norms, strong, told, drops = _forecasts(
-        sets, estimates, tried, [(row, examples[row]) for row in rows], count
-    )
-    known = torch.tensor([sets.is_typical(number) for number in range(count)])[:, None].expand_as(shares)
+    said = _forecasts(sets, estimates, tried, [(row, examples[row]) for row in rows], count)
     fallen = (forecast.unablated - measured)[:, list(rows)]
-    shares, norms, strong, fallen, known, *drops = (
-        values[told] for values in (shares, norms, strong, fallen, known, *drops)
+    n_components = estimates.weights.shape[1]
+    typical, distant = (
+        torch.tensor([found(number) for number in range(count)])[:, None].expand_as(fallen)
+        for found in (sets.is_typical, partial(sets.is_distant, count=n_components))
     )
-    learnt = [Calibration.learnt(found, shares, norms, strong, fallen, known) for found in drops]
-    misses = [(fallen - one.limited(found, shares, norms)).abs() for one, found in zip(learnt, drops, strict=True)]
+    told = (said.shares, said.norms, said.strong, fallen, typical, said.times, *said.drops)
+    shares, norms, strong, near, typical, _, *drops = (values[said.told & ~distant] for values in told)
+    learnt = [Calibration.learnt(found, shares, norms, strong, near, typical) for found in drops]
+    misses = [(near - one.limited(found, shares, norms)).abs() for one, found in zip(learnt, drops, strict=True)]
     relative = [float((values / norms.clamp_min(_TINY)).mean()) for values in misses]
     best = relative.index(min(relative))
-    explained = _explained(kinds(drops[best], norms, strong), misses[best], fallen)
-    found = replace(tried[best], calibration=learnt[best])
+    explained = _explained(kinds(drops[best], norms, strong), misses[best], near)
+    shares, norms, strong, far, _, times, *drops = (values[said.told & distant] for values in told)
+    found = replace(
+        tried[best], calibration=learnt[best].reaching(drops[best], shares, norms, strong, far, times, FARTHEST)
+    )
     return found if found.far is None or found.far.trust else replace(found, far=None), explained
 
 
@@ -258,6 +274,7 @@ class _Forecasts(NamedTuple):
 
     shares: Tensor
     norms: Tensor
+    times: Tensor
     strong: Tensor
     told: Tensor
     drops: list[Tensor]
@@ -283,7 +300,7 @@ def _forecasts_on(
     count: int,
 ) -> _Forecasts:
     forecast, fraction = tried[0], sets.fraction
-    shares, norms, *drops = (torch.zeros(count, len(examples)) for _ in range(2 + len(tried)))
+    shares, norms, times, *drops = (torch.zeros(count, len(examples)) for _ in range(3 + len(tried)))
     strong, told = (torch.zeros(count, len(examples), dtype=torch.bool) for _ in range(2))
     width = max(estimates.weights.shape[1], len(forecast.pairs))
     with torch.autocast(device.type, enabled=False):  # the caller's is for the model: squares of weights are small
@@ -297,9 +314,10 @@ def _forecasts_on(
                 of_one[:, columns] = (found if leaning is None else found + one.far.trust * leaning).cpu()
             shares[:, columns] = Forecast.shares(kept, fraction).cpu()
             norms[:, columns] = near.norms(weights, errors, kept).cpu()
+            times[:, columns] = near.times(kept, fraction).cpu()
             strong[:, columns] = Forecast.strong(weights, kept).cpu()
             told[:, columns] = ~near.knows(kept).cpu()
-    return _Forecasts(shares, norms, strong, told, drops)
+    return _Forecasts(shares, norms, times, strong, told, drops)
 
 
 def _explained(which: Tensor, misses: Tensor, fallen: Tensor) -> dict[str, float]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_coar.attributions import Attributions
 from hf_coar.attributions.far import Far
-from hf_coar.attributions.forecast import GROWTH, STRONG, Forecast, largest_checked
+from hf_coar.attributions.forecast import STRONG, Forecast, largest_checked
 from hf_coar.attributions.predicting import ROUNDING
 
 LEVEL = 0.95
@@ -24,7 +24,7 @@ def arrays(attributions: Attributions, components: Sequence[int], rows: Sequence
     if forecast is not None:
         found |= {name: [] for name in ("singles", "squares", "sizes", "total", "sum")}
         fraction = attributions.provenance.ablated_fraction
-        found |= {"fraction": fraction, "calibration": _calibration(forecast), "growth": GROWTH}
+        found |= {"fraction": fraction, "calibration": _calibration(forecast)}
         found["largest"] = largest_checked(fraction, found["n"], 1 + forecast.largest_known)
         found |= {"flipped": [i in forecast.flipped for i in components]} | _pairs(forecast, list(components), rows)
     far = None if forecast is None else forecast.far
@@ -76,7 +76,13 @@ def _calibration(forecast: Forecast) -> dict[str, Any] | None:
         return None
     score = known.quantile(LEVEL) if known.knows(LEVEL) else None
     found = {"limits": list(known.limits), "level": known.level, "spread": list(known.spread)}
-    return {**found, "strong": list(known.strong), "strong_from": STRONG, "rounding": ROUNDING, "score": score}
+    found |= {
+        "strong": list(known.strong),
+        "strong_from": STRONG,
+        "growth": list(known.growth),
+        "until": list(known.until),
+    }
+    return {**found, "rounding": ROUNDING, "score": score}
 
 
 def _short(values: Tensor) -> list[float]:
