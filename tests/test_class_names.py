@@ -1,5 +1,6 @@
 """Class names: read from the data or the model, accepted wherever a label is, and shown."""
 
+import numpy as np
 import pytest
 import torch
 from conftest import build_net
@@ -9,6 +10,7 @@ import hf_coar as coar
 from hf_coar import cli, models
 from hf_coar.attributions import labelled
 from hf_coar.editing import edited
+from hf_coar.editing.tasks.held import Held, indices_of
 from hf_coar.plots import page
 from hf_coar.storage import labels
 
@@ -80,6 +82,35 @@ def test_an_edit_by_class_names(demo_pair, demo_attributions, tmp_path):
     if absent is not None:
         with pytest.raises(coar.CoarError, match=f"no example has the label {absent}"):
             coar.edit(model, attributions, decrease={"label": absent})
+
+
+SEVERAL = {
+    "tuple": tuple,
+    "set": set,
+    "array": np.array,
+    "tensor": torch.tensor,
+    "range": lambda numbers: range(numbers[0], numbers[-1] + 1),
+    "names": lambda numbers: np.array(["class 1", "class 2"]),
+    "a set of names": lambda numbers: {"class 1", "class 2"},
+}
+
+
+@pytest.mark.parametrize("form", SEVERAL)
+def test_several_classes_in_whatever_holds_them(mlp, form):
+    batch = {**mlp.batch, "labels": torch.tensor([0, 1, 2, 1])}
+    attributions = coar.attribute(mlp.model, [batch], method=coar.PathGradient(rounds=0), progress=False)
+    held = Held.read(mlp.model, [batch])
+    given = SEVERAL[form]([1, 2])
+    assert labelled.chosen(attributions, {"label": given}) == [[1, 3], [2]]
+    assert indices_of({"label": given}, held, "increase") == [1, 3, 2]
+    if "names" in form:  # where numbers are those of examples
+        assert labelled.chosen(attributions, given) == [[1, 3], [2]]
+        assert indices_of(given, held, "increase") == [1, 3, 2]
+    for nothing in ([], set(), torch.tensor([])):
+        with pytest.raises(coar.CoarError, match="no class is given"):
+            labelled.chosen(attributions, {"label": nothing})
+        with pytest.raises(coar.CoarError, match="no class is given"):
+            indices_of({"label": nothing}, held, "increase")
 
 
 def test_names_on_page_and_card(demo_attributions, tmp_path, pictures):

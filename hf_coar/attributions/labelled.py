@@ -23,8 +23,8 @@ def chosen(attributions: Attributions, examples: Any) -> Any:
 
     Args:
         attributions: of the examples.
-        examples: a class name, `{"label": name or number}` or a list of such names, each of which is a set of examples;
-            anything else is returned as it is.
+        examples: a class name, `{"label": name or number}`, or several names (or numbers, under "label") in whatever
+            holds them, each of which is a set of examples; anything else is returned as it is.
 
     Raises:
         CoarError: as of `with_label`, or a mapping with other keys.
@@ -32,13 +32,10 @@ def chosen(attributions: Attributions, examples: Any) -> Any:
     if isinstance(examples, Mapping):
         if list(examples) != ["label"]:
             raise CoarError(f"examples given by {sorted(map(str, examples))}; give {{'label': name or number}}")
-        wanted = examples["label"]
-        several = isinstance(wanted, Sequence) and not isinstance(wanted, str)
-        return [with_label(attributions, one) for one in (wanted if several else [wanted])]
-    if isinstance(examples, str):
-        return [with_label(attributions, examples)]
-    if isinstance(examples, list | tuple) and any(isinstance(one, str) for one in examples):
-        return [with_label(attributions, one) if isinstance(one, str) else one for one in examples]
+        return [with_label(attributions, one) for one in labels.each(examples["label"])]
+    if isinstance(examples, str) or labels.are_names(examples):
+        named = labels.each(examples)
+        return [with_label(attributions, one) if isinstance(one, str) else one for one in named]
     return examples
 
 

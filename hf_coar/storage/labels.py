@@ -2,7 +2,7 @@
 
 import operator
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from typing import Any, SupportsIndex
 
 from hf_coar.errors import CoarError
@@ -69,6 +69,35 @@ def label_of(record: Any, name: SupportsIndex | str) -> int:
         else "none: the data and the model name no classes, give a number"
     )
     raise CoarError(f"no class is called {name!r}; there are {known}")
+
+
+def each(wanted: Any) -> list[Any]:
+    """The classes that somebody names: one, or several in whatever holds them, in its order; of a set by their words.
+
+    Args:
+        wanted: a name or a number; or a list, tuple, set, range, array, tensor or series of them.
+
+    Raises:
+        CoarError: none.
+    """
+    wanted = _plain(wanted)
+    if isinstance(wanted, str) or not isinstance(wanted, Iterable):
+        return [wanted]
+    found = sorted(wanted, key=str) if isinstance(wanted, Set) else list(wanted)
+    if not found:
+        raise CoarError("no class is given by {'label': …}; give its name or number, or several")
+    return found
+
+
+def are_names(given: Any) -> bool:
+    """Whether something holds names of classes, one at least, and is no name itself."""
+    given = _plain(given)
+    return isinstance(given, Collection) and not isinstance(given, str) and any(isinstance(one, str) for one in given)
+
+
+def _plain(given: Any) -> Any:
+    """An array, tensor or series as a list, or as the one number that it holds; anything else as it is."""
+    return given.tolist() if hasattr(given, "tolist") else given
 
 
 def name_key(name: str) -> str:

@@ -1,7 +1,7 @@
 """Labelled examples in memory, and their division into those that are attributed, chosen on and judged on."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -337,16 +337,12 @@ def indices_of(examples: Any, held: Held, side: str) -> list[int]:
     Raises:
         CoarError: an unknown class, or indices out of range.
     """
-    labels = examples.get("label", ()) if isinstance(examples, dict) else examples
-    if isinstance(examples, dict) and list(examples) != ["label"]:
+    if isinstance(examples, Mapping) and list(examples) != ["label"]:
         raise CoarError(f"{side} given by {sorted(map(str, examples))}; give {{'label': name or number}}")
-    if isinstance(labels, str) or isinstance(examples, dict):
-        several = isinstance(labels, Iterable) and not isinstance(labels, str) and getattr(labels, "ndim", 1)
-        labels = labels if several else [labels]
-        return [index for one in labels for index in (held.labels == held.label_of(one)).nonzero()[:, 0].tolist()]
-    if isinstance(labels, Iterable) and any(isinstance(one, str) for one in labels):
-        return indices_of({"label": labels}, held, side)
-    return held.places(labels, side)
+    if isinstance(examples, Mapping | str) or label_words.are_names(examples):
+        classes = label_words.each(examples["label"] if isinstance(examples, Mapping) else examples)
+        return [index for one in classes for index in (held.labels == held.label_of(one)).nonzero()[:, 0].tolist()]
+    return held.places(examples, side)
 
 
 def checked(indices: Sequence[int] | Tensor, n_examples: int, what: str) -> list[int]:
