@@ -17,8 +17,8 @@ from torch import nn
 import hf_coar as coar
 from hf_coar import editing, models
 from hf_coar.data import Examples
-from hf_coar.editing.tasks import figures as fig
 from hf_coar.editing.tasks import (
+    aims,
     fixing,
     held,
     lifting,
@@ -28,8 +28,10 @@ from hf_coar.editing.tasks import (
     refitting,
     relearning,
     setting,
+    steering,
     walking,
 )
+from hf_coar.editing.tasks import figures as fig
 from hf_coar.editing.tasks.forgetting import Forgetting
 from hf_coar.editing.tasks.looking import Looker, Seen
 from hf_coar.editing.tasks.setting import Setting
@@ -1062,6 +1064,96 @@ def test_outputs_that_are_no_numbers_are_refused_before_anything_is_done(net, mo
     where = 438 if call != "match" else 438 - 7 * 50
     with pytest.raises(NonFiniteOutputError, match=rf"of example {where} is -?(nan|inf) with nothing ablated"):
         calls[call]()
+
+
+@pytest.fixture
+def spoilt(net, backdoored, monkeypatch):
+    """Calls of all tasks, and a rival "spoilt" of all: a model that gives NaN wherever it would say class 3."""
+    model, data, components = net
+    other, *pairs, neurons = backdoored
+
+    class Spoils(nn.Module):
+        def forward(self, logits):
+            return torch.where(logits.argmax(1, keepdim=True) == 3, torch.nan, logits)
+
+    def spoil(aim):
+        return aims.changed_copy(aim, "spoilt").append(Spoils())
+
+    monkeypatch.setitem(aims._OF_TASKS, "spoilt", ("forget", "fix", "lift", "steer", "match"))
+    aims.RIVALS.add("spoilt", spoil)
+    wrong = (~right(model, data, torch.arange(400))).nonzero()[:1, 0]
+    labels = torch.cat([batch["labels"] for batch in data])
+    yield {
+        "forget": lambda **how: coar.forget(model, data, 3, components=components, **how),
+        "fix": lambda **how: coar.fix(model, data, wrong, components=components, **how),
+        "lift": lambda **how: coar.lift(model, data, labels, components=components, **how),
+        "steer": lambda **how: coar.steer(model, data, decrease={"label": 3}, components=components, **how),
+        "match": lambda **how: coar.match(other, *pairs, components=neurons, **how),
+    }
+    del aims.RIVALS["spoilt"]
+
+
+@pytest.mark.parametrize("call", ["forget", "fix", "lift", "steer", "match"])
+def test_an_edited_model_of_which_outputs_are_no_numbers_has_no_figures(spoilt, call):
+    """What is no number counted as wrong: a class of which every output is NaN was forgotten."""
+    with pytest.raises(NonFiniteOutputError, match=r"is nan after the edit.*something else stand in"):
+        spoilt[call](method="spoilt", rivals=None)
+
+
+def test_a_rival_of_which_outputs_are_no_numbers_is_left_out(spoilt, caplog):
+    result = spoilt["forget"](rivals=["spoilt"], others_within=0.05)
+    assert len(result.figures) and not result.figures.rivals
+    assert "spoilt is not measured: output 'margin' of example" in caplog.text
+
+
+class Shares(nn.Module):
+    """A neuron a class, of which their shares of the whole are the logits: 0 / 0 where the only one is gone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.neurons, self.head = nn.Linear(N_CLASSES, N_CLASSES), nn.Linear(N_CLASSES, N_CLASSES)
+        with torch.no_grad():
+            for layer, gain in ((self.neurons, 1.0), (self.head, 10.0)):
+                layer.weight.copy_(gain * torch.eye(N_CLASSES))
+                layer.bias.zero_()
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        found = self.neurons(inputs).relu()
+        return self.head(found / found.sum(1, keepdim=True))
+
+
+def test_a_model_of_which_outputs_are_no_numbers_is_passed_by(caplog):
+    caplog.set_level("INFO")
+    labels = torch.arange(500) % N_CLASSES
+    inputs = F.one_hot(labels, N_CLASSES) - torch.rand(500, N_CLASSES, generator=torch.Generator().manual_seed(0)) / 2
+    model, data = Shares().eval(), batches(inputs, labels)
+    components = coar.find_components(model, include=["neurons"])
+    nearest = r"no model on the way meets the target; nearest comes NaN or infinity, which some outputs are \(1 comp"
+    with pytest.raises(UnsatisfiedError, match=nearest):
+        coar.forget(model, data, 3, components=components, refit=None)
+    assert "covariance, 1 components: some outputs are no numbers" in caplog.text
+    with pytest.raises(NonFiniteOutputError, match="'margin' of 100 of 500 examples is NaN"):
+        editing.accuracy(data)(without(model, components, 3))
+    assert walking.Point(torch.arange(2), "rule", walking.NO_NUMBERS).as_candidate().slack is None
+
+
+def test_a_walk_ends_where_what_is_attributed_is_no_number(monkeypatch):
+    seen = []
+    monkeypatch.setattr(steering, "carried_out", lambda aim, *_: seen.append(aim))
+    labels = torch.arange(500) % N_CLASSES
+    inputs = F.one_hot(labels, N_CLASSES) + torch.rand(500, N_CLASSES, generator=torch.Generator().manual_seed(0)) / 2
+    model = Shares().eval()
+    components = coar.find_components(model, include=["neurons"])
+    for _ in range(2):
+        coar.steer(model, batches(inputs, labels), decrease={"label": 3}, components=components, others_within=0.5)
+        one = seen[-1].parts.attribute[labels[seen[-1].parts.attribute] == 3][0]
+        inputs = torch.where((torch.arange(500) == one)[:, None], F.one_hot(labels, N_CLASSES).float(), inputs)
+    every, some = ([len(point.ablated) for point in aim.walked(most=3)] for aim in seen)
+    assert max(every) > 1 and some == [1]
+
+
+def without(model, components, *ablated):
+    return editing.making.with_ablated(model, components, editing.kept_without(len(components), ablated), {})
 
 
 @pytest.mark.parametrize("numbers", [(-1, 1), (-2, -1), (0, 2**62)], ids=str)

@@ -118,7 +118,7 @@ def _measured(
         chosen = {side: sides[side] or [] for side in ("increase", "decrease")}
         return before_and_after(*pair, data, attributions.components, **chosen, output=attributions.provenance.output)
     except (CoarError, DataError) as error:
-        logger.warning("the edit was not measured, as its examples cannot be had: %s", error)
+        logger.warning("the edit was not measured: %s", error)
         return None
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from hf_coar import data as data_module
 from hf_coar import models
-from hf_coar.errors import CoarError
+from hf_coar.errors import CoarError, NonFiniteOutputError
 from hf_coar.models import outputs, tasks
 
 Measure = Callable[[nn.Module], float]
@@ -84,8 +84,19 @@ def _outputs(
 
 
 def _right(model: nn.Module, batches: Sequence[data_module.Batch]) -> Tensor:
-    """Which examples the model gets right, by the default output of its task: 0 or 1, float32 [examples]."""
+    """Which examples the model gets right, by the default output of its task: 0 or 1, float32 [examples].
+
+    Raises:
+        CoarError: the task knows no right and wrong.
+        NonFiniteOutputError: of some examples the model makes no number.
+    """
     values, output = _outputs(model, batches, tasks.AUTO)
+    if bad := int((~values.isfinite()).sum()):
+        raise NonFiniteOutputError(
+            f"{output.name!r} of {bad} of {len(values)} examples is NaN or infinite, which is neither right nor wrong; "
+            "where the model as it was gives numbers, ablate less, or let something else stand in "
+            "(find_components(…, ablation=…))"
+        )
     if output.boundary is None:
         raise CoarError(
             f"no value of {output.name!r} says that {type(models.wrapped(model)).__name__} is right; use "

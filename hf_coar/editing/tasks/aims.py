@@ -18,10 +18,10 @@ from hf_coar.editing.tasks import refitting
 from hf_coar.editing.tasks.figures import Figure, Figures
 from hf_coar.editing.tasks.held import Parts
 from hf_coar.editing.tasks.judged import Judged, by_class
-from hf_coar.editing.tasks.looking import Seen, check_finite, weights
+from hf_coar.editing.tasks.looking import WHOLE, Seen, weights
 from hf_coar.editing.tasks.setting import EditResult, Setting, common_entries, counts
-from hf_coar.editing.tasks.walking import Point, Verdict, best, walk
-from hf_coar.errors import CoarError, UnsatisfiedError
+from hf_coar.editing.tasks.walking import NO_NUMBERS, Point, Verdict, best, walk
+from hf_coar.errors import CoarError, NonFiniteOutputError, UnsatisfiedError
 from hf_coar.models import calling
 from hf_coar.models.outputs import Output
 from hf_coar.storage.registry import Registry
@@ -58,9 +58,7 @@ class Aim(ABC):
     def __post_init__(self) -> None:
         """Looks at the model while it is whole: a look on first use fell into a block that ablates, where it isn't."""
         found = {part: rows for part, rows in vars(self.parts).items() if len(rows)}
-        seen = {part: self.of.see(self.of.model, rows) for part, rows in found.items()}
-        for part, rows in found.items():
-            check_finite(seen[part], self.of.looker.output, self.of.held.numbers[rows])
+        seen = {part: self.of.see(self.of.model, rows, WHOLE) for part, rows in found.items()}
         object.__setattr__(self, "before", seen)
 
     @property
@@ -189,9 +187,21 @@ class Aim(ABC):
 
     def _walked(self, rule: str, **options: Any) -> list[Point]:
         def rank(model: nn.Module, ablated: Tensor) -> Tensor:
-            return RULES[rule](self.sides(self.weigh, model))
+            try:
+                return RULES[rule](self.sides(self.weigh, model))
+            except NonFiniteOutputError:
+                if not len(ablated):
+                    raise
+                logger.info("edit: %s, %d components: what is attributed gives no numbers", rule, len(ablated))
+                return ablated[:0]  # nothing can be ranked any more, which ends the walk
 
-        return walk(self.of.masked, rank, lambda model, ablated: self.measured(model, ablated, rule), **options)
+        def measure(model: nn.Module, ablated: Tensor) -> Sequence[Point]:
+            try:
+                return self.measured(model, ablated, rule)
+            except NonFiniteOutputError:
+                return [Point(ablated, rule, NO_NUMBERS)]
+
+        return walk(self.of.masked, rank, measure, **options)
 
     def measured(self, model: nn.Module, ablated: Tensor, rule: str) -> list[Point]:
         """A model on the way, without some components, int64 [any]: as it is, and with what else there is to try."""
@@ -200,7 +210,10 @@ class Aim(ABC):
     def candidate(self, ablated: Tensor, rule: str) -> Point:
         """One model without some components, int64 [any], measured."""
         with self.of.masked.ablated(kept_without(len(self.of.masked), ablated)) as model:
-            return Point(ablated, rule, self.judge(model))
+            try:
+                return Point(ablated, rule, self.judge(model))
+            except NonFiniteOutputError:
+                return Point(ablated, rule, NO_NUMBERS)
 
 
 # ------------------------------------------------------------------------------------------------------------ rivals
@@ -286,6 +299,8 @@ def carried_out(aim: Aim, method: str, rivals: str | Sequence[str] | None) -> Ed
                 against[name] = aim.figures(RIVALS[name](aim))
             except UnsatisfiedError:
                 against[name] = {}
+            except NonFiniteOutputError as error:  # the edit itself is made, and has its figures
+                logger.warning("edit: %s is not measured: %s", name, error)
             except CoarError as error:
                 if rivals not in _GROUPS:
                     raise
@@ -344,7 +359,7 @@ def _ablated(aim: Aim, before: Verdict) -> EditResult:
     if point.head is not None:
         refitting.put(edited.get_submodule(head), *point.head)
     way = [(0, before.target, before.others)]
-    way += [(len(one.ablated), one.verdict.target, one.verdict.others) for one in points]
+    way += [(len(one.ablated), one.verdict.target, one.verdict.others) for one in points if one.verdict.has_numbers]
     return _result(aim, edited, tuple(record["components"]), aim.task, tuple(way))
 
 

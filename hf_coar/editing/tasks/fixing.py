@@ -18,10 +18,10 @@ from hf_coar.editing.tasks.figures import Figure
 from hf_coar.editing.tasks.heads import HeadAim, check_refit
 from hf_coar.editing.tasks.held import check_limits, divided
 from hf_coar.editing.tasks.judged import Judged
-from hf_coar.editing.tasks.looking import Seen
+from hf_coar.editing.tasks.looking import WHOLE, Seen
 from hf_coar.editing.tasks.setting import EditResult, Setting
 from hf_coar.editing.tasks.walking import Point, Verdict, margin
-from hf_coar.errors import CoarError
+from hf_coar.errors import CoarError, NonFiniteOutputError
 from hf_coar.models import calling
 
 SMALL = 60  # components that may go of any network, all of one that has no more
@@ -106,8 +106,11 @@ class Fixing(HeadAim):
     def _fixed(self, ablated: Tensor) -> bool:
         kept = torch.ones(len(self.of.masked), dtype=torch.bool)
         kept[ablated] = False
-        with self.of.masked.ablated(kept) as model:
-            return self._lacking(self.of.see(model, self.targets).values) <= 0
+        try:
+            with self.of.masked.ablated(kept) as model:
+                return self._lacking(self.of.see(model, self.targets).values) <= 0
+        except NonFiniteOutputError:
+            return False
 
     def own(self, rows: Tensor) -> Tensor:
         """Which examples are to come right, bool [any]."""
@@ -248,7 +251,7 @@ def fix(
     none = torch.zeros(len(of.held), dtype=torch.bool)
     # One model is measured, so that all examples there are may say what it costs.
     parts = divided(of.held.firsts, of.held.labels, none, seed, "", wanted, spare=True).made_for(wanted)
-    right = of.right(of.see(model, torch.tensor(wanted)))
+    right = of.right(of.see(model, torch.tensor(wanted), WHOLE))
     if bool(right.any()):
         there = of.held.numbers[wanted][right].tolist()
         raise CoarError(f"examples {there[:8]} are right already; name wrong ones")

@@ -13,8 +13,8 @@ from hf_coar.editing.making import kept_without
 from hf_coar.editing.tasks import refitting
 from hf_coar.editing.tasks.aims import Aim
 from hf_coar.editing.tasks.looking import Seen
-from hf_coar.editing.tasks.walking import Point, Verdict
-from hf_coar.errors import CoarError
+from hf_coar.editing.tasks.walking import NO_NUMBERS, Point, Verdict
+from hf_coar.errors import CoarError, NonFiniteOutputError
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,10 @@ class HeadAim(Aim):
     def refitted(self, ablated: Tensor, rule: str) -> Point:
         """The model without some components, int64 [any], and with the last layer that does best on other examples."""
         with self.of.masked.ablated(kept_without(len(self.of.masked), ablated)) as model:
-            return self.with_new_head(ablated, rule, *self.seen(model))
+            try:
+                return self.with_new_head(ablated, rule, *self.seen(model))
+            except NonFiniteOutputError:
+                return Point(ablated, rule, NO_NUMBERS)
 
     def with_new_head_alone(self) -> Point:
         """The model with nothing ablated and a last layer of its own."""

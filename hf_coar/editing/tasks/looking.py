@@ -33,13 +33,22 @@ class Seen:
     features: Tensor | None
 
 
-def check_finite(seen: Seen, output: Output, numbers: Tensor | None = None) -> None:
+WHOLE = "with nothing ablated", "look at what the example holds, leave it out, or try a higher precision"
+EDITED = (
+    "after the edit",
+    "a layer may divide by what is gone: let something else stand in (find_components(…, ablation=…)), or leave out "
+    "such components (exclude=…)",
+)
+
+
+def check_finite(seen: Seen, output: Output, numbers: Tensor | None = None, state: tuple[str, str] = EDITED) -> None:
     """Refuses NaN and infinity, which are neither right nor wrong, and of which no mean is one.
 
     Args:
-        seen: what the model as it was makes of some examples.
+        seen: what a model makes of some examples.
         output: that it was looked at by.
         numbers: of these examples in the data set, int64 [examples]; None where they are of pairs.
+        state: of the model, `WHOLE` or `EDITED`: in words, and what to do.
 
     Raises:
         NonFiniteOutputError: some outputs are no numbers; says of which examples.
@@ -49,8 +58,7 @@ def check_finite(seen: Seen, output: Output, numbers: Tensor | None = None) -> N
         which = "of a pair" if numbers is None else f"of example {int(numbers[bad[0]])}"
         more = f" (and of {len(bad) - 1} more it is no number)" if len(bad) > 1 else ""
         raise NonFiniteOutputError(
-            f"output {output.name!r} {which} is {float(seen.values[bad[0]])} with nothing ablated{more}: look at what "
-            "the example holds, leave it out, or try a higher precision"
+            f"output {output.name!r} {which} is {float(seen.values[bad[0]])} {state[0]}{more}: {state[1]}"
         )
 
 

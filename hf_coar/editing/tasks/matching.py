@@ -17,7 +17,7 @@ from hf_coar.editing.tasks.aims import ABLATION, Aim, Weigh, carried_out
 from hf_coar.editing.tasks.figures import Figure
 from hf_coar.editing.tasks.held import Held, Parts, check_limits
 from hf_coar.editing.tasks.judged import Judged, by_class
-from hf_coar.editing.tasks.looking import Seen, check_finite
+from hf_coar.editing.tasks.looking import WHOLE, Seen, check_finite
 from hf_coar.editing.tasks.setting import EditResult, Setting
 from hf_coar.editing.tasks.walking import Point, Verdict
 from hf_coar.errors import CoarError
@@ -85,9 +85,9 @@ class Matching(Aim):
         """
         output, numbers = self.of.looker.output, self.shown_on[0].numbers[self.parts.judge]
         for seen in self.start:
-            check_finite(seen, output)
+            check_finite(seen, output, None, WHOLE)
         for seen in self.judged_before:
-            check_finite(seen, output, numbers)
+            check_finite(seen, output, numbers, WHOLE)
 
     @property
     def task(self) -> str:
@@ -121,6 +121,15 @@ class Matching(Aim):
         clean, triggered = (self.of.looker.look(model, one) for one in pairs)
         return clean, triggered
 
+    def _edited(self, model: nn.Module, pairs: tuple[Any, Any], numbers: Tensor | None = None) -> tuple[Seen, Seen]:
+        found = self._both(model, pairs)
+        for seen in found:
+            check_finite(seen, self.of.looker.output, numbers)
+        return found
+
+    def _judged(self, model: nn.Module) -> tuple[Seen, Seen]:
+        return self._edited(model, self.sides_judged, self.shown_on[0].numbers[self.parts.judge])
+
     def points(self) -> list[Point]:
         """One component after the other, by either ranking; of large models a few at a time."""
         most = max(1, int(MOST * len(self.of.masked)))
@@ -136,7 +145,7 @@ class Matching(Aim):
 
     def judge(self, model: nn.Module) -> Verdict:
         """What the pairs themselves say: as few as there are, none are left to choose on."""
-        (was, triggered_was), (clean, triggered) = self.start, self._both(model, self.pairs)
+        (was, triggered_was), (clean, triggered) = self.start, self._edited(model, self.pairs)
         bound = self.of.boundary
 
         def lacking(one: Seen, other: Seen) -> float:
@@ -174,7 +183,7 @@ class Matching(Aim):
 
     def figures(self, model: nn.Module) -> dict[str, Figure]:
         """What the pairs to judge on say."""
-        before, after = self.judged_before, self._both(model, self.sides_judged)
+        before, after = self.judged_before, self._judged(model)
         was, now = ([self.of.right(seen) for seen in both] for both in (before, after))
         found = {
             "target": fig.of_shares("accuracy with the trigger", was[1], now[1]),
@@ -195,7 +204,7 @@ class Matching(Aim):
     def judged(self, model: nn.Module) -> list[Judged]:
         """The triggered side, which the edit is for, then the clean one, by class."""
         rows, output = self.parts.judge, self.of.looker.output
-        seen = list(zip(self.judged_before, self._both(model, self.sides_judged), strict=True))
+        seen = list(zip(self.judged_before, self._judged(model), strict=True))
         return [
             Judged(one, rows, *both, output.boundary, output.unit, torch.full((len(rows),), triggered),
                    *by_class(one, rows), "triggered" if triggered else "clean")

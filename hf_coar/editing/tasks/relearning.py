@@ -87,5 +87,5 @@ def _relearned_at(
             yield F.cross_entropy(logits, batch["labels"].long(), reduction="sum") / len(rows)
 
     steps = islice(descending.steps(tuned, losses, rate), STEPS)
-    said = [shifted(of.see(tuned, judged).logits).argmax(1) for _ in steps]
+    said = [shifted(of.looker.look(tuned, of.held.at(judged, of.batch)).logits).argmax(1) for _ in steps]
     return n_right, torch.stack(said)

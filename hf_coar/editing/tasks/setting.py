@@ -17,7 +17,7 @@ from hf_coar.editing.tasks import refitting
 from hf_coar.editing.tasks.figures import Figures
 from hf_coar.editing.tasks.held import Held, Parts
 from hf_coar.editing.tasks.judged import Judged
-from hf_coar.editing.tasks.looking import Looker, Seen, weights
+from hf_coar.editing.tasks.looking import EDITED, Looker, Seen, check_finite, weights
 from hf_coar.errors import CoarError
 from hf_coar.estimators import choosing
 from hf_coar.masking import MaskedModel, constants, fingerprint_of
@@ -102,9 +102,15 @@ class Setting:
         # A power of two, as the peak differs by some bytes from time to time, and other batches round otherwise.
         return min(MOST_BATCH, max(count, 1 << fitting.bit_length() - 1))
 
-    def see(self, model: nn.Module, rows: Tensor) -> Seen:
-        """What a model makes of some examples, int64 [any], in ascending order."""
-        return self.looker.look(model, self.held.at(rows, self.batch))
+    def see(self, model: nn.Module, rows: Tensor, state: tuple[str, str] = EDITED) -> Seen:
+        """What a model makes of some examples, int64 [any], in ascending order.
+
+        Raises:
+            NonFiniteOutputError: of some it makes no number; `state` is as of `looking.check_finite`.
+        """
+        seen = self.looker.look(model, self.held.at(rows, self.batch))
+        check_finite(seen, self.looker.output, self.held.numbers[rows], state)
+        return seen
 
     def right(self, seen: Seen) -> Tensor:
         """Which of the examples the model gets right, bool [examples]."""

@@ -47,6 +47,14 @@ class Verdict:
         """Both limits."""
         return self.missing <= 0 and self.spent <= 0
 
+    @property
+    def has_numbers(self) -> bool:
+        """Whether all outputs are numbers; a model of which some are none is never taken, and is not shown."""
+        return self is not NO_NUMBERS
+
+
+NO_NUMBERS = Verdict(math.nan, math.nan, math.inf, math.inf, -math.inf)  # of a model that gives NaN or infinity
+
 
 @dataclass(frozen=True)
 class Point:
@@ -59,6 +67,8 @@ class Point:
 
     def as_candidate(self) -> Candidate:
         """As the record of an edit holds it."""
+        if not self.verdict.has_numbers:
+            return Candidate(self.rule, len(self.ablated), 0.0, None, None)
         slack = -max(self.verdict.missing, self.verdict.spent)
         return Candidate(self.rule, len(self.ablated), 0.0, slack, self.verdict.merit if slack >= 0 else None)
 
@@ -130,6 +140,9 @@ def _measured(masked: MaskedModel, ablated: Tensor, measure: Measure) -> Sequenc
         points = measure(model, ablated)
     for point in points:
         found = point.verdict
+        if not found.has_numbers:
+            logger.info("edit: %s, %d components: some outputs are no numbers", point.rule, len(ablated))
+            continue
         logger.info(
             "edit: %s, %d components: target %.3f, others %.3f (missing %.3f, over the allowance %.3f)",
             point.rule, len(ablated), found.target, found.others, max(0.0, found.missing), max(0.0, found.spent),
@@ -169,6 +182,8 @@ def best(points: Sequence[Point], wanted: str, before: Verdict) -> Point:
 def _said(point: Point) -> str:
     """A model in words: what is measured may look well within limits that its margin for chance exceeds."""
     verdict = point.verdict
+    if not verdict.has_numbers:
+        return f"NaN or infinity, which some outputs are ({len(point.ablated)} components)"
     gaps = (("short of the target", verdict.missing), ("over the allowance", verdict.spent))
     lacks = " and ".join(f"{value:.2g} {what}" for what, value in gaps if value > 0)
     lacks = f", with its margin for chance {lacks}" if lacks else ""
