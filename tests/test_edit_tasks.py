@@ -455,6 +455,22 @@ def test_limits_that_nothing_keeps(net):
     assert found.value.best.verdict.spent <= 0 < found.value.best.verdict.missing
 
 
+@pytest.mark.parametrize(
+    ("missing", "spent", "words", "told"),
+    [
+        (0.3, 0.2, ("", ""), "with its margin for chance 0.3 short of the target and 0.2 over the allowance"),
+        (0.3, 0.2, ("far off", ""), "far off, with its margin for chance 0.2 over the allowance"),
+        (0.3, 0.2, ("far off", "much lost"), "far off, much lost"),
+        (-0.3, 0.2, ("far off", "much lost"), "much lost"),
+        (0.3, -0.2, ("far off", "much lost"), "far off"),
+    ],
+    ids=["two margins", "one margin", "none", "only spent", "only missing"],
+)
+def test_what_a_model_lacks_is_a_margin_only_where_there_is_one(missing, spent, words, told):
+    point = walking.Point(torch.arange(3), "", walking.Verdict(0.5, 0.9, missing, spent, 0.0, *words))
+    assert walking._said(point) == f"target 0.5, others 0.9 (3 components, {told})"
+
+
 def test_a_walk_goes_on_where_one_of_its_forms_can_afford_it(net):
     masked = coar.masking.MaskedModel(net[0], net[2])
 
@@ -776,7 +792,7 @@ def test_a_group_that_stays_where_it_was_is_not_lifted(net):
     groups = torch.cat([batch["labels"] for batch in data])
     options = {"average_within": 0.5, "components": components, "refit": None}
     for method in ("ablation", "welch", "gradient_times_parameter"):
-        with pytest.raises(UnsatisfiedError, match="lifts the worst group"):
+        with pytest.raises(UnsatisfiedError, match=r"lifts the worst group.*, the worst group had 0\.0% before\)"):
             coar.lift(hidden, data, groups, method=method, **options)
 
 
@@ -913,8 +929,11 @@ def test_pairs_of_which_few_come_right_are_no_match(backdoored, monkeypatch):
     for batch in strong:
         batch["inputs"][:, -1] = 200.0
     for method in ("ablation", "gradient_times_parameter"):
-        with pytest.raises(UnsatisfiedError, match="brings right 50% of what the trigger made wrong"):
+        with pytest.raises(UnsatisfiedError, match="brings right 50% of what the trigger made wrong") as found:
             coar.match(model, clean, strong, components=components, method=method, rivals=None)
+        # It is a condition on what is measured, which no margin for chance adds to.
+        assert re.search(r"components, \d+\.\d% of what the trigger made wrong comes right\)", str(found.value))
+        assert "chance" not in str(found.value)
 
 
 def test_a_match_goes_in_longer_steps_where_there_are_many_components(backdoored, monkeypatch):

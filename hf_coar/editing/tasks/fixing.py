@@ -129,7 +129,8 @@ class Fixing(HeadAim):
         # Accuracy alone is coarse: an edit changes a handful of a thousand predictions.
         smooth = torch.sigmoid(seen.values[~own] - self.of.boundary).mean()
         spent = lost + margin(len(self.rules)) * error - self.others_within
-        return Verdict(float(lacking <= 0), float(now.float().mean()), lacking, spent, float(smooth))
+        short = f"an example is {lacking:.3g} {self.of.looker.output.unit} from right"
+        return Verdict(float(lacking <= 0), float(now.float().mean()), lacking, spent, float(smooth), short)
 
     def loss_of(self, logits: Tensor) -> Tensor:
         """The others as they were, by the distance to the model's own answers, and the examples just right."""

@@ -151,7 +151,8 @@ class Lifting(HeadAim):
         start = min(self.by_group(was, part).values())
         low = min(share for share, _ in shares)
         missing = max(start - low, 1 / len(part)) if fig.unmoved(start, low) else start - low
-        return Verdict(low, float(now.float().mean()), missing, lost + z * error - self.average_within, worst)
+        short = f"the worst group had {start:.1%} before"
+        return Verdict(low, float(now.float().mean()), missing, lost + z * error - self.average_within, worst, short)
 
     def figures(self, model: nn.Module) -> dict[str, Figure]:
         """The worst group before against the worst one after, and every group, on the examples to judge on."""

@@ -161,7 +161,10 @@ class Matching(Aim):
         # none. It is their drift, in the goal, that keeps clean ones as they are.
         spent = lost - max(self.clean_within, 1 / len(self.parts.attribute)) - fig.ROUNDING
         shares = (float(one.float().mean()) for one in (right, self.of.right(clean)))
-        return Verdict(*shares, missing, spent, goal)
+        short = f"{brought:.1%} of what the trigger made wrong comes right"
+        if brought >= LEAST_BROUGHT:
+            short = "triggered ones come no nearer to clean ones than these drift"
+        return Verdict(*shares, missing, spent, goal, short, f"{100 * lost:.3g} points of clean ones lost")
 
     def met(self, before: Verdict) -> str:
         """Whether the trigger makes none of the pairs wrong."""

@@ -106,7 +106,8 @@ class Steering(Aim):
         mean, spent = float(moved.mean()), lost + lost_error - self.others_within
         safe = lost + margin(WALK) * lost_error <= self.others_within
         missing = error - mean if bool(moved.any()) else fig.ROUNDING  # where nothing moves, nothing is there
-        return Verdict(mean, others, missing, spent, mean if safe else -1 - lost)
+        short = "" if bool(moved.any()) else "nothing moves"
+        return Verdict(mean, others, missing, spent, mean if safe else -1 - lost, short)
 
     def _lost(self, was: Tensor, now: Tensor) -> tuple[float, float, float]:
         """By how much the rest is worse, the standard error of that, and how it is."""

@@ -34,6 +34,8 @@ class Verdict:
             there.
         spent: by how much the others fall below what is allowed, likewise; at most 0 = allowed.
         merit: of two that satisfy both, the better one has more.
+        short: what the target lacks, in words, where that is no number with a standard error; else empty.
+        over: likewise, what the others lost too much.
     """
 
     target: float
@@ -41,6 +43,8 @@ class Verdict:
     missing: float
     spent: float
     merit: float
+    short: str = ""
+    over: str = ""
 
     @property
     def satisfies(self) -> bool:
@@ -180,11 +184,23 @@ def best(points: Sequence[Point], wanted: str, before: Verdict) -> Point:
 
 
 def _said(point: Point) -> str:
-    """A model in words: what is measured may look well within limits that its margin for chance exceeds."""
+    """A model in words."""
     verdict = point.verdict
     if not verdict.has_numbers:
         return f"NaN or infinity, which some outputs are ({len(point.ablated)} components)"
-    gaps = (("short of the target", verdict.missing), ("over the allowance", verdict.spent))
-    lacks = " and ".join(f"{value:.2g} {what}" for what, value in gaps if value > 0)
-    lacks = f", with its margin for chance {lacks}" if lacks else ""
-    return f"target {verdict.target:.3g}, others {verdict.others:.3g} ({len(point.ablated)} components{lacks})"
+    found = ", ".join([f"{len(point.ablated)} components", *_lacking(verdict)])
+    return f"target {verdict.target:.3g}, others {verdict.others:.3g} ({found})"
+
+
+def _lacking(verdict: Verdict) -> list[str]:
+    """What a model lacks, in words: what is measured may look well within limits that its margin for chance exceeds."""
+    gaps = [
+        (f"{value:.2g} {what}", words)
+        for value, what, words in (
+            (verdict.missing, "short of the target", verdict.short),
+            (verdict.spent, "over the allowance", verdict.over),
+        )
+        if value > 0
+    ]
+    guarded = " and ".join(said for said, words in gaps if not words)
+    return [words for _, words in gaps if words] + ([f"with its margin for chance {guarded}"] if guarded else [])
