@@ -4,14 +4,18 @@ import numpy as np
 import pytest
 import torch
 from conftest import build_net
+from datasets import ClassLabel, Dataset, Features, Sequence, Value
 from tiny_texts import classifier, saved, written
+from torch import nn
 
 import hf_coar as coar
-from hf_coar import cli, models
+from hf_coar import cli, models, outputs
 from hf_coar.attributions import labelled
 from hf_coar.editing import edited
 from hf_coar.editing.tasks.held import Held, indices_of
+from hf_coar.editing.tasks.setting import Setting
 from hf_coar.plots import page
+from hf_coar.runs import hints
 from hf_coar.storage import labels
 
 RECORD = {"data": {"label_names": ["one", "two", "Three_B", "7"]}}
@@ -111,6 +115,67 @@ def test_several_classes_in_whatever_holds_them(mlp, form):
             labelled.chosen(attributions, {"label": nothing})
         with pytest.raises(coar.CoarError, match="no class is given"):
             indices_of({"label": nothing}, held, "increase")
+
+
+class Flowers(nn.Module):
+    """A model that says nothing of its classes."""
+
+    def __init__(self, n_classes):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(2, 6), nn.ReLU(), nn.Linear(6, n_classes))
+
+    def forward(self, petals):
+        return self.layers(petals)
+
+
+FLOWERS = ["rose", "iris", "lily"]
+
+
+def flowers(names=FLOWERS, n_examples=120):
+    features = Features({"petals": Sequence(Value("float32")), "label": ClassLabel(names=names)})
+    petals = torch.randn(n_examples, 2, generator=torch.Generator().manual_seed(1)).tolist()
+    labels = [place % len(names) for place in range(n_examples)]
+    return Dataset.from_dict({"petals": petals, "label": labels}, features=features)
+
+
+@pytest.mark.parametrize("loaded", [True, False], ids=["loaded", "as it is"])
+def test_classes_that_a_data_set_declares_have_its_names_for_any_model(loaded, caplog):
+    model, data = coar.load(Flowers(3), flowers()) if loaded else (Flowers(3), flowers().with_format("torch"))
+    attributions = coar.attribute(model, data, method=coar.PathGradient(rounds=0), progress=False)
+    assert labelled.label_name(attributions, 4) == "iris"
+    assert attributions.with_label("lily") == list(range(2, 120, 3))
+    held = Setting.of(model, data, attributions.components).held
+    assert held.name(0) == "rose" and held.label_of("iris") == 1
+    assert "classes" not in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["attribute", "edit"])
+def test_a_data_set_of_more_or_fewer_classes_than_the_model_has_is_told(caplog, kind):
+    model, data = coar.load(Flowers(4), flowers())
+    if kind == "attribute":
+        found = coar.attribute(model, data, method=coar.PathGradient(rounds=0), progress=False)
+        assert labelled.label_name(found, 0) == "rose"
+    else:
+        assert Setting.of(model, data, None).held.name(0) == "rose"
+    told = [one.getMessage() for one in caplog.records if "the data name" in one.getMessage()]
+    assert len(told) == 1 and "the data name 3 classes (rose, iris, lily), and Flowers has 4: " in told[0]
+
+
+def test_classes_that_are_called_by_their_numbers_have_no_names():
+    _, data = coar.load(Flowers(3), flowers(["0", "1", "2"]))
+    assert "label_names" not in data.description
+
+
+def test_a_name_that_data_and_model_give_to_other_classes_is_told(caplog):
+    net = build_net("timm_vit")
+    names = ["rose", "iris", "rose", "lily", "oak"]  # as of ImageNet's cranes, which are two classes
+    net.model.pretrained_cfg = {**net.model.pretrained_cfg, "label_names": names}
+    logits = torch.zeros(2, 5)
+    hints.tell_of_names(net.model, outputs.get("margin"), logits, names)
+    assert not caplog.text
+    hints.tell_of_names(net.model, outputs.get("margin"), logits, ["rose", "lily", "rose", "iris", "oak"])
+    assert "'lily' is class 1 of the data and class 3 of VisionTransformer" in caplog.text
 
 
 def test_names_on_page_and_card(demo_attributions, tmp_path, pictures):

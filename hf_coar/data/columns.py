@@ -86,6 +86,12 @@ class Table:
         return type(self.features[name]).__name__
 
 
+def declared_names(feature: Any) -> list[str]:
+    """What the classes of a column are called, where its type declares them; none where they are numbers alone."""
+    names = [str(name) for name in getattr(feature, "names", None) or ()]
+    return [] if names == [str(place) for place in range(len(names))] else names
+
+
 def asked(given: Columns, table: Table, roles: Sequence[Role]) -> dict[str, str]:
     """The columns that were asked for by name, checked.
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from hf_coar.data.batches import Batch
-from hf_coar.data.columns import Columns, Role, Table, asked
+from hf_coar.data.columns import Columns, Role, Table, asked, declared_names
 from hf_coar.data.kinds import BY_HEAD, KINDS, Kind, Preparation, Reading
 from hf_coar.errors import DataError
 from hf_coar.models import tasks
@@ -66,7 +66,10 @@ def _build(reading: Reading) -> Preparation:
         except (ValueError, TypeError) as error:
             raise DataError(f"the columns {', '.join(columns)} cannot be stacked into tensors: {error}") from error
 
-    return Preparation(prepare, lambda row: f"the entries {', '.join(columns)}")
+    labels = [columns[name] for name in ("labels", "label", *tasks.of(reading.model).targets) if name in columns]
+    names = next(filter(None, (declared_names(reading.table.features.get(column)) for column in labels)), None)
+    description = {"label_names": names} if names else {}
+    return Preparation(prepare, lambda row: f"the entries {', '.join(columns)}", description)
 
 
 def _has_gap(value: Any) -> bool:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hf_coar.data import order
 from hf_coar.data.batches import FROM_TABLES, Batch, as_batch, as_tensor, size
+from hf_coar.data.columns import declared_names
 from hf_coar.data.numbering import numbers, within
 from hf_coar.errors import CoarError, DataError, check_count
 from hf_coar.storage import cards
@@ -146,9 +147,11 @@ def _collate(rows: list[dict]) -> Batch:
 
 
 def describe(data: Any) -> dict[str, Any]:
-    """What is known of a data set: id, split, fingerprint."""
+    """What is known of a data set: id, split, fingerprint, and what its classes are called."""
     if type(data).__module__.split(".")[0] == "datasets":
-        return {"fingerprint": getattr(data, "_fingerprint", None)}
+        features = getattr(data, "features", None) or {}
+        names = next(filter(None, (declared_names(features.get(label)) for label in ("labels", "label"))), None)
+        return {"fingerprint": getattr(data, "_fingerprint", None), **({"label_names": names} if names else {})}
     return dict(getattr(data, "description", {}) or {})
 
 

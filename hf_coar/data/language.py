@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hf_coar.data import preprocessors
 from hf_coar.data.batches import Batch
-from hf_coar.data.columns import Columns, Role, Table, asked, is_label, is_text, is_texts, the_one
+from hf_coar.data.columns import Columns, Role, Table, asked, declared_names, is_label, is_text, is_texts, the_one
 from hf_coar.data.kinds import KINDS, Kind, Preparation, Reading, by_head, by_roles
 from hf_coar.data.texts import PAIR, TEXT, by_names, check_tokenizer, encoded, tell_lengths
 from hf_coar.errors import DataError
@@ -340,8 +340,8 @@ def _both(reading: Reading) -> Preparation:
         return batch if label is None else {**batch, "labels": torch.tensor(sorts, dtype=torch.long)}
 
     made = tokenized(reading, "text", make)
-    names = getattr(reading.table.features.get(label), "names", None)
-    return replace(made, description={**made.description, "label_names": list(names)}) if names else made
+    names = declared_names(reading.table.features.get(label))
+    return replace(made, description={**made.description, "label_names": names}) if names else made
 
 
 CHOSEN = Role("chosen", is_text, ("chosen",), "the better text", named=True)

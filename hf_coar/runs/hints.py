@@ -10,11 +10,14 @@ from torch import Tensor, nn
 from hf_coar import models
 from hf_coar.models import calling, tasks
 from hf_coar.models.outputs import DECODED, Output
+from hf_coar.storage.labels import name_key, places
+from hf_coar.storage.texts import shortened
 
 logger = logging.getLogger(__name__)
 
 Batch = Mapping[str, Any]
 
+_OF_CLASSES = ("margin", "log_prob", "logit", "loss")  # outputs that take logits for one of each class
 _OF_ONE = 1e-2  # by which probabilities in half precision miss a sum of one
 
 
@@ -93,3 +96,32 @@ def tell_of_logits(model: nn.Module, output: Output, logits: Sequence[Tensor]) -
                 "call=, a function (model, batch) -> logits, such as the log of what it returns",
                 type(models.wrapped(model)).__name__, output.name,
             )  # fmt: skip
+
+
+def tell_of_names(model: nn.Module, output: Output, logits: Tensor, names: Sequence[str]) -> None:
+    """Warns of data that name more or fewer classes than a model tells apart, or number them otherwise.
+
+    Args:
+        model: any module.
+        output: that it is looked at by.
+        logits: of some examples.
+        names: of the classes, as the data have them; none where they name none.
+    """
+    of_classes = output.name in _OF_CLASSES and logits.dim() == 2 and logits.shape[1] > 1
+    if not names or not of_classes:
+        return
+    theirs = places(models.class_names(model) or ())  # of which several may have one name
+    moved = [place for place, name in enumerate(names) if place not in theirs.get(name_key(name), (place,))]
+    if moved:
+        name, there = names[moved[0]], theirs[name_key(names[moved[0]])][0]
+        logger.warning(
+            "%r is class %d of the data and class %d of %s: labels are taken by their numbers, so that it is counted "
+            "right where the model says another one; number the classes of the data as the model does",
+            name, moved[0], there, type(models.wrapped(model)).__name__,
+        )  # fmt: skip
+    elif len(names) != logits.shape[1]:
+        logger.warning(
+            "the data name %d classes (%s), and %s has %d: they are taken by their numbers. If they are not those that "
+            "the model was trained on, give data with its own, or rename the classes of these",
+            len(names), shortened(", ".join(names), 80), type(models.wrapped(model)).__name__, logits.shape[1],
+        )  # fmt: skip

@@ -1,7 +1,7 @@
 """Preflight: an output is tried on a few examples, and what is wrong with it is said, before anything is paid for."""
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -41,6 +41,7 @@ class First:
         """Nothing is read yet; `data` is what `data.batches` gives."""
         self._data = data
         self._batch: data_module.Batch | None = None
+        self.names: Sequence[str] = data_module.describe(data).get("label_names") or ()  # of the classes
 
     def batch(self, count: int) -> data_module.Batch:
         """So many of them, or as many as there are.
@@ -103,7 +104,7 @@ def bound(
     if call is None:
         hints.tell_of_inputs(model, first.batch(_MOST))
     try:
-        found = first.tried(model, lambda batch: _bound(model, batch, output, call), 2)
+        found = first.tried(model, lambda batch: _bound(model, batch, output, call, first.names), 2)
         if call is None:
             _tell_padding(model, found, first.batch(_MOST))
         return found
@@ -114,7 +115,11 @@ def bound(
 
 
 def _bound(
-    model: nn.Module, batch: data_module.Batch, output: "str | Output | OutputFunction", call: Call | None
+    model: nn.Module,
+    batch: data_module.Batch,
+    output: "str | Output | OutputFunction",
+    call: Call | None,
+    names: Sequence[str] = (),
 ) -> Output:
     with torch.no_grad():
         found = tasks.bind(model, output, call, batch)
@@ -122,6 +127,8 @@ def _bound(
         values = _tried(model, _noting(found, logits), batch)
         _check_finite(model, found, values)
         hints.tell_of_logits(model, found, logits)
+        if logits:
+            hints.tell_of_names(model, found, logits[0], names)
         if len(values) == 2:
             _check_alone(model, found, batch, values)
     if call is None:

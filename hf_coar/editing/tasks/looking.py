@@ -15,7 +15,7 @@ from hf_coar.estimators.gates import GateRounds
 from hf_coar.masking import MaskedModel
 from hf_coar.models import calling, tasks
 from hf_coar.models.outputs import Output
-from hf_coar.runs import preflight
+from hf_coar.runs import hints, preflight
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,16 @@ class Looker:
     head: str | None
 
     @classmethod
-    def of(cls, model: nn.Module, batch: data_module.Batch, output: Any = tasks.AUTO) -> "Looker":
+    def of(
+        cls, model: nn.Module, batch: data_module.Batch, output: Any = tasks.AUTO, names: Sequence[str] = ()
+    ) -> "Looker":
         """By the task of the model, and a first look at a batch.
+
+        Args:
+            model: any module.
+            batch: of examples.
+            output: as for `attribute`.
+            names: of the classes, as the data have them.
 
         Raises:
             CoarError: no such output, one that needs what the batch lacks, or a model that does not run on it.
@@ -116,6 +124,8 @@ class Looker:
         few = data_module.to_device(data_module.rows(batch, 0, 1), device)
         with models.frozen(model), torch.no_grad():
             logits = _logits(bound.call(model, few), bound)
+        if logits is not None:
+            hints.tell_of_names(model, bound, logits, names)
         return cls(bound, last_linear(model, None if logits is None else logits.shape[1]))
 
     def look(self, model: nn.Module, batches: Sequence[data_module.Batch]) -> Seen:

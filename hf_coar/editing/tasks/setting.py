@@ -56,7 +56,8 @@ class Setting:
         check_base(model)
         held = Held.read(model, data)
         try:
-            looker = Looker.of(model, held.batches[0], tasks.AUTO if output is None else output)
+            names = held.record["data"].get("label_names") or ()
+            looker = Looker.of(model, held.batches[0], tasks.AUTO if output is None else output, names)
         except CoarError as error:
             if output is not None or "output=" not in str(error):
                 raise
