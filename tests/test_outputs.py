@@ -12,6 +12,7 @@ from output_cases import GIVEN
 
 from hf_coar.errors import CoarError, DataError, ModelError
 from hf_coar.models import outputs
+from hf_coar.runs import preflight
 
 # Which way the outputs of the package that are about a right answer move with its logit.
 WITH_THE_RIGHT_LOGIT = {
@@ -292,6 +293,37 @@ def test_classifier_outputs_refuse_a_language_model(which):
 def test_labels_out_of_range(which, labels, message):
     with pytest.raises(DataError, match=message):
         outputs.get(which)(LOGITS, {"labels": torch.tensor(labels)})
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (
+            [0.0, 3.0],
+            r"one number an example \(float32: 0, 3\), and the model gives 4: if they are classes.*labels.long",
+        ),
+        ([0.0, 1.0], r"0 and 1 as fractions.*output='regression'; if they are classes.*labels.long"),
+        ([0.5, 2.0], r"\(float32: 0.5, 2\), and the model gives 4: fractions name no class.*of shape \[2, 4\]"),
+        ([0.0, float("nan")], r"\(float32: 0, nan\), and the model gives 4: fractions name no class"),
+    ],
+    ids=["whole", "yes and no", "half", "nan"],
+)
+def test_labels_of_fractions_say_what_they_are(labels, message):
+    """Of a table with a gap pandas makes all labels fractions."""
+    batch = {"inputs": torch.randn(2, 3), "labels": torch.tensor(labels)}
+    with pytest.raises(CoarError, match=message):
+        preflight.bound(torch.nn.Linear(3, 4), [batch])
+
+
+@pytest.mark.parametrize("name", ["margin", "logit", "log_prob", "loss"])
+def test_fractions_are_no_classes_of_an_output_that_is_asked_for(name):
+    """They were cut off: 1.5 was taken for 1."""
+    logits = torch.randn(2, 4)
+    whole = outputs.get(name)(logits, {"labels": torch.tensor([1.0, 3.0])})
+    assert torch.equal(whole, outputs.get(name)(logits, {"labels": torch.tensor([1, 3])}))
+    for labels, said in (([1.5, 3.0], "float32: 1.5, 3"), ([float("nan"), 3.0], "float32: 3, nan")):
+        with pytest.raises(DataError, match=rf"fractions \({said}\), which name no class; give whole numbers"):
+            outputs.get(name)(logits, {"labels": torch.tensor(labels)})
 
 
 @pytest.mark.parametrize("which", ["margin", "logit", "log_prob", "loss"])

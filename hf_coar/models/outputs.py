@@ -26,6 +26,8 @@ from hf_coar.models.calling import Call
 from hf_coar.models.checked import once
 from hf_coar.storage.registry import Registry
 
+AS_CLASSES = "if they are classes, give them as whole numbers, labels.long() or astype(int) of a column"
+_LOOKED_AT = 1000  # labels that a message takes its values from
 IGNORED_LABEL = -100  # the target value that PyTorch's losses and transformers' collators skip
 
 # Which target the logits at position t are for, and which mask says that a position counts.
@@ -221,7 +223,22 @@ def _labels(logits: Tensor, batch: Batch) -> Tensor:
     return labels.long()
 
 
+def are_whole(labels: Tensor) -> bool:
+    """Whether labels could be classes by their values; NaN and infinity could not."""
+    return not labels.is_floating_point() or bool((labels.isfinite() & (labels == labels.round())).all())
+
+
+def said(labels: Tensor) -> str:
+    """Labels in words: their type, and the first different values."""
+    values = list(dict.fromkeys(f"{value:g}" for value in labels.flatten()[:_LOOKED_AT].sort().values.tolist()))
+    return f"{str(labels.dtype).removeprefix('torch.')}: {', '.join(values[:4])}{', …' if len(values) > 4 else ''}"
+
+
 def _check_classes(labels: Tensor, n_classes: int) -> None:
+    if not are_whole(labels):
+        raise DataError(
+            f"labels are fractions ({said(labels)}), which name no class; give whole numbers from 0 to {n_classes - 1}"
+        )
     low, high = int(labels.min()), int(labels.max())
     if n_classes == 1 and (low, high) in ((0, 1), (1, 1)):
         raise DataError(

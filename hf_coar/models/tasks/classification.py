@@ -19,6 +19,12 @@ def _floats(logits: Tensor, batch: Batch) -> Tensor:
     labels = labels_of(batch).float()
     if labels.dim() == 1 and logits.dim() == 2 and logits.shape[1] == 1:
         labels = labels[:, None]
+    if labels.dim() == 1 and logits.dim() == 2 and labels.shape != logits.shape:
+        whole = outputs.AS_CLASSES if outputs.are_whole(labels) else "fractions name no class"
+        raise DataError(
+            f"labels are one number an example ({outputs.said(labels)}), and the model gives {logits.shape[1]}: "
+            f"{whole}; if they are numbers to predict or yes and no, give one for each, of shape {list(logits.shape)}"
+        )
     if labels.shape != logits.shape:
         raise DataError(f"labels have shape {list(labels.shape)}, and the model's logits {list(logits.shape)}")
     return labels
@@ -90,7 +96,8 @@ def _choose(model: nn.Module, batch: Batch) -> str:
         if config is None and not several and bool(((labels == 0) | (labels == 1)).all()):
             raise CoarError(
                 f"the labels are 0 and 1 as fractions, and {name} does not say whether it gives the logit of yes or a "
-                "number: say output='multi_label' (what BCEWithLogitsLoss trains) or output='regression'"
+                "number: say output='multi_label' (what BCEWithLogitsLoss trains) or output='regression'; "
+                f"{outputs.AS_CLASSES}"
             )
         return "multi_label" if several and bool(((labels >= 0) & (labels <= 1)).all()) else "regression"
     if count == 1:
