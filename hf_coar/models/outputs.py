@@ -26,7 +26,7 @@ from hf_coar.models.calling import Call
 from hf_coar.models.checked import once
 from hf_coar.storage.registry import Registry
 
-AS_CLASSES = "if they are classes, give them as whole numbers, labels.long() or astype(int) of a column"
+AS_CLASSES = "if they are classes, give them as whole numbers: labels.long(), table.dropna().astype({'label': int})"
 _LOOKED_AT = 1000  # labels that a message takes its values from
 IGNORED_LABEL = -100  # the target value that PyTorch's losses and transformers' collators skip
 
