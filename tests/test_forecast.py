@@ -538,7 +538,7 @@ def test_distant_sets_teach_how_intervals_grow():
         found = near.reaching(torch.zeros(count), torch.ones(count), norms, strong, measured, times, 0.5)
         assert found.growth[0] == pytest.approx(power, abs=0.2) and found.growth[1] < 0.1 and found.reach == 0.5
         assert found.until[0] == until
-        inside = measured <= found.quantile(0.95) * found.widening(times, strong)
+        inside = measured <= found.quantile(0.95) * found.widening(times, torch.zeros(count), norms, strong)
         assert inside[strong].all() and 0.93 < float(inside[~strong].float().mean()) < 0.98
     few = near.reaching(*(x[:6] for x in (torch.zeros(count), torch.ones(count), norms, strong, measured, times)), 0.5)
     assert min(few.growth) >= 0.75  # what a constant says, and as much as any of them wants

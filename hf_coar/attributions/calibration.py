@@ -45,7 +45,7 @@ class Calibration:
             exceed their norm left 83 % of the latter inside intervals of 95 %, and 98 % of random sets.
         scores: sorted ratios of misses to the expected miss.
         growth: powers of how many times as large sets are as the largest that taught all the others, by which more is
-            missed of them: of random sets, and of strong ones.
+            missed of them: of random sets, and of those that are strong or change outputs by more than their norm.
         until: so many times as large at most, for each of these powers.
         reach: the share of the components that the largest sets take which taught the growth; 0 if none did.
     """
@@ -80,10 +80,10 @@ class Calibration:
         factors = torch.tensor((1.0, *self.strong), dtype=drops.dtype)[kinds(drops, norms, strong)]
         return _features(drops, self.limited(drops, shares, norms), norms) @ spread * factors
 
-    def widening(self, times: Tensor, strong: Tensor) -> Tensor:
+    def widening(self, times: Tensor, drops: Tensor, norms: Tensor, strong: Tensor) -> Tensor:
         """By how much more is missed of sets so many times as large as the largest near ones, in their shape."""
         usual, of_strong = (times.clamp_max(most) ** power for power, most in zip(self.growth, self.until, strict=True))
-        return torch.where(strong, of_strong, usual)
+        return torch.where(_leaning(drops, norms, strong), of_strong, usual)
 
     def reaching(
         self,
@@ -98,7 +98,8 @@ class Calibration:
         """With the growth that distant sets teach; a flat tensor each, as `learnt` takes them, and `widening`.
 
         With the power as many of them are inside their intervals as of near sets: quantiles again, of the powers that
-        each wants. Of several sizes up to which they grow, the one with the narrowest intervals is taken.
+        each wants, of the smaller half of them and of the larger one. Of several sizes up to which intervals grow, the
+        one with the narrowest is taken.
         """
         if not len(drops) or not self.scores:
             return self
@@ -108,8 +109,9 @@ class Calibration:
         missed = (measured - self.limited(drops, shares, norms)).abs() / expected.clamp_min(_TINY)
         missed, times = missed.clamp_min(_TINY).log(), times.log()
         at_least = max(GROWTH, float((missed / times).max())), _WHEREVER
-        kinds_of = [_growth(missed[kind], times[kind]) or _growth(missed, times) for kind in (~strong, strong)]
-        growth, until = zip(*(found or at_least for found in kinds_of), strict=True)
+        leaning = _leaning(drops, norms, strong)
+        by_kind = [_growth(missed[kind], times[kind]) or _growth(missed, times) for kind in (~leaning, leaning)]
+        growth, until = zip(*(found or at_least for found in by_kind), strict=True)
         return replace(self, growth=growth, until=until, reach=reach)
 
     def knows(self, level: float) -> bool:
@@ -184,17 +186,28 @@ class Calibration:
         return replace(shape, spread=tuple(spread.tolist()))
 
 
+def _leaning(drops: Tensor, norms: Tensor, strong: Tensor) -> Tensor:
+    """Which sets lean to one side; half of all components take no more than half of all weights, and few are strong."""
+    return strong | (drops.abs() > norms)
+
+
 def _growth(missed: Tensor, times: Tensor) -> tuple[float, float] | None:
-    """The power, and until where, that a share of the sets does not exceed, from logs; None for too few sets."""
-    rank = math.ceil((len(missed) + 1) * _TAIL - 1e-9)
-    if rank > len(missed):
+    """The power that a share of the sets does not exceed, and until where, from logs; None where they are too few."""
+    if len(missed) < _FEWEST_SCORES:
         return None
-    found = []
+    smaller, found = times <= times.median(), []
     for until in _UNTIL:
         grown = times.clamp_max(math.log(until))
-        power = max(0.0, float((missed / grown).sort().values[rank - 1]))
+        powers = missed / grown
+        power = max(0.0, *(_tail(powers[half]) for half in (smaller, ~smaller)))
         found.append((power * float(grown.mean()), power, until))
     return min(found)[1:]
+
+
+def _tail(values: Tensor) -> float:
+    """What a share of further values stays below; the largest of few."""
+    rank = min(len(values), math.ceil((len(values) + 1) * _TAIL - 1e-9))
+    return float(values.sort().values[rank - 1]) if rank else 0.0
 
 
 def kinds(drops: Tensor, norms: Tensor, strong: Tensor) -> Tensor:

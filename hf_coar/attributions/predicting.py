@@ -113,7 +113,7 @@ class Known:
             return values
         strong = forecast.strong(self.weights, kept)
         half = calibration.quantile(level) * calibration.expected_miss(drops, shares, norms, strong)
-        half *= calibration.widening(forecast.times(kept, self.fraction), strong)
+        half *= calibration.widening(forecast.times(kept, self.fraction), drops, norms, strong)
         half = torch.where(known, ROUNDING * norms, half)
         return values, values - half, values + half
 
