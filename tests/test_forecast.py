@@ -545,6 +545,36 @@ def test_distant_sets_teach_how_intervals_grow():
     assert near.reaching(*(x[:0] for x in (norms, norms, norms, strong, norms, times)), 0.5) == near
 
 
+class Wreck(torch.nn.Module):
+    """Gives no numbers as soon as a third of its neurons are gone."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head = torch.nn.Linear(6, 40, bias=False), torch.nn.Linear(40, 3)
+
+    def forward(self, x):
+        h = self.inner(x).tanh()
+        few = h.count_nonzero(1) < 28
+        return self.head(h).masked_fill(few[:, None], math.nan)
+
+
+def test_where_half_a_model_gives_no_numbers_intervals_are_of_near_sets(caplog):
+    """One set of these, of forty, took all intervals away."""
+    torch.manual_seed(0)
+    model, batch = Wreck().eval(), {"x": torch.randn(8, 6), "labels": torch.arange(8) % 3}
+    components = coar.find_components(model, exclude=["head"])
+    with caplog.at_level("WARNING", "hf_coar"):
+        found = coar.attribute(
+            model, [batch, batch], components, method="path_gradient", ablated_fraction=0.05, progress=False
+        )
+    assert "how intervals grow with the size of a set is not measured" in caplog.text
+    calibration = found.forecast.calibration
+    assert calibration.scores and calibration.reach == 0 and calibration.growth == (0.75, 0.75)
+    kept = torch.ones(1, 40)
+    kept[0, :3] = 0
+    found.predict(kept, level=0.95)
+
+
 def test_forecasts_of_before_distant_sets_grow_by_the_constant(demo_attributions, tmp_path):
     demo_attributions.save_pretrained(tmp_path)
     path = tmp_path / "config.json"

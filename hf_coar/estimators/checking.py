@@ -51,9 +51,9 @@ _CPU = torch.device("cpu")
 _MOST_CALIBRATING = 256  # examples, evenly spaced, whose sets set the intervals, of which 256 scores are kept
 
 
-def check_parts(count: int) -> list[Part]:
+def check_parts(count: int, kind: str = "checks") -> list[Part]:
     """The passes of so many sets, which give two numbers each."""
-    return [Part("checks", 0, count, float(count), 2 * count)] if count else []
+    return [Part(kind, 0, count, float(count), 2 * count)] if count else []
 
 
 class Block(NamedTuple):
@@ -82,11 +82,13 @@ class Sets:
         seed: of the run.
         fraction: the fitted one.
         fewest: components of the smallest sets but random masks. Of smaller ones the strongest were measured already.
+        reaching: whether some are distant, if there are components enough.
     """
 
     seed: int
     fraction: float
     fewest: int = 1
+    reaching: bool = True
 
     @staticmethod
     def is_typical(number: int) -> bool:
@@ -96,7 +98,7 @@ class Sets:
     def is_distant(self, number: int, count: int) -> bool:
         """Whether a set of so many components is larger than near ones, so that it teaches how intervals grow."""
         nearest, farthest = self._distant(count)
-        return number % 10 in (3, 9) and farthest >= nearest + 1
+        return self.reaching and number % 10 in (3, 9) and farthest >= nearest + 1
 
     def _distant(self, count: int) -> tuple[float, float]:
         return _NEAREST * largest_checked(self.fraction, count, self.fewest), FARTHEST * count
@@ -181,8 +183,21 @@ def measured_sets(problem: Problem, sets: Sets, estimates: Estimates, count: int
             outputs.append(passes(batch, kept))
         return {name: torch.stack(of, dim=1).cpu() for name, of in {"outputs": outputs, "sums": sums}.items()}
 
-    found = problem.compute(check_parts(count), compute, "fresh sets")
+    parts = check_parts(count, "checks" if sets.reaching else "nearby")
+    found = problem.compute(parts, compute, "fresh sets")
     return found["outputs"].T, found["sums"].T
+
+
+def _finite_sets(problem: Problem, sets: Sets, estimates: Estimates, count: int) -> tuple[Sets, Tensor, Tensor]:
+    """What `measured_sets` gives, without distant ones where half a model makes no numbers; and the sets."""
+    try:
+        return sets, *measured_sets(problem, sets, estimates, count)
+    except NonFiniteOutputError as error:
+        if not any(sets.is_distant(number, estimates.weights.shape[1]) for number in range(count)):
+            raise
+        logger.warning("how intervals grow with the size of a set is not measured: %s", error)
+    sets = replace(sets, reaching=False)
+    return sets, *measured_sets(problem, sets, estimates, count)
 
 
 def _row(example: int, skipped: list[int]) -> int:
@@ -201,7 +216,7 @@ def checked(problem: Problem, fit: Fit, estimates: Estimates, count: int) -> tup
     """
     sets = Sets(problem.seed, problem.ablated_fraction, 1 + fit.forecast.largest_known)
     try:
-        measured, sums = measured_sets(problem, sets, estimates, count)
+        sets, measured, sums = _finite_sets(problem, sets, estimates, count)
     except NonFiniteOutputError as error:  # which the seed decides; another error may be gone when the run goes on
         logger.warning("forecasts have no interval, as fresh sets cannot be measured: %s", error)
         return fit, estimates
