@@ -11,6 +11,7 @@ import torch
 from test_explore import folder, source, texts  # noqa: F401 (fixtures)
 
 from hf_coar import explore
+from hf_coar.attributions import forecast
 from hf_coar.components import Group
 from hf_coar.explore import acts, claims, sharing
 from hf_coar.explore.source import open_source
@@ -180,10 +181,21 @@ def test_texts_are_shared_too(texts, tmp_path, kind):  # noqa: F811
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
-@pytest.mark.parametrize(("ticked", "dead"), [([0, 2, 5], False), ([0, 2, 5], True), ([0], False), ([0, 1], False)])
-def test_forecasts_of_the_page_are_those_of_the_package(source, page, tmp_path, ticked, dead):  # noqa: F811
+@pytest.mark.parametrize(
+    ("ticked", "case"), [([0, 2, 5], ""), ([0, 2, 5], "dead"), ([0], ""), ([0, 1], ""), ([0, 2, 5, 7], "larger")]
+)
+def test_forecasts_of_the_page_are_those_of_the_package(source, page, tmp_path, ticked, case, monkeypatch):  # noqa: F811
     data, text = data_of(page)
     script = re.search(r"function forecast\(at, ticked\) \{.*?\n\}", text, re.S)[0]
+    dead = case == "dead"
+    if case == "larger":  # than the largest near sets
+        grown = {"growth": (1.3, 0.4), "until": (1.7, 9.0)}
+        known = source.attributions.forecast
+        data["forecast"] |= {"largest": 1.5}
+        data["forecast"]["calibration"] |= grown
+        monkeypatch.setattr(forecast, "largest_checked", lambda *of: 1.5)
+        wider = replace(known, calibration=replace(known.calibration, **grown))
+        monkeypatch.setattr(source.attributions, "forecast", wider)
     if dead:  # components that do nothing take no share of anything
         of = data["forecast"]
         of["calibration"], of["total"] = None, [0.0] * len(of["weights"])
