@@ -561,6 +561,64 @@ def test_another_models_components_are_an_error(one, other, how):
     assert same_state(net.model, before)
 
 
+class TiedAutoencoder(nn.Module):
+    """Decodes by the weight of its encoder, which also runs as a module; or reads no more of it than its type."""
+
+    def __init__(self, tied=True):
+        super().__init__()
+        self.encoder, self.hidden, self.tied = nn.Linear(4, 5), nn.Linear(5, 5), tied
+
+    def forward(self, x):
+        coded = torch.relu(self.hidden(torch.relu(self.encoder(x.type_as(self.encoder.weight)))))
+        return F.linear(coded, self.encoder.weight.t()) if self.tied else coded
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_a_weight_that_is_read_outside_of_its_module_as_well(granularity):
+    torch.manual_seed(0)
+    model, x = TiedAutoencoder().double(), torch.randn(3, 4).double()
+    components = coar.find_components(model, granularity)
+    before, rows = state_of(model), torch.rand(3, len(components)) > 0.4
+    rows[:, 0] = False
+    with torch.no_grad(), coar.ablate(model, components, rows):
+        by_rows = model(x)
+    by_hand = [zero_by_hand(model, components, row, granularity)(x[i : i + 1]) for i, row in enumerate(rows)]
+    assert far(by_rows, torch.cat(by_hand)) < TOLERANCE
+    with pytest.raises(CoarError, match=r"'encoder\.weight' outside of 'encoder'.*how='weights'"):
+        with coar.ablate(model, components, rows[0], how="hooks"):
+            model(x)
+    with pytest.raises(CoarError, match=r"nothing but zero can stand in"):
+        with coar.ablate(model, coar.find_components(model, granularity, ablation=coar.Mean([{"x": x}])), rows):
+            model(x)
+    assert same_state(model, before)
+
+
+def test_gates_have_gradients_where_a_weight_is_read_outside_of_its_module():
+    torch.manual_seed(0)
+    model, x = TiedAutoencoder().double(), torch.randn(2, 4).double()
+    components = coar.find_components(model)
+    masked, step = masking.MaskedModel(model, components), 1e-6
+
+    def outputs(gates):
+        with masked.gated(gates.split(components.sizes(), 1)):
+            return model(x).sum(1)
+
+    gates = torch.full((2, len(components)), 0.7, dtype=torch.float64, requires_grad=True)
+    (gradients,) = torch.autograd.grad(outputs(gates).sum(), gates)
+    moved = gates.detach() + step * torch.nn.functional.one_hot(torch.tensor([0, 1]), len(components))
+    expected = (outputs(moved) - outputs(gates)) / step
+    assert torch.allclose(gradients[[0, 1], [0, 1]], expected.detach(), atol=1e-4)
+
+
+def test_a_weight_of_which_no_value_is_read_outside_of_its_module_is_gated_there(how):
+    model, x = TiedAutoencoder(tied=False), torch.randn(3, 4)
+    components = coar.find_components(model)
+    kept = torch.arange(len(components)) % 2 == 0
+    with torch.no_grad(), coar.ablate(model, components, kept, how=how):
+        found = model(x)
+    assert torch.allclose(found, zero_by_hand(model, components, kept, "unit")(x), atol=1e-6)
+
+
 def test_a_narrower_model_of_the_same_kind_is_an_error(mlp, how):
     components = coar.find_components(mlp.model)
     narrow = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3))

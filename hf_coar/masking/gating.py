@@ -2,7 +2,7 @@
 
 Where the gates enter, `sites` says. Where the examples of the batch are in what a module sees, the model itself is
 asked once (`layout`); modules that mix examples or see none run once an example, inside the nearest module around them
-that can be divided.
+that can be divided, and so does the model where it reads a weight outside of its module (`outside`).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from torch.utils import _pytree as pytree
 from hf_coar import models
 from hf_coar.components import Components, Group
 from hf_coar.errors import CoarError
-from hf_coar.masking import layout, weights
+from hf_coar.masking import layout, outside, weights
 from hf_coar.masking.partners import Partners
 from hf_coar.masking.passing import Pass, Undivided, cannot_tell
 from hf_coar.masking.places import Layout, Layouts, bound
@@ -108,9 +109,12 @@ def gated(
         stack.callback(model.register_forward_hook(note_run).remove)
         for (name, site), of_site in _by_place(pairs).items():
             stack.callback(SITES[site](name, model.get_submodule(name), of_site, state))
+        reads = outside.Reads(components.groups, tensors, partial(_reaches, model, components, tensors))
         if state.n_examples is not None or any(group.at for group, _ in pairs):
-            divided = partial(_divided, model, components, tensors, pairs, state)
+            divided = partial(_divided, model, components, tensors, pairs, state, reads)
             stack.callback(replace_forward(model, divided))
+        elif pairs:
+            stack.callback(replace_forward(model, partial(_refusing, model, pairs, state, reads)))
         if partners is not None and pairs:
             stack.callback(replace_forward(model, partial(partners.first, state)))
         yield fired
@@ -168,6 +172,7 @@ def _divided(
     tensors: Sequence[Tensor],
     pairs: Pairs,
     state: Pass,
+    reads: outside.Reads,
     forward: Callable[..., Any],
 ) -> Callable[..., Any]:
     """The model's forward where every example has gates of its own: finds out where the examples are, and runs."""
@@ -185,6 +190,7 @@ def _divided(
                 watched,
                 components.groups,
                 partial(_inert, model, components, tensors),
+                reads,
                 None if models.example_alone() is not None else ragged.current(),
             )
         finally:
@@ -198,6 +204,7 @@ def _divided(
         packing = None if count == 1 else ragged.current()
         state.begin(bound(seen.layouts, packing))
         loops, bypassed = _plan(pairs, seen, count, components.stand_in is not None)
+        state.by_weights = seen.outside
         try:
             state.example = alone
             return run_with(loops, bypassed, args, kwargs, packing)
@@ -222,6 +229,59 @@ def _divided(
                 stack.callback(loop_over_examples(name, model.get_submodule(name), state))
             whole = with_scaled_weights(model, forward, bypassed[""], state) if "" in bypassed else forward
             return one_by_one("", whole, args, kwargs, state, packing) if "" in loops else whole(*args, **kwargs)
+
+    return run
+
+
+def _reaches(
+    model: nn.Module, components: Components, tensors: Sequence[Tensor], group: Group, run: Callable[[], Any]
+) -> bool:
+    """Whether gates of a group do what the same mask in its weight does."""
+    if group.at or group.by_weights == "never":
+        return True
+    kept = [outside.every_other(g.size) if g == group else torch.ones(g.size).bool() for g in components.groups]
+    plain = replace(components, stand_in=None)
+    with weights.zeroed(model, plain, torch.cat(kept), tensors):
+        in_weights = run()
+    of_groups = {one.parameter: tensor for one, tensor in zip(components.groups, tensors, strict=True)}
+    state = Pass(None, FiredGroups(model, [group]), of_groups)
+    with ExitStack() as stack:
+        for (name, site), of_site in _by_place([(group, outside.every_other(group.size))]).items():
+            stack.callback(SITES[site](name, model.get_submodule(name), of_site, state))
+        return outside.same(in_weights, run())
+
+
+_REACHED: WeakKeyDictionary[nn.Module, dict[Any, set[str]]] = WeakKeyDictionary()
+
+
+def _refusing(
+    model: nn.Module, pairs: Pairs, state: Pass, reads: outside.Reads, forward: Callable[..., Any]
+) -> Callable[..., Any]:
+    """The model's forward where all examples have the same gates: nothing but what its modules give meets them.
+
+    The first time that it is called so, what it reads is looked at.
+    """
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        known = _REACHED.setdefault(model, {})
+        key = (*state.weights, len(args), *sorted(kwargs))
+        result = None
+        if key not in known:
+            with reads.watching(model):
+                result = forward(*args, **kwargs)
+            state.idle = True
+            try:
+                with layout.undisturbed(model, pytree.tree_leaves((args, kwargs))):
+                    known[key] = reads.outside(lambda: forward(*args, **kwargs))
+            finally:
+                state.idle = False
+        for group, _ in pairs:
+            if group.parameter in known[key]:
+                raise CoarError(
+                    f"the model reads {group.parameter!r} outside of {group.module!r} as well, where no gate reaches; "
+                    "use how='weights', or leave it out with find_components(model, exclude=[…])"
+                )
+        return forward(*args, **kwargs) if result is None else result
 
     return run
 
@@ -255,19 +315,20 @@ def _plan(
     loops: set[str] = set()
     bypassed: dict[str, list[tuple[Group, Tensor]]] = {}
     for group, gate in pairs:
-        if gate.dim() == 1 or group.parameter in seen.inert:
+        elsewhere = group.parameter in seen.outside
+        if group.parameter in seen.inert or (gate.dim() == 1 and not elsewhere):
             continue
-        silent = not seen.layouts.get(group.place) and not _hidden(group)
+        silent = elsewhere or (not seen.layouts.get(group.place) and not _hidden(group))
         around: str | None = ""
-        if n_examples != 1 and not _has_layout(group, seen.layouts):
-            around = _nearest_divisible(group, seen.layouts)
+        if n_examples != 1 and gate.dim() == 2 and (elsewhere or not _has_layout(group, seen.layouts)):
+            around = "" if elsewhere else _nearest_divisible(group, seen.layouts)
             if around is None:
                 raise cannot_tell(group)
             loops.add(around)
         if silent and with_values:
             raise CoarError(
-                f"the model reads {group.parameter!r} without running {group.module!r}, so that nothing but zero can "
-                "stand in there; leave it out with find_components(model, exclude=[…])"
+                f"the model reads {group.parameter!r} while {group.module!r} does not run, so that nothing but zero "
+                "can stand in there; leave it out with find_components(model, exclude=[…])"
             )
         if silent:
             bypassed.setdefault(around, []).append((group, gate))

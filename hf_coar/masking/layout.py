@@ -22,6 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from hf_coar import models
 from hf_coar.errors import CoarError, ModelError
+from hf_coar.masking.outside import Reads
 from hf_coar.masking.places import PLAIN, SHARED, UNKNOWN, Call, Layout, Layouts, Packed, Place
 from hf_coar.models import calling, failing
 from hf_coar.models.ragged import Packing
@@ -226,10 +227,12 @@ class Probe:
     Attributes:
         layouts: the runs of every watched module.
         inert: names of parameters whose modules did not run and whose values do not matter either.
+        outside: names of parameters that are read outside of their modules as well.
     """
 
     layouts: Layouts
     inert: set[str] = field(default_factory=set)
+    outside: set[str] = field(default_factory=set)
 
 
 _CACHE: WeakKeyDictionary[nn.Module, OrderedDict[Any, Probe]] = WeakKeyDictionary()
@@ -245,6 +248,7 @@ def probe(
     watched: Mapping[str, nn.Module],
     key: Any,
     inert: Callable[[Layouts, Callable[[], Any]], set[str]],
+    reads: Reads,
     packing: Packing | None = None,
 ) -> Probe:
     """Layouts of the watched modules for inputs of this kind; runs the model on five examples the first time.
@@ -257,8 +261,9 @@ def probe(
         n_examples: how many examples they hold, along their first axis.
         watched: modules by name.
         key: what else the answer depends on.
-        packing: how the inputs were packed, if they were.
         inert: finds, from the layouts and a function that runs the model on two examples, `Probe.inert`.
+        reads: finds `Probe.outside`.
+        packing: how the inputs were packed, if they were.
 
     Raises:
         CoarError: no input has so many examples; an input that cannot be divided into examples.
@@ -294,19 +299,21 @@ def probe(
         return output
 
     if n_examples == 1:  # one example is everywhere; all that there is to see is which modules run
-        with _undisturbed(model, leaves), (only := _Recorder(1)).watching(watched):
+        with undisturbed(model, leaves), (only := _Recorder(1)).watching(watched), reads.watching(model):
             forward(*args, **kwargs)
         found = Probe(_compare(only, only))
-        with _undisturbed(model, leaves):
+        with undisturbed(model, leaves):
             found.inert = inert(found.layouts, lambda: forward(*args, **kwargs))
+            found.outside = reads.outside(lambda: forward(*args, **kwargs))
         return _remember(known, (key, spec, signature), found)
     pair, triple = (
         _Recorder(len(order), None if two is None else packing.some([two[place] for place in order]))
         for order in (_PAIR, _TRIPLE)
     )
-    with _undisturbed(model, leaves):
+    with undisturbed(model, leaves):
         try:
-            run(_PAIR, pair)
+            with reads.watching(model):
+                run(_PAIR, pair)
             run(_TRIPLE, triple)
         except failing.RAISED as error:
             if models.is_out_of_memory(error):
@@ -319,6 +326,7 @@ def probe(
             ) from error
         found = Probe(_compare(pair, triple))
         found.inert = inert(found.layouts, lambda: run(_PAIR))
+        found.outside = reads.outside(lambda: run(_PAIR))
     return _remember(known, (key, spec, signature), found)
 
 
@@ -389,7 +397,7 @@ def _two_rows(leaves: Sequence[Any], divided: Sequence[bool], n_examples: int) -
 
 
 @contextmanager
-def _undisturbed(model: nn.Module, leaves: Sequence[Any]) -> Iterator[None]:
+def undisturbed(model: nn.Module, leaves: Sequence[Any]) -> Iterator[None]:
     """Evaluation mode, no gradients; state and random numbers afterwards as if nothing had run."""
     devices = list({leaf.device for leaf in leaves if isinstance(leaf, Tensor) and leaf.device.type == "cuda"})
     with calling.probing(), models.state_kept(model), torch.no_grad(), torch.random.fork_rng(devices=devices):

@@ -25,6 +25,7 @@ class Pass:
         fired: called with every group whose gates were applied; `fired.observe` with what came of it.
         note: where it is set, activations are shown to it and left as they are.
         replayed: what stands in, where it is what the model computed for other examples.
+        by_weights: parameters that are gated themselves, so that no activation is.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class Pass:
         self.n_examples, self.fired, self.weights = n_examples, fired, weights
         self.note: Callable[[Group, Tensor, slice], None] | None = None
         self.replayed: Recording | None = None
+        self.by_weights: set[str] = set()
         self._stand_in, self._ends = stand_in, {}
         self.example: int | None = None
         self.idle = False
@@ -165,6 +167,8 @@ class Pass:
         """
         if self.note is not None:
             self.note(group, activation, of)
+            return activation
+        if group.parameter in self.by_weights:
             return activation
         with torch._C.DisableTorchFunction():  # who follows the model's operations has no business with these
             rows = self.spread(gate, activation, group, where)
