@@ -28,6 +28,7 @@ from hf_coar.plots import page
 from hf_coar.runs import engine, heap, preflight, sampling, tracking, workers
 from hf_coar.runs.problem import Problem
 from hf_coar.runs.store import Store
+from hf_coar.runs.witness import Witness
 from hf_coar.storage import folders
 from hf_coar.storage.registry import dotted
 from hf_coar.storage.versions import version_of
@@ -256,7 +257,6 @@ def attribute(
             folders.claim(folder, folders.ATTRIBUTIONS, overwrite)
             chosen, reasons = choosing.kept(folder, problem, chosen, reasons)
             chosen = chosen if budget is None else budgets.choose(chosen, budget, problem, folder, "method" in reasons)
-            first.release()
             provenance = replace(_provenance(problem, data, chosen), call=call and dotted(call))
             _tell_cost(problem, chosen)
             attributions = _attributed(problem, chosen, provenance, folder, out)
@@ -276,6 +276,8 @@ def _attributed(
     """Run the method, told to the trackers."""
     frozen = {"task": "attribute", **provenance.frozen()}
     problem.store = Store(folder, {**frozen, "components": problem.components.to_json()})
+    Witness.of(problem.model, problem.output, problem.first).check_run(folder)
+    problem.first.release()
     with tracking.tracked(engine.current().log_with, out, frozen) as run:
         fit = method.fit(problem)
         cost = method.cost(problem.size) if fit.cost is None else fit.cost

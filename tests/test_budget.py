@@ -23,7 +23,7 @@ METHODS = {
     "hybrid": coar.Regression(prior=coar.PathGradient(rounds=2)),
     "neuron_conductance": NeuronConductance(),
 }
-LOOK = 12  # forward passes of one example before the first pass: of two examples, together and alone, and twice of four
+LOOK = 16  # forward passes of one example before the first: of two, together and alone, and three times of four
 NUMBERS = {"path_gradient": ("rounds", 2), "regression": ("n_masks", 1), "hybrid": ("n_masks", 1)}
 NUMBERS |= {"neuron_conductance": ("n_steps", 1)}  # what a budget decides, and its steps
 

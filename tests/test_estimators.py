@@ -755,7 +755,7 @@ def test_evaluation_resumes(judged, tmp_path):
         coar.evaluate(found, model, Stream(data, 2), **options)
     calls = count_forwards(model)
     resumed = coar.evaluate(found, model, data, **options)
-    assert calls == [2, 1, 1, *20 * [8]], "two examples are tried, and one batch is run"
+    assert calls == [2, 1, 1, 8, *20 * [8]], "two examples are tried, eight known again, and one batch is run"
     assert torch.equal(
         resumed.measured[0.1],
         coar.evaluate(found, model, data, fractions=(0.1,), n_masks=20, progress=False).measured[0.1],

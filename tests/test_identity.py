@@ -11,7 +11,7 @@ import hf_coar as coar
 from hf_coar import data as data_module
 from hf_coar.data import Identity
 from hf_coar.data.identity import HASH, signatures
-from hf_coar.errors import CorruptFileError, DataError, RunMismatchError
+from hf_coar.errors import CoarError, CorruptFileError, DataError, RunMismatchError
 from hf_coar.runs.store import Store
 from hf_coar.storage import files
 
@@ -271,6 +271,62 @@ def test_shards_of_an_older_version_are_refused(tmp_path):
     with pytest.raises(RunMismatchError, match="older hf_coar"):
         attribute(batches(), tmp_path)
     assert path.exists()  # it may have cost days
+
+
+def of_class(number):
+    return lambda logits, batch: logits[:, number]
+
+
+class Scaled(torch.nn.Sequential):
+    factor = 1.0
+
+    def forward(self, x):
+        return self.factor * super().forward(x)
+
+
+def scaled(factor):
+    torch.manual_seed(0)
+    model = Scaled(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+    model.factor = factor
+    return model
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_function_that_does_something_else_is_refused_whatever_it_is_called(tmp_path, every_unit_alone, finished):
+    expected = attribute(batches(), tmp_path, output=of_class(0))
+    if not finished:
+        break_off(tmp_path, 2)
+    words = r"of_class.*<lambda>' of example \d+ is \S+ with nothing ablated, and now it is .*Choose another folder"
+    with pytest.raises(RunMismatchError, match=words):
+        attribute(batches(), tmp_path, output=of_class(1))
+    assert torch.equal(attribute(batches(4, 3), tmp_path, output=of_class(0)).weights, expected.weights)
+
+
+def test_what_a_model_does_beside_its_weights_is_known_again(tmp_path):
+    settings = {"method": METHOD, "ablated_fraction": 0.2, "progress": False}
+    found = coar.attribute(scaled(1.0), batches(), out=tmp_path, **settings)
+    with pytest.raises(RunMismatchError, match="beside its weights"):
+        coar.attribute(scaled(1.01), batches(), out=tmp_path, **settings)
+    with pytest.raises(CoarError, match=r"in these attributions .* Give the output and the call that were attributed"):
+        coar.evaluate(found, scaled(1.01), batches(), fractions=(0.2,), n_masks=3, progress=False)
+
+
+@pytest.mark.parametrize("method", [METHOD, "leave_one_out"])
+def test_an_evaluation_by_another_function_is_refused(tmp_path, method):
+    model, settings = build_net("mlp").model, {"fractions": (0.1,), "n_masks": 3, "progress": False}
+    found = coar.attribute(model, batches(), method=method, output=of_class(0), ablated_fraction=0.1, progress=False)
+    with pytest.raises(CoarError, match="in these attributions"):
+        coar.evaluate(found, model, batches(), output=of_class(1), **settings)
+    coar.evaluate(found, model, batches(), output=of_class(0), out=tmp_path, **settings)
+
+
+def test_an_evaluation_does_not_go_on_with_another_function(tmp_path):
+    model, settings = build_net("mlp").model, {"fractions": (0.1,), "n_masks": 3, "progress": False, "out": tmp_path}
+    method = coar.Regression(n_masks=40)  # which knows of no unablated outputs
+    found = coar.attribute(model, batches(), method=method, output=of_class(0), ablated_fraction=0.1, progress=False)
+    coar.evaluate(found, model, batches(), output=of_class(0), **settings)
+    with pytest.raises(RunMismatchError, match="holds a run in which output"):
+        coar.evaluate(found, model, batches(), output=of_class(1), **settings)
 
 
 # --------------------------------------------------------------------------------------------------- one's own figures

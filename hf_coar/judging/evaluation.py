@@ -25,6 +25,7 @@ from hf_coar.runs import engine, preflight, sampling, workers
 from hf_coar.runs.fidelity import correlation, slope
 from hf_coar.runs.problem import Problem
 from hf_coar.runs.store import Store
+from hf_coar.runs.witness import Witness
 from hf_coar.storage import files, folders
 from hf_coar.storage.registry import dotted
 
@@ -164,9 +165,14 @@ def evaluate(
     _check_call(of.call, call)
     data = paired(attributions.components, data)
     batches = data_module.batches(data, options.batch_size)
-    output = preflight.bound(model, batches, output or of.output or tasks.AUTO, call)
+    first = preflight.First(batches)
+    output = preflight.bound(model, first, output or of.output or tasks.AUTO, call)
     if of.alignment is not None:
         output = replace(output, alignment=of.alignment)
+    witness = Witness.of(model, output, first)
+    first.release()
+    if attributions.forecast is not None:
+        witness.check_attributed(attributions.forecast.unablated, attributions.identity, of.dtype)
     settings = {"task": "evaluate", "seed": seed, "n_masks": n_masks, "model": {"fingerprint": fingerprint}}
     settings |= {"output": output.name, "components": attributions.components.to_json()}
     settings |= {"dtype": options.dtype} if options.dtype else {}
@@ -177,6 +183,7 @@ def evaluate(
     with workers.folder(out) as folder:
         for fraction in fractions:
             store = Store(folder / f"fraction-{fraction:g}", {**settings, "ablated_fraction": fraction})
+            witness.check_run(store.folder)
             store.expect(attributions.identity, attributions.provenance.skipped)
             problem = Problem(masked, batches, output, fraction, seed, store, attributions.identity)
             masks = sampling.Masks(len(masked), fraction, n_masks, seed, sampling.EVALUATION)

@@ -15,7 +15,7 @@ N_EXAMPLES = 4  # enough that a layer of a few ReLUs, all of them off for one ex
 # Of the largest output; scripts/measure_identity.py shows how far two forwards are apart. Kernels of a GPU that add up
 # in any order move the last bits, dropout or a random mask the first ones.
 _ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-8}
-_ROUNDING_OF_HALF = 3e-2
+HALF = 3e-2
 _LEVELS = (0.8, 0.4)  # of all gates: a group is blocked only if it has no gradient at either
 _NAMED = 8
 
@@ -33,7 +33,7 @@ def check_repeats(model: nn.Module, output: Output, batch: data_module.Batch) ->
     """
     with torch.no_grad():
         first, second = (output.of(model, batch) for _ in range(2))
-    tolerance = _tolerance(model)
+    tolerance = rounding(model)
     if first.shape == second.shape:
         first, second = first.double(), second.double()
         scale = max(float(first.abs().nan_to_num(0, 0, 0).max()), 1.0)
@@ -58,7 +58,7 @@ def blocked(masked: MaskedModel, output: Output, batch: data_module.Batch) -> li
         output: what is differentiated.
         batch: some examples, on the model's device.
     """
-    suspects, tolerance = list(masked.components.groups), _tolerance(masked.model)
+    suspects, tolerance = list(masked.components.groups), rounding(masked.model)
     for level in _LEVELS:
         reached = _reached(masked, output, batch, level)
         suspects = [group for group in suspects if group.parameter not in reached]
@@ -130,7 +130,7 @@ def _same(one: Tensor, other: Tensor, tolerance: float) -> bool:
     return float((one.double() - other.double()).abs().nan_to_num(torch.inf).max()) <= tolerance * scale
 
 
-def _tolerance(model: nn.Module) -> float:
+def rounding(model: nn.Module) -> float:
     """What rounding may move, by the least precise of the weights."""
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
-    return max((_ROUNDING.get(dtype, _ROUNDING_OF_HALF) for dtype in dtypes), default=_ROUNDING_OF_HALF)
+    return max((_ROUNDING.get(dtype, HALF) for dtype in dtypes), default=HALF)

@@ -5,6 +5,7 @@
                                                  the hashes of these examples and of what determines the numbers
     skipped/<index>.json                         an example that could not be read, and why
     estimates-<hash>.safetensors                 what was estimated from them, if it is large; until it is saved
+    witness.safetensors                          outputs of the first examples with nothing ablated, see `witness`
     length-<kind>.json                           how many examples the data held when all of them were done
 
 No flags, no order, no locks: any number of processes that share the folder can join, die and come back.
