@@ -7,7 +7,7 @@ from torch import nn
 
 import hf_coar as coar
 from hf_coar import data
-from hf_coar.errors import ModelError, NonFiniteOutputError
+from hf_coar.errors import DataError, ModelError, NonFiniteOutputError
 from hf_coar.models import outputs, tasks
 from hf_coar.runs import preflight
 
@@ -190,3 +190,22 @@ def test_a_part_of_longer_labels_is_as_good_as_a_copy():
     labels = torch.arange(12).reshape(3, 4)[:, :2]
     given = data.as_batch({"inputs": torch.randn(3, 5), "labels": labels})["labels"]
     assert torch.equal(given, labels) and given.view(-1).tolist() == [0, 1, 4, 5, 8, 9]
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-2, 1e-5])
+def test_an_output_that_mixes_examples_is_told_however_small_it_is(caplog, scale):
+    torch.manual_seed(0)
+    model, batch = torch.nn.Linear(4, 3), {"inputs": torch.randn(3, 4), "labels": torch.tensor([0, 1, 2])}
+
+    def beside_the_others(logits, batch):
+        return scale * (logits[:, 0] - logits[:, 0].mean())
+
+    preflight.bound(model, [batch], lambda logits, batch: scale * logits[:, 0])
+    assert "alone" not in caplog.text
+    if scale == 1.0:
+        with pytest.raises(DataError, match=r"beside another one and 0 alone.*give batches of one example"):
+            preflight.bound(model, [batch], beside_the_others)
+    else:
+        preflight.bound(model, [batch], beside_the_others)
+        is_told = "alone, so that it is not its own" in caplog.text
+        assert is_told == (scale > 1e-4), "what is smaller may be rounding of the logits"

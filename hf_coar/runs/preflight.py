@@ -130,7 +130,7 @@ def _bound(
         if logits:
             hints.tell_of_names(model, found, logits[0], names)
         if len(values) == 2:
-            _check_alone(model, found, batch, values)
+            _check_alone(model, found, batch, values, logits[0] if logits else None)
     if call is None:
         _tell_unread(model, found, batch)
     return found
@@ -196,20 +196,35 @@ def _check_finite(model: nn.Module, output: Output, values: Tensor) -> None:
     )
 
 
-def _check_alone(model: nn.Module, output: Output, batch: data_module.Batch, together: Tensor) -> None:
-    """Every example's output must be its own, or batches of another size would change the numbers."""
+def _check_alone(
+    model: nn.Module, output: Output, batch: data_module.Batch, together: Tensor, logits: Tensor | None
+) -> None:
+    """Every example's output must be its own, or batches of another size would change the numbers.
+
+    What is far off beside one is an error; beside outputs that are small themselves, and more than rounding of the
+    logits, a warning.
+    """
     alone = torch.cat([_tried(model, output, data_module.rows(batch, place, place + 1)) for place in range(2)])
     same = (alone == together) | (alone.isnan() & together.isnan())  # infinite alike: the run says where
     far = (alone - together).abs().masked_fill(same, 0.0)
-    if float(far.max()) <= _SAME * max(1.0, float(together.abs().nan_to_num(0, 0, 0).max())):
+    off, largest = float(far.max()), _largest(together)
+    of_logits = checks.rounding(model) * (1.0 if logits is None else _largest(logits))
+    if off <= max(_SAME * largest, min(_SAME, of_logits)):
         return
     checks.check_repeats(model, output, batch)  # a model that draws random numbers differs as well
     place = int(far.argmax())
-    raise DataError(
+    said = (
         f"output {output.name!r} of example {place} is {float(together[place]):.4g} beside another one and "
         f"{float(alone[place]):.4g} alone, so that it is not its own; give batches of one example, or an output that "
         "looks at every example by itself"
     )
+    if off > _SAME * max(1.0, largest):
+        raise DataError(said)
+    logger.warning("%s", said)
+
+
+def _largest(values: Tensor) -> float:
+    return float(values.abs().nan_to_num(0, 0, 0).max())
 
 
 def _tell_padding(model: nn.Module, output: Output, batch: data_module.Batch) -> None:
