@@ -306,9 +306,9 @@ def test_what_a_model_does_beside_its_weights_is_known_again(tmp_path):
     settings = {"method": METHOD, "ablated_fraction": 0.2, "progress": False}
     found = coar.attribute(scaled(1.0), batches(), out=tmp_path, **settings)
     with pytest.raises(RunMismatchError, match="beside its weights"):
-        coar.attribute(scaled(1.01), batches(), out=tmp_path, **settings)
+        coar.attribute(scaled(1.05), batches(), out=tmp_path, **settings)
     with pytest.raises(CoarError, match=r"in these attributions .* Give the output and the call that were attributed"):
-        coar.evaluate(found, scaled(1.01), batches(), fractions=(0.2,), n_masks=3, progress=False)
+        coar.evaluate(found, scaled(1.05), batches(), fractions=(0.2,), n_masks=3, progress=False)
 
 
 @pytest.mark.parametrize("method", [METHOD, "leave_one_out"])
@@ -318,6 +318,23 @@ def test_an_evaluation_by_another_function_is_refused(tmp_path, method):
     with pytest.raises(CoarError, match="in these attributions"):
         coar.evaluate(found, model, batches(), output=of_class(1), **settings)
     coar.evaluate(found, model, batches(), output=of_class(0), out=tmp_path, **settings)
+
+
+def test_attributions_of_half_precision_are_evaluated_in_whole_and_the_other_way_round(tmp_path):
+    model, settings = build_net("convnet"), {"ablated_fraction": 0.1, "progress": False}
+    for made, judged in (("bfloat16", None), (None, "bfloat16")):
+        with coar.running(dtype=made):
+            found = coar.attribute(model.model, [model.batch], method=METHOD, **settings)
+        with coar.running(dtype=judged):
+            coar.evaluate(found, model.model, [model.batch], fractions=(0.1,), n_masks=3, progress=False)
+
+
+def test_outputs_that_were_damaged_on_the_disk_stop_no_run(tmp_path, caplog):
+    attribute(batches(), tmp_path)
+    path = tmp_path / "witness.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    attribute(batches(), tmp_path)
+    assert "witness.safetensors" in caplog.text and len(files.read_tensors(path)["outputs"]) == 3
 
 
 def test_an_evaluation_does_not_go_on_with_another_function(tmp_path):

@@ -15,7 +15,7 @@ N_EXAMPLES = 4  # enough that a layer of a few ReLUs, all of them off for one ex
 # Of the largest output; scripts/measure_identity.py shows how far two forwards are apart. Kernels of a GPU that add up
 # in any order move the last bits, dropout or a random mask the first ones.
 _ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-8}
-HALF = 3e-2
+_ROUNDING_OF_HALF = 3e-2
 _LEVELS = (0.8, 0.4)  # of all gates: a group is blocked only if it has no gradient at either
 _NAMED = 8
 
@@ -133,4 +133,4 @@ def _same(one: Tensor, other: Tensor, tolerance: float) -> bool:
 def rounding(model: nn.Module) -> float:
     """What rounding may move, by the least precise of the weights."""
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
-    return max((_ROUNDING.get(dtype, HALF) for dtype in dtypes), default=HALF)
+    return max((_ROUNDING.get(dtype, _ROUNDING_OF_HALF) for dtype in dtypes), default=_ROUNDING_OF_HALF)
