@@ -175,7 +175,8 @@ class Attributions(Looking, Saved):
             level: such as 0.95: also give the ends of an interval that a share `level` of fresh sets fell into. These
                 ablate twice the fitted fraction at most (or eight components, or half of few), some half of the model:
                 these teach how intervals grow with the size. Beyond, they are extrapolated and need not hold; a warning
-                says so.
+                says so. They are random ones and an example's own strongest; whole layers are neither, and may fall
+                outside far more often: measure those with `ablate`.
 
         Returns:
             float32 [masks, examples] ([1, examples] for a single mask); with `level` three of them: values, low, high.
