@@ -594,6 +594,26 @@ def test_strong_sets_are_checked_as_far_as_intervals_are_said_to_hold():
     assert all(one.min() < 3 and 38 <= one.max() <= 40 for one in sizes)
 
 
+def test_whole_layers_are_told_of(demo_attributions, caplog):
+    """Of some none of the examples were inside intervals of 95 %."""
+    found, count = demo_attributions, len(demo_attributions.components)
+    groups, random = found.components.groups, torch.rand(20, count, generator=torch.Generator().manual_seed(0)) > 0.1
+    strongest = torch.ones(count, dtype=torch.bool)
+    strongest[found.weights[0].topk(20).indices] = False
+    with caplog.at_level("WARNING", "hf_coar"):
+        found.predict(torch.cat([random, strongest[None]]), level=0.95)
+        found.without([0], level=0.95)
+        layer = torch.ones(2, count, dtype=torch.bool)
+        layer[1, : groups[0].size] = False
+        found.predict(layer)
+        assert not caplog.text
+        found.predict(layer, level=0.95)
+        assert f"1 of 2 sets take most of a layer (such as {groups[0].module})" in caplog.text
+        caplog.clear()
+        found.without(list(range(groups[0].size)))
+        assert "1 of 1 sets take most of a layer" in caplog.text
+
+
 def test_intervals_of_larger_sets_than_were_checked_are_told(demo_attributions, caplog):
     found, count = demo_attributions, len(demo_attributions.components)
     checked = count // 2

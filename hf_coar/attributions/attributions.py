@@ -11,7 +11,7 @@ from torch import Tensor
 from hf_coar.attributions import looks, rows
 from hf_coar.attributions.forecast import Forecast
 from hf_coar.attributions.looking import Looking
-from hf_coar.attributions.predicting import Known, Outcome, tell_of_larger
+from hf_coar.attributions.predicting import Known, Outcome, tell_of_others
 from hf_coar.attributions.provenance import Provenance
 from hf_coar.attributions.rows import Rows
 from hf_coar.attributions.saving import Saved
@@ -176,7 +176,7 @@ class Attributions(Looking, Saved):
                 ablate twice the fitted fraction at most (or eight components, or half of few), some half of the model:
                 these teach how intervals grow with the size. Beyond, they are extrapolated and need not hold; a warning
                 says so. They are random ones and an example's own strongest; whole layers are neither, and may fall
-                outside far more often: measure those with `ablate`.
+                outside far more often, of which a warning says as well: measure those with `ablate`.
 
         Returns:
             float32 [masks, examples] ([1, examples] for a single mask); with `level` three of them: values, low, high.
@@ -186,7 +186,7 @@ class Attributions(Looking, Saved):
         """
         kept = torch.atleast_2d(self.components.check_kept(kept).float())
         if level is not None:
-            tell_of_larger(self.forecast, self.provenance.ablated_fraction, kept)
+            tell_of_others(self.forecast, self.provenance.ablated_fraction, self.components, kept)
         known = Known(self.weights, self.bias, self.standard_errors, self.forecast, self.provenance.ablated_fraction)
         return known.outputs(kept, level)
 
@@ -208,7 +208,7 @@ class Attributions(Looking, Saved):
         kept = torch.ones(1, len(self.components))
         kept[0, self.components.indices(which)] = 0
         if level is not None:
-            tell_of_larger(self.forecast, self.provenance.ablated_fraction, kept)
+            tell_of_others(self.forecast, self.provenance.ablated_fraction, self.components, kept)
         rows = list(range(len(self))) if example is None else within(example, len(self))
         blocks = [rows[first : first + _BLOCK] for first in range(0, len(rows), _BLOCK)]
         return Outcome.joined([self._known(block).outcome(kept, level) for block in blocks])
