@@ -224,6 +224,7 @@ def test_ctrl_c_while_importing_takes_one_line(tmp_path, module, command):
     """Whatever is imported when it comes."""
     code = """
         import os, signal, sys
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which a parent in the background ignores
         class Interrupting:
             def find_spec(self, name, *arguments):
                 if name == {module!r}:
