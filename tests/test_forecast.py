@@ -575,6 +575,20 @@ def test_where_half_a_model_gives_no_numbers_intervals_are_of_near_sets(caplog):
     found.predict(kept, level=0.95)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("growth", [1.0]), ("growth", [-1.0, 1.0]), ("growth", [1.0, 1e300]), ("until", [0.5, 2.0]), ("until", [2, 1e300]),
+     ("reach", 1.5), ("reach", None)],
+)  # fmt: skip
+def test_growth_that_makes_no_sense_is_damage(name, value, demo_attributions, tmp_path):
+    demo_attributions.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["forecast"]["calibration"][name] = value
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(coar.CoarError, match="forecast of these attributions is damaged"):
+        coar.Attributions.from_pretrained(tmp_path)
+
+
 def test_forecasts_of_before_distant_sets_grow_by_the_constant(demo_attributions, tmp_path):
     demo_attributions.save_pretrained(tmp_path)
     path = tmp_path / "config.json"

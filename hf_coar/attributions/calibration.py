@@ -22,8 +22,9 @@ _FOLDS = 4  # one of which has the scores of a spread that the others taught
 # where few distant sets tell, or none. In trials on small nets, the demo and a small ViT, sets twice as large wanted up
 # to 1.7 times the width, four times as large up to 2.4 times; on a GPT-2, random ones wanted 2.2 and 8 times.
 GROWTH = 0.75
-_WHEREVER = 1e6  # times as large; there is no model of that many components beside which so few are ablated
-_UNTIL = (1.5, 2.0, 4.0, _WHEREVER)  # times as large, from which on they grow no more: outputs of wrecks are alike
+WHEREVER = 1e6  # times as large; there is no model of that many components beside which so few are ablated
+STEEPEST = 64.0  # power that is learnt at most; far more than any output of float32 wants
+_UNTIL = (1.5, 2.0, 4.0, WHEREVER)  # times as large, from which on they grow no more: outputs of wrecks are alike
 # So much more is missed of strong sets, for where there are few scores: the median of seven models on 27 November 2026;
 # there is no script.
 _AS_A_RULE = 1.25
@@ -56,7 +57,7 @@ class Calibration:
     strong: tuple[float, float, float] = (1.0, 1.0, 1.0)
     scores: tuple[float, ...] = ()
     growth: tuple[float, float] = (GROWTH, GROWTH)
-    until: tuple[float, float] = (_WHEREVER, _WHEREVER)
+    until: tuple[float, float] = (WHEREVER, WHEREVER)
     reach: float = 0.0
 
     def limited(self, drops: Tensor, shares: Tensor, norms: Tensor) -> Tensor:
@@ -108,7 +109,7 @@ class Calibration:
         expected = tail * self.expected_miss(drops, shares, norms, strong)
         missed = (measured - self.limited(drops, shares, norms)).abs() / expected.clamp_min(_TINY)
         missed, times = missed.clamp_min(_TINY).log(), times.log()
-        at_least = max(GROWTH, float((missed / times).max())), _WHEREVER
+        at_least = min(STEEPEST, max(GROWTH, float((missed / times).max()))), WHEREVER
         leaning = _leaning(drops, norms, strong)
         by_kind = [_growth(missed[kind], times[kind]) or _growth(missed, times) for kind in (~leaning, leaning)]
         growth, until = zip(*(found or at_least for found in by_kind), strict=True)
@@ -199,7 +200,7 @@ def _growth(missed: Tensor, times: Tensor) -> tuple[float, float] | None:
     for until in _UNTIL:
         grown = times.clamp_max(math.log(until))
         powers = missed / grown
-        power = max(0.0, *(_tail(powers[half]) for half in (smaller, ~smaller)))
+        power = min(STEEPEST, max(0.0, *(_tail(powers[half]) for half in (smaller, ~smaller))))
         found.append((power * float(grown.mean()), power, until))
     return min(found)[1:]
 

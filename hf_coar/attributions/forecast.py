@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_coar.attributions.calibration import Calibration
+from hf_coar.attributions.calibration import STEEPEST, WHEREVER, Calibration
 from hf_coar.attributions.far import Far, taken
 from hf_coar.attributions.provenance import Provenance
 from hf_coar.attributions.rows import Rows, check_finite
@@ -255,6 +255,8 @@ def _is_sane(value: Any, widths: Mapping[str, int], n_components: int, fraction:
         return False
     limits, spread, strong, growth, until, scores = entries
     if tuple(map(len, entries[:-1])) != (2, 3, 3, 2, 2) or min(*strong, *until) < 1:
+        return False
+    if max(growth) > STEEPEST or max(until) > WHEREVER:
         return False
     return all(x >= 0 for x in (*limits, *spread, *growth, *scores))
 
