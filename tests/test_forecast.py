@@ -628,6 +628,20 @@ def test_whole_layers_are_told_of(demo_attributions, caplog):
         assert "1 of 1 sets take most of a layer" in caplog.text
 
 
+def test_a_layer_that_is_half_of_a_model_is_told_of(caplog):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 30), torch.nn.ReLU(), torch.nn.Linear(30, 30)).eval()
+    batch = {"x": torch.randn(8, 5), "labels": torch.arange(8)}
+    found = coar.attribute(model, [batch], method="path_gradient", progress=False)
+    kept = torch.ones(3, 60)
+    kept[0, :30], kept[1, ::2], kept[2] = 0, 0, 0
+    for row, told in zip(kept, (True, False, False), strict=True):
+        caplog.clear()
+        with caplog.at_level("WARNING", "hf_coar"):
+            found.predict(row, level=0.9)
+        assert ("most of a layer (such as 0)" in caplog.text) == told
+
+
 def test_intervals_of_larger_sets_than_were_checked_are_told(demo_attributions, caplog):
     found, count = demo_attributions, len(demo_attributions.components)
     checked = count // 2

@@ -36,13 +36,13 @@ def tell_of_others(forecast: Forecast | None, fraction: float | None, components
 
 
 def _tell_of_layers(forecast: Forecast, components: Components, kept: Tensor) -> None:
-    """Sets that take most of a layer, and far more of it than of the model."""
+    """Sets that take most of a layer, and far more of it than of all others."""
     gone, known = 1 - kept, forecast.knows(kept)[:, 0]
     crowded, named = torch.zeros_like(known), ""
     for group, here in zip(components.groups, gone.split(components.sizes(), dim=1), strict=True):
-        share = here.mean(1)
-        taken = (share >= _OF_LAYER) & (share >= _CROWDED * gone.mean(1)) & ~known
-        if group.size >= _A_LAYER and bool(taken.any()):
+        share, elsewhere = here.mean(1), (gone.sum(1) - here.sum(1)) / max(1, gone.shape[1] - group.size)
+        taken = (share >= _OF_LAYER) & (share >= _CROWDED * elsewhere) & ~known
+        if _A_LAYER <= group.size < gone.shape[1] and bool(taken.any()):
             crowded, named = crowded | taken, named or group.module
     if count := int(crowded.sum()):
         logger.warning(
