@@ -8,8 +8,8 @@
 `demo` is the embedded model, `vit` a small one trained here in seconds; the others come from
 `convert_benchmark_models.py` and `train_benchmark_models.py`. Masks
 and sets are of seeds that no fit uses. For every size: random masks that all examples share, as `evaluate` takes them.
-For intervals: fresh random sets and strongest sets of every example, which no calibration saw, and sets larger than any
-that one saw.
+For intervals: fresh random sets and strongest sets of every example, which no calibration saw, sets larger than any
+that one saw, and all layers, one at a time.
 """
 
 import argparse
@@ -29,6 +29,7 @@ import hf_coar as coar
 from hf_coar import data, demo, models
 from hf_coar.attributions import Attributions
 from hf_coar.attributions.forecast import largest_checked
+from hf_coar.attributions.layers import layers_of
 from hf_coar.estimators import checking
 from hf_coar.masking import MaskedModel
 from hf_coar.models import outputs
@@ -97,7 +98,7 @@ def coverage(found: Attributions, model: nn.Module, batches: Any, level: float) 
     masked, output = MaskedModel(model, found.components), outputs.get(found.provenance.output)
     inside: dict[str, list[Tensor]] = {}
     half: dict[str, list[Tensor]] = {}
-    for kind, kept in (*checked_sets(found), *larger_sets(found)):
+    for kind, kept in (*checked_sets(found), *larger_sets(found), *layer_sets(found)):
         with masked.ablated(kept, how="hooks"):
             truth = output.of(model, batch)
         low, high = (end.diagonal() for end in found.predict(kept, level=level)[1:])
@@ -131,6 +132,14 @@ def larger_sets(found: Attributions) -> Iterator[tuple[str, Tensor]]:
             yield f"{kind} × {times}", torch.ones_like(weights, dtype=torch.bool).scatter_(1, gone, False)
 
 
+def layer_sets(found: Attributions) -> Iterator[tuple[str, Tensor]]:
+    """Every layer, of which checks draw some."""
+    for layer in layers_of(found.components):
+        kept = torch.ones_like(found.weights[:], dtype=torch.bool)
+        kept[:, layer.start : layer.stop] = False
+        yield "layers", kept
+
+
 def tables(known: list[dict[str, Any]]) -> str:
     """What was measured as Markdown, means over the seeds of each model."""
     lines = [
@@ -150,11 +159,13 @@ def tables(known: list[dict[str, Any]]) -> str:
         lines.append(
             f"| {model}, {mean['cost']:.0f} | {fraction:.2%} | {figures[0]} | {figures[1]} | {mean['spread']:.2f} |"
         )
-    kinds = [f"{kind}{size}" for size in ("", *(f" × {times}" for times in LARGER)) for kind in ("random", "strongest")]
+    sizes = ("", *(f" × {times}" for times in LARGER))
+    kinds = [*(f"{kind}{size}" for size in sizes for kind in ("random", "strongest")), "layers"]
     lines += [
         "",
         "Shares of sets inside their intervals, and half of the mean width; × 2 and × 4: sets so many times as large "
-        "as the largest near ones; two checks in ten are larger than near ones.",
+        "as the largest near ones; two checks in ten are larger than near ones. Layers: every one by itself, of which "
+        "one check in ten is.",
         "",
     ]
     lines += [f"| model | level | {' | '.join(kinds)} |", "|---" * (2 + len(kinds)) + "|"]

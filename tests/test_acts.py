@@ -11,7 +11,7 @@ import torch
 from test_explore import folder, source, texts  # noqa: F401 (fixtures)
 
 from hf_coar import explore
-from hf_coar.attributions import forecast
+from hf_coar.attributions import forecast, predicting
 from hf_coar.components import Group
 from hf_coar.explore import acts, claims, sharing
 from hf_coar.explore.source import open_source
@@ -182,7 +182,8 @@ def test_texts_are_shared_too(texts, tmp_path, kind):  # noqa: F811
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
 @pytest.mark.parametrize(
-    ("ticked", "case"), [([0, 2, 5], ""), ([0, 2, 5], "dead"), ([0], ""), ([0, 1], ""), ([0, 2, 5, 7], "larger")]
+    ("ticked", "case"),
+    [([0, 2, 5], ""), ([0, 2, 5], "dead"), ([0], ""), ([0, 1], ""), ([0, 2, 5, 7], "larger"), ([0, 2, 5], "layer")],
 )
 def test_forecasts_of_the_page_are_those_of_the_package(source, page, tmp_path, ticked, case, monkeypatch):  # noqa: F811
     data, text = data_of(page)
@@ -196,6 +197,13 @@ def test_forecasts_of_the_page_are_those_of_the_package(source, page, tmp_path, 
         monkeypatch.setattr(forecast, "largest_checked", lambda *of: 1.5)
         wider = replace(known, calibration=replace(known.calibration, **grown))
         monkeypatch.setattr(source.attributions, "forecast", wider)
+    if case == "layer":
+        data["forecast"] |= {"layer": [0 if i in ticked else -1 for i in range(len(data["components"]))], "layers": [4]}
+        data["forecast"]["calibration"]["layers"] = 3.7
+        known = source.attributions.forecast
+        wider = replace(known, calibration=replace(known.calibration, layers=3.7))
+        monkeypatch.setattr(source.attributions, "forecast", wider)
+        monkeypatch.setattr(predicting, "taken", lambda layers, kept: torch.ones(len(kept), 1).bool())
     if dead:  # components that do nothing take no share of anything
         of = data["forecast"]
         of["calibration"], of["total"] = None, [0.0] * len(of["weights"])

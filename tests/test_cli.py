@@ -59,7 +59,7 @@ def test_components_lists_groups_and_what_was_left_out():
 
 def test_attribute_says_its_cost_before_and_resumes(run):
     shards = {path: path.stat().st_mtime_ns for path in run.glob("shards/*")}
-    assert {path.name.split("-")[0] for path in shards} == {"rounds", "flips", "far", "checks"}
+    assert {path.name.split("-")[0] for path in shards} == {"rounds", "flips", "far", "fresh"}
     code, out, err = hf_coar(
         "attribute", MODEL, IMAGES, "--split", "train[:24]", "--rounds", 2, "--batch-size", 12, "--out", run, "--json"
     )

@@ -13,6 +13,7 @@ from hf_coar import data
 from hf_coar.attributions.calibration import Calibration
 from hf_coar.attributions.far import Far
 from hf_coar.attributions.forecast import Forecast
+from hf_coar.attributions.layers import Layer, taken
 from hf_coar.attributions.predicting import Known
 from hf_coar.attributions.rows import as_rows
 from hf_coar.estimators import ESTIMATORS, checking, flips
@@ -254,7 +255,8 @@ def test_what_was_measured_is_known():
     )  # fmt: skip
     kept = 1 - torch.tensor([[0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 0, 1], [1, 0, 1], [1, 1, 1], [0.5, 0.5, 0]])
     assert forecast.knows(kept)[:, 0].tolist() == [True, True, True, False, False, False, False]
-    known = Known(torch.tensor([[3.0, 3.0, 3.0]]), torch.zeros(1), None, forecast, 0.5)
+    components = coar.find_components(nn.Linear(2, 3))
+    known = Known(components, torch.tensor([[3.0, 3.0, 3.0]]), torch.zeros(1), None, forecast, 0.5)
     values, low, high = known.outputs(kept, 0.95)
     assert values[:3, 0].tolist() == pytest.approx([10.0, 9.0, 7.5])
     assert ((high - low)[:3] < 0.01).all() and ((high - low)[3:] > 1).all()
@@ -289,7 +291,7 @@ def test_intervals_that_an_earlier_version_learnt_are_none(demo_attributions):
     provenance = replace(found.provenance, forecast={**record, "calibration": old})
     matrices = {name: as_rows(value) for name, value in found.forecast.matrices().items()}
     loaded = Forecast.from_rows(provenance, matrices, {"unablated": found.forecast.unablated})
-    known = Known(found.weights, found.bias, found.standard_errors, loaded, 0.05)
+    known = Known(found.components, found.weights, found.bias, found.standard_errors, loaded, 0.05)
     kept = torch.rand(3, 832, generator=torch.Generator().manual_seed(0)).round()
     assert torch.equal(known.outputs(kept, None), found.predict(kept))
     with pytest.raises(coar.CoarError, match="earlier version"):
@@ -519,7 +521,7 @@ def test_intervals_grow_with_the_distance_from_what_was_checked():
     own = kept[:, None].repeat(1, 2, 1)
     assert torch.equal(forecast.times(own, 0.1), forecast.times(kept, 0.1).repeat(1, 2))
     calibrated = replace(forecast, calibration=Calibration(spread=(1.0, 0.0, 0.0), scores=(1.0,) * 19))
-    known = Known(torch.ones(1, 100), torch.zeros(1), None, calibrated, 0.1)
+    known = Known(coar.find_components(nn.Linear(2, 100)), torch.ones(1, 100), torch.zeros(1), None, calibrated, 0.1)
     _, low, high = known.outputs(kept, 0.95)
     norms = forecast.norms(known.weights, None, kept)
     assert ((high - low) / 2 / norms).flatten().tolist() == pytest.approx([1, 2**0.75, 4**0.75])
@@ -569,7 +571,8 @@ def test_where_half_a_model_gives_no_numbers_intervals_are_of_near_sets(caplog):
         )
     assert "how intervals grow with the size of a set is not measured" in caplog.text
     calibration = found.forecast.calibration
-    assert calibration.scores and calibration.reach == 0 and calibration.growth == (0.75, 0.75)
+    assert calibration.scores and calibration.reach == calibration.layers == 0
+    assert calibration.growth == (0.75, 0.75)
     kept = torch.ones(1, 40)
     kept[0, :3] = 0
     found.predict(kept, level=0.95)
@@ -578,7 +581,7 @@ def test_where_half_a_model_gives_no_numbers_intervals_are_of_near_sets(caplog):
 @pytest.mark.parametrize(
     ("name", "value"),
     [("growth", [1.0]), ("growth", [-1.0, 1.0]), ("growth", [1.0, 1e300]), ("until", [0.5, 2.0]), ("until", [2, 1e300]),
-     ("reach", 1.5), ("reach", None)],
+     ("reach", 1.5), ("reach", None), ("layers", -1.0), ("layers", 1e9)],
 )  # fmt: skip
 def test_growth_that_makes_no_sense_is_damage(name, value, demo_attributions, tmp_path):
     demo_attributions.save_pretrained(tmp_path)
@@ -594,11 +597,11 @@ def test_forecasts_of_before_distant_sets_grow_by_the_constant(demo_attributions
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())
     assert config["forecast"]["calibration"]["reach"] == 0.5
-    for name in ("growth", "until", "reach"):
+    for name in ("growth", "until", "reach", "layers"):
         del config["forecast"]["calibration"][name]
     path.write_text(json.dumps(config))
     found = coar.Attributions.from_pretrained(tmp_path).forecast.calibration
-    assert (found.growth, found.until, found.reach) == ((0.75, 0.75), Calibration.until, 0.0)
+    assert (found.growth, found.until, found.reach, found.layers) == ((0.75, 0.75), Calibration.until, 0.0, 0.0)
 
 
 def test_strong_sets_are_checked_as_far_as_intervals_are_said_to_hold():
@@ -608,27 +611,53 @@ def test_strong_sets_are_checked_as_far_as_intervals_are_said_to_hold():
     assert all(one.min() < 3 and 38 <= one.max() <= 40 for one in sizes)
 
 
-def test_whole_layers_are_told_of(demo_attributions, caplog):
-    """Of some none of the examples were inside intervals of 95 %."""
+def of_first_layers(found: coar.Attributions, count: int) -> torch.Tensor:
+    kept = torch.ones(len(found.components), dtype=torch.bool)
+    kept[: sum(found.components.sizes()[:count])] = False
+    return kept
+
+
+def test_whole_layers_have_intervals_of_their_own(demo_attributions, caplog, monkeypatch):
+    """Of some none of the examples were inside intervals of 95 % that random and strong sets had taught."""
     found, count = demo_attributions, len(demo_attributions.components)
-    groups, random = found.components.groups, torch.rand(20, count, generator=torch.Generator().manual_seed(0)) > 0.1
+    learnt = found.forecast.calibration
+    assert learnt.layers >= 1
+    wide = replace(found.forecast, calibration=replace(learnt, layers=1e3))
+    random = torch.rand(20, count, generator=torch.Generator().manual_seed(0)) > 0.1
     strongest = torch.ones(count, dtype=torch.bool)
     strongest[found.weights[0].topk(20).indices] = False
+    sets = torch.cat([random, strongest[None], of_first_layers(found, 1)[None]])
     with caplog.at_level("WARNING", "hf_coar"):
-        found.predict(torch.cat([random, strongest[None]]), level=0.95)
+        widths = [torch.sub(*reversed(found.predict(sets, level=0.95)[1:]))]
+        monkeypatch.setattr(found, "forecast", wide)
+        widths.append(torch.sub(*reversed(found.predict(sets, level=0.95)[1:])))
         found.without([0], level=0.95)
-        layer = torch.ones(2, count, dtype=torch.bool)
-        layer[1, : groups[0].size] = False
-        found.predict(layer)
+    assert not caplog.text
+    assert torch.equal(widths[0][:-1], widths[1][:-1])
+    assert (widths[1][-1] > 10 * widths[0][-1]).all()
+
+
+def test_several_layers_are_told_of(demo_attributions, caplog, monkeypatch):
+    """Nothing is measured of them; nor of single ones where few examples were."""
+    found = demo_attributions
+    kept = torch.stack([of_first_layers(found, 0), of_first_layers(found, 2)])
+    with caplog.at_level("WARNING", "hf_coar"):
+        found.predict(kept)
         assert not caplog.text
-        found.predict(layer, level=0.95)
-        assert f"1 of 2 sets take most of a layer (such as {groups[0].module})" in caplog.text
+        found.predict(kept, level=0.95)
+        first = found.components.groups[0].module
+        assert f"1 of 2 sets take most of several layers (such as {first})" in caplog.text
         caplog.clear()
-        found.without(list(range(groups[0].size)))
-        assert "1 of 1 sets take most of a layer" in caplog.text
+        found.without((~kept[1]).nonzero().flatten().tolist())
+        assert "1 of 1 sets take most of several layers" in caplog.text
+        caplog.clear()
+        unknown = replace(found.forecast, calibration=replace(found.forecast.calibration, layers=0.0))
+        monkeypatch.setattr(found, "forecast", unknown)
+        found.predict(of_first_layers(found, 1), level=0.95)
+    assert f"ten examples or more): 1 of 1 sets take most of a layer (such as {first})" in caplog.text
 
 
-def test_a_layer_that_is_half_of_a_model_is_told_of(caplog):
+def test_a_layer_that_is_half_of_a_model_is_one(caplog):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(5, 30), torch.nn.ReLU(), torch.nn.Linear(30, 30)).eval()
     batch = {"x": torch.randn(8, 5), "labels": torch.arange(8)}
@@ -640,6 +669,43 @@ def test_a_layer_that_is_half_of_a_model_is_told_of(caplog):
         with caplog.at_level("WARNING", "hf_coar"):
             found.predict(row, level=0.9)
         assert ("most of a layer (such as 0)" in caplog.text) == told
+
+
+def test_some_fresh_sets_are_whole_layers():
+    layers = [Layer("a", 0, 10), Layer("b", 12, 40)]
+    sets, weights = checking.Sets(0, 0.05, layers=layers), torch.randn(64, 50)
+    gone = ~sets.kept(weights, range(64), 6)
+    wanted = {tuple(range(start, stop)) for _, start, stop in layers}
+    assert {tuple(row.nonzero().flatten().tolist()) for row in gone} == wanted
+    assert torch.equal(gone[5:7], ~sets.kept(weights[5:7], [5, 6], 6))
+    assert [number for number in range(20) if sets.is_layer(number)] == [6, 16]
+    assert not replace(sets, reaching=False).is_layer(6) and not checking.Sets(0, 0.05).is_layer(6)
+
+
+def test_sets_are_of_layers_where_they_are_mostly_that():
+    layers, kept = [Layer("a", 0, 10), Layer("b", 20, 50)], torch.ones(6, 200)
+    kept[0, :10] = kept[1, :8] = kept[2, :7] = kept[3, :50] = 0
+    kept[4, :10], kept[4, 100:115] = 0, 0  # as strongest sets of all of a thin layer do
+    kept[5] = 0
+    assert taken(layers, kept).tolist() == [
+        [True, False], [True, False], [False, False], [True, True], [False, False], [False, False]
+    ]  # fmt: skip
+    assert taken([], kept).shape == (6, 0)
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0, 7.0])
+def test_the_factor_of_layers_is_what_they_teach(factor):
+    count = 400
+    generator = torch.Generator().manual_seed(3)
+    norms, none = torch.ones(count), torch.zeros(count)
+    strong = torch.zeros(count, dtype=torch.bool)
+    misses = torch.randn(2 * count, generator=generator)
+    near = Calibration.learnt(none, norms, norms, strong, misses[:count], strong)
+    found = near.for_layers(none, norms, norms, strong, factor * misses[count:])
+    assert found.layers == pytest.approx(max(1.0, factor), rel=0.25)
+    half = found.quantile(0.95) * found.expected_miss(none, norms, norms, strong) * found.layers
+    assert 0.93 <= (factor * misses[count:].abs() <= half).float().mean() <= 1
+    assert near.for_layers(*(x[:19] for x in (none, norms, norms, strong, misses))).layers == 0
 
 
 def test_intervals_of_larger_sets_than_were_checked_are_told(demo_attributions, caplog):

@@ -11,7 +11,7 @@ from torch import Tensor
 from hf_coar.attributions import looks, rows
 from hf_coar.attributions.forecast import Forecast
 from hf_coar.attributions.looking import Looking
-from hf_coar.attributions.predicting import Known, Outcome, tell_of_others
+from hf_coar.attributions.predicting import Known, Outcome
 from hf_coar.attributions.provenance import Provenance
 from hf_coar.attributions.rows import Rows
 from hf_coar.attributions.saving import Saved
@@ -175,8 +175,9 @@ class Attributions(Looking, Saved):
             level: such as 0.95: also give the ends of an interval that a share `level` of fresh sets fell into. These
                 ablate twice the fitted fraction at most (or eight components, or half of few), some half of the model:
                 these teach how intervals grow with the size. Beyond, they are extrapolated and need not hold; a warning
-                says so. They are random ones and an example's own strongest; whole layers are neither, and may fall
-                outside far more often, of which a warning says as well: measure those with `ablate`.
+                says so. They are random ones, an example's own strongest and, of ten examples or more, whole layers,
+                one at a time. Several layers together are none of these, of which a warning says as well: measure
+                those with `ablate`.
 
         Returns:
             float32 [masks, examples] ([1, examples] for a single mask); with `level` three of them: values, low, high.
@@ -185,9 +186,10 @@ class Attributions(Looking, Saved):
             CoarError: another shape, gates outside 0 … 1, or a level for which too few sets were measured.
         """
         kept = torch.atleast_2d(self.components.check_kept(kept).float())
+        fraction = self.provenance.ablated_fraction
+        known = Known(self.components, self.weights, self.bias, self.standard_errors, self.forecast, fraction)
         if level is not None:
-            tell_of_others(self.forecast, self.provenance.ablated_fraction, self.components, kept)
-        known = Known(self.weights, self.bias, self.standard_errors, self.forecast, self.provenance.ablated_fraction)
+            known.tell_of_others(kept)
         return known.outputs(kept, level)
 
     def without(self, which: Any, example: "int | Sequence[int] | None" = None, level: float | None = 0.95) -> Outcome:
@@ -207,9 +209,9 @@ class Attributions(Looking, Saved):
         """
         kept = torch.ones(1, len(self.components))
         kept[0, self.components.indices(which)] = 0
-        if level is not None:
-            tell_of_others(self.forecast, self.provenance.ablated_fraction, self.components, kept)
         rows = list(range(len(self))) if example is None else within(example, len(self))
+        if level is not None:
+            self._known(rows[:1]).tell_of_others(kept)
         blocks = [rows[first : first + _BLOCK] for first in range(0, len(rows), _BLOCK)]
         return Outcome.joined([self._known(block).outcome(kept, level) for block in blocks])
 
@@ -226,7 +228,8 @@ class Attributions(Looking, Saved):
 
         errors = read("standard_errors") if self.has_standard_errors else None
         forecast = None if self.forecast is None else self.forecast.at(rows)
-        return Known(read("weights"), self.bias[list(rows)], errors, forecast, self.provenance.ablated_fraction)
+        fraction = self.provenance.ablated_fraction
+        return Known(self.components, read("weights"), self.bias[list(rows)], errors, forecast, fraction)
 
     @property
     def pairs(self) -> "dict[tuple[int, int], Tensor]":
@@ -257,7 +260,10 @@ class Attributions(Looking, Saved):
         return sum(found) / len(found) if found else None
 
     def sum_by(self, by: str) -> tuple[list[str], Tensor]:
-        """Totals over the components of each layer, module or attention head: what ablating all of it would cost.
+        """Totals over the components of each layer, module or attention head: how much of the weights is where.
+
+        What ablating all of a layer costs may be far more or less than its total, which knows of no interactions:
+        measure that with `ablate`.
 
         Args:
             by: "layer", "module" or "head".

@@ -49,6 +49,7 @@ class Calibration:
             missed of them: of random sets, and of those that are strong or change outputs by more than their norm.
         until: so many times as large at most, for each of these powers.
         reach: the share of the components that the largest sets take which taught the growth; 0 if none did.
+        layers: how much more is missed of whole layers, whatever their size; 0 where too few taught it.
     """
 
     limits: tuple[float, float] = (0.0, 0.0)
@@ -59,6 +60,7 @@ class Calibration:
     growth: tuple[float, float] = (GROWTH, GROWTH)
     until: tuple[float, float] = (WHEREVER, WHEREVER)
     reach: float = 0.0
+    layers: float = 0.0
 
     def limited(self, drops: Tensor, shares: Tensor, norms: Tensor) -> Tensor:
         """The drops after the limits, in their shape.
@@ -105,8 +107,7 @@ class Calibration:
         if not len(drops) or not self.scores:
             return self
         drops, shares, norms, measured, times = (x.double() for x in (drops, shares, norms, measured, times))
-        tail = self.quantile(_TAIL) if self.knows(_TAIL) else self.scores[-1]
-        expected = tail * self.expected_miss(drops, shares, norms, strong)
+        expected = self._usual_tail * self.expected_miss(drops, shares, norms, strong)
         missed = (measured - self.limited(drops, shares, norms)).abs() / expected.clamp_min(_TINY)
         missed, times = missed.clamp_min(_TINY).log(), times.log()
         at_least = min(STEEPEST, max(GROWTH, float((missed / times).max()))), WHEREVER
@@ -114,6 +115,22 @@ class Calibration:
         by_kind = [_growth(missed[kind], times[kind]) or _growth(missed, times) for kind in (~leaning, leaning)]
         growth, until = zip(*(found or at_least for found in by_kind), strict=True)
         return replace(self, growth=growth, until=until, reach=reach)
+
+    def for_layers(
+        self, drops: Tensor, shares: Tensor, norms: Tensor, strong: Tensor, measured: Tensor
+    ) -> "Calibration":
+        """With what whole layers teach, one set each, drawn at random; a flat tensor each, as `learnt` takes them."""
+        if len(drops) < _FEWEST_SCORES or not self.scores:
+            return self
+        drops, shares, norms, measured = (x.double() for x in (drops, shares, norms, measured))
+        expected = self._usual_tail * self.expected_miss(drops, shares, norms, strong)
+        missed = (measured - self.limited(drops, shares, norms)).abs() / expected.clamp_min(_TINY)
+        return replace(self, layers=min(WHEREVER, max(1.0, _tail(missed))))
+
+    @property
+    def _usual_tail(self) -> float:
+        """The score of an interval of 95 %; the largest of few."""
+        return self.quantile(_TAIL) if self.knows(_TAIL) else self.scores[-1]
 
     def knows(self, level: float) -> bool:
         """Whether there are enough scores for a level."""

@@ -173,7 +173,7 @@ class Forecast:
             found["far"] = self.far.to_json()
         if self.calibration is not None:
             found["calibration"] = {key: list(getattr(self.calibration, key)) for key in _ENTRIES}
-            found["calibration"] |= {"level": self.calibration.level, "reach": self.calibration.reach}
+            found["calibration"] |= {key: getattr(self.calibration, key) for key in ("level", *_NUMBERS)}
         return found
 
     def matrices(self) -> dict[str, Tensor]:
@@ -206,7 +206,8 @@ class Forecast:
             if "strong" not in found:  # before there were kinds of strong sets: other scores, without them no interval
                 found = {**found, "strong": Calibration.strong, "scores": ()}
             entries = {key: tuple(map(float, found.get(key, getattr(Calibration, key)))) for key in _ENTRIES}
-            calibration = Calibration(**entries, level=float(found["level"]), reach=float(found.get("reach", 0.0)))
+            numbers = {key: float(found.get(key, 0.0)) for key in _NUMBERS}
+            calibration = Calibration(**entries, level=float(found["level"]), **numbers)
 
         def tensor_of(name: str) -> Tensor:
             return matrices[name].tensor() if widths[name] else torch.zeros(len(unablated), 0)
@@ -230,6 +231,7 @@ def _sizes(gone: Tensor) -> Tensor:
 
 _ENTRIES = ("limits", "spread", "strong", "growth", "until", "scores")
 _LATER = ("strong", "growth", "until")  # which forecasts of earlier versions lack
+_NUMBERS = ("reach", "layers")  # as well
 
 
 def _is_sane(value: Any, widths: Mapping[str, int], n_components: int, fraction: float) -> bool:
@@ -246,12 +248,13 @@ def _is_sane(value: Any, widths: Mapping[str, int], n_components: int, fraction:
         return False
     if calibration is None:
         return True
-    if not isinstance(calibration, Mapping) or not _are_numbers(
-        [calibration.get("level"), calibration.get("reach", 0)]
-    ):
+    if not isinstance(calibration, Mapping):
+        return False
+    numbers = [calibration.get(key, 0) for key in _NUMBERS]
+    if not _are_numbers([calibration.get("level"), *numbers]) or min(numbers) < 0:
         return False
     entries = [calibration.get(key, getattr(Calibration, key) if key in _LATER else None) for key in _ENTRIES]
-    if not all(map(_are_numbers, entries)) or not 0 <= calibration.get("reach", 0) <= 1:
+    if not all(map(_are_numbers, entries)) or numbers[0] > 1 or numbers[1] > WHEREVER:
         return False
     limits, spread, strong, growth, until, scores = entries
     if tuple(map(len, entries[:-1])) != (2, 3, 3, 2, 2) or min(*strong, *until) < 1:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_coar.attributions.forecast import Forecast
+from hf_coar.attributions.layers import layers_of, taken
 from hf_coar.components import Components
 from hf_coar.errors import CoarError
 
@@ -21,34 +22,13 @@ ROUNDING = 1e-4  # of a set's norm: what was measured in other batches, or on an
 _BEYOND = 1.25  # times the largest set that was checked; random masks of its size come so near
 
 
-# Of the whole layers of the demo, a small ViT and a small GPT-2, one by one, .76 to .84 were inside intervals of 95 %,
-# of some none; of the first halves of layers .84 to .91 (one seed each; a trial of which there is no script). Of an
-# example's strongest components, which are checked, half may be half of a layer.
-_OF_LAYER, _CROWDED, _A_LAYER = 0.75, 3, 8
-
-
-def tell_of_others(forecast: Forecast | None, fraction: float | None, components: Components, kept: Tensor) -> None:
-    """Warns of sets, kept [masks, components], of other kinds than those that intervals were measured on."""
-    if forecast is None or forecast.calibration is None or fraction is None:
-        return
-    _tell_of_larger(forecast, fraction, kept)
-    _tell_of_layers(forecast, components, kept)
-
-
-def _tell_of_layers(forecast: Forecast, components: Components, kept: Tensor) -> None:
-    """Sets that take most of a layer, and far more of it than of all others."""
-    gone, known = 1 - kept, forecast.knows(kept)[:, 0]
-    crowded, named = torch.zeros_like(known), ""
-    for group, here in zip(components.groups, gone.split(components.sizes(), dim=1), strict=True):
-        share, elsewhere = here.mean(1), (gone.sum(1) - here.sum(1)) / max(1, gone.shape[1] - group.size)
-        taken = (share >= _OF_LAYER) & (share >= _CROWDED * elsewhere) & ~known
-        if _A_LAYER <= group.size < gone.shape[1] and bool(taken.any()):
-            crowded, named = crowded | taken, named or group.module
-    if count := int(crowded.sum()):
+def _tell_of_layers(modules: list[str], of_layers: Tensor, count: int, are_known: bool) -> None:
+    if sets := int(of_layers.any(1).sum()):
         logger.warning(
-            "intervals were measured on random sets and on the strongest components: %d of %d sets take most of a "
-            "layer (such as %s), for which they may be far too narrow; measure these with hf_coar.ablate",
-            count, len(kept), named,
+            "intervals were measured on random sets, on the strongest components%s: %d of %d sets take most of %s "
+            "(such as %s), for which they may be far too narrow; measure these with hf_coar.ablate",
+            " and on single layers" if are_known else ", and on too few layers (these take ten examples or more)",
+            sets, count, "several layers" if are_known else "a layer", modules[int(of_layers.any(0).long().argmax())],
         )  # fmt: skip
 
 
@@ -102,6 +82,7 @@ class Known:
     """All that predictions of some examples are made of.
 
     Attributes:
+        components: of the model.
         weights: float32 [examples, components].
         bias: float32 [examples].
         errors: float32 [examples, components], or None.
@@ -109,6 +90,7 @@ class Known:
         fraction: the ablated fraction that the weights are for.
     """
 
+    components: Components
     weights: Tensor
     bias: Tensor
     errors: Tensor | None
@@ -140,11 +122,24 @@ class Known:
         values = forecast.unablated - torch.where(known, drops, calibration.limited(drops, shares, norms))
         if level is None:
             return values
-        strong = forecast.strong(self.weights, kept)
+        strong, layers = forecast.strong(self.weights, kept), layers_of(self.components)
         half = calibration.quantile(level) * calibration.expected_miss(drops, shares, norms, strong)
-        half *= calibration.widening(forecast.times(kept, self.fraction), drops, norms, strong)
+        wider = calibration.widening(forecast.times(kept, self.fraction), drops, norms, strong)
+        of_layers = taken(layers, kept).any(1)[:, None]
+        half *= torch.where(of_layers, wider.clamp_min(calibration.layers), wider)
         half = torch.where(known, ROUNDING * norms, half)
         return values, values - half, values + half
+
+    def tell_of_others(self, kept: Tensor) -> None:
+        """Warns of sets, kept float32 [masks, components], of other kinds than intervals were measured on."""
+        forecast = self.forecast
+        if forecast is None or forecast.calibration is None or self.fraction is None:
+            return
+        layers, are_known = layers_of(self.components), forecast.calibration.layers > 0
+        of_layers = taken(layers, kept) & ~forecast.knows(kept)
+        others = ~(of_layers.sum(1) == 1) if are_known else torch.ones(len(kept), dtype=torch.bool)
+        _tell_of_larger(forecast, self.fraction, kept[others])
+        _tell_of_layers([layer.module for layer in layers], of_layers[others], len(kept), are_known)
 
     def outcome(self, kept: Tensor, level: float | None) -> Outcome:
         """What a single mask, float32 [1, components], does."""

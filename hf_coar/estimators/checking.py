@@ -1,9 +1,9 @@
 """Checking: fits judged on fresh sets of components, from which the intervals of forecasts and the warnings come.
 
 Of ten sets, four are random masks of the fitted fraction, which say how good the predictions are and what is left of
-the model; three are the strongest components of the example itself, as people ablate them; one is random and of any
-size up to twice the fraction; and two, one random and one of the strongest, are distant: larger, up to half of the
-model. Every example has sets of its own, so that a handful of passes gives many independent ones.
+the model; two are the strongest components of the example itself, as people ablate them; one is random and of any size
+up to twice the fraction; two, one random and one of the strongest, are distant: larger, up to half of the model; and
+one is a whole layer. Every example has sets of its own, so that a handful of passes gives many independent ones.
 """
 
 import logging
@@ -20,6 +20,7 @@ from torch import Tensor
 from hf_coar import data as data_module
 from hf_coar.attributions.calibration import Calibration, kinds
 from hf_coar.attributions.forecast import Forecast, largest_checked
+from hf_coar.attributions.layers import Layer, layers_of
 from hf_coar.errors import NonFiniteOutputError
 from hf_coar.models.calling import sent
 from hf_coar.runs import sampling
@@ -51,7 +52,7 @@ _CPU = torch.device("cpu")
 _MOST_CALIBRATING = 256  # examples, evenly spaced, whose sets set the intervals, of which 256 scores are kept
 
 
-def check_parts(count: int, kind: str = "checks") -> list[Part]:
+def check_parts(count: int, kind: str = "fresh") -> list[Part]:
     """The passes of so many sets, which give two numbers each."""
     return [Part(kind, 0, count, float(count), 2 * count)] if count else []
 
@@ -82,12 +83,14 @@ class Sets:
         seed: of the run.
         fraction: the fitted one.
         fewest: components of the smallest sets but random masks. Of smaller ones the strongest were measured already.
-        reaching: whether some are distant, if there are components enough.
+        layers: of the model, one of which some sets are.
+        reaching: whether some are distant, if there are components enough, or whole layers.
     """
 
     seed: int
     fraction: float
     fewest: int = 1
+    layers: Sequence[Layer] = ()
     reaching: bool = True
 
     @staticmethod
@@ -99,6 +102,14 @@ class Sets:
         """Whether a set of so many components is larger than near ones, so that it teaches how intervals grow."""
         nearest, farthest = self._distant(count)
         return self.reaching and number % 10 in (3, 9) and farthest >= nearest + 1
+
+    def is_layer(self, number: int) -> bool:
+        """Whether a set is a whole layer, which is neither random nor strong: forecasts miss far more of some."""
+        return self.reaching and bool(self.layers) and number % 10 == 6
+
+    def is_usual(self, number: int, count: int) -> bool:
+        """Whether a set of so many components is one of those that limits and spread are learnt from."""
+        return not self.is_distant(number, count) and not self.is_layer(number)
 
     def _distant(self, count: int) -> tuple[float, float]:
         return _NEAREST * largest_checked(self.fraction, count, self.fewest), FARTHEST * count
@@ -115,6 +126,8 @@ class Sets:
         words = partial(sampling.words_of, self.seed, sampling.CHECKS, examples, number)
         if self.is_typical(number):
             return words(count, device) >= round(self.fraction * 2**32)
+        if self.is_layer(number):
+            return self._but_a_layer(words(1, _CPU, start=count)[:, 0], count).to(device)
         least, most = self.fewest, largest_checked(self.fraction, count, self.fewest)
         if self.is_distant(number, count):
             least, most = self._distant(count)
@@ -126,6 +139,13 @@ class Sets:
             which = sent(which % 3, device)
             values = torch.where(which == 2, weights.abs(), torch.where(which == 1, -weights, weights))
         return ~_largest(values, sent(sizes, device), int(sizes.max()))
+
+    def _but_a_layer(self, words: Tensor, count: int) -> Tensor:
+        """All but one layer, that a word of 32 bits of each example draws, bool [examples, components]."""
+        bounds = torch.tensor([layer[1:] for layer in self.layers])
+        starts, stops = bounds[words.long() * len(bounds) >> 32, :, None].unbind(1)
+        place = torch.arange(count)
+        return (place < starts) | (place >= stops)
 
     def blocks(
         self,
@@ -183,19 +203,19 @@ def measured_sets(problem: Problem, sets: Sets, estimates: Estimates, count: int
             outputs.append(passes(batch, kept))
         return {name: torch.stack(of, dim=1).cpu() for name, of in {"outputs": outputs, "sums": sums}.items()}
 
-    parts = check_parts(count, "checks" if sets.reaching else "nearby")
+    parts = check_parts(count, "fresh" if sets.reaching else "nearby")
     found = problem.compute(parts, compute, "fresh sets")
     return found["outputs"].T, found["sums"].T
 
 
 def _finite_sets(problem: Problem, sets: Sets, estimates: Estimates, count: int) -> tuple[Sets, Tensor, Tensor]:
-    """What `measured_sets` gives, without distant ones where half a model makes no numbers; and the sets."""
+    """What `measured_sets` gives, without distant ones and layers where what they leave makes no numbers; the sets."""
     try:
         return sets, *measured_sets(problem, sets, estimates, count)
     except NonFiniteOutputError as error:
-        if not any(sets.is_distant(number, estimates.weights.shape[1]) for number in range(count)):
+        if all(sets.is_usual(number, estimates.weights.shape[1]) for number in range(count)):
             raise
-        logger.warning("how intervals grow with the size of a set is not measured: %s", error)
+        logger.warning("how intervals grow with the size of a set is not measured, nor those of layers: %s", error)
     sets = replace(sets, reaching=False)
     return sets, *measured_sets(problem, sets, estimates, count)
 
@@ -214,7 +234,8 @@ def checked(problem: Problem, fit: Fit, estimates: Estimates, count: int) -> tup
         estimates: its weights and standard errors.
         count: sets an example.
     """
-    sets = Sets(problem.seed, problem.ablated_fraction, 1 + fit.forecast.largest_known)
+    layers = layers_of(problem.masked.components)
+    sets = Sets(problem.seed, problem.ablated_fraction, 1 + fit.forecast.largest_known, layers)
     try:
         sets, measured, sums = _finite_sets(problem, sets, estimates, count)
     except NonFiniteOutputError as error:  # which the seed decides; another error may be gone when the run goes on
@@ -266,21 +287,23 @@ def _calibrated(
     said = _forecasts(sets, estimates, tried, [(row, examples[row]) for row in rows], count)
     fallen = (forecast.unablated - measured)[:, list(rows)]
     n_components = estimates.weights.shape[1]
-    typical, distant = (
+    typical, distant, layers = (
         torch.tensor([found(number) for number in range(count)])[:, None].expand_as(fallen)
-        for found in (sets.is_typical, partial(sets.is_distant, count=n_components))
+        for found in (sets.is_typical, partial(sets.is_distant, count=n_components), sets.is_layer)
     )
     told = (said.shares, said.norms, said.strong, fallen, typical, said.times, *said.drops)
-    shares, norms, strong, near, typical, _, *drops = (values[said.told & ~distant] for values in told)
+    usual = said.told & ~distant & ~layers
+    shares, norms, strong, near, typical, _, *drops = (values[usual] for values in told)
     learnt = [Calibration.learnt(found, shares, norms, strong, near, typical) for found in drops]
     misses = [(near - one.limited(found, shares, norms)).abs() for one, found in zip(learnt, drops, strict=True)]
     relative = [float((values / norms.clamp_min(_TINY)).mean()) for values in misses]
     best = relative.index(min(relative))
     explained = _explained(kinds(drops[best], norms, strong), misses[best], near)
     shares, norms, strong, far, _, times, *drops = (values[said.told & distant] for values in told)
-    found = replace(
-        tried[best], calibration=learnt[best].reaching(drops[best], shares, norms, strong, far, times, FARTHEST)
-    )
+    calibration = learnt[best].reaching(drops[best], shares, norms, strong, far, times, FARTHEST)
+    shares, norms, strong, without, _, _, *drops = (values[said.told & layers] for values in told)
+    calibration = calibration.for_layers(drops[best], shares, norms, strong, without)
+    found = replace(tried[best], calibration=calibration)
     return found if found.far is None or found.far.trust else replace(found, far=None), explained
 
 

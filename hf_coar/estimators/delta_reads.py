@@ -230,7 +230,8 @@ def _mean_slope(
 def _share_above(x: Tensor, half: Tensor, bound: float) -> Tensor:
     """Which part of the window around x lies above a bound; in a third of the time that two values and a ratio take."""
     scale = 0.5 / half
-    return torch.addcmul(0.5 - bound * scale, x, scale).clamp_(0, 1)
+    # Not addcmul, whose loop over small factors takes up to five times as long as both of these.
+    return x.mul(scale).add_(0.5 - bound * scale).clamp_(0, 1)
 
 
 _SMALL = 1e-6

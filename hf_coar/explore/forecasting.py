@@ -12,6 +12,7 @@ from torch import Tensor
 from hf_coar.attributions import Attributions
 from hf_coar.attributions.far import Far
 from hf_coar.attributions.forecast import STRONG, Forecast, largest_checked
+from hf_coar.attributions.layers import CROWDED, OF_LAYER, OF_SET, layers_of
 from hf_coar.attributions.predicting import ROUNDING
 
 LEVEL = 0.95
@@ -27,6 +28,7 @@ def arrays(attributions: Attributions, components: Sequence[int], rows: Sequence
         found |= {"fraction": fraction, "calibration": _calibration(forecast)}
         found["largest"] = largest_checked(fraction, found["n"], 1 + forecast.largest_known)
         found |= {"flipped": [i in forecast.flipped for i in components]} | _pairs(forecast, list(components), rows)
+        found |= _layers(attributions, components)
     far = None if forecast is None else forecast.far
     found |= {"far": None} if far is None else {"far": {"reach": far.reach, "trust": far.trust, "of": []}}
     for row in rows:
@@ -59,6 +61,16 @@ def _of_row(
     }  # fmt: skip
 
 
+def _layers(attributions: Attributions, components: Sequence[int]) -> dict[str, Any]:
+    """The number of every component's layer, -1 for none that counts, and how many components each layer has."""
+    layers = layers_of(attributions.components)
+
+    def of(component: int) -> int:
+        return next((k for k, layer in enumerate(layers) if layer.start <= component < layer.stop), -1)
+
+    return {"layer": [of(i) for i in components], "layers": [layer.stop - layer.start for layer in layers]}
+
+
 def _pairs(forecast: Forecast, components: list[int], rows: Sequence[int]) -> dict[str, Any]:
     """Interactions of the pairs among the components; `paired` says that pairs were measured at all."""
     if not len(forecast.pairs):
@@ -81,6 +93,8 @@ def _calibration(forecast: Forecast) -> dict[str, Any] | None:
         "strong_from": STRONG,
         "growth": list(known.growth),
         "until": list(known.until),
+        "layers": known.layers,
+        "layers_from": [OF_LAYER, CROWDED, OF_SET],
     }
     return {**found, "rounding": ROUNDING, "score": score}
 
