@@ -1,5 +1,6 @@
 """One family of errors: every message says what is wrong, with the values, and what to do."""
 
+import math
 import re
 from numbers import Integral
 
@@ -22,9 +23,14 @@ def check_kind(value: object, kind: type, what: str, instead: str) -> None:
         raise CoarError(f"{what} is a {type(value).__name__}, {repr(value)[:60]}; give {instead}")
 
 
+def is_count(value: object, least: int = 1, most: float = math.inf) -> bool:
+    """Whether a value is a whole number within limits; truth values, 0 and 1 to Python, are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and least <= value <= most
+
+
 def check_count(value: object, what: str, least: int = 1) -> None:
     """Raises `CoarError` for what is no whole number, or below `least`."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+    if not is_count(value, least):
         raise CoarError(f"{what}={value!r}; give a whole number, at least {least}")
 
 

@@ -41,6 +41,33 @@ def test_names_and_labels():
         labels.label_of({"data": {"label_names": ["a", "a"]}}, "a")
 
 
+@pytest.mark.parametrize("one", [3, "3", [3], (3,), {3}, np.array([3]), torch.tensor([3]), [torch.tensor(3)]], ids=repr)
+def test_one_class_in_whatever_holds_it(one):
+    assert labels.label_of({}, one) == 3
+
+
+@pytest.mark.parametrize("truth", [True, False, np.True_, torch.tensor(True), [True], np.array([True])], ids=repr)
+def test_a_truth_value_is_no_class(mlp, truth):
+    """True is 1 to Python, and who writes it means examples by a mask, or nothing at all."""
+    batch = {**mlp.batch, "labels": torch.tensor([0, 1, 2, 1])}
+    attributions = coar.attribute(mlp.model, [batch], method=coar.PathGradient(rounds=0), progress=False)
+    held = Held.read(mlp.model, [batch])
+    for read in (
+        lambda: attributions.with_label(truth),
+        lambda: held.label_of(truth),
+        lambda: labelled.chosen(attributions, {"label": truth}),
+        lambda: indices_of({"label": truth}, held, "increase"),
+    ):
+        with pytest.raises(coar.CoarError, match=r"label (True|False): give the name .* number, [01] for class [01]"):
+            read()
+
+
+@pytest.mark.parametrize("several", [[1, 2], (1, True), np.array([1, 2]), {"a", "b"}], ids=repr)
+def test_one_class_is_not_several(several):
+    with pytest.raises(coar.CoarError, match="give the name of one class, or its number; these are 2"):
+        labels.label_of({}, several)
+
+
 @pytest.mark.parametrize("name", ["bert", "timm_vit"])
 def test_names_of_the_model_serve_batches_of_tensors(name):
     net = build_net(name)

@@ -419,7 +419,7 @@ def test_fine_numbers_lie_between_the_coarse_ones():
 def test_choosing_refuses(judged):
     model, _, found = judged
     ranking = torch.arange(13)
-    for numbers in ([], [0], [14], [1.5]):
+    for numbers in ([], [0], [14], [1.5], [True]):
         with pytest.raises(CoarError, match="from 1 to 13"):
             editing.choose(model, found.components, {"": ranking}, lambda _: 0.0, numbers=numbers)
     with pytest.raises(CoarError, match="not an order of all 13"):
@@ -430,6 +430,18 @@ def test_choosing_refuses(judged):
         editing.choose(model, found.components, {"": ranking}, lambda _: math.nan)
     with pytest.raises(CoarError, match=r"candidates \[0\]"):
         editing.choose_n_components(model, found.components, ranking, lambda _: 0.0, [0])
+    with pytest.raises(CoarError, match=r"candidates \[True\]"):
+        editing.choose_n_components(model, found.components, ranking, lambda _: 0.0, [True])
+
+
+@pytest.mark.parametrize("validated", [False, True])
+def test_a_number_of_components_is_whole_and_no_truth_value(judged, validated):
+    model, _, found = judged
+    options = {"decrease": [0], "validation": (lambda _: 0.0) if validated else None}
+    edited = coar.edit(model, found, n_components=np.int64(2), **options)
+    assert len(models.record(edited)["edit"]["indices"]) == 2
+    with pytest.raises(CoarError, match=r"True.* from 1 to 13"):
+        coar.edit(model, found, n_components=True, **options)
 
 
 def test_automatic_edits(judged):

@@ -26,7 +26,7 @@ from hf_coar.data.examples import Examples
 from hf_coar.data.kinds import Kind, Preparation, Reading
 from hf_coar.data.label_columns import LABEL
 from hf_coar.data.labels import Labels
-from hf_coar.errors import CoarError, DataError
+from hf_coar.errors import CoarError, DataError, check_count
 from hf_coar.models.classes import Head, head
 from hf_coar.storage import hub
 from hf_coar.storage.texts import shortened
@@ -70,6 +70,10 @@ def load_data(
         DataError: no such data set, split or column, several columns that could be it, labels that the model's head
             does not know, or a tokenizer that does not know the texts.
     """
+    counts = {"max_length": (max_length, 1), "data_seed": (data_seed, 0)}
+    counts |= {} if n_examples is None else {"n_examples": (n_examples, 1)}
+    for what, (value, least) in counts.items():
+        check_count(value, what, least)
     dataset, description = _found(data, split, revision, streaming)
     name = description.get("id", "the data set")
     table, first = sources.table(dataset, name, images.has_to_be_decoded)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_coar.components import Components
-from hf_coar.errors import CoarError, UnsatisfiedError
+from hf_coar.errors import CoarError, UnsatisfiedError, is_count
 from hf_coar.masking import MaskedModel
 
 logger = logging.getLogger(__name__)
@@ -176,7 +176,7 @@ def numbers_to_try(n_components: int, most: int | None = None) -> list[int]:
 
 def _check(components: Components, rankings: Mapping[str, Tensor], numbers: Any, gates: Sequence[float]) -> None:
     n_all = len(components)
-    if not rankings or not numbers or not all(isinstance(k, int) and 1 <= k <= n_all for k in numbers):
+    if not rankings or not numbers or not all(is_count(k, most=n_all) for k in numbers):
         raise CoarError(f"{len(rankings)} rankings and the numbers {list(numbers)[:8]}: give numbers from 1 to {n_all}")
     for name, ranking in rankings.items():
         if not torch.equal(ranking.sort().values, torch.arange(n_all)):
@@ -223,7 +223,7 @@ def choose_n_components(
     Raises:
         CoarError: no candidates, or one out of range.
     """
-    if not candidates or not all(1 <= k <= len(components) for k in candidates):
+    if not candidates or not all(is_count(k, most=len(components)) for k in candidates):
         raise CoarError(f"candidates {list(candidates)[:8]}: give numbers from 1 to {len(components)}")
     choice = choose(model, components, {"": ranking}, score, numbers=candidates)
     return choice.best.n_components, [candidate.goal for candidate in choice.tried]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from hf_coar.data import numbers
 from hf_coar.editing import stepwise, unchecked
 from hf_coar.editing.choosing import Candidate, Constraint, Goal, choose
 from hf_coar.editing.rules import AUTO, RULES, Rule, Sides
-from hf_coar.errors import CoarError
+from hf_coar.errors import CoarError, is_count
 from hf_coar.masking import MaskedModel, constants, fingerprint_of
 
 # Indices, or several sets of them; a class name or {"label": name or number} is all examples of the class.
@@ -305,7 +306,7 @@ def _at_once(
         ((label, ranking),) = rankings.items()
         best = _plain(label, len(components), n_components, gate)
         return _Made(best, ranking[: best.n_components])
-    numbers = [n_components] if isinstance(n_components, int) else n_components
+    numbers = [n_components] if isinstance(n_components, Integral) else n_components
     gates = [gate] if isinstance(gate, int | float) else list(gate)
     choice = choose(model, components, rankings, validation, constraint, numbers, gates)
     return _Made(choice.best, rankings[choice.best.rule][: choice.best.n_components], choice.tried)
@@ -361,13 +362,13 @@ def _label(name: str, place: int, sources: Sequence[_Source]) -> str:
 def _plain(label: str, n_all: int, n_components: Any, gate: Any) -> Candidate:
     """What was asked for, where there is nothing to choose."""
     n_components = N_COMPONENTS if n_components is None else n_components
-    if isinstance(n_components, bool) or not isinstance(n_components, int) or not 1 <= n_components <= n_all:
+    if not is_count(n_components, most=n_all):
         raise CoarError(
             f"n_components={n_components!r}; must be a whole number from 1 to {n_all}, or several with validation=…"
         )
     if not isinstance(gate, int | float) or not 0 <= gate < 1:
         raise CoarError(f"gate={gate!r}; must be the fraction that stays, from 0 (ablated) to below 1")
-    return Candidate(label, n_components, float(gate), None, None)
+    return Candidate(label, int(n_components), float(gate), None, None)
 
 
 def _entries(ranker: _Ranker, made: _Made, sides: _Indices) -> dict[str, Any]:

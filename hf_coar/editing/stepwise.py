@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hf_coar.components import Components
 from hf_coar.editing.choosing import LARGEST_FRACTION, Candidate, Choice, Constraint, Goal, Trials
-from hf_coar.errors import CoarError
+from hf_coar.errors import CoarError, is_count
 from hf_coar.masking import MaskedModel
 
 logger = logging.getLogger(__name__)
@@ -105,9 +105,9 @@ def checked_steps(n_all: int, most: int | None, step: int | None) -> tuple[int, 
     most = max(1, int(LARGEST_FRACTION * n_all)) if most is None else most
     step = max(1, int(STEP_FRACTION * n_all)) if step is None else step
     for name, value in (("n_components", most), ("step", step)):
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= n_all:
+        if not is_count(value, most=n_all):
             raise CoarError(f"{name}={value!r}; in steps it must be a whole number from 1 to {n_all}")
-    return most, step
+    return int(most), int(step)
 
 
 def _said(candidate: Candidate) -> str:

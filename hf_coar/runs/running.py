@@ -70,8 +70,7 @@ class Running:
         if named is not None and named not in torch.compiler.list_backends(exclude_tags=()):
             known = ", ".join(torch.compiler.list_backends())
             raise CoarError(f"compile={named!r}; there are 'auto', True, False, {known}")
-        if not isinstance(self.masks_together, int) or self.masks_together < 1:
-            raise CoarError(f"masks_together={self.masks_together!r}; must be a whole number, at least 1")
+        check_count(self.masks_together, "masks_together")
 
 
 _current: ContextVar[Running] = ContextVar("running", default=Running())  # noqa: B039 (frozen)

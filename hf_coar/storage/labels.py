@@ -3,7 +3,7 @@
 import operator
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence, Set
-from typing import Any, SupportsIndex
+from typing import Any
 
 from hf_coar.errors import CoarError
 from hf_coar.storage.texts import shortened
@@ -39,21 +39,23 @@ def label_name(record: Any, label: int) -> str:
     return shortened(names[label], 80) if label < len(names) and names[label].strip() else f"class {label}"
 
 
-def label_of(record: Any, name: SupportsIndex | str) -> int:
+def label_of(record: Any, name: Any) -> int:
     """The label that a name or a number means.
 
     Args:
         record: as of `label_names`.
-        name: of a class, in any case, or its number, which may be of numpy or a tensor.
+        name: of a class, in any case, or its number; either may stand alone in what `each` takes.
 
     Raises:
-        CoarError: no class has this name, or several have, and the message says which there are; or neither is given.
+        CoarError: no class has this name, or several have, and the message says which there are; or neither is given,
+            but a truth value, a fraction, or several classes.
     """
+    several = each(name)
+    if len(several) > 1:
+        raise CoarError(f"label {repr(name)[:80]}: give the name of one class, or its number; these are {len(several)}")
+    (name,) = several
     if not isinstance(name, str):
-        try:
-            return operator.index(name)
-        except TypeError:
-            raise CoarError(f"label {name!r}: give the name of one class, or its number") from None
+        return _number(name)
     names = label_names(record)
     exact = [label for label, one in enumerate(names) if one == name]
     found = exact or list(places(names).get(name_key(name), ()))
@@ -69,6 +71,19 @@ def label_of(record: Any, name: SupportsIndex | str) -> int:
         else "none: the data and the model name no classes, give a number"
     )
     raise CoarError(f"no class is called {name!r}; there are {known}")
+
+
+def _number(given: Any) -> int:
+    """The number of a class; a truth value is none, although Python counts it as 0 or 1."""
+    if isinstance(given, bool):
+        raise CoarError(
+            f"label {given!r}: give the name of one class, or its number, {int(given)} for class {int(given)}; a mask "
+            "of examples is given by itself, without 'label'"
+        )
+    try:
+        return operator.index(given)
+    except TypeError:
+        raise CoarError(f"label {repr(given)[:80]}: give the name of one class, or its number") from None
 
 
 def each(wanted: Any) -> list[Any]:
