@@ -242,6 +242,7 @@ def attribute(
         folders.check(out, folders.ATTRIBUTIONS, overwrite)
     chosen = None if method in ("auto", None) else estimators.get(method)
     with _running(batch_size=batch_size, progress=progress, log_with=log_with) as options:
+        workers.check_folder(out, options.worker)
         # Components of other attributions serve as well: which weights they were found with is of no matter here.
         masked = MaskedModel(model, replace(components or find_components(model), fingerprint=None))
         masked.check_stand_in_is_of_model()

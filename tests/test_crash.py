@@ -19,7 +19,9 @@ import torch
 from conftest import build_net
 
 import hf_coar as coar
+from hf_coar import cli, demo, models
 from hf_coar.errors import CoarError, DataError, RunMismatchError
+from hf_coar.models.outputs import Output
 from hf_coar.runs import engine, workers
 from hf_coar.storage import files
 
@@ -336,13 +338,40 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 # ------------------------------------------------------------------------------------------------------------- workers
 
 
-@pytest.mark.parametrize("worker", ["2/2", "x", "1", "-1/2"])
+@pytest.mark.parametrize("worker", ["2/2", "x", "1", "-1/2", 1])
 def test_a_worker_that_is_none(worker):
     with pytest.raises(CoarError, match="i/n"):
         workers.team(worker)
 
 
-def test_workers_need_a_common_folder(monkeypatch):
-    monkeypatch.setenv(workers.WORKER, "0/2")
+@pytest.fixture
+def nothing_is_run(monkeypatch):
+    """No model is loaded or run."""
+
+    def run(*arguments, **options):
+        raise AssertionError("something was run")
+
+    monkeypatch.setattr(models, "load_model", run)
+    monkeypatch.setattr(Output, "of", run)
+
+
+@pytest.mark.parametrize("named", ["--worker", "the environment"])
+@pytest.mark.parametrize("verb", [["attribute"], ["attribute", "--dry-run"], ["run"]], ids=" ".join)
+def test_a_worker_that_is_none_is_told_before_anything_is_run(
+    nothing_is_run, monkeypatch, tmp_path, capsys, named, verb
+):
+    given = [*verb, str(demo.MODEL), str(demo.IMAGES), "--split", "train[:4]", "--out", str(tmp_path / "run")]
+    if named == "--worker":
+        given += ["--worker", "2/2"]
+    else:
+        monkeypatch.setenv(workers.WORKER, "2/2")
+    assert cli.main(given) == 2
+    assert "worker '2/2'; write i/n with i from 0 to n - 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_workers_need_a_common_folder(nothing_is_run, monkeypatch, named):
+    if not named:
+        monkeypatch.setenv(workers.WORKER, "0/2")
     with pytest.raises(CoarError, match="no folder in common"):
-        attribute(None)
+        attribute(None, worker="0/2" if named else None)

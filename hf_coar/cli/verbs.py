@@ -36,10 +36,10 @@ def components(args: argparse.Namespace) -> str:
 def attribute(args: argparse.Namespace) -> str:
     """Attribute, or with `--dry-run` say what that would cost."""
     store.check(args.out, store.ATTRIBUTIONS, args.overwrite)
-    model, data = pipeline.load(**editing.sources(args))
-    if args.dry_run:
-        return _planned(args, model, data)
-    with engine.running(**_running(args)):
+    with engine.running(**_running(args)):  # first, so that what is wrong with it costs no loading
+        model, data = pipeline.load(**editing.sources(args))
+        if args.dry_run:
+            return _planned(args, model, data)
         attributions = pipeline.attribute(
             model, data, standing_in.components(model, data, args), output=args.output, method=methods.chosen(args),
             ablated_fraction=args.ablated_fraction, call=config.imported(args.call, "--call"), seed=args.seed,

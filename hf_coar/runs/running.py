@@ -12,6 +12,7 @@ from torch import nn
 
 from hf_coar import models
 from hf_coar.errors import CoarError, check_count
+from hf_coar.runs import workers
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 TF32 = "tf32"
@@ -91,7 +92,9 @@ def running(**options: Any) -> Iterator[Running]:
     unknown = sorted(set(options) - set(Running.__dataclass_fields__))
     if unknown:
         raise CoarError(f"no option {', '.join(unknown)}; there are {', '.join(Running.__dataclass_fields__)}")
-    token = _current.set(replace(_current.get(), **options))
+    chosen = replace(_current.get(), **options)
+    workers.parsed(chosen.worker)
+    token = _current.set(chosen)
     try:
         yield _current.get()
     finally:

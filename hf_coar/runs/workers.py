@@ -92,19 +92,20 @@ def _check_launched(environment: Mapping[str, str]) -> None:
         )
 
 
+def check_folder(out: str | Path | None, worker: str | None) -> None:
+    """Raises `CoarError` for workers started one by one that have no folder in common; `worker` is as of `team`."""
+    own = parsed(worker)
+    if out is None and own.count > 1:
+        raise CoarError(f"worker {own.index}/{own.count}, and the workers have no folder in common; give out=…")
+
+
 @contextmanager
 def folder(out: str | Path | None) -> Iterator[Path]:
-    """The folder of a run, the same one for all processes; a temporary one if `out` is None.
-
-    Raises:
-        CoarError: workers that were started one by one and have no folder in common.
-    """
+    """The folder of a run, the same one for all processes; a temporary one if `out` is None."""
     state = processes()
     if out is not None:
         yield Path(out)
         return
-    if os.environ.get(WORKER):
-        raise CoarError(f"{WORKER}={os.environ[WORKER]}, and the workers have no folder in common; give out=…")
     with tempfile.TemporaryDirectory() as temporary:
         shared = [temporary]
         if state.num_processes > 1:
@@ -126,6 +127,22 @@ def alone() -> Iterator[None]:
         _alone.reset(token)
 
 
+def parsed(worker: str | None = None) -> Team:
+    """Which worker this is of how many that were started independently, whoever else shares the run.
+
+    Args:
+        worker: as for `team`.
+
+    Raises:
+        CoarError: it is not of that form; looked at before a model is loaded or run.
+    """
+    text = worker or os.environ.get(WORKER) or "0/1"
+    match = re.fullmatch(r"(\d+)/(\d+)", text) if isinstance(text, str) else None
+    if not match or not int(match[1]) < int(match[2]):
+        raise CoarError(f"worker {text!r}; write i/n with i from 0 to n - 1, such as 0/2 for the first of two")
+    return Team(int(match[1]), int(match[2]))
+
+
 def team(worker: str | None = None) -> Team:
     """This process among all that share the run.
 
@@ -138,10 +155,5 @@ def team(worker: str | None = None) -> Team:
     """
     if _alone.get():
         return Team()
-    state = processes()
-    text = worker or os.environ.get(WORKER) or "0/1"
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
-    if not match or not int(match[1]) < int(match[2]):
-        raise CoarError(f"worker {text!r}; write i/n with i from 0 to n - 1, such as 0/2 for the first of two")
-    index, count = int(match[1]), int(match[2])
-    return Team(index * state.num_processes + state.process_index, count * state.num_processes)
+    state, own = processes(), parsed(worker)
+    return Team(own.index * state.num_processes + state.process_index, own.count * state.num_processes)
