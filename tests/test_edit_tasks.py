@@ -409,6 +409,22 @@ def test_a_last_layer_that_was_turned_round_is_relearned_at_the_higher_rate(net,
     assert relearned(turned, data).mean() < both - 0.1
 
 
+def test_a_rate_at_which_logits_are_no_numbers_is_passed_by(net, monkeypatch, caplog):
+    """`argmax` takes NaN for the largest: a model that had gone to pieces said the first class of everything."""
+    model, data, _ = net
+    monkeypatch.setattr(relearning, "RATES", relearning.RATES[:1])
+    expected = relearned(model, data)
+    monkeypatch.setattr(relearning, "RATES", (*relearning.RATES, 1e30))
+    assert torch.equal(relearned(model, data), expected) and not caplog.records
+    monkeypatch.setattr(relearning, "RATES", (1e30,))
+    assert relearned(model, data) is None and "relearning is not measured" in caplog.text
+    never_said = torch.tensor([[1.0, -torch.inf], [-torch.inf, 2.0]])
+    assert relearning._said(never_said).tolist() == [0, 1]
+    for value in (torch.nan, torch.inf):
+        with pytest.raises(NonFiniteOutputError, match="logits of 1 of 2 examples"):
+            relearning._said(torch.tensor([[value, 1.0], [0.0, 1.0]]))
+
+
 def test_relearning_is_left_out_where_it_cannot_be_measured(net):
     model, data, _ = net
     assert relearned(model, data, slice(50)) is not None  # ten of every class

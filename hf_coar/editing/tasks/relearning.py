@@ -1,5 +1,6 @@
 """How fast a class is learned again from a few examples: what is only hidden is back at once."""
 
+import logging
 from collections.abc import Iterator
 from itertools import islice
 
@@ -11,7 +12,10 @@ from hf_coar import data as data_module
 from hf_coar import models
 from hf_coar.editing.tasks import descending
 from hf_coar.editing.tasks.setting import Setting
+from hf_coar.errors import NonFiniteOutputError
 from hf_coar.models import calling
+
+logger = logging.getLogger(__name__)
 
 EACH = 10  # examples of every class
 STEPS = 8
@@ -45,11 +49,12 @@ def trainable(model: nn.Module) -> bool:
     return wide and len(parameters) > 0
 
 
-def relearned(of: Setting, model: nn.Module, label: int, bias: Tensor, rows: Tensor, judged: Tensor) -> Tensor:
-    """After what share of the first steps a model says a class, float32 [examples].
+def relearned(of: Setting, model: nn.Module, label: int, bias: Tensor, rows: Tensor, judged: Tensor) -> Tensor | None:
+    """After what share of the first steps a model says a class, float32 [examples]; None where it says no numbers.
 
     A copy is fine-tuned on all classes, at the rate at which most of these examples are right on the way. Whoever wants
     a class back begins with what costs nothing, a constant on its logit: no number of small steps makes up for -1,000.
+    A rate at which logits turn into NaN or infinity teaches nothing, and is passed by.
 
     Args:
         of: how the model is looked at, and where the examples are.
@@ -60,7 +65,15 @@ def relearned(of: Setting, model: nn.Module, label: int, bias: Tensor, rows: Ten
         rows: of the examples to learn from.
         judged: of those that judge, all of the class.
     """
-    found = [_relearned_at(rate, of, model, label, bias, rows, judged) for rate in RATES]
+    found = []
+    for rate in RATES:
+        try:
+            found.append(_relearned_at(rate, of, model, label, bias, rows, judged))
+        except NonFiniteOutputError as error:
+            logger.info("edit: relearning at a rate of %g is passed by: %s", rate, error)
+    if not found:
+        logger.warning("edit: relearning is not measured, as at every rate the model gives NaN or infinity on the way")
+        return None
     _, said = max(found, key=lambda one: one[0])  # of equals the lower rate
     return (said == label).float().mean(0)
 
@@ -71,6 +84,9 @@ def _relearned_at(
     """How many of the lesson were right when each step began, and what is said of those that judge after each.
 
     The latter is int64 [steps, examples]; the arguments are those of `relearned`.
+
+    Raises:
+        NonFiniteOutputError: on the way the model gives no numbers.
     """
     tuned = models.copy_with_record(model)
     device, n_right = models.device_of(tuned), 0
@@ -83,9 +99,17 @@ def _relearned_at(
         nonlocal n_right
         for batch in batches:
             logits = shifted(calling.logits_of(of.looker.output.call(tuned, batch)).float())
-            n_right += int((logits.argmax(1) == batch["labels"]).sum())
+            n_right += int((_said(logits) == batch["labels"]).sum())
             yield F.cross_entropy(logits, batch["labels"].long(), reduction="sum") / len(rows)
 
     steps = islice(descending.steps(tuned, losses, rate), STEPS)
-    said = [shifted(of.looker.look(tuned, of.held.at(judged, of.batch)).logits).argmax(1) for _ in steps]
+    said = [_said(shifted(of.looker.look(tuned, of.held.at(judged, of.batch)).logits)) for _ in steps]
     return n_right, torch.stack(said)
+
+
+def _said(logits: Tensor) -> Tensor:
+    """The class that is said of each example, int64 [examples]; `argmax` takes NaN for the largest of all."""
+    largest, said = logits.max(1)  # a logit of -inf below a number is a class that is never said
+    if bad := int((~largest.isfinite()).sum()):
+        raise NonFiniteOutputError(f"the logits of {bad} of {len(said)} examples are NaN or infinite")
+    return said
