@@ -1,10 +1,11 @@
 """Class names: read from the data or the model, accepted wherever a label is, and shown."""
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from conftest import build_net
-from datasets import ClassLabel, Dataset, Features, Sequence, Value
+from datasets import ClassLabel, Dataset, Features, Image, Sequence, Value
 from tiny_texts import classifier, saved, written
 from torch import nn
 
@@ -187,6 +188,27 @@ def test_a_data_set_of_more_or_fewer_classes_than_the_model_has_is_told(caplog, 
         assert Setting.of(model, data, None).held.name(0) == "rose"
     told = [one.getMessage() for one in caplog.records if "the data name" in one.getMessage()]
     assert len(told) == 1 and "the data name 3 classes (rose, iris, lily), and Flowers has 4: " in told[0]
+
+
+@pytest.mark.parametrize("names", [FLOWERS, ["0", "1", "7"]], ids=", ".join)
+@pytest.mark.parametrize("says", ["no names", "names"])
+def test_a_count_of_classes_that_the_model_knows_is_told_once(caplog, says, names):
+    """A model of timm says how many classes it has, and may say nothing of their names."""
+    model = build_net("timm_vit").model
+    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, 32, 32)}
+    if says == "names":
+        model.pretrained_cfg["label_names"] = ["a", "b", "c", "d", "e"]
+    features = Features({"image": Image(), "label": ClassLabel(names=names)})
+    pictures = [PIL.Image.new("RGB", (16, 16), (place * 9, 0, 0)) for place in range(6)]
+    dataset = Dataset.from_dict({"image": pictures, "label": [0, 1, 2] * 2}, features=features)
+    if says == "names" and names is FLOWERS:  # the first of three flowers is not the first of five letters
+        with pytest.raises(coar.CoarError, match="the data set has 3 classes"):
+            coar.load(model, dataset)
+        return
+    model, data = coar.load(model, dataset)
+    coar.attribute(model, data, method=coar.PathGradient(rounds=0), progress=False)
+    told = [one.getMessage() for one in caplog.records if "taken by their numbers" in one.getMessage()]
+    assert len(told) == 1 and "3 classes" in told[0] and " 5" in told[0]
 
 
 def test_classes_that_are_called_by_their_numbers_have_no_names():

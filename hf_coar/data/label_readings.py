@@ -193,8 +193,9 @@ def _by_number(names: tuple[str, ...], head: Head) -> Reading:
                 f"{counts}; call the data set's classes (folders) as the model calls its own, or give their numbers in "
                 "a column of whole numbers"
             )
+        # Names that only the data have are held against the logits before the first pass, of any model; not here, too.
         doubt = f"{counts}: they are taken by their numbers. If that is wrong, name them as the model does its own"
-        return Reading(_index(head.n), head.names or names, doubt=doubt)
+        return Reading(_index(head.n), head.names or names, doubt=doubt if head.names or not names else "")
     if numbers and spoken != list(range(len(spoken))):
         place = next(place for place, number in enumerate(spoken) if number != place)
         doubt = (
