@@ -2,6 +2,7 @@
 
 import logging
 
+import datasets
 import pytest
 import tiny_texts
 import torch
@@ -359,8 +360,31 @@ def test_a_draw_is_seeded_and_balanced(tmp_path):
     assert torch.equal(batch_of(reread)["pixel_values"], batch_of(data)["pixel_values"])
 
 
+def test_a_part_without_examples_is_told_with_the_splits_that_there_are(tmp_path):
+    whole = datasets.load_dataset("parquet", data_files=str(demo.IMAGES), split="train[:8]")
+    both = datasets.DatasetDict({"train": whole, "validation": whole.select([])})
+    whole.to_parquet(tmp_path / "train.parquet")
+    whole.select([]).to_parquet(tmp_path / "validation.parquet")
+    of_demo = r"the splits are 'train' with 2,000: choose one that has examples"
+    for data, how, words in (
+        (demo.IMAGES, {"split": "train[:0]"}, of_demo),
+        (demo.IMAGES, {"split": "train[2000:]"}, of_demo),
+        (
+            demo.IMAGES,
+            {"split": "train[5:5]", "streaming": True},
+            r"split 'train\[5:5\]' of the data holds no examples",
+        ),
+        (tmp_path, {"split": "validation"}, "there are no rows in it; give others, or another split"),
+        (both, {"split": "validation"}, r"no examples; the splits are 'train' with 8, 'validation' with 0: choose"),
+        (both["validation"], {}, "the data set holds no examples; "),
+    ):
+        with pytest.raises(DataError, match=words):
+            coar.load(demo.MODEL, data, **how)
+
+
 def test_a_draw_that_cannot_be_is_told():
-    for n_examples, streaming, words in ((0, False, "from 1 to 2000"), (2001, False, "2000"), (5, True, "stream")):
+    cases = ((0, False, "from 1 to 2000"), (True, False, "True; must be"), (2001, False, "2000"), (5, True, "stream"))
+    for n_examples, streaming, words in cases:
         with pytest.raises(DataError, match=words):
             coar.load(demo.MODEL, demo.IMAGES, n_examples=n_examples, streaming=streaming)
 

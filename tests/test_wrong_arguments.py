@@ -49,7 +49,6 @@ CASES = {
     "a word for a number": (lambda a: a.top(k="all"), "k='all'; give a whole number, at least 1"),
     "half a component": (lambda a: a.top(k=2.5), "k=2.5; give a whole number"),
     "a truth value for a count": (lambda a: coar.running(masks_together=True).__enter__(), "masks_together=True; give"),
-    "a truth value for examples": (lambda a: coar.load(MODEL, DATA, n_examples=True), "n_examples=True; give a whole"),
     "a truth value for a length": (lambda a: coar.load(MODEL, DATA, max_length=True), "max_length=True; give a whole"),
     "a truth value for a seed": (lambda a: coar.load(MODEL, DATA, data_seed=False), "data_seed=False; give a whole"),
     "a model without weights": (lambda a: coar.attribute(EMPTY, DATA), "4 weights of Sequential are on the meta dev"),

@@ -70,13 +70,12 @@ def load_data(
         DataError: no such data set, split or column, several columns that could be it, labels that the model's head
             does not know, or a tokenizer that does not know the texts.
     """
-    counts = {"max_length": (max_length, 1), "data_seed": (data_seed, 0)}
-    counts |= {} if n_examples is None else {"n_examples": (n_examples, 1)}
-    for what, (value, least) in counts.items():
-        check_count(value, what, least)
+    check_count(max_length, "max_length")
+    check_count(data_seed, "data_seed", least=0)
     dataset, description = _found(data, split, revision, streaming)
     name = description.get("id", "the data set")
     table, first = sources.table(dataset, name, images.has_to_be_decoded)
+    sources.check_some(dataset, first, data, split)
     given = {role: column for role, column in (columns or {}).items() if column is not None}
     kind = kinds.of(model, table, given)
     chosen = _columns(kind, model, table, given, first)

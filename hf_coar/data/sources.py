@@ -14,12 +14,13 @@ import torch
 
 from hf_coar.data import nested, written
 from hf_coar.data.columns import Table
-from hf_coar.errors import DataError
+from hf_coar.errors import DataError, is_count
 from hf_coar.models.quiet import without_bars
 
 logger = logging.getLogger(__name__)
 
 FILES = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".txt": "text"}
+_NO_ROWS = "there are no rows in it"
 _PEEKED = 64  # first examples that are looked at before a run
 _QUICK = 10**8  # bytes: smaller files are read in no time
 _HEAD = 10_000  # letters of the first line of a table
@@ -145,7 +146,9 @@ def read(name: str, split: str | None, revision: str | None, streaming: bool) ->
     except DataError:
         raise
     except Exception as error:  # datasets raises a family of its own over OSError, ValueError, KeyError …
-        raise DataError(f"no data set {name!r} (split {split!r}): {_reason(error)}") from error
+        why = _reason(error)
+        why += told_splits(_counts_of(datasets, name, revision)) if why == _NO_ROWS else ""
+        raise DataError(f"no data set {name!r} (split {split!r}): {why}") from error
     if isinstance(dataset, dict):
         if len(dataset) != 1:
             raise DataError(f"{name!r} has the splits {sorted(dataset)}; choose one, such as split={min(dataset)!r}")
@@ -178,7 +181,7 @@ def _reason(error: BaseException) -> str:
             "the table that pandas.read_csv(…, encoding='cp1252') reads, or 'utf-16'"
         )
     said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return "there are no rows in it" if said == "StopIteration" or "corresponds to no data" in said else said
+    return _NO_ROWS if said == "StopIteration" or "corresponds to no data" in said else said
 
 
 def _check_there(name: str) -> None:
@@ -202,6 +205,51 @@ def cached_commit(dataset: Any) -> str | None:
     """The commit of a data set of the Hub, without asking the Hub: the folder in the cache is named after it."""
     found = [Path(file["filename"]).parent.name for file in getattr(dataset, "cache_files", None) or ()]
     return found[0] if found and re.fullmatch(r"[0-9a-f]{40}", found[0]) else None
+
+
+def check_some(dataset: Any, first: Sequence[Any], data: Any, split: str | None) -> None:
+    """Raises `DataError` for a data set without examples, which says what splits there are instead, where it is known.
+
+    Args:
+        dataset: that was chosen, of `datasets`.
+        first: its first examples; of a stream that has to be decoded there may be none for that reason alone.
+        data: that were given, which may be several splits.
+        split: that was asked for.
+    """
+    there = len(dataset) if not is_stream(dataset) else len(first) or any(True for _ in dataset.take(1))
+    if not there:
+        if split is None:  # an object that came from some split is all that was given
+            raise DataError("the data set holds no examples; give others")
+        counts = _counts(data if isinstance(data, dict) else getattr(dataset.info, "splits", None))
+        raise DataError(f"split {split!r} of the data holds no examples{told_splits(counts)}")
+
+
+def _counts_of(datasets: Any, name: str, revision: str | None) -> dict[str, int]:
+    """How many examples each split of a data set has, that was read a moment ago; nothing where that is not known."""
+    try:
+        if Path(name).is_file():
+            return _counts(datasets.load_dataset(FILES[Path(name).suffix.lower()], data_files=name))
+        return _counts(datasets.load_dataset(name, revision=revision))
+    except Exception:  # whatever the reader of a file raises: this is for the message of another error
+        return {}
+
+
+def _counts(splits: Any) -> dict[str, int]:
+    """How many examples each of several splits has, as far as it is known."""
+    sizes = {name: _n_examples(one) for name, one in splits.items()} if isinstance(splits, dict) else {}
+    return {name: size for name, size in sizes.items() if size is not None}
+
+
+def _n_examples(split: Any) -> int | None:
+    return len(split) if hasattr(split, "__len__") else getattr(split, "num_examples", None)
+
+
+def told_splits(counts: Mapping[str, int]) -> str:
+    """What splits there are, with their sizes, and what to do; for the end of a message."""
+    if not any(counts.values()):
+        return "; give others, or another split"
+    there = ", ".join(f"{name!r} with {count:,}" for name, count in counts.items())
+    return f"; the splits are {there}: choose one that has examples, or such a part of one"
 
 
 def is_stream(dataset: Any) -> bool:
@@ -264,7 +312,7 @@ def drawn(dataset: Any, n_examples: int, seed: int, labels: Sequence[Any] | None
             f"n_examples={n_examples} draws from all examples, and a stream is read from its beginning; take the first "
             f"ones with split='train[:{n_examples}]', or read it without streaming"
         )
-    if not 1 <= n_examples <= len(dataset):
+    if not is_count(n_examples, most=len(dataset)):
         raise DataError(f"n_examples={n_examples}; must be from 1 to {len(dataset)}, the number of examples")
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(dataset), generator=generator).tolist()
