@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import build_net
 
 import hf_coar as coar
 from hf_coar.judging import evaluation
@@ -62,3 +63,17 @@ def test_an_evaluation_says_what_is_left(demo_attributions, demo_pair, caplog):
     assert entry["output"] == pytest.approx(output) and entry["decisions"] == pytest.approx(kept)
     assert "% kept" in str(report)
     assert report.left(0.5)[1] < 0.25 and "hardly a model" in caplog.text
+
+
+def test_of_a_function_of_ones_own_that_function_is_asked_for():
+    """No name brings a function back, and another one of that name would be another output."""
+
+    def first_logit(logits, batch):
+        return logits[:, 0]
+
+    net = build_net("mlp")
+    how = {"method": coar.baselines.LeaveOneOut(), "progress": False}
+    attributions = coar.attribute(net.model, [net.batch], output=first_logit, **how)
+    with pytest.raises(coar.CoarError, match=r"of '.*first_logit', .*: give that function again as output=…"):
+        coar.evaluate(attributions, net.model, [net.batch], n_masks=3, progress=False)
+    coar.evaluate(attributions, net.model, [net.batch], n_masks=3, output=first_logit, progress=False)

@@ -18,6 +18,7 @@ from hf_coar.editing import edited as edited_model
 from hf_coar.editing.tasks import EditResult, Figures, before_and_after
 from hf_coar.errors import CoarError, DataError, UnsatisfiedError
 from hf_coar.estimators import PathGradient
+from hf_coar.models import outputs
 from hf_coar.storage import folders as store
 
 logger = logging.getLogger(__name__)
@@ -80,8 +81,8 @@ def _steered(args: argparse.Namespace) -> EditResult:
     sides = {side: examples(getattr(args, side), side, attributions) for side in ("increase", "decrease")}
     try:
         return editing.steer(
-            model, data, **sides, output=attributions.provenance.output, components=attributions.components,
-            **_limits(args, "others_within"), **_rivals(args, None),
+            model, data, **sides, output=outputs.recorded(attributions.provenance.output),
+            components=attributions.components, **_limits(args, "others_within"), **_rivals(args, None),
         )  # fmt: skip
     except UnsatisfiedError as error:
         raise CoarError(f"{error}. Or give --n-components, which checks nothing") from error
@@ -116,7 +117,9 @@ def _measured(
         if data is None:
             _, data = pipeline.reopen(attributions, **{**sources(args), "model": pair[0]})
         chosen = {side: sides[side] or [] for side in ("increase", "decrease")}
-        return before_and_after(*pair, data, attributions.components, **chosen, output=attributions.provenance.output)
+        return before_and_after(
+            *pair, data, attributions.components, **chosen, output=outputs.recorded(attributions.provenance.output)
+        )
     except (CoarError, DataError) as error:
         logger.warning("the edit was not measured: %s", error)
         return None

@@ -57,7 +57,7 @@ def bound(
     of = attributions.provenance
     name = of.output or "margin"
     try:
-        found = outputs.get(name if given is None else given)
+        found = outputs.recorded(name) if given is None else outputs.get(given)
         if given is not None and found.name != name:
             raise CoarError(f"the attributions are of the output {name!r}, and {found.name!r} is given")
         if of.call != (call and dotted(call)):

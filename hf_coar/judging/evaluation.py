@@ -166,7 +166,8 @@ def evaluate(
     data = paired(attributions.components, data)
     batches = data_module.batches(data, options.batch_size)
     first = preflight.First(batches)
-    output = preflight.bound(model, first, output or of.output or tasks.AUTO, call)
+    output = output or (outputs.recorded(of.output) if of.output else tasks.AUTO)
+    output = preflight.bound(model, first, output, call)
     if of.alignment is not None:
         output = replace(output, alignment=of.alignment)
     witness = Witness.of(model, output, first)

@@ -205,6 +205,20 @@ def get(output: "str | Output | OutputFunction") -> Output:
     return OUTPUTS[output]
 
 
+def recorded(name: str) -> Output:
+    """The output of this name, which attributions were made of.
+
+    Raises:
+        CoarError: it is a function of one's own, which no name brings back.
+    """
+    if name in OUTPUTS.names():
+        return OUTPUTS[name]
+    raise CoarError(
+        f"the attributions are of {name!r}, an output that is not registered here, such as a function of your own: "
+        "give that function again as output=…, or import the file that registers it (--import)"
+    )
+
+
 def _labels(logits: Tensor, batch: Batch) -> Tensor:
     labels = batch.get("labels")
     if labels is None:
