@@ -28,6 +28,7 @@ SMALL = 60  # components that may go of any network, all of one that has no more
 SURE = 0.01  # above the boundary, in the unit of the output, from which an example counts as fixed
 # Nats for a squared unit that an example is short of three times as far, which a new last layer pays, so that it ends
 # in between. With 100 the search for it stopped short, and others fared worse; cross-entropy has no end and cost more.
+# No script or figure of these trials is kept, and of other values nothing is known.
 INSISTENCE = 10.0
 NEIGHBOURS = 10  # wrong examples nearest to those fixed, among those to judge on
 
