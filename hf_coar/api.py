@@ -25,7 +25,7 @@ from hf_coar.models import outputs
 from hf_coar.models.calling import Call
 from hf_coar.models.outputs import Output
 from hf_coar.plots import page
-from hf_coar.runs import engine, heap, preflight, sampling, tracking, workers
+from hf_coar.runs import engine, heap, preflight, sampling, tracking, units, workers
 from hf_coar.runs.problem import Problem
 from hf_coar.runs.store import Store
 from hf_coar.runs.witness import Witness
@@ -250,7 +250,9 @@ def attribute(
         batches = data_module.batches(data, options.batch_size)
         first = preflight.First(batches)
         bound = preflight.bound(model, first, output, call)
-        problem = Problem(masked, batches, bound, ablated_fraction, seed, first=first)
+        witness = Witness.of(model, bound, first)
+        unit = units.unit_of(witness.values)
+        problem = Problem(masked, batches, units.measured_in(bound, unit), ablated_fraction, seed, first=first)
         if ablated_fraction is not None:
             sampling.check_some_ablated(ablated_fraction, len(masked))
         chosen, reasons = choosing.settled(problem, chosen, budget)
@@ -258,9 +260,11 @@ def attribute(
             folders.claim(folder, folders.ATTRIBUTIONS, overwrite)
             chosen, reasons = choosing.kept(folder, problem, chosen, reasons)
             chosen = chosen if budget is None else budgets.choose(chosen, budget, problem, folder, "method" in reasons)
-            provenance = replace(_provenance(problem, data, chosen), call=call and dotted(call))
+            provenance = replace(
+                _provenance(problem, data, chosen), call=call and dotted(call), boundary=bound.boundary
+            )
             _tell_cost(problem, chosen)
-            attributions = _attributed(problem, chosen, provenance, folder, out)
+            attributions = _attributed(problem, chosen, provenance, folder, out, witness, unit)
             attributions.provenance = attributions.provenance.found(chosen=tuple(reasons.values()))
             if out is not None and workers.processes().is_main_process:
                 if options.report:
@@ -272,15 +276,16 @@ def attribute(
 
 
 def _attributed(
-    problem: Problem, method: Estimator, provenance: Provenance, folder: Path, out: str | Path | None
-) -> Attributions:
-    """Run the method, told to the trackers."""
-    frozen = {"task": "attribute", **provenance.frozen()}
+    problem: Problem, method: Estimator, provenance: Provenance, folder: Path, out: str | Path | None,
+    witness: Witness, unit: float,
+) -> Attributions:  # fmt: skip
+    """Run the method, told to the trackers; `unit` is what the problem's output is measured in."""
+    frozen = {"task": "attribute", **provenance.frozen(), **({} if unit == 1 else {"unit_of_outputs": unit})}
     problem.store = Store(folder, {**frozen, "components": problem.components.to_json()})
-    Witness.of(problem.model, problem.output, problem.first).check_run(folder)
+    witness.check_run(folder)
     problem.first.release()
     with tracking.tracked(engine.current().log_with, out, frozen) as run:
-        fit = method.fit(problem)
+        fit = method.fit(problem).times(unit)
         cost = method.cost(problem.size) if fit.cost is None else fit.cost
         provenance = provenance.found(cost=cost, checked=fit.checked, skipped=tuple(problem.store.skipped))
         attributions = Attributions(

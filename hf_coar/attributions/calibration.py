@@ -83,6 +83,11 @@ class Calibration:
         factors = torch.tensor((1.0, *self.strong), dtype=drops.dtype)[kinds(drops, norms, strong)]
         return _features(drops, self.limited(drops, shares, norms), norms) @ spread * factors
 
+    def times_unit(self, unit: float) -> "Calibration":
+        """This calibration of outputs that were measured in a unit, for the outputs themselves."""
+        fall, rise = self.limits
+        return replace(self, limits=(fall / unit, rise / unit), level=self.level * unit)
+
     def widening(self, times: Tensor, drops: Tensor, norms: Tensor, strong: Tensor) -> Tensor:
         """By how much more is missed of sets so many times as large as the largest near ones, in their shape."""
         usual, of_strong = (times.clamp_max(most) ** power for power, most in zip(self.growth, self.until, strict=True))

@@ -90,7 +90,7 @@ class Far:
     @staticmethod
     def sizes(weights: Tensor) -> Tensor:
         """Every component's share of all weights of its example, float32 [examples, components]; 0 where all are 0."""
-        return weights.abs() / weights.abs().sum(1, keepdim=True).clamp_min(_TINY)
+        return weights.abs() / weights.abs().sum(1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
 
     def at(self, rows: Sequence[int]) -> "Far":
         """Those of some of the examples alone."""

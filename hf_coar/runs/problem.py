@@ -309,6 +309,23 @@ class Fit:
     checked: dict[str, float] | None = None
     forecast: Forecast | None = None
 
+    def times(self, unit: float) -> "Fit":
+        """This fit of outputs that were measured in a unit, for the outputs themselves."""
+        if unit == 1:
+            return self
+        checked = self.checked and {
+            name: value * unit if name in _OUTPUTS else value for name, value in self.checked.items()
+        }
+        errors = None if self.standard_errors is None else self.standard_errors * unit
+        forecast = self.forecast and self.forecast.times_unit(unit)
+        return replace(
+            self, weights=self.weights * unit, bias=self.bias * unit, standard_errors=errors, checked=checked,
+            forecast=forecast,
+        )  # fmt: skip
+
+
+_OUTPUTS = ("output", "unablated")  # of what was checked, in the unit of the output
+
 
 def _joined(blocks: Iterator[Results]) -> Results:
     found = list(blocks)
