@@ -1,6 +1,8 @@
 """Checks of a model before the first pass, on a few examples: that it repeats itself, and that gradients arrive."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,16 +33,17 @@ def check_repeats(model: nn.Module, output: Output, batch: data_module.Batch) ->
     Raises:
         ModelError: they differ.
     """
+    logits: list[Tensor] = []
     with torch.no_grad():
-        first, second = (output.of(model, batch) for _ in range(2))
+        first, second = (noting(output, logits).of(model, batch) for _ in range(2))
     tolerance = rounding(model)
     if first.shape == second.shape:
         first, second = first.double(), second.double()
-        scale = max(float(first.abs().nan_to_num(0, 0, 0).max()), 1.0)
+        scale = _unit(first, logits)
         difference = float((first - second).abs().nan_to_num(0).max())
         if difference <= tolerance * scale:
             return
-        found = f"output {output.name!r} differs by {difference:.3g}, where the largest is {scale:.3g}"
+        found = f"output {output.name!r} differs by {difference:.3g}, where the largest is {largest(first):.3g}"
     else:
         found = f"output {output.name!r} has the shapes {list(first.shape)} and {list(second.shape)}"
     raise ModelError(
@@ -64,15 +67,17 @@ def blocked(masked: MaskedModel, output: Output, batch: data_module.Batch) -> li
         suspects = [group for group in suspects if group.parameter not in reached]
         if not suspects:
             return []
+    logits: list[Tensor] = []
     with torch.no_grad():
-        plain = output.of(masked.model, batch)
+        plain = noting(output, logits).of(masked.model, batch)
+        allowed = tolerance * _unit(plain, logits)
         # As a rule none of them matters (modules that do not run for these examples), and one pass says so.
-        if _same(plain, _ablated(masked, output, suspects, batch), tolerance):
+        if _same(plain, _ablated(masked, output, suspects, batch), allowed):
             return []
-        suspects = [one for one in suspects if not _same(plain, _ablated(masked, output, [one], batch), tolerance)]
+        suspects = [one for one in suspects if not _same(plain, _ablated(masked, output, [one], batch), allowed)]
         if masked.components.stand_in is not None:
             # What stands in may be what is there: partners with one decoder prompt have the same first decoder layer.
-            suspects = [one for one in suspects if not _same(plain, _replaced(masked, output, one, batch), tolerance)]
+            suspects = [one for one in suspects if not _same(plain, _replaced(masked, output, one, batch), allowed)]
     return suspects
 
 
@@ -124,10 +129,34 @@ def _without(masked: MaskedModel, groups: Sequence[Group]) -> Tensor:
     return torch.cat([torch.full((group.size,), group.parameter not in names) for group in masked.components.groups])
 
 
-def _same(one: Tensor, other: Tensor, tolerance: float) -> bool:
+def _same(one: Tensor, other: Tensor, allowed: float) -> bool:
     """Equal but for rounding: a weight of zeros may be multiplied by another kernel."""
-    scale = max(float(one.double().abs().nan_to_num(0, 0, 0).max()), 1.0)
-    return float((one.double() - other.double()).abs().nan_to_num(torch.inf).max()) <= tolerance * scale
+    return float((one.double() - other.double()).abs().nan_to_num(torch.inf).max()) <= allowed
+
+
+def noting(output: Output, logits: list[Tensor]) -> Output:
+    """The output, which puts the logits that it is given into the list."""
+    if output.takes != "logits":
+        return output
+
+    def function(found: Tensor, *args: Any, **options: Any) -> Tensor:
+        logits.append(found)
+        return output.function(found, *args, **options)
+
+    return replace(output, function=function)
+
+
+def largest(values: Tensor) -> float:
+    """The largest absolute value that is a number."""
+    return float(values.double().abs().nan_to_num(0, 0, 0).max())
+
+
+def _unit(values: Tensor, logits: Sequence[Tensor]) -> float:
+    """What rounding is a share of: the largest output; of small ones, which may be differences, the largest logit.
+
+    Of logits above 1, which may hold what masks a class out, and where there are none, 1.
+    """
+    return max(largest(values), min([1.0, *map(largest, logits[:1])]))
 
 
 def rounding(model: nn.Module) -> float:

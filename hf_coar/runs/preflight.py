@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -124,7 +123,7 @@ def _bound(
     with torch.no_grad():
         found = tasks.bind(model, output, call, batch)
         logits: list[Tensor] = []
-        values = _tried(model, _noting(found, logits), batch)
+        values = _tried(model, checks.noting(found, logits), batch)
         _check_finite(model, found, values)
         hints.tell_of_logits(model, found, logits)
         if logits:
@@ -170,18 +169,6 @@ def _by_itself(model: nn.Module, output: Output, batch: data_module.Batch) -> st
     return "It runs on one of them alone: give batches of one example (batch_size=1), or make it take several"
 
 
-def _noting(output: Output, logits: list[Tensor]) -> Output:
-    """The output, which puts the logits that it is given into the list."""
-    if output.takes != "logits":
-        return output
-
-    def function(found: Tensor, *args: Any, **options: Any) -> Tensor:
-        logits.append(found)
-        return output.function(found, *args, **options)
-
-    return replace(output, function=function)
-
-
 def _check_finite(model: nn.Module, output: Output, values: Tensor) -> None:
     """Raises `NonFiniteOutputError` where the model gives NaN or infinity before anything is ablated."""
     if bool(values.isfinite().all()):
@@ -207,8 +194,8 @@ def _check_alone(
     alone = torch.cat([_tried(model, output, data_module.rows(batch, place, place + 1)) for place in range(2)])
     same = (alone == together) | (alone.isnan() & together.isnan())  # infinite alike: the run says where
     far = (alone - together).abs().masked_fill(same, 0.0)
-    off, largest = float(far.max()), _largest(together)
-    of_logits = checks.rounding(model) * (1.0 if logits is None else _largest(logits))
+    off, largest = float(far.max()), checks.largest(together)
+    of_logits = checks.rounding(model) * (1.0 if logits is None else checks.largest(logits))
     if off <= max(_SAME * largest, min(_SAME, of_logits)):
         return
     checks.check_repeats(model, output, batch)  # a model that draws random numbers differs as well
@@ -221,10 +208,6 @@ def _check_alone(
     if off > _SAME * max(1.0, largest):
         raise DataError(said)
     logger.warning("%s", said)
-
-
-def _largest(values: Tensor) -> float:
-    return float(values.abs().nan_to_num(0, 0, 0).max())
 
 
 def _tell_padding(model: nn.Module, output: Output, batch: data_module.Batch) -> None:
