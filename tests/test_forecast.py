@@ -10,7 +10,7 @@ from torch import nn
 
 import hf_coar as coar
 from hf_coar import data
-from hf_coar.attributions.calibration import Calibration
+from hf_coar.attributions.calibration import Calibration, Said
 from hf_coar.attributions.far import Far
 from hf_coar.attributions.forecast import Forecast
 from hf_coar.attributions.layers import Layer, taken
@@ -137,22 +137,28 @@ def test_limits_keep_forecasts_of_the_strongest_near_the_truth(demo_attributions
     assert (limited - truth[numbers]).abs().mean() < 0.6 * (linear - truth[numbers]).abs().mean()
 
 
+def said(drops, norms, strong=None, shares=None, falls=None):
+    """Of sets of the fitted size that are not strong, of examples of which no single effect is known."""
+    none = torch.zeros_like(drops)
+    shares, falls = (torch.ones_like(drops) if shares is None else shares), (none if falls is None else falls)
+    return Said(drops, shares, norms, none.bool() if strong is None else strong, falls, none)
+
+
 def learnt(drops, norms, measured, typical=False):
-    flags, strong = torch.full(drops.shape, bool(typical)), torch.zeros(drops.shape, dtype=torch.bool)
-    return Calibration.learnt(drops, torch.ones_like(drops), norms, strong, measured, flags)
+    return Calibration.learnt(said(drops, norms), measured, torch.full(drops.shape, bool(typical)))
 
 
 def test_calibration_learns_limits_and_spread():
     generator = torch.Generator().manual_seed(0)
     drops = 10 * torch.randn(4000, generator=generator, dtype=torch.float64)
-    norms, shares = drops.abs() / 4 + 0.1, torch.ones(2000, dtype=torch.float64)
-    truth = Calibration((1 / 6, 1 / 3)).limited(drops, torch.ones_like(drops), norms)
+    norms = drops.abs() / 4 + 0.1
+    truth = Calibration((1 / 6, 1 / 3)).limited(said(drops, norms))
     noisy = truth + 0.3 * norms * torch.randn(4000, generator=generator, dtype=torch.float64)
     found = learnt(drops[:2000], norms[:2000], noisy[:2000])
     assert found.limits[0] == pytest.approx(1 / 6, rel=0.25) and found.limits[1] == pytest.approx(1 / 3, rel=0.25)
-    rest = drops[2000:], shares, norms[2000:]
-    misses = (found.limited(*rest) - noisy[2000:]).abs()
-    inside = misses <= found.quantile(0.9) * found.expected_miss(*rest, torch.zeros(2000, dtype=torch.bool))
+    rest = said(drops[2000:], norms[2000:])
+    misses = (found.limited(rest) - noisy[2000:]).abs()
+    inside = misses <= found.quantile(0.9) * found.expected_miss(rest)
     assert inside.double().mean() == pytest.approx(0.9, abs=0.03)
 
 
@@ -160,14 +166,26 @@ def test_calibration_learns_the_level():
     drops = torch.linspace(-2, 2, 400, dtype=torch.float64)
     found = learnt(drops, drops.abs() + 1, drops + 0.7, typical=True)
     assert found.level == pytest.approx(0.7, abs=0.1)
-    small = found.limited(torch.tensor([1.0]), torch.tensor([0.1]), torch.tensor([1.0]))
+    small = found.limited(said(torch.tensor([1.0]), torch.tensor([1.0]), shares=torch.tensor([0.1])))
     assert float(small) == pytest.approx(1.0, abs=0.1)
 
 
 def test_what_is_within_the_norm_is_not_bent():
     drops = torch.tensor([1.0, -3.0, 9.0])
-    bent = Calibration((1.0, 1.0)).limited(drops, torch.zeros(3), torch.tensor([1.0, 3.0, 3.0]))
+    bent = Calibration((1.0, 1.0)).limited(said(drops, torch.tensor([1.0, 3.0, 3.0])))
     assert bent.tolist() == pytest.approx([1.0, -3.0, 4 - math.exp(-6)])
+
+
+def test_as_far_as_a_single_component_goes_many_go_as_well():
+    """Strong sets of SmolLM2 without its largest component were forecast with half of their effect."""
+    drops, norms = torch.tensor([2.0, 60.0, 60.0, -60.0]), torch.tensor([3.0, 3.0, 12.0, 3.0])
+    bent = Calibration((1.0, 1.0)).limited(said(drops, norms, falls=torch.full((4,), 10.0)))
+    assert bent.tolist() == pytest.approx([2.0, 10.0, 13.0, -4.0], abs=0.01)
+    assert Calibration().limited(said(drops, norms, falls=norms)).tolist() == drops.tolist()
+    forecast = Forecast(torch.zeros(2), torch.tensor([0, 1]), torch.tensor([[3.0, -1.0], [0.5, 2.0]]))
+    assert [one.tolist() for one in forecast.farthest] == [[3.0, 2.0], [1.0, 0.0]]
+    none = Forecast(torch.zeros(2), torch.zeros(0, dtype=torch.long), torch.zeros(2, 0))
+    assert [one.tolist() for one in none.farthest] == [[0.0, 0.0]] * 2
 
 
 def test_no_limit_where_outputs_are_additive():
@@ -190,9 +208,9 @@ def test_every_kind_of_strong_sets_is_missed_by_its_own():
     factors = (1.0, 2.0, 4.0, 8.0)
     kinds, drops, norms, truth = missed(4000, factors, generator)
     none = torch.zeros(4000, dtype=torch.bool)
-    found = Calibration.learnt(drops, torch.ones_like(drops), norms, kinds > 0, truth, none)
+    found = Calibration.learnt(said(drops, norms, kinds > 0), truth, none)
     kinds, drops, norms, truth = missed(4000, factors, generator)
-    half = found.quantile(0.95) * found.expected_miss(drops, torch.ones_like(drops), norms, kinds > 0)
+    half = found.quantile(0.95) * found.expected_miss(said(drops, norms, kinds > 0))
     inside = ((truth - drops).abs() <= half).double()
     assert all(float(inside[kinds == kind].mean()) == pytest.approx(0.95, abs=0.025) for kind in range(4))
 
@@ -203,11 +221,10 @@ def test_intervals_of_a_single_example_hold():
     for seed in range(60):
         generator = torch.Generator().manual_seed(seed)
         kinds, drops, norms, truth = missed(420, (1.0, 1.0, 1.0, 1.0), generator)
-        values, strong = (drops, torch.ones_like(drops), norms), kinds > 0
-        own = [x[:20] for x in (*values, strong, truth, kinds == 0)]
-        found = Calibration.learnt(*own)
-        half = found.quantile(0.95) * found.expected_miss(*values, strong)
-        inside.append(((truth - found.limited(*values)).abs() <= half)[20:].double().mean())
+        of_all, own = said(drops, norms, kinds > 0), torch.arange(420) < 20
+        found = Calibration.learnt(of_all.at(own), truth[own], kinds[own] == 0)
+        half = found.quantile(0.95) * found.expected_miss(of_all)
+        inside.append(((truth - found.limited(of_all)).abs() <= half)[20:].double().mean())
     assert 0.94 <= float(torch.stack(inside).mean()) <= 0.98
 
 
@@ -271,9 +288,9 @@ def test_intervals_are_learnt_from_sets_that_were_not_measured_before(mlp, monke
     """Of twelve heads' sets nine in ten were single heads and pairs; of larger ones three in ten were inside."""
     learnt, sizes = Calibration.learnt, []
 
-    def spied(drops, shares, *rest):
-        sizes.extend((shares * 0.1 * n_components).round().int().tolist())
-        return learnt(drops, shares, *rest)
+    def spied(said, *rest):
+        sizes.extend((said.shares * 0.1 * n_components).round().int().tolist())
+        return learnt(said, *rest)
 
     n_components = len(coar.find_components(mlp.model))
     monkeypatch.setattr(Calibration, "learnt", spied)
@@ -535,16 +552,18 @@ def test_distant_sets_teach_how_intervals_grow():
     strong = torch.arange(count) % 2 == 0
     noise = torch.rand(count, generator=generator)
     near = Calibration(spread=spread, scores=tuple(torch.linspace(0.05, 1, 20).tolist()))
+    of_all = said(torch.zeros(count), norms, strong)
     for power, until in ((1.5, 1e6), (2.0, 2.0)):
         measured = noise * times.clamp_max(until) ** torch.where(strong, 0.0, power)
-        found = near.reaching(torch.zeros(count), torch.ones(count), norms, strong, measured, times, 0.5)
+        found = near.reaching(of_all, measured, times, 0.5)
         assert found.growth[0] == pytest.approx(power, abs=0.2) and found.growth[1] < 0.1 and found.reach == 0.5
         assert found.until[0] == until
-        inside = measured <= found.quantile(0.95) * found.widening(times, torch.zeros(count), norms, strong)
+        inside = measured <= found.quantile(0.95) * found.widening(of_all, times)
         assert inside[strong].all() and 0.93 < float(inside[~strong].float().mean()) < 0.98
-    few = near.reaching(*(x[:6] for x in (torch.zeros(count), torch.ones(count), norms, strong, measured, times)), 0.5)
+    six, none = torch.arange(count) < 6, torch.zeros(count).bool()
+    few = near.reaching(of_all.at(six), measured[six], times[six], 0.5)
     assert min(few.growth) >= 0.75  # what a constant says, and as much as any of them wants
-    assert near.reaching(*(x[:0] for x in (norms, norms, norms, strong, norms, times)), 0.5) == near
+    assert near.reaching(of_all.at(none), measured[none], times[none], 0.5) == near
 
 
 class Wreck(torch.nn.Module):
@@ -697,15 +716,14 @@ def test_sets_are_of_layers_where_they_are_mostly_that():
 def test_the_factor_of_layers_is_what_they_teach(factor):
     count = 400
     generator = torch.Generator().manual_seed(3)
-    norms, none = torch.ones(count), torch.zeros(count)
-    strong = torch.zeros(count, dtype=torch.bool)
+    of_all, few = said(torch.zeros(count), torch.ones(count)), torch.arange(count) < 19
     misses = torch.randn(2 * count, generator=generator)
-    near = Calibration.learnt(none, norms, norms, strong, misses[:count], strong)
-    found = near.for_layers(none, norms, norms, strong, factor * misses[count:])
+    near = Calibration.learnt(of_all, misses[:count], torch.zeros(count).bool())
+    found = near.for_layers(of_all, factor * misses[count:])
     assert found.layers == pytest.approx(max(1.0, factor), rel=0.25)
-    half = found.quantile(0.95) * found.expected_miss(none, norms, norms, strong) * found.layers
+    half = found.quantile(0.95) * found.expected_miss(of_all) * found.layers
     assert 0.93 <= (factor * misses[count:].abs() <= half).float().mean() <= 1
-    assert near.for_layers(*(x[:19] for x in (none, norms, norms, strong, misses))).layers == 0
+    assert near.for_layers(of_all.at(few), misses[:19]).layers == 0
 
 
 def test_intervals_of_larger_sets_than_were_checked_are_told(demo_attributions, caplog):

@@ -268,9 +268,14 @@ def test_sets_and_what_is_forecast_of_them_are_those_of_the_cpu():
     with torch.autocast("cuda", torch.float16):  # the caller's, for the model
         found = checking._forecasts_on(torch.device("cuda"), sets, estimates, trusting, examples, 20)
     expected = checking._forecasts_on(torch.device("cpu"), sets, estimates, trusting, examples, 20)
-    for one, other in zip((*found[:2], *found.drops), (*expected[:2], *expected.drops), strict=True):
+    numbers = ("drops", "shares", "norms", "falls", "rises")
+    pairs = [
+        (getattr(a, name), getattr(b, name)) for a, b in zip(found.said, expected.said, strict=True) for name in numbers
+    ]
+    for one, other in [*pairs, (found.times, expected.times)]:
         assert one.device.type == "cpu" and torch.allclose(one, other, rtol=1e-4, atol=1e-4)
-    assert torch.equal(found.told, expected.told) and float((found.strong != expected.strong).float().mean()) < 0.01
+    strong = found.said[0].strong != expected.said[0].strong
+    assert torch.equal(found.told, expected.told) and float(strong.float().mean()) < 0.01
 
 
 def test_sets_that_do_not_fit_beside_the_model_are_forecast_on_the_cpu(monkeypatch):
@@ -291,7 +296,7 @@ def test_sets_that_do_not_fit_beside_the_model_are_forecast_on_the_cpu(monkeypat
 
     monkeypatch.setattr(checking.Sets, "blocks", full)
     found = checking._forecasts(*of)
-    assert tried == ["cuda", "cpu"] and torch.equal(found.drops[0], expected.drops[0])
+    assert tried == ["cuda", "cpu"] and torch.equal(found.said[0].drops, expected.said[0].drops)
 
 
 def test_reads_are_shrunk_as_on_the_cpu():

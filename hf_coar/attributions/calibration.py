@@ -7,6 +7,7 @@ learnt from others of them (Papadopoulos 2008; in turns, as in cross-conformal p
 
 import math
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,13 +31,41 @@ _UNTIL = (1.5, 2.0, 4.0, WHEREVER)  # times as large, from which on they grow no
 _AS_A_RULE = 1.25
 
 
+class Said(NamedTuple):
+    """What is forecast of some sets, tensors of one shape, or of shapes that go together.
+
+    Attributes:
+        drops: of the output, before the limits.
+        shares: the sets' sizes by the fitted one, 1 at most.
+        norms: see `Forecast.norms`.
+        strong: bool, see `Forecast.strong`.
+        falls: the largest known fall of the example's output by a single component; 0 where none is known.
+        rises: the largest such rise.
+    """
+
+    drops: Tensor
+    shares: Tensor
+    norms: Tensor
+    strong: Tensor
+    falls: Tensor
+    rises: Tensor
+
+    def at(self, which: Tensor) -> "Said":
+        """What is said of some of the sets, where all tensors have one shape."""
+        return Said(*(values[which] for values in self))
+
+    def double(self) -> "Said":
+        """All in float64, but for what is bool."""
+        return Said(*(values if values.dtype == torch.bool else values.double() for values in self))
+
+
 @dataclass(frozen=True)
 class Calibration:
     """How far forecasts are off, learnt from sets that no fit used.
 
     Attributes:
         limits: 1 / the largest fall, and 1 / the largest rise of an output beyond the norm of a set, in its unit; 0 for
-            none.
+            none. As far as a single component makes an output go, a set can make it go as well.
         level: by how much outputs fall more than forecast under sets of the fitted size, in the unit of the output;
             under smaller ones by the square of their share of that size.
         spread: what makes up the expected miss: the factors of the set's norm, of its forecast change, and of what the
@@ -62,80 +91,59 @@ class Calibration:
     reach: float = 0.0
     layers: float = 0.0
 
-    def limited(self, drops: Tensor, shares: Tensor, norms: Tensor) -> Tensor:
+    def limited(self, said: Said) -> Tensor:
         """The drops after the limits, in their shape.
 
         Only what exceeds the norm of a set is bent: a single component's effect is its norm, and random sets' effects
         mostly cancel to less, while those of strong components of one sign add up to much more.
-
-        Args:
-            drops: of sets, before the limits.
-            shares: the sets' sizes by the fitted one, 1 at most.
-            norms: see `Forecast.norms`.
         """
         fall, rise = self.limits
-        bent = _bent(drops.clamp_min(0), norms, fall) - _bent((-drops).clamp_min(0), norms, rise)
-        return bent + self.level * shares.square()
+        falls = _bent(said.drops.clamp_min(0), said.norms, fall, said.falls)
+        return falls - _bent((-said.drops).clamp_min(0), said.norms, rise, said.rises) + self.level * said.shares**2
 
-    def expected_miss(self, drops: Tensor, shares: Tensor, norms: Tensor, strong: Tensor) -> Tensor:
-        """The spread of sets, from the same as `limited`, and which of them are strong, bool in their shape."""
-        spread = torch.tensor(self.spread, dtype=drops.dtype)
-        factors = torch.tensor((1.0, *self.strong), dtype=drops.dtype)[kinds(drops, norms, strong)]
-        return _features(drops, self.limited(drops, shares, norms), norms) @ spread * factors
+    def expected_miss(self, said: Said) -> Tensor:
+        """The spread of sets, in the shape of their drops."""
+        spread = torch.tensor(self.spread, dtype=said.drops.dtype)
+        factors = torch.tensor((1.0, *self.strong), dtype=said.drops.dtype)[kinds(said)]
+        return _features(said, self.limited(said)) @ spread * factors
 
     def times_unit(self, unit: float) -> "Calibration":
         """This calibration of outputs that were measured in a unit, for the outputs themselves."""
         fall, rise = self.limits
         return replace(self, limits=(fall / unit, rise / unit), level=self.level * unit)
 
-    def widening(self, times: Tensor, drops: Tensor, norms: Tensor, strong: Tensor) -> Tensor:
+    def widening(self, said: Said, times: Tensor) -> Tensor:
         """By how much more is missed of sets so many times as large as the largest near ones, in their shape."""
         usual, of_strong = (times.clamp_max(most) ** power for power, most in zip(self.growth, self.until, strict=True))
-        return torch.where(_leaning(drops, norms, strong), of_strong, usual)
+        return torch.where(_leaning(said), of_strong, usual)
 
-    def reaching(
-        self,
-        drops: Tensor,
-        shares: Tensor,
-        norms: Tensor,
-        strong: Tensor,
-        measured: Tensor,
-        times: Tensor,
-        reach: float,
-    ) -> "Calibration":
-        """With the growth that distant sets teach; a flat tensor each, as `learnt` takes them, and `widening`.
+    def reaching(self, said: Said, measured: Tensor, times: Tensor, reach: float) -> "Calibration":
+        """With the growth that distant sets teach; flat tensors, as `learnt` and `widening` take them.
 
         With the power as many of them are inside their intervals as of near sets: quantiles again, of the powers that
         each wants, of the smaller half of them and of the larger one. Of several sizes up to which intervals grow, the
         one with the narrowest is taken.
         """
-        if not len(drops) or not self.scores:
+        if not len(measured) or not self.scores:
             return self
-        drops, shares, norms, measured, times = (x.double() for x in (drops, shares, norms, measured, times))
-        expected = self._usual_tail * self.expected_miss(drops, shares, norms, strong)
-        missed = (measured - self.limited(drops, shares, norms)).abs() / expected.clamp_min(_TINY)
-        missed, times = missed.clamp_min(_TINY).log(), times.log()
+        missed, times = self._missed(said, measured).clamp_min(_TINY).log(), times.double().log()
         at_least = min(STEEPEST, max(GROWTH, float((missed / times).max()))), WHEREVER
-        leaning = _leaning(drops, norms, strong)
+        leaning = _leaning(said)
         by_kind = [_growth(missed[kind], times[kind]) or _growth(missed, times) for kind in (~leaning, leaning)]
         growth, until = zip(*(found or at_least for found in by_kind), strict=True)
         return replace(self, growth=growth, until=until, reach=reach)
 
-    def for_layers(
-        self, drops: Tensor, shares: Tensor, norms: Tensor, strong: Tensor, measured: Tensor
-    ) -> "Calibration":
-        """With what whole layers teach, one set each, drawn at random; a flat tensor each, as `learnt` takes them."""
-        if len(drops) < _FEWEST_SCORES or not self.scores:
+    def for_layers(self, said: Said, measured: Tensor) -> "Calibration":
+        """With what whole layers teach, one set each, drawn at random; flat tensors, as `learnt` takes them."""
+        if len(measured) < _FEWEST_SCORES or not self.scores:
             return self
-        drops, shares, norms, measured = (x.double() for x in (drops, shares, norms, measured))
-        expected = self._usual_tail * self.expected_miss(drops, shares, norms, strong)
-        missed = (measured - self.limited(drops, shares, norms)).abs() / expected.clamp_min(_TINY)
-        return replace(self, layers=min(WHEREVER, max(1.0, _tail(missed))))
+        return replace(self, layers=min(WHEREVER, max(1.0, _tail(self._missed(said, measured)))))
 
-    @property
-    def _usual_tail(self) -> float:
-        """The score of an interval of 95 %; the largest of few."""
-        return self.quantile(_TAIL) if self.knows(_TAIL) else self.scores[-1]
+    def _missed(self, said: Said, measured: Tensor) -> Tensor:
+        """Misses by half of an interval of 95 % as near sets have it, or of the largest of few scores; float64."""
+        said, tail = said.double(), self.quantile(_TAIL) if self.knows(_TAIL) else self.scores[-1]
+        expected = tail * self.expected_miss(said)
+        return (measured.double() - self.limited(said)).abs() / expected.clamp_min(_TINY)
 
     def knows(self, level: float) -> bool:
         """Whether there are enough scores for a level."""
@@ -162,33 +170,26 @@ class Calibration:
         return self.scores[rank - 1]
 
     @classmethod
-    def learnt(
-        cls, drops: Tensor, shares: Tensor, norms: Tensor, strong: Tensor, measured: Tensor, typical: Tensor
-    ) -> "Calibration":
-        """From forecast drops, shares, norms of the weights, and measured drops of fresh sets, all in one shape.
+    def learnt(cls, said: Said, measured: Tensor, typical: Tensor) -> "Calibration":
+        """From what is forecast of fresh sets, and measured drops, all flat.
 
         Every score is of a set that its limits and spread did not see: of a single example's twenty sets, five such
         numbers would take the worst misses in.
 
         Args:
-            drops: before the limits, as for `limited`.
-            shares: the sets' sizes, as there.
-            norms: as there.
-            strong: bool, as for `expected_miss`.
+            said: of the sets.
             measured: drops of the output itself.
             typical: bool, random sets of the fitted size, which set the level.
         """
-        values = [x.flatten().double() for x in (drops, shares, norms, measured)]
-        strong, typical = strong.flatten(), typical.flatten()
-        shape = cls._shaped(*values, typical)
-        which, scores = kinds(values[0], values[2], strong), torch.zeros_like(values[0])
+        said, measured = said.double(), measured.double()
+        shape = cls._shaped(said, measured, typical)
+        which, scores = kinds(said), torch.zeros_like(measured)
         folds = torch.randperm(len(scores), generator=torch.Generator().manual_seed(0)) % _FOLDS
         for number in range(_FOLDS):
             here = folds == number
-            of_others = cls._shaped(*(x[~here] for x in (*values, typical)))
-            known, found = [x[here] for x in values[:3]], values[3][here]
-            expected = of_others.expected_miss(*known, strong[here]).clamp_min(_TINY)
-            scores[here] = (found - of_others.limited(*known)).abs() / expected
+            of_others, own = cls._shaped(said.at(~here), measured[~here], typical[~here]), said.at(here)
+            expected = of_others.expected_miss(own).clamp_min(_TINY)
+            scores[here] = (measured[here] - of_others.limited(own)).abs() / expected
         factors = _factors(scores, which)
         scores = (scores / torch.tensor((1.0, *factors), dtype=scores.dtype)[which]).sort().values
         if len(scores) > _KEPT_SCORES:
@@ -196,22 +197,23 @@ class Calibration:
         return replace(shape, strong=factors, scores=tuple(scores.tolist()))
 
     @classmethod
-    def _shaped(cls, drops: Tensor, shares: Tensor, norms: Tensor, measured: Tensor, typical: Tensor) -> "Calibration":
+    def _shaped(cls, said: Said, measured: Tensor, typical: Tensor) -> "Calibration":
         """Limits, level and spread, from float64 and bool [sets]."""
-        square, shape = shares.square(), cls()
+        square, shape = said.shares.square(), cls()
+        ways = ((1, said.falls), (-1, said.rises))
         for _ in range(2):  # limits and level depend on each other, a little
             rest = measured - shape.level * square
-            shape = cls(tuple(_best_limit(sign * drops, sign * rest, norms) for sign in (1, -1)))
-            missing = ((measured - shape.limited(drops, shares, norms)) * square)[typical].sum()
+            shape = cls(tuple(_best_limit(sign * said.drops, sign * rest, said.norms, alone) for sign, alone in ways))
+            missing = ((measured - shape.limited(said)) * square)[typical].sum()
             shape = replace(shape, level=float(missing / square[typical].square().sum().clamp_min(_TINY)))
-        limited = shape.limited(drops, shares, norms)
-        spread = _non_negative_fit(_features(drops, limited, norms), (measured - limited).abs())
+        limited = shape.limited(said)
+        spread = _non_negative_fit(_features(said, limited), (measured - limited).abs())
         return replace(shape, spread=tuple(spread.tolist()))
 
 
-def _leaning(drops: Tensor, norms: Tensor, strong: Tensor) -> Tensor:
+def _leaning(said: Said) -> Tensor:
     """Which sets lean to one side; half of all components take no more than half of all weights, and few are strong."""
-    return strong | (drops.abs() > norms)
+    return said.strong | (said.drops.abs() > said.norms)
 
 
 def _growth(missed: Tensor, times: Tensor) -> tuple[float, float] | None:
@@ -233,9 +235,10 @@ def _tail(values: Tensor) -> float:
     return float(values.sort().values[rank - 1]) if rank else 0.0
 
 
-def kinds(drops: Tensor, norms: Tensor, strong: Tensor) -> Tensor:
+def kinds(said: Said) -> Tensor:
     """Kinds of sets: 0 like random ones; strong with a fall, 1, or a rise, 2, of more than the norm, or neither, 3."""
-    return torch.where(strong, torch.where(drops > norms, 1, torch.where(drops < -norms, 2, 3)), 0)
+    of_strong = torch.where(said.drops > said.norms, 1, torch.where(said.drops < -said.norms, 2, 3))
+    return torch.where(said.strong, of_strong, 0)
 
 
 def _factors(scores: Tensor, which: Tensor) -> tuple[float, float, float]:
@@ -254,29 +257,33 @@ def _ratio_of_tails(scores: Tensor, others: Tensor) -> float | None:
     return max(1.0, tail / max(of_others, _TINY))
 
 
-def _bent(drops: Tensor, norms: Tensor, limit: float) -> Tensor:
-    """Drops that are not negative, of which what exceeds the norms cannot exceed 1 / limit."""
+def _bent(drops: Tensor, norms: Tensor, limit: float, alone: Tensor) -> Tensor:
+    """Drops that are not negative, of which what exceeds the norms cannot exceed 1 / limit, or what leads to `alone`.
+
+    Without the latter the norm of a set says all of how far it can go. On SmolLM2, whose largest single effects are as
+    large as those of hundreds of components, strong sets without just these were forecast with half of their effect.
+    """
     if limit <= 0:
         return drops
-    excess = (drops - norms).clamp_min(0)
-    return drops - excess - torch.expm1(-excess * limit) / limit
+    excess, room = (drops - norms).clamp_min(0), (alone - norms).clamp_min(1 / limit)
+    return drops - excess - torch.expm1(-excess / room) * room
 
 
-def _features(drops: Tensor, limited: Tensor, norms: Tensor) -> Tensor:
-    return torch.stack([norms, limited.abs(), (drops - limited).abs()], dim=-1)
+def _features(said: Said, limited: Tensor) -> Tensor:
+    return torch.stack([said.norms, limited.abs(), (said.drops - limited).abs()], dim=-1)
 
 
-def _best_limit(drops: Tensor, measured: Tensor, norms: Tensor) -> float:
+def _best_limit(drops: Tensor, measured: Tensor, norms: Tensor, alone: Tensor) -> float:
     """The limit of least relative miss among those tried; by absolute values, as a few sets miss by far."""
     there = drops > norms
     if int(there.sum()) < 8:
         return 0.0
-    drops, measured, norms = drops[there], measured[there], norms[there].clamp_min(_TINY)
+    drops, measured, norms, alone = drops[there], measured[there], norms[there].clamp_min(_TINY), alone[there]
     scale = float((drops - norms).quantile(0.9))
     if scale <= _TINY:
         return 0.0
     tried = [0.0, *(1 / (scale * torch.logspace(-1.5, 1.5, _LIMITS, dtype=drops.dtype))).tolist()]
-    return min(tried, key=lambda limit: float(((_bent(drops, norms, limit) - measured).abs() / norms).mean()))
+    return min(tried, key=lambda limit: float(((_bent(drops, norms, limit, alone) - measured).abs() / norms).mean()))
 
 
 def _non_negative_fit(features: Tensor, misses: Tensor) -> Tensor:

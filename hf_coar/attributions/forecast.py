@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_coar.attributions.calibration import STEEPEST, WHEREVER, Calibration
+from hf_coar.attributions.calibration import STEEPEST, WHEREVER, Calibration, Said
 from hf_coar.attributions.far import Far, taken
 from hf_coar.attributions.provenance import Provenance
 from hf_coar.attributions.rows import Rows, check_finite
@@ -108,6 +108,18 @@ class Forecast:
         size = gone.count_nonzero(-1)
         known = (size == 0) | (size == 1) & (alone == 1) | (size == 2) & (pairs == 1)
         return known if kept.dim() == 3 else known[:, None]
+
+    def said(self, drops: Tensor, weights: Tensor, errors: Tensor | None, kept: Tensor, fraction: float) -> Said:
+        """What calibrations take of sets, from their drops and from what `drops` and `norms` take."""
+        norms, strong = self.norms(weights, errors, kept), self.strong(weights, kept)
+        return Said(drops, self.shares(kept, fraction), norms, strong, *self.farthest)
+
+    @property
+    def farthest(self) -> tuple[Tensor, Tensor]:
+        """How far a single component is known to lower outputs, and to raise them, float32 [examples]; 0 for none."""
+        if not len(self.flipped):
+            return torch.zeros_like(self.unablated), torch.zeros_like(self.unablated)
+        return self.effects.amax(1).clamp_min(0), (-self.effects).amax(1).clamp_min(0)
 
     def times(self, kept: Tensor, fraction: float) -> Tensor:
         """How many times as large as the largest near sets others are, 1 at least, float32, as `shares` are."""

@@ -117,17 +117,15 @@ class Known:
         drops = forecast.drops(self.weights, kept, self.fraction)
         if calibration is None:
             return forecast.unablated - drops
-        shares, norms = forecast.shares(kept, self.fraction), forecast.norms(self.weights, self.errors, kept)
-        known = forecast.knows(kept)
-        values = forecast.unablated - torch.where(known, drops, calibration.limited(drops, shares, norms))
+        said, known = forecast.said(drops, self.weights, self.errors, kept, self.fraction), forecast.knows(kept)
+        values = forecast.unablated - torch.where(known, drops, calibration.limited(said))
         if level is None:
             return values
-        strong, layers = forecast.strong(self.weights, kept), layers_of(self.components)
-        half = calibration.quantile(level) * calibration.expected_miss(drops, shares, norms, strong)
-        wider = calibration.widening(forecast.times(kept, self.fraction), drops, norms, strong)
-        of_layers = taken(layers, kept).any(1)[:, None]
+        half = calibration.quantile(level) * calibration.expected_miss(said)
+        wider = calibration.widening(said, forecast.times(kept, self.fraction))
+        of_layers = taken(layers_of(self.components), kept).any(1)[:, None]
         half *= torch.where(of_layers, wider.clamp_min(calibration.layers), wider)
-        half = torch.where(known, ROUNDING * norms, half)
+        half = torch.where(known, ROUNDING * said.norms, half)
         return values, values - half, values + half
 
     def tell_of_others(self, kept: Tensor) -> None:

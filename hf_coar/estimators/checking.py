@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hf_coar import data as data_module
-from hf_coar.attributions.calibration import Calibration, kinds
+from hf_coar.attributions.calibration import Calibration, Said, kinds
 from hf_coar.attributions.forecast import Forecast, largest_checked
 from hf_coar.attributions.layers import Layer, layers_of
 from hf_coar.errors import NonFiniteOutputError
@@ -284,38 +284,36 @@ def _calibrated(
     """The forecast with what sets of every example, or of many, drawn once more, say of it; and `_explained`."""
     count, tried = len(measured), _trusting(forecast)
     rows = range(0, len(examples), math.ceil(len(examples) / _MOST_CALIBRATING))
-    said = _forecasts(sets, estimates, tried, [(row, examples[row]) for row in rows], count)
+    made = _forecasts(sets, estimates, tried, [(row, examples[row]) for row in rows], count)
     fallen = (forecast.unablated - measured)[:, list(rows)]
     n_components = estimates.weights.shape[1]
     typical, distant, layers = (
         torch.tensor([found(number) for number in range(count)])[:, None].expand_as(fallen)
         for found in (sets.is_typical, partial(sets.is_distant, count=n_components), sets.is_layer)
     )
-    told = (said.shares, said.norms, said.strong, fallen, typical, said.times, *said.drops)
-    usual = said.told & ~distant & ~layers
-    shares, norms, strong, near, typical, _, *drops = (values[usual] for values in told)
-    learnt = [Calibration.learnt(found, shares, norms, strong, near, typical) for found in drops]
-    misses = [(near - one.limited(found, shares, norms)).abs() for one, found in zip(learnt, drops, strict=True)]
-    relative = [float((values / norms.clamp_min(_TINY)).mean()) for values in misses]
+    usual, distant, layers = (made.told & here for here in (~distant & ~layers, distant, layers))
+    near = [said.at(usual) for said in made.said]
+    learnt = [Calibration.learnt(said, fallen[usual], typical[usual]) for said in near]
+    misses = [(fallen[usual] - one.limited(said)).abs() for one, said in zip(learnt, near, strict=True)]
+    relative = [float((miss / said.norms.clamp_min(_TINY)).mean()) for miss, said in zip(misses, near, strict=True)]
     best = relative.index(min(relative))
-    explained = _explained(kinds(drops[best], norms, strong), misses[best], near)
-    shares, norms, strong, far, _, times, *drops = (values[said.told & distant] for values in told)
-    calibration = learnt[best].reaching(drops[best], shares, norms, strong, far, times, FARTHEST)
-    shares, norms, strong, without, _, _, *drops = (values[said.told & layers] for values in told)
-    calibration = calibration.for_layers(drops[best], shares, norms, strong, without)
+    explained = _explained(kinds(near[best]), misses[best], fallen[usual])
+    said = made.said[best]
+    calibration = learnt[best].reaching(said.at(distant), fallen[distant], made.times[distant], FARTHEST)
+    calibration = calibration.for_layers(said.at(layers), fallen[layers])
     found = replace(tried[best], calibration=calibration)
     return found if found.far is None or found.far.trust else replace(found, far=None), explained
 
 
 class _Forecasts(NamedTuple):
-    """What is forecast of sets, each [sets, examples]; drops by every forecast, and which sets tell anything of it."""
+    """What every forecast says of sets, how many times as large as near ones they are, and which tell anything of it.
 
-    shares: Tensor
-    norms: Tensor
+    Each [sets, examples].
+    """
+
+    said: list[Said]
     times: Tensor
-    strong: Tensor
     told: Tensor
-    drops: list[Tensor]
 
 
 def _forecasts(
@@ -338,8 +336,8 @@ def _forecasts_on(
     count: int,
 ) -> _Forecasts:
     forecast, fraction = tried[0], sets.fraction
-    shares, norms, times, *drops = (torch.zeros(count, len(examples)) for _ in range(3 + len(tried)))
-    strong, told = (torch.zeros(count, len(examples), dtype=torch.bool) for _ in range(2))
+    blocks, times = [], torch.zeros(count, len(examples))
+    told = torch.zeros(count, len(examples), dtype=torch.bool)
     width = max(estimates.weights.shape[1], len(forecast.pairs))
     with torch.autocast(device.type, enabled=False):  # the caller's is for the model: squares of weights are small
         for columns, rows, weights, errors, kept in sets.blocks(estimates, examples, range(count), width, device):
@@ -348,14 +346,18 @@ def _forecasts_on(
             found, leaning = near.drops(weights, kept, fraction), None
             if here.far is not None:  # once for all trusts
                 leaning = here.far.leaning(found, weights, 1 - kept, fraction)
-            for of_one, one in zip(drops, tried, strict=True):
-                of_one[:, columns] = (found if leaning is None else found + one.far.trust * leaning).cpu()
-            shares[:, columns] = Forecast.shares(kept, fraction).cpu()
-            norms[:, columns] = near.norms(weights, errors, kept).cpu()
+            said = near.said(found, weights, errors, kept, fraction)
+            drops = [found if leaning is None else found + one.far.trust * leaning for one in tried]
+            said = said._replace(falls=said.falls.expand_as(found), rises=said.rises.expand_as(found))
+            blocks.append([Said(*(x.cpu() for x in said._replace(drops=of_one))) for of_one in drops])
             times[:, columns] = near.times(kept, fraction).cpu()
-            strong[:, columns] = Forecast.strong(weights, kept).cpu()
             told[:, columns] = ~near.knows(kept).cpu()
-    return _Forecasts(shares, norms, times, strong, told, drops)
+    return _Forecasts([_joined(parts) for parts in zip(*blocks, strict=True)], times, told)
+
+
+def _joined(parts: Sequence[Said]) -> Said:
+    """What is said of all examples, one block after the other."""
+    return Said(*(torch.cat(values, dim=1) for values in zip(*parts, strict=True)))
 
 
 def _explained(which: Tensor, misses: Tensor, fallen: Tensor) -> dict[str, float]:

@@ -23,7 +23,7 @@ def arrays(attributions: Attributions, components: Sequence[int], rows: Sequence
     index, forecast = torch.tensor(list(components)), attributions.forecast
     found: dict[str, Any] = {"n": len(attributions.components), "weights": []}
     if forecast is not None:
-        found |= {name: [] for name in ("singles", "squares", "sizes", "total", "sum")}
+        found |= {name: [] for name in ("singles", "squares", "sizes", "total", "sum", "alone")}
         fraction = attributions.provenance.ablated_fraction
         found |= {"fraction": fraction, "calibration": _calibration(forecast)}
         found["largest"] = largest_checked(fraction, found["n"], 1 + forecast.largest_known)
@@ -58,6 +58,7 @@ def _of_row(
         "singles": _short(singles[index]), "squares": _short(squares[index]),
         "sizes": _short(Far.sizes(weights[None])[0, index]),
         "total": float((1 - ratio) * weights.sum() - excess.sum()), "sum": float(weights.sum().abs()),
+        "alone": [float(x[row]) for x in forecast.farthest],
     }  # fmt: skip
 
 
