@@ -16,6 +16,7 @@ from hf_coar.models.building import LARGEST, building, check_counts, size_of_fil
 from hf_coar.models.libraries import library
 from hf_coar.models.quiet import without_bars
 from hf_coar.models.records import EDIT, RECORD, check_edit, fingerprint, record
+from hf_coar.models.reloading import check_loads
 from hf_coar.storage import files, folders, hub
 from hf_coar.storage.escaping import python_name
 
@@ -257,7 +258,8 @@ def save_model(model: nn.Module, folder: str | Path, overwrite: bool = False) ->
         overwrite: take a folder that holds other things as well; files of the same names are replaced.
 
     Raises:
-        CoarError: the folder holds other things, or cannot be written; what was there is as it was then.
+        ModelError: the library loads another model from what it has saved, see `reloading.check_loads`.
+        CoarError: the folder holds other things, or cannot be written. What was there is as it was then.
     """
     with saved(model, folder, overwrite):
         pass
@@ -269,6 +271,7 @@ def saved(model: nn.Module, folder: str | Path, overwrite: bool = False) -> Iter
     vouched = not getattr(model, RECORD, {}).get(_LOADED)
     with folders.replaced(folder, folders.MODEL, overwrite, vouched, removed=_STATE) as new:
         _save_with_its_library(model, new)
+        check_loads(model, new)
         edit = record(model).get("edit")
         if edit:
             files.write_json(new / EDIT, edit)
