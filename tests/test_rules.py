@@ -30,8 +30,9 @@ from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import orthogonal
 
 import hf_coar as coar
-from hf_coar import masking
+from hf_coar import masking, models
 from hf_coar.components import Matrix, registered, rule, rule_of
+from hf_coar.editing import making
 from hf_coar.errors import CoarError, NoComponentsError
 
 
@@ -86,6 +87,21 @@ GRANULARITIES = pytest.mark.parametrize("granularity", coar.components.GRANULARI
 def test_every_rule_has_a_case():
     own = {key for key, found in registered().items() if found.__module__.startswith("hf_coar.")}
     assert own - set().union(*(rules_met(build(name)) for name in MODELS)) == set()
+
+
+@GRANULARITIES
+def test_an_edit_is_undone_by_what_its_record_names(model, find, granularity):
+    components = find(granularity)
+    kept = masks(1, len(components))[0]
+    named = [components[int(index)].group for index in (~kept).nonzero()[:, 0]]
+    base = {**models.record(model), "fingerprint": models.fingerprint(model)}
+    parameters = {name for group in named for name in (group.parameter, *group.shared_by)}
+    try:
+        edited = making.with_ablated(model, components, kept, {"base": base, "parameters": sorted(parameters)})
+    except CoarError:
+        pytest.skip("its weights cannot be changed")
+    assert models.fingerprint(edited) != base["fingerprint"]
+    assert models.fingerprint(coar.undo(edited, model)) == base["fingerprint"]
 
 
 @pytest.mark.parametrize("granularity", ["unit", "input"])

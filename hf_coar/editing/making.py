@@ -17,6 +17,7 @@ from hf_coar.editing.choosing import Candidate, Constraint, Goal, choose
 from hf_coar.editing.rules import AUTO, RULES, Rule, Sides
 from hf_coar.errors import CoarError, is_count
 from hf_coar.masking import MaskedModel, constants, fingerprint_of
+from hf_coar.masking.weights import lengths
 
 # Indices, or several sets of them; a class name or {"label": name or number} is all examples of the class.
 Examples = Sequence[int] | Sequence[Sequence[int]] | Tensor | str | Sequence[str] | Mapping[str, Any]
@@ -234,11 +235,13 @@ def with_ablated(model: nn.Module, components: Components, kept: Tensor, entries
         CoarError: what stands in for them cannot be written into the weights; says why.
     """
     entries, stand_in = dict(entries), components.stand_in
+    parts = zip(components.groups, kept.split(components.sizes()), strict=True)
+    groups = [group for group, gates in parts if bool((gates != 1).any())]
+    more = lengths(model, groups)  # `undo` puts back what the record names, and nothing else
     if stand_in is not None:
-        parts = zip(components.groups, kept.split(components.sizes()), strict=True)
-        shifted = constants.names(model, [group for group, gates in parts if bool((gates != 1).any())], stand_in)
+        more.update(constants.names(model, groups, stand_in))
         entries["ablation"] = dict(stand_in.record)
-        entries["parameters"] = sorted({*entries.get("parameters", ()), *shifted})
+    entries["parameters"] = sorted({*entries.get("parameters", ()), *more})
     edited = models.copy_with_record(model, edit=entries)
     MaskedModel(edited, replace(components, fingerprint=None)).ablate_for_good(kept)
     return edited

@@ -1,6 +1,6 @@
 """Changing the stored weights: the slices of ablated components set to zero or scaled, and put back."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -217,8 +217,8 @@ def _edit(model: nn.Module, group: Group, weight: Tensor, ablated: Tensor, facto
 
     if not weight.is_meta:
         return change(weight, None if parametrization is None else parametrization.original0)
-    owner, _, leaf = group.parameter.rpartition(".")
-    length = None if parametrization is None else f"{owner}.original0"
+    leaf = group.parameter.rpartition(".")[2]
+    length = next(iter(lengths(model, [group])), None)
     return OffloadedEdit(model, group.parameter, length, tuple(f"{name}.{leaf}" for name in group.shared_by), change)
 
 
@@ -246,6 +246,12 @@ def normalised(model: nn.Module, group: Group) -> parametrize.ParametrizationLis
     found = model.get_submodule(owner)
     is_list = isinstance(found, parametrize.ParametrizationList)
     return found if is_list and isinstance(found[0], parametrizations._WeightNorm) else None
+
+
+def lengths(model: nn.Module, groups: Iterable[Group]) -> set[str]:
+    """Names of the parameters that hold the lengths of what is stored as length and direction: edits change both."""
+    owners = (group.parameter.rpartition(".")[0] for group in groups if normalised(model, group) is not None)
+    return {f"{owner}.original0" for owner in owners}
 
 
 def check_editable(group: Group, fractions: bool) -> None:
