@@ -10,6 +10,7 @@ from tiny_texts import classifier, saved, written
 
 import hf_coar as coar
 from hf_coar import models
+from hf_coar.editing import edited
 from hf_coar.errors import CoarError, ModelError
 
 
@@ -185,6 +186,26 @@ def test_a_folder_of_adapters_is_loaded_onto_the_base_that_it_names(folders):
     found = coar.attribute(model, data, progress=False)
     again, _ = coar.reopen(found)
     assert torch.equal(again(**batch).logits, expected(**batch).logits)
+
+
+def test_edited_adapters_are_known_as_edited_where_they_are_loaded_and_undone(folders, monkeypatch):
+    saved_adapters(folders)
+    model, data = coar.load(folders / "adapters", folders / "texts.csv")
+    found = coar.attribute(model, data, progress=False)
+    changed = coar.edit(model, found, decrease=[0], n_components=2)
+    edited.save(changed, folders / "edited")
+    loaded = models.load_model(folders / "edited")
+    assert models.record(loaded)["edit"]["indices"] == models.record(changed)["edit"]["indices"]
+    assert models.fingerprint(coar.undo(loaded, model)) == models.fingerprint(model)
+    with pytest.raises(CoarError, match="is edited already"):
+        coar.steer(loaded, data, decrease=[0])
+    # The card says how to load it, in code that runs where the base model is at hand.
+    code = (folders / "edited" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(folders / "edited")
+    known = {"base_model": models.load_model(folders / "base")}
+    exec(code, known)
+    batch = next(iter(data))
+    assert torch.equal(known["model"](**batch).logits, changed(**batch).logits)
 
 
 @pytest.mark.parametrize(

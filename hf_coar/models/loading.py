@@ -77,9 +77,8 @@ def load_model(
             f"{name!r} has a config.json that neither timm ('architecture') nor transformers ('architectures') wrote; "
             f"it has {sorted(config)}"
         )
-    edit = _read_edit(source)
     known = {"id": name, "revision": source.commit, "loaded": fingerprint(model)}
-    setattr(model, RECORD, known | ({"edit": edit, _LOADED: True} if edit else {}))
+    setattr(model, RECORD, known | _read_edit(source))
     return model.eval()
 
 
@@ -88,7 +87,7 @@ def _with_adapter(source: hub.Source, base: nn.Module) -> nn.Module:
     of = record(base).get("id")
     model = adapter_files.put_onto(base, source)
     known = {"id": source.name, "revision": source.commit, "loaded": fingerprint(model)}
-    setattr(model, RECORD, known | ({"architecture": of} if of else {}))
+    setattr(model, RECORD, known | ({"architecture": of} if of else {}) | _read_edit(source))
     return model.eval()
 
 
@@ -178,9 +177,12 @@ def _read_config(source: hub.Source) -> dict:
     return config
 
 
-def _read_edit(source: hub.Source) -> dict[str, Any] | None:
+def _read_edit(source: hub.Source) -> dict[str, Any]:
+    """Entries of the record of a model that was edited; none of any other."""
     path = source.file_if_there(EDIT)
-    return None if path is None else check_edit(files.read_json(path), f"{EDIT} of {source.name!r}")
+    if path is None:
+        return {}
+    return {"edit": check_edit(files.read_json(path), f"{EDIT} of {source.name!r}"), _LOADED: True}
 
 
 _SAFE_WEIGHTS = ("model.safetensors", "open_clip_model.safetensors")  # in timm's own order

@@ -107,6 +107,11 @@ def _load_script(base: Mapping[str, Any], source: str) -> str:
     if library == "transformers":
         name = python_name(base.get("class"), "AutoModel")
         return f"from transformers import {name}\n\nmodel = {name}.from_pretrained({json.dumps(source)})"
+    if library == "peft":
+        return (
+            f"from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base_model, {json.dumps(source)}).eval()"
+            "  # `base_model` as it is without adapters"
+        )
     if not on_hub:
         script = 'from safetensors.torch import load_file\n\nmodel.load_state_dict(load_file("model.safetensors"))'
     else:
