@@ -164,6 +164,25 @@ def test_the_folder_is_looked_at_before_the_first_pass(tmp_path):
         coar.evaluate(attributions, model, batches, out=tmp_path, progress=False)
 
 
+@pytest.mark.parametrize("inside", ["", "a/b"])
+def test_a_place_that_is_read_only_is_told_before_the_first_pass(tmp_path, monkeypatch, capsys, inside):
+    def refused(path, mode):  # of a test that root runs, everything can be written
+        return os.fspath(path) != str(tmp_path) or not mode & os.W_OK
+
+    artefact_of = artefact()
+    monkeypatch.setattr(os, "access", refused)
+    monkeypatch.setattr(coar.editing, "forget", never)
+    model, images, out = (str(path) for path in (DEMO / "model", DEMO / "images.parquet", tmp_path / inside))
+    for command in (["edit", model, images, "--forget", "Bag"], ["edit", str(artefact_of), "--decrease", "0"]):
+        assert cli.main([*command, "--out", out]) == 2
+        assert f"{tmp_path} is read-only" in capsys.readouterr().err
+    model = build_net("mlp").model
+    model.register_forward_pre_hook(never)
+    with pytest.raises(CoarError, match="read-only"):
+        coar.attribute(model, data(2), out=out, progress=False)
+    assert not content(tmp_path)
+
+
 def test_an_interrupted_command_writes_nothing_into_a_strangers_folder(tmp_path, monkeypatch):
     before = content(stranger(tmp_path, "notes"))
 

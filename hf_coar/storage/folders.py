@@ -67,6 +67,8 @@ def check(folder: str | Path, kind: str, overwrite: bool = False) -> None:
             found = kind_of(folder)  # another process of ours may have begun meanwhile: its marker comes first
     except OSError as error:
         raise CoarError(f"cannot write {folder}: {error.strerror or error}; choose another folder") from error
+    if not found:
+        _check_writable(folder)
     if overwrite or found == kind or not (found or names):
         return
     holds = f"holds {_WHAT[found]}" if found else f"holds other things, and no {MARKER} that says that they are ours"
@@ -74,6 +76,13 @@ def check(folder: str | Path, kind: str, overwrite: bool = False) -> None:
         f"{folder} {holds}: {_listed(names)}. {_WHAT[kind].capitalize()} would be written there: give a new or empty "
         "folder, or overwrite=True (--overwrite), which replaces files of the same names"
     )
+
+
+def _check_writable(folder: Path) -> None:
+    """Raises `CoarError` where nothing can be written: after minutes of work it is too late to hear of it."""
+    place = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise CoarError(f"cannot write {folder}: {place} is read-only, or belongs to others; choose another folder")
 
 
 def kind_of(folder: str | Path) -> str | None:
