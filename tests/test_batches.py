@@ -119,8 +119,9 @@ def test_padding_that_nothing_masks_is_told(caplog, left_out, told):
     assert ("2 of the first 3 examples begin or end in the padding token 0" in caplog.text) == told
 
 
+@pytest.mark.parametrize("share", [1, 0.02], ids=["much", "a little"])
 @pytest.mark.parametrize("side", ["left", "right", "left with positions"])
-def test_padding_that_moves_positions_is_told(caplog, side):
+def test_padding_that_moves_positions_is_told(caplog, side, share):
     """As a batch for `generate` has it; the forward of GPT-2 counts padding as positions."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -130,6 +131,7 @@ def test_padding_that_moves_positions_is_told(caplog, side):
     with torch.no_grad():
         for table in (model.transformer.wpe, model.transformer.wte):
             table.weight.mul_(50)
+        model.transformer.wpe.weight.mul_(share)
     ids, mask = torch.arange(16).view(2, 8), torch.ones(2, 8, dtype=torch.long)
     mask[1, 5:] = 0
     if side != "right":
