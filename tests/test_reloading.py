@@ -1,5 +1,7 @@
 """What is saved is what is in memory: a model of which its own library would load another one is refused."""
 
+from fnmatch import fnmatch
+
 import pytest
 import tiny_texts
 import torch
@@ -120,3 +122,16 @@ def test_dropout_that_is_off_is_no_other_module(tmp_path, caplog):
     model.dropout = nn.Dropout(0.5)
     models.save_model(model, tmp_path / "saved")
     assert not caplog.messages
+
+
+# Of Marian, XLM-RoBERTa and V-JEPA: without them no tokenizer or processor of the edited model can be made.
+KINDS = ["source.spm", "target.spm", "vocab.json", "sentencepiece.bpe.model", "video_preprocessor_config.json"]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_what_a_pipeline_needs_comes_along_and_is_uploaded(name, tmp_path):
+    base = tiny_texts.saved(tmp_path / "base", tiny_texts.classifier(["dull", "fine"]))
+    (base / name).write_text("{}")
+    edited.save(without(models.load_model(base)), tmp_path / "edited")
+    assert (tmp_path / "edited" / name).read_text() == "{}"
+    assert any(fnmatch(name, pattern) for pattern in edited._UPLOADED)

@@ -16,7 +16,7 @@ from hf_coar.models.records import EDIT as RECORD
 from hf_coar.storage import cards, files, folders, hub
 
 # What the libraries write, and what a tokenizer or an image processor needs; no pickles, no code.
-_UPLOADED = ("*.safetensors", "*.json", "*.txt", "*.jinja", "*.model", hub.CARD, "pictures/*.png")
+_UPLOADED = ("*.safetensors", "*.json", "*.txt", "*.jinja", "*.model", "*.spm", hub.CARD, "pictures/*.png")
 
 Figures = Sequence[Sequence[str]]  # (what, before, after), such as ("accuracy on bags", "98.0%", "3.2%")
 
@@ -127,11 +127,12 @@ def save(
         write_card(new, entries, ".", folder)
 
 
-# What image processors and tokenizers of transformers consist of.
+# What tokenizers and processors of images, videos and sounds of transformers consist of.
 _PREPROCESSING = (
     "preprocessor_config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json",
     "special_tokens_map.json", "added_tokens.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model",
-    "chat_template.jinja",
+    "chat_template.jinja", "chat_template.json", "video_preprocessor_config.json", "normalizer.json",
+    "sentencepiece.bpe.model", "source.spm", "target.spm", "target_vocab.json",
 )  # fmt: skip
 
 
