@@ -673,13 +673,13 @@ def test_several_layers_are_told_of(demo_attributions, caplog, monkeypatch):
         unknown = replace(found.forecast, calibration=replace(found.forecast.calibration, layers=0.0))
         monkeypatch.setattr(found, "forecast", unknown)
         found.predict(of_first_layers(found, 1), level=0.95)
-    assert f"ten examples or more): 1 of 1 sets take most of a layer (such as {first})" in caplog.text
+    assert f"eight examples or more): 1 of 1 sets take most of a layer (such as {first})" in caplog.text
 
 
 def test_a_layer_that_is_half_of_a_model_is_one(caplog):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(5, 30), torch.nn.ReLU(), torch.nn.Linear(30, 30)).eval()
-    batch = {"x": torch.randn(8, 5), "labels": torch.arange(8)}
+    batch = {"x": torch.randn(7, 5), "labels": torch.arange(7)}
     found = coar.attribute(model, [batch], method="path_gradient", progress=False)
     kept = torch.ones(3, 60)
     kept[0, :30], kept[1, ::2], kept[2] = 0, 0, 0
@@ -716,14 +716,14 @@ def test_sets_are_of_layers_where_they_are_mostly_that():
 def test_the_factor_of_layers_is_what_they_teach(factor):
     count = 400
     generator = torch.Generator().manual_seed(3)
-    of_all, few = said(torch.zeros(count), torch.ones(count)), torch.arange(count) < 19
+    of_all, few = said(torch.zeros(count), torch.ones(count)), torch.arange(count) < 15
     misses = torch.randn(2 * count, generator=generator)
     near = Calibration.learnt(of_all, misses[:count], torch.zeros(count).bool())
     found = near.for_layers(of_all, factor * misses[count:])
     assert found.layers == pytest.approx(max(1.0, factor), rel=0.25)
     half = found.quantile(0.95) * found.expected_miss(of_all) * found.layers
     assert 0.93 <= (factor * misses[count:].abs() <= half).float().mean() <= 1
-    assert near.for_layers(of_all.at(few), misses[:19]).layers == 0
+    assert near.for_layers(of_all.at(few), misses[:15]).layers == 0
 
 
 def test_intervals_of_larger_sets_than_were_checked_are_told(demo_attributions, caplog):

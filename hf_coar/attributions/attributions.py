@@ -175,7 +175,7 @@ class Attributions(Looking, Saved):
             level: such as 0.95: also give the ends of an interval that a share `level` of fresh sets fell into. These
                 ablate twice the fitted fraction at most (or eight components, or half of few), some half of the model:
                 these teach how intervals grow with the size. Beyond, they are extrapolated and need not hold; a warning
-                says so. They are random ones, an example's own strongest and, of ten examples or more, whole layers,
+                says so. They are random ones, an example's own strongest and, of eight examples or more, whole layers,
                 one at a time. Several layers together are none of these, of which a warning says as well: measure
                 those with `ablate`.
 

@@ -18,6 +18,7 @@ _KEPT_SCORES = 256
 _LIMITS = 26  # tried on either side
 _TINY = 1e-12
 _TAIL, _FEWEST_SCORES = 0.95, 20  # intervals are of 95 % as a rule; one score lies beyond that of twenty
+_FEWEST_LAYERS = 16  # of eight examples; the largest score of sixteen has 94 % of others below it
 _FOLDS = 4  # one of which has the scores of a spread that the others taught
 # Intervals of larger sets than taught them grow by a power of how many times as large these are; at least by this one
 # where few distant sets tell, or none. In trials on small nets, the demo and a small ViT, sets twice as large wanted up
@@ -135,7 +136,7 @@ class Calibration:
 
     def for_layers(self, said: Said, measured: Tensor) -> "Calibration":
         """With what whole layers teach, one set each, drawn at random; flat tensors, as `learnt` takes them."""
-        if len(measured) < _FEWEST_SCORES or not self.scores:
+        if len(measured) < _FEWEST_LAYERS or not self.scores:
             return self
         return replace(self, layers=min(WHEREVER, max(1.0, _tail(self._missed(said, measured)))))
 

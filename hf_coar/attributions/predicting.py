@@ -27,7 +27,7 @@ def _tell_of_layers(modules: list[str], of_layers: Tensor, count: int, are_known
         logger.warning(
             "intervals were measured on random sets, on the strongest components%s: %d of %d sets take most of %s "
             "(such as %s), for which they may be far too narrow; measure these with hf_coar.ablate",
-            " and on single layers" if are_known else ", and on too few layers (these take ten examples or more)",
+            " and on single layers" if are_known else ", and on too few layers (these take eight examples or more)",
             sets, count, "several layers" if are_known else "a layer", modules[int(of_layers.any(0).long().argmax())],
         )  # fmt: skip
 
