@@ -12,9 +12,11 @@ import random
 import signal
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import safetensors
 import torch
 from conftest import build_net
 
@@ -123,8 +125,8 @@ def test_a_shard_under_the_name_of_another_is_computed_again(tmp_path):
 def test_what_checks_cannot_read_is_an_error_and_no_other_number(tmp_path):
     """Fresh sets set the scale: without them the weights would be others."""
     attribute(tmp_path)
-    (tmp_path / "length-checks.json").write_text('{"task": "attribute"}')
-    with pytest.raises(CoarError, match=r"length-checks\.json"):
+    (tmp_path / "length-fresh.json").write_text('{"task": "attribute"}')
+    with pytest.raises(CoarError, match=r"length-fresh\.json"):
         attribute(tmp_path)
 
 
@@ -375,3 +377,36 @@ def test_workers_need_a_common_folder(nothing_is_run, monkeypatch, named):
         monkeypatch.setenv(workers.WORKER, "0/2")
     with pytest.raises(CoarError, match="no folder in common"):
         attribute(None, worker="0/2" if named else None)
+
+
+def test_ctrl_c_waits_for_a_file_of_tensors_to_be_read(tmp_path, monkeypatch):
+    """What it raises inside compiled code got lost there, and the file was said to be damaged."""
+    files.write_tensors(tmp_path / "some.safetensors", {"a": torch.ones(2), "b": torch.zeros(3)})
+    read, opened = [], safetensors.safe_open
+
+    class Interrupted:
+        def __init__(self, *args, **options):
+            self.file = opened(*args, **options)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *of):
+            return None
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def get_tensor(self, name):
+            os.kill(os.getpid(), signal.SIGINT)
+            read.append(name)
+            return self.file.get_tensor(name)
+
+    monkeypatch.setattr(safetensors, "safe_open", Interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        files.read_tensors(tmp_path / "some.safetensors")
+    assert read == ["a", "b"] and signal.getsignal(signal.SIGINT) is before
+    with ThreadPoolExecutor(1) as pool:  # where no signal arrives
+        monkeypatch.undo()
+        assert list(pool.submit(files.read_tensors, tmp_path / "some.safetensors").result()) == ["a", "b"]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from hf_coar.errors import CoarError, CorruptFileError
+from hf_coar.storage import interrupts
 
 _CHECKSUM, _ABOUT = "sha256", "hf_coar"  # entries in the headers of files of tensors
 
@@ -198,7 +199,7 @@ def read_tensors_about(path: Path, verify: bool = True) -> tuple[dict[str, torch
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(str(path), framework="pt") as file:
+        with interrupts.held_back(), safe_open(str(path), framework="pt") as file:
             about = _words(file.metadata() or {})
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (OSError, SafetensorError, ValueError) as error:
