@@ -4,10 +4,12 @@ import json
 import re
 
 import numpy as np
+import pyarrow
 import pytest
 import timm
 import tiny_texts
 import torch
+from pyarrow import parquet
 from tiny_texts import written
 
 import hf_coar as coar
@@ -350,6 +352,18 @@ def test_paths_in_a_column_of_images_are_told_how_to_become_images():
 def test_two_columns_of_one_name_are_told(folders, tmp_path, caplog):
     coar.load(folders / "named", written(tmp_path / "twice.csv", "text,label,label\nfine,1,0\ndull,0,1\n"))
     assert "several columns 'label': the first one goes by this name, another by 'label.1'" in caplog.text
+
+
+@pytest.mark.parametrize("content", ["no parquet", "two columns of one name"])
+def test_a_stream_whose_file_cannot_be_read_is_told_at_its_beginning(folders, tmp_path, content):
+    texts, labels = pyarrow.array(["fine", "dull"]), pyarrow.array([1, 0])
+    twice = pyarrow.table([texts, labels, labels], names=["text", "label", "label"])
+    parquet.write_table(twice, tmp_path / "data.parquet")
+    if content == "no parquet":
+        parquet.write_table(twice.select([0, 1]), tmp_path / "data.parquet")
+        (tmp_path / "more.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(DataError, match=r"the stream of examples broke off after \d+: ArrowInvalid: "):
+        coar.load(folders / "named", str(tmp_path), split="train[:1]", streaming=True)
 
 
 def test_an_example_that_cannot_be_read_is_named_where_batches_are_taken_by_hand(folders, tmp_path):

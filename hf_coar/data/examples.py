@@ -11,6 +11,7 @@ from hf_coar.data import order
 from hf_coar.data.batches import FROM_TABLES, Batch, as_batch, as_tensor, size
 from hf_coar.data.columns import declared_names
 from hf_coar.data.numbering import numbers, within
+from hf_coar.data.streams import first_line, unbroken
 from hf_coar.errors import CoarError, DataError, check_count
 from hf_coar.storage import cards
 
@@ -51,7 +52,7 @@ class Examples:
                 raise
             except Exception as error:  # a decoder's or a tokenizer's own family
                 failed = _unpreparable(self, dict(enumerate(rows, start)))
-                which, why = next(iter(failed.items()), (start, _first_line(error)))
+                which, why = next(iter(failed.items()), (start, first_line(error)))
                 raise DataError(
                     f"example {which} cannot be read: {why}; select(…) the others (attribute leaves it out by itself)"
                 ) from error
@@ -236,7 +237,7 @@ class Chunks:
         if self.random_access:
             yield from map(self.at, range(len(self)))
         elif isinstance(self._data, Examples):
-            lists = _in_lists(_unbroken(self._data.dataset), self._data.batch_size)
+            lists = _in_lists(unbroken(self._data.dataset), self._data.batch_size)
             yield from self._numbered((len(rows), _reader(self._data, rows)) for rows in lists)
         else:
             yield from self._numbered((size(batch), _ready(batch)) for batch in map(as_batch, self._data))
@@ -280,22 +281,6 @@ def few(data: Any, count: int) -> Batch:
     raise DataError("the data set is empty; nothing to run on")
 
 
-def _unbroken(rows: Iterable[Any]) -> Iterator[Any]:
-    """The rows of a stream; where it breaks off, a `DataError` that says after how many."""
-    count = 0
-    try:
-        for row in rows:
-            yield row
-            count += 1
-    except CoarError:
-        raise
-    except Exception as error:  # a reader's, a decoder's or a network's own family
-        raise DataError(
-            f"the stream of examples broke off after {count}: {_first_line(error)}; what is finished is kept, "
-            "run the same again"
-        ) from error
-
-
 def _ready(batch: Batch) -> Callable[[int], Read]:
     return lambda start: Read([(start, batch)])
 
@@ -327,7 +312,7 @@ def _readable(dataset: Any, indices: Iterable[int]) -> tuple[dict[int, dict], di
         try:
             rows[index] = dataset[index]
         except Exception as error:
-            failed[index] = _first_line(error)
+            failed[index] = first_line(error)
     return rows, failed
 
 
@@ -350,7 +335,7 @@ def _unpreparable(examples: Examples, rows: dict[int, dict]) -> dict[int, str]:
         try:
             examples.prepare([row])
         except Exception as error:
-            failed[index] = _first_line(error)
+            failed[index] = first_line(error)
     return failed
 
 
@@ -359,8 +344,3 @@ def _pieces(examples: Examples, rows: dict[int, dict]) -> Iterator[tuple[int, Ba
     for _, neighbours in itertools.groupby(enumerate(rows), key=lambda pair: pair[1] - pair[0]):
         indices = [index for _, index in neighbours]
         yield indices[0], as_batch(examples.prepare([rows[index] for index in indices]))
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

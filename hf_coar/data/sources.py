@@ -1,6 +1,5 @@
 """Data sets of `datasets`: read from the Hub, a folder or a file; what is in their columns; drawn from."""
 
-import itertools
 import logging
 import re
 from collections import defaultdict
@@ -14,6 +13,7 @@ import torch
 
 from hf_coar.data import nested, written
 from hf_coar.data.columns import Table
+from hf_coar.data.streams import beginning
 from hf_coar.errors import DataError, is_count
 from hf_coar.models.quiet import without_bars
 
@@ -216,7 +216,7 @@ def check_some(dataset: Any, first: Sequence[Any], data: Any, split: str | None)
         data: that were given, which may be several splits.
         split: that was asked for.
     """
-    there = len(dataset) if not is_stream(dataset) else len(first) or any(True for _ in dataset.take(1))
+    there = len(dataset) if not is_stream(dataset) else len(first) or beginning(dataset, 1)
     if not there:
         if split is None:  # an object that came from some split is all that was given
             raise DataError("the data set holds no examples; give others")
@@ -275,13 +275,13 @@ def _shown_by(dataset: Any) -> Mapping[str, Any]:
     """The types of a stream that does not know them, such as one of CSV files or of a generator: by its beginning."""
     from datasets import Dataset
 
-    return Dataset.from_list(list(itertools.islice(dataset, _PEEKED))).features
+    return Dataset.from_list(beginning(dataset, _PEEKED)).features
 
 
 def _first(dataset: Any, columns: Sequence[str]) -> list[dict]:
     chosen = dataset.select_columns(list(columns))
     if is_stream(chosen):
-        return list(chosen.take(_PEEKED))
+        return beginning(chosen, _PEEKED)
     return [chosen[index] for index in range(min(_PEEKED, len(chosen)))]
 
 

@@ -1,7 +1,6 @@
 """Lists and mappings in a table of text, where they can only stand as they are written: `[1, 2]`, `{"text": ["a"]}`."""
 
 import ast
-import itertools
 import json
 import logging
 import re
@@ -9,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hf_coar.data.columns import is_text
+from hf_coar.data.streams import beginning
 from hf_coar.errors import DataError
 from hf_coar.models.quiet import without_bars
 from hf_coar.storage.texts import shortened
@@ -27,7 +27,7 @@ def read_back(dataset: Any) -> Any:
     Args:
         dataset: of `datasets`, a stream too, from a file that holds nothing but text.
     """
-    first = list(itertools.islice(dataset, _PEEKED))
+    first = beginning(dataset, _PEEKED)
     _tell_twice(list(first[0]) if first else [])
     names = [name for name in (first[0] if first else ()) if _all_written([row[name] for row in first])]
     features = None if dataset.features is None else dict(dataset.features)
