@@ -42,6 +42,19 @@ def test_names_and_labels():
         labels.label_of({"data": {"label_names": ["a", "a"]}}, "a")
 
 
+def test_a_number_that_is_none_of_the_numbers_that_classes_are_called_by():
+    """Of 5, 9 and 10 the class "1" is not 9, which is the second of them."""
+    numbered = {"data": {"label_names": ["5", "9", "10"]}}
+    assert [labels.label_of(numbered, name) for name in ("9", "class 1", 1)] == [1, 1, 1]
+    with pytest.raises(coar.CoarError, match="no class is called '1'; there are 5, 9, 10"):
+        labels.label_of(numbered, "1")
+
+
+def test_a_letter_and_its_mark_are_one_letter():
+    """Folders of some machines are called so, and look the same."""
+    assert labels.label_of({"data": {"label_names": ["small", "gr\u00f6\u00dfer"]}}, "gro\u0308\u00dfer") == 1
+
+
 @pytest.mark.parametrize("one", [3, "3", [3], (3,), {3}, np.array([3]), torch.tensor([3]), [torch.tensor(3)]], ids=repr)
 def test_one_class_in_whatever_holds_it(one):
     assert labels.label_of({}, one) == 3

@@ -265,14 +265,15 @@ def _of_numbers(values: Sequence[Any], head: Head) -> Reading:
 def _of_spoken(spoken: list[int], present: list[int], head: Head) -> Reading:
     """Numbers where the classes' names are numbers too: "1 star" is class 0."""
     by_name, by_index = set(present) <= set(spoken), set(present) <= set(range(len(spoken)))
-    if by_name and not by_index:
+    unlike = [number for number in present if not by_index or spoken[number] != number]
+    if by_name and not (by_index and unlike):
         places = {number: place for place, number in enumerate(spoken)}
         note = f"{present[0]} to {present[-1]} are read as the names of the model's classes ({head.names[0]!r}, …)"
         return Reading(_index(head.n, lambda value: places.get(int(value))), head.names, True, note)
     if by_name and by_index:
         raise NotUnderstood(
-            f"a {present[0]} could be the class {head.names[spoken.index(present[0])]!r} or the class number "
-            f"{present[0]}, {head.names[present[0]]!r}; give the names of the classes instead"
+            f"a {unlike[0]} could be the class {head.names[spoken.index(unlike[0])]!r} or the class number "
+            f"{unlike[0]}, {head.names[unlike[0]]!r}; give the names of the classes instead"
         )
     return Reading(_index(head.n), head.names)
 

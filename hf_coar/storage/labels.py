@@ -2,6 +2,7 @@
 
 import operator
 import re
+import unicodedata
 from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from typing import Any
 
@@ -63,8 +64,10 @@ def label_of(record: Any, name: Any) -> int:
         return found[0]
     if found:
         raise CoarError(f"the classes {found} are all called {name!r}; give the number of one")
-    if number := re.fullmatch(r"(?:class )?(\d{1,9})", name):  # or as `label_name` calls a class without a name
-        return int(number[1])
+    number = re.fullmatch(r"(class )?(\d{1,9})", name)  # or as `label_name` calls a class without a name
+    # Of classes that are called by numbers themselves a number that is none of these is a slip, or of another count.
+    if number and (number[1] or not names or not all(re.fullmatch(r"\s*\d+\s*", one) for one in names)):
+        return int(number[2])
     known = (
         shortened(", ".join(repr(one) if "," in one else one for one in names), 300)
         if names
@@ -116,8 +119,8 @@ def _plain(given: Any) -> Any:
 
 
 def name_key(name: str) -> str:
-    """A class name without case, and with one sort of gap."""
-    return re.sub(r"[\s_-]+", " ", str(name)).strip().casefold()
+    """A class name without case, and with one sort of gap; an ö is one, be it one letter or an o with a mark."""
+    return unicodedata.normalize("NFC", re.sub(r"[\s_-]+", " ", str(name)).strip().casefold())
 
 
 def places(names: Sequence[str], further: Sequence[str] = ()) -> dict[str, tuple[int, ...]]:
