@@ -76,7 +76,7 @@ def test_a_truth_value_is_no_class(mlp, truth):
             read()
 
 
-@pytest.mark.parametrize("several", [[1, 2], (1, True), np.array([1, 2]), {"a", "b"}], ids=repr)
+@pytest.mark.parametrize("several", [[1, 2], (1, True), np.array([1, 2]), {"a", "b"}], ids=lambda x: type(x).__name__)
 def test_one_class_is_not_several(several):
     with pytest.raises(coar.CoarError, match="give the name of one class, or its number; these are 2"):
         labels.label_of({}, several)
