@@ -25,6 +25,9 @@ many plain passes: forward and backward for every gate pass, forward for every o
 model, whose graphs it uses, so without the minutes that compiling takes. "draws" is the share of the first that goes
 into drawing gates and masks.
 
+`--processes`: runs without their page as well, which one process draws; beside them plain passes, shared by as many
+processes, which say what the machine makes of two.
+
 `--gates` and `--layers`: single gate passes as PathGradient makes them, over plain forward and backward passes to the
 one input, see `benchmark_layers`; a graph is made before.
 
@@ -323,7 +326,7 @@ coar.attribute(model, list(data)[:1], method=coar.PathGradient(rounds=2), ablate
 print("ready", flush=True)
 sys.stdin.readline()
 begun = time.perf_counter()
-with running(worker=sys.argv[3]):
+with running(worker=sys.argv[3], report=False):
     method = coar.PathGradient(rounds=2, shrink=False)
     coar.attribute(model, data, method=method, ablated_fraction=0.05, out=sys.argv[2], progress=False)
 print(time.perf_counter() - begun, flush=True)
