@@ -14,6 +14,7 @@ from hf_coar import masking
 from hf_coar.estimators.delta_reads import DeltaReads, followed
 from hf_coar.estimators.gates import GatePasses
 from hf_coar.estimators.trying import elementwise_modules, normalising_modules
+from hf_coar.masking import FiredGroups
 
 N_EXAMPLES = 3
 
@@ -171,6 +172,42 @@ def test_a_plain_derivative_is_left_where_no_nonlinearity_is_found():
     inputs, components = torch.randn(N_EXAMPLES, 6, dtype=torch.float64), coar.find_components(model)
     reads, _, derivatives = reads_and_exact(model, inputs, levels, components)
     assert torch.equal(reads, derivatives)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "norm, shape",
+    [
+        (nn.BatchNorm1d, (5, 4)),
+        (nn.BatchNorm1d, (5, 4, 6)),
+        (nn.BatchNorm2d, (5, 4, 6, 7)),
+        (nn.BatchNorm3d, (5, 4, 2, 3, 2)),
+        (lambda width: nn.BatchNorm2d(width, affine=False), (5, 4, 6, 7)),
+        (lambda width: nn.BatchNorm2d(width, track_running_stats=False), (5, 4, 6, 7)),
+    ],
+)
+def test_gradients_through_batch_normalisation_are_its_own(norm, shape, dtype):
+    torch.manual_seed(0)
+    norm = norm(4).eval().requires_grad_(False).to(dtype)
+    with torch.no_grad():
+        for one in (*norm.parameters(), *norm.buffers()):
+            one.copy_(torch.rand(one.shape) + 0.5)
+    x, upstream = torch.randn(shape, dtype=dtype).requires_grad_(), torch.randn(shape, dtype=dtype)
+    expected = norm(x)
+    with followed({}, FiredGroups(norm, []), DeltaReads()):
+        found = norm(x)
+    assert torch.equal(found, expected)
+    gradients = [torch.autograd.grad(value, x, upstream)[0] for value in (found, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_batch_normalisation_by_weights_that_a_gate_reaches():
+    torch.manual_seed(0)
+    x, weight = torch.randn(5, 4), torch.rand(4).requires_grad_()
+    constants = torch.zeros(4), torch.ones(4)
+    with followed({}, FiredGroups(nn.Identity(), []), DeltaReads()):
+        value = F.batch_norm(x, *constants, weight)
+    assert torch.autograd.grad(value.sum(), weight)[0].allclose(x.sum(0), atol=1e-4)
 
 
 def test_nothing_changes_in_the_forward_pass():

@@ -118,10 +118,15 @@ class _Tracker(TorchFunctionMode):
         first = args[0] if args else kwargs.get("input")
         if self.paused or not isinstance(first, Tensor):
             return func(*args, **kwargs)
+        others, rest = args[1:], {key: value for key, value in kwargs.items() if key != "input"}
         if name in ELEMENTWISE and self.concerns(first):
-            others, rest = args[1:], {key: value for key, value in kwargs.items() if key != "input"}
             bounds = _CLAMPS[name](*others) if name in _CLAMPS else None
             return self.through(lambda x: func(x, *others, **rest), first, bounds)
+        if name == "batch_norm" and (scale := _batch_norm_scale(first, *others, **rest)) is not None:
+            held = self.contributions(first)
+            result = _Scaled.apply(first, scale, lambda x: func(x, *others, **rest))
+            self._track(result, _scaled(held, scale.to(result.dtype)))
+            return result
         operands = args[:2] or (first,)
         held = [self.contributions(operand) for operand in operands]  # before anything is written into them
         result = func(*args, **kwargs)
@@ -141,8 +146,6 @@ class _Tracker(TorchFunctionMode):
             self._track(result, [one for some in held for one in some])
         elif name in _SAME:
             self._track(result, held[0])
-        elif name == "batch_norm":
-            self._track(result, _scaled(held[0], _batch_norm_scale(*args, **kwargs)))
         elif name in NORMALISATIONS:
             self._normalised(first, held[0], result, normalisation(name, args, kwargs))
         elif name in _MULTIPLY and len(args) > 1 and isinstance(args[1], int | float):
@@ -199,7 +202,7 @@ class _Tracker(TorchFunctionMode):
 
 
 def _scaled(held: list[Tracked], scale: Any) -> list[Tracked]:
-    return [] if scale is None else [one.scaled(scale) for one in held]
+    return [one.scaled(scale) for one in held]
 
 
 def _slope(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -312,6 +315,23 @@ class _WithSlope(torch.autograd.Function):
         return slope.mul_(gradient), None
 
 
+class _Scaled(torch.autograd.Function):
+    """A function that is a multiple by channel and a shift, and whose slope needs nothing of what went into it.
+
+    Torch's own backward pass of batch normalisation keeps its input and, on a CPU, adds up gradients of scale and shift
+    that nobody asked for: a tenth of a gate pass of the demo, a fifth of one of MobileNetV2.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.save_for_backward(scale)
+        return function(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return (gradient * ctx.saved_tensors[0]).to(gradient.dtype), None, None
+
+
 @torch.no_grad()
 def _excess(function: Callable[[Tensor], Tensor], x: Tensor, slope: Tensor, contribution: Tracked) -> Tensor:
     whole, without, difference = contribution.ends(x)
@@ -338,12 +358,12 @@ def _batch_norm_scale(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor | None:
-    """The factor by channel of a batch normalisation that uses its running statistics; None for one that does not."""
-    if training or running_var is None:
+    """The factor by channel, as precise as the computation, of a batch normalisation by constants; None for others."""
+    if training or running_var is None or any(one is not None and one.requires_grad for one in (weight, bias)):
         return None
-    scale = (running_var + eps).rsqrt()
+    scale = (running_var.to(torch.promote_types(running_var.dtype, torch.float32)) + eps).rsqrt()
     scale = scale if weight is None else scale * weight
-    return scale.view(1, -1, *[1] * (input.dim() - 2)).to(input.dtype)
+    return scale.view(1, -1, *[1] * (input.dim() - 2))
 
 
 @contextmanager
