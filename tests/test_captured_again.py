@@ -8,14 +8,12 @@ import weakref
 
 import pytest
 import torch
-from test_captured import FEW, assert_same_bits, at_once, gpt2, resnet, rounds_of, vit  # noqa: F401 (a fixture)
+from test_captured import FEW, assert_same_bits, at_once, gpt2, lstm, resnet, rounds_of, vit  # noqa: F401 (a fixture)
 from test_captured_masks import assert_close, measured
 from torch import nn
 
 import hf_coar as coar
 from hf_coar import demo
-from hf_coar.estimators.gates import GateRounds
-from hf_coar.masking import MaskedModel
 from hf_coar.models import fused, graphs, outputs
 from hf_coar.models.outputs import Output
 from hf_coar.runs.running import autocast
@@ -201,16 +199,10 @@ def test_whole_runs_share_graphs(made, uncompiled, tmp_path):
 
 def test_what_refuses_graphs_keeps_none(made, caplog):
     torch.manual_seed(0)
-    model, batches, _ = vit()
-    held = {"weight": torch.tensor(2.0)}
-    output = Output("weighted", "logits", lambda logits, batch: logits[:, 0] * held["weight"])
-    rounds = GateRounds(MaskedModel(model.requires_grad_(False), coar.find_components(model)), output, 0.1, 0)
-    with coar.running(compile="auto"), caplog.at_level(logging.INFO, "hf_coar"):
-        for number, weight in enumerate((2.0, 3.0)):
-            held["weight"] = torch.tensor(weight)
-            rounds.passes.begin_batch()
-            rounds.round(batches[number], range(FEW), 0)
-    assert "own code" in caplog.text and not graphs._KNOWN[model]
+    model, batches, output = lstm()
+    with caplog.at_level(logging.INFO, "hf_coar"):
+        gates(model, batches, output, "auto")
+    assert "own code" in caplog.text and len(made) == 1 and not graphs._KNOWN[model]
 
 
 @both

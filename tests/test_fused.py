@@ -31,7 +31,7 @@ def captured_pass(case):
     gates, width = torch.rand(FEW, len(components)), torch.tensor(0.5, dtype=torch.float64)
     passes._run(batches[0], gates, width)  # looks at the batch once
     inputs = [*batches[0].values(), gates, width]
-    graph = graphs.captured(passes._passes._flat(batches[0], (gates, width)), inputs, model)
+    graph = graphs.captured(passes._passes._flat(batches[0], (gates, width)), inputs, model, len(batches[0]))
     return graph, inputs, model
 
 

@@ -1,15 +1,13 @@
 """Graphs: what a pass does, written down as one flat graph of tensor operations, and what runs that fast.
 
 Hooks, trackers and the tape cost host time in every pass and keep what the graph lets go of as early as it can, and the
-operations are the same for other values. So a pass is run on tensors without values and what it does is written down
-(`torch.fx.experimental.proxy_tensor.make_fx`), forward and backward. Where a model looks at values, that fails: a graph
-depends on nothing but shapes. Weights are the model's own, read in every call, and so may change in place.
+operations are the same for other values. So a pass is run and what it does is written down (`written`), forward and
+backward. Where a model looks at values, that fails: a graph depends on nothing but shapes. Weights are the model's own,
+read in every call, and so may change in place.
 """
 
-import logging
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -18,34 +16,29 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, fx, nn
 
-from hf_coar.models import calling, checked, fused, launched
+from hf_coar.models import calling, checked, fused, launched, written
 from hf_coar.models.holding import state_kept
 from hf_coar.models.launched import Operations
 
 
-def captured(run: Operations, inputs: Sequence[Tensor], model: nn.Module) -> fx.GraphModule:
+def captured(run: Operations, inputs: Sequence[Tensor], model: nn.Module, n_given: int = 0) -> fx.GraphModule:
     """The graph of what is done to inputs of these shapes.
 
     Args:
         run: a pass.
         inputs: all that it depends on beside the model's weights.
         model: what runs.
+        n_given: how many inputs may be looked at, see `written`.
 
     Raises:
-        Exception: whatever a model's own code does with tensors that hold no values.
+        ModelError: it looks at values of others.
+        Exception: whatever stands against it in a model's own code.
     """
-    from torch.fx.experimental.proxy_tensor import make_fx
-
     if not all(isinstance(one, Tensor) for one in inputs):
         raise TypeError("the batch has entries that are no tensors")
 
-    def apart(*values: Tensor) -> tuple[Tensor, ...]:
-        # What autograd saves would, as fakes that know their operations, hold the model for good.
-        with torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda saved: saved):
-            return run(*values)
-
-    with state_kept(model), checked.passed(), calling.unheard(), _torch_quiet():
-        graph = make_fx(apart, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
+    with state_kept(model), checked.passed(), calling.unheard():
+        graph = written.written(run, inputs, n_given)
     _simplify(graph)
     return graph
 
@@ -56,18 +49,6 @@ def _simplify(graph: fx.GraphModule) -> None:
         node.replace_all_uses_with(node.args[0])
     graph.graph.eliminate_dead_code()
     graph.recompile()
-
-
-@contextmanager
-def _torch_quiet() -> Iterator[None]:
-    """Torch logs a traceback where an operation cannot be captured; the reason is told in a line of ours."""
-    theirs = logging.getLogger("torch._subclasses.fake_tensor")
-    before = theirs.level
-    theirs.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        theirs.setLevel(before)
 
 
 def compiled(graph: fx.GraphModule, inputs: Sequence[Tensor], backend: bool | str, level: int) -> nn.Module:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_coar.errors import CoarError
+
 logger = logging.getLogger(__name__)
 
 Operations = Callable[..., tuple[Tensor, ...]]
@@ -119,10 +121,6 @@ def check_equal(found: Iterable[Tensor], replayed: Iterable[Tensor], allowed: fl
 
 def reason(error: Exception) -> str:
     """Why passes cannot be made faster, in a line."""
-    from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
-    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
-
-    if isinstance(error, DataDependentOutputException | DynamicOutputShapeException | GuardOnDataDependentSymNode):
-        return "what it does depends on values, and not on shapes alone"
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"
+    said = lines[0][:200] if lines else ""
+    return said if isinstance(error, CoarError) else f"{type(error).__name__}: {said}"

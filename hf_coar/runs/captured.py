@@ -1,10 +1,11 @@
 """Captured passes: passes of one kind go through a graph where that pays off and gives what they give.
 
 A graph (`models.graphs`) knows shapes and weights. Whether all else that it was made of (attributes that a model
-keeps, what stands in) is as it was, every batch shows: its first pass (or the one after which there is a graph) is run
-both ways, with other gates or under another mask than the graph was made with, and the same must come out. With
-`compile="auto"` on a CPU that is bit for bit: such graphs are not fused, as that changes numbers by rounding. On a CUDA
-device they are launched as one, and fused in long runs; `compile=True` fuses from the beginning.
+keeps, what stands in, whether a mask leaves anything out) is as it was, every batch shows: its first pass (or the one
+after which there is a graph) is run both ways, with other gates or under another mask than the graph was made with, and
+the same must come out. With `compile="auto"` on a CPU that is bit for bit: such graphs are not fused, as that changes
+numbers by rounding. On a CUDA device they are launched as one, and fused in long runs; `compile=True` fuses from the
+beginning.
 
 Other runs of the same model object use a graph again (`graphs.known`). Where the first check of a run tells that it is
 right no more, the model was changed in between, and another is made.
@@ -55,10 +56,10 @@ class Kind:
     fused_after: float | None
 
 
-# Making a graph takes 1 to 3 s, and saves from nothing (GPT-2) to 25 % (MobileNetV2) of every later pass: it is worth
-# itself after 12 to 20 s of passes. After 64 passes, as it was at first, it did not pay in a demo run of 320. Compiling
-# took 15 to 31 s for ViT-B/16 on a GPU, and took its pass from 2.8 times the plain forward and backward to 1.0.
-GATES = Kind("gate passes", least=0, kept=4, after=20.0, after_launches=10.0, fused_after=60.0)
+# Making a graph takes as long as two passes (MobileNetV2) to five (the demo), beside one that compares, and saves from
+# nothing (GPT-2) to 25 % (MobileNetV2) of every later one. Compiling took 15 to 31 s for ViT-B/16 on a GPU, and
+# took its pass from 2.8 times the plain forward and backward to 1.0.
+GATES = Kind("gate passes", least=0, kept=4, after=2.0, after_launches=10.0, fused_after=60.0)
 # Recording takes about as long as five passes. The last batch may be shorter; one recording is kept.
 MASKED = Kind("masked passes", least=16, kept=1, after=math.inf, after_launches=0.0, fused_after=None)
 
@@ -68,14 +69,20 @@ class _Shape:
     """Passes of one shape: seconds of their own code, how many of the batch, and what replays them.
 
     Attributes:
+        n_entries: of a batch, which come first of all that a pass is given.
+        n_made: graphs of them.
         of_before: the graph is one of an earlier run, and none of this run has shown yet that it still is right.
+        was_right: the graph was so for a batch of this run.
     """
 
     key: Hashable
+    n_entries: int
+    n_made: int = 0
     seconds: float = 0.0
     of_batch: int = 0
     replay: Operations | None = None
     of_before: bool = False
+    was_right: bool = False
     is_fused: bool = False
     is_trusted: bool = False
 
@@ -120,7 +127,7 @@ class CapturedPasses:
         if after == math.inf:
             return self._run(batch, *more)
         like = tuple(map(graphs.described, (*batch.values(), *more)))
-        shape = self._shape((wanted, precision(inputs), tuple(batch), *like))
+        shape = self._shape((wanted, precision(inputs), tuple(batch), *like), len(batch))
         fuse = self._is_to_be_fused(wanted, launched.are_launched(inputs))
         if shape.is_trusted and shape.is_fused >= fuse:
             calling.tell()
@@ -137,9 +144,9 @@ class CapturedPasses:
             self._prepare(shape, self._flat(batch, more), inputs, found, fuse)
         return found
 
-    def _shape(self, key: Hashable) -> _Shape:
+    def _shape(self, key: Hashable, n_entries: int) -> _Shape:
         """Passes like these; those that came last are the last."""
-        shape = self._shapes.setdefault(key, _Shape(key))
+        shape = self._shapes.setdefault(key, _Shape(key, n_entries))
         self._shapes.move_to_end(key)
         return shape
 
@@ -186,11 +193,13 @@ class CapturedPasses:
                 shape.replay, shape.is_fused = self._made(shape, run, inputs, fuse), fuse
             else:
                 launched.check_equal(found, shape.replay(*inputs), 0.0 if exact else rounding())
-                shape.is_trusted, shape.of_before, self._refused = True, False, 0
-        except Exception as error:  # whatever a model's own code does with tensors that hold no values
-            if shape.of_before:  # the model is another by now: there is to be a graph of it as it is
+                shape.is_trusted, shape.was_right, shape.of_before, self._refused = True, True, False, 0
+        except Exception as error:  # whatever stands against it in a model's own code
+            # The model is another by now, or looked at other values in the batch that the graph was made with: there is
+            # to be a graph of it as it is. Fused ones, which take longer to make, stay for batches like that one.
+            if shape.of_before or (exact and shape.was_right and shape.n_made <= _REFUSED):
                 graphs.forget(self._model, self._shared(shape, shape.is_fused))
-                shape.replay, shape.of_before = None, False
+                shape.replay, shape.of_before, shape.was_right = None, False, False
                 return
             self._refused += 1
             if exact or self._refused >= _REFUSED or not isinstance(error, launched.DifferentReadsError):
@@ -211,15 +220,16 @@ class CapturedPasses:
         graph = graphs.known(model, key)
         shape.of_before = graph is not None
         if graph is None:
-            captured = self._captured(run, inputs)
+            shape.n_made += 1
+            captured = self._captured(run, inputs, shape.n_entries)
             graph = graphs.compiled(captured, inputs, fuse if wanted == "auto" else wanted, self._level)
             if not fuse or graph is not captured:  # what could not be fused is told in every run
                 graphs.keep(model, key, graph)
         return graphs.replay(graph, inputs)
 
-    def _captured(self, run: Operations, inputs: list[Tensor]) -> fx.GraphModule:
+    def _captured(self, run: Operations, inputs: list[Tensor], n_entries: int) -> fx.GraphModule:
         begun = time.monotonic()
-        graph = graphs.captured(run, inputs, self._model)
+        graph = graphs.captured(run, inputs, self._model, n_entries)
         logger.info(
             "%s on inputs of %s go through a captured graph of %d operations from here on (made in %.1f s)",
             self._kind.name, ", ".join(str(list(one.shape)) for one in inputs), len(graph.graph.nodes),
