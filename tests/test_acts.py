@@ -13,7 +13,7 @@ from test_explore import folder, source, texts  # noqa: F401 (fixtures)
 from hf_coar import explore
 from hf_coar.attributions import forecast, predicting
 from hf_coar.components import Group
-from hf_coar.explore import acts, claims, sharing
+from hf_coar.explore import acts, claims, forecasting, sharing
 from hf_coar.explore.source import open_source
 from hf_coar.explore.tab import View
 from hf_coar.explore.tabs import components as components_tab
@@ -183,7 +183,15 @@ def test_texts_are_shared_too(texts, tmp_path, kind):  # noqa: F811
 @pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
 @pytest.mark.parametrize(
     ("ticked", "case"),
-    [([0, 2, 5], ""), ([0, 2, 5], "dead"), ([0], ""), ([0, 1], ""), ([0, 2, 5, 7], "larger"), ([0, 2, 5], "layer")],
+    [
+        ([0, 2, 5], ""),
+        ([0, 2, 5], "dead"),
+        ([0], ""),
+        ([0, 1], ""),
+        ([0, 2, 5, 7], "larger"),
+        ([0, 2, 5], "layer"),
+        ([0, 2], "unchecked"),
+    ],
 )
 def test_forecasts_of_the_page_are_those_of_the_package(source, page, tmp_path, ticked, case, monkeypatch):  # noqa: F811
     data, text = data_of(page)
@@ -204,6 +212,12 @@ def test_forecasts_of_the_page_are_those_of_the_package(source, page, tmp_path, 
         wider = replace(known, calibration=replace(known.calibration, layers=3.7))
         monkeypatch.setattr(source.attributions, "forecast", wider)
         monkeypatch.setattr(predicting, "taken", lambda layers, kept: torch.ones(len(kept), 1).bool())
+    if case == "unchecked":
+        known = source.attributions
+        monkeypatch.setattr(known, "forecast", forecast.Forecast.of_unablated(known.forecast.unablated))
+        chosen = known.components.indices([one["full"] for one in data["components"]])
+        rows = [known.places.index(one["row"]) for one in data["examples"]]
+        data["forecast"] = forecasting.arrays(known, chosen, rows)
     if dead:  # components that do nothing take no share of anything
         of = data["forecast"]
         of["calibration"], of["total"] = None, [0.0] * len(of["weights"])

@@ -168,7 +168,7 @@ class Attributions(Looking, Saved):
         """The outputs expected when components are ablated, for sets of any size, and where they lie with a certainty.
 
         With a `forecast` predictions start from the unablated output, take the size of the set into account, and know
-        how far outputs can go; see `attributions.forecast`. Without one they are linear.
+        how far outputs can go; see `attributions.forecast`. Without one (of regressions) they are linear.
 
         Args:
             kept: bool or float, [masks, components] or [components]; True or 1 = left in place.

@@ -64,6 +64,21 @@ class Forecast:
     calibration: Calibration | None = None
     far: Far | None = None
 
+    @classmethod
+    def of_unablated(cls, unablated: Tensor) -> "Forecast":
+        """A forecast that knows no more than where predictions start, float32 [examples]."""
+        return cls(unablated, torch.zeros(0, dtype=torch.long), torch.zeros(len(unablated), 0))
+
+    def missed(self, weights: Tensor, bias: Tensor) -> Tensor:
+        """What weights and bias, which are of the fitted fraction, miss of the unablated output, float32 [examples].
+
+        Sets of the fitted size are that much lower than the weights say, smaller ones in proportion. 0 where single
+        effects or fresh sets tell of sizes.
+        """
+        if len(self.flipped) or self.calibration is not None:
+            return torch.zeros_like(self.unablated)
+        return self.unablated - bias - weights.sum(1)
+
     def drops(self, weights: Tensor, kept: Tensor, fraction: float) -> Tensor:
         """By how much ablations lower the output, before the limits.
 

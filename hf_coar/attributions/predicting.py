@@ -115,6 +115,7 @@ class Known:
             return kept @ self.weights.T + self.bias
         forecast, calibration = self.forecast, self.forecast.calibration
         drops = forecast.drops(self.weights, kept, self.fraction)
+        drops += forecast.shares(kept, self.fraction) * forecast.missed(self.weights, self.bias)
         if calibration is None:
             return forecast.unablated - drops
         said, known = forecast.said(drops, self.weights, self.errors, kept, self.fraction), forecast.knows(kept)

@@ -25,21 +25,24 @@ class Outliers:
     Attributes:
         indices: int64 [examples, most], components; -1 where an example has fewer.
         effects: float32 [examples, most], output with everything in place minus output without the component.
+        unablated: float32 [examples], the output with everything in place.
     """
 
     indices: Tensor
     effects: Tensor
+    unablated: Tensor
 
     def mask(self, n_components: int) -> Tensor:
         """True for outliers, bool [examples, components]."""
         return mask(self.indices, n_components)
 
-    def into(self, weights: Tensor, errors: Tensor) -> None:
-        """Write the effects into weights [examples, components], and 0 into their standard errors, in place."""
-        rows, places = (self.indices >= 0).nonzero(as_tuple=True)
-        columns = self.indices[rows, places]
-        weights[rows, columns] = self.effects[rows, places]
-        errors[rows, columns] = 0.0
+
+def into(weights: Tensor, errors: Tensor, indices: Tensor, effects: Tensor) -> None:
+    """Write effects of `Outliers` into weights [examples, components], and 0 into their standard errors, in place."""
+    rows, places = (indices >= 0).nonzero(as_tuple=True)
+    columns = indices[rows, places]
+    weights[rows, columns] = effects[rows, places]
+    errors[rows, columns] = 0.0
 
 
 def find(passes: GatePasses, batch: data_module.Batch, most: int) -> Outliers:
@@ -48,7 +51,7 @@ def find(passes: GatePasses, batch: data_module.Batch, most: int) -> Outliers:
     Costs one forward pass an example, and one for every outlier.
     """
     outputs, indices = located(passes, batch, most)
-    return Outliers(indices, _effects(passes, batch, outputs, indices))
+    return Outliers(indices, _effects(passes, batch, outputs, indices), outputs)
 
 
 def mask(indices: Tensor, n_components: int) -> Tensor:

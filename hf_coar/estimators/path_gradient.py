@@ -21,7 +21,7 @@ from hf_coar.attributions.forecast import Forecast
 from hf_coar.errors import CoarError, NonFiniteOutputError
 from hf_coar.estimators import checking, far_reads, flips
 from hf_coar.estimators.gates import GateRounds, Reads, Sums, n_blocks
-from hf_coar.estimators.outliers import Outliers, find
+from hf_coar.estimators.outliers import Outliers, find, into
 from hf_coar.estimators.registry import FORWARD_AND_BACKWARD, Estimator, is_whole, register, single_part
 from hf_coar.estimators.shrinkage import BLOCK, shrink
 from hf_coar.models.calling import sent
@@ -48,7 +48,8 @@ class PathGradient(Estimator):
 
     Attributes:
         rounds: an even number; noise falls as 1 / sqrt(rounds). The cost is 3 × B forward passes an example and round.
-            0: a single pass, all gates at one minus the ablated fraction, for a cost of 3 and no standard errors.
+            0: a single pass, all gates at one minus the ablated fraction, for a cost of 3 and no standard errors; one
+            more gives the unablated output, from which all predictions start.
             "auto": every example gets rounds until its reliability is reached, or `max_rounds`.
         passes: so many forward and backward passes in the place of rounds, for a cost of 3 each: a single pass, and
             from the second on random contexts, in which every component is ablated with the fraction's chance and all
@@ -127,17 +128,24 @@ class PathGradient(Estimator):
         """All rounds on a batch are one part, and there are the checks; the most of it, where rounds vary."""
         cost = FORWARD_AND_BACKWARD * (self.passes or max(self._most_rounds * n_blocks(size.ablated_fraction), 1))
         n_numbers = (_NUMBERS if self._most_rounds or self.passes else 2) * size.n_components
-        rounds = single_part("rounds", cost, n_numbers, True, stop=self.passes or max(self._most_rounds, 1))
-        if self.max_outliers and (self._most_rounds or self.passes):
-            rounds = [replace(one, besides=1 + self.max_outliers) for one in rounds]
         flipped, checks = self._flipped(size.n_components), self._checks
-        known = parts_of(flipped + 1, "flips") if flipped or checks else []
+        is_judged = self._is_judged(size.n_components)
+        kind = "rounds" if is_judged else "anchored"  # which also hold the unablated outputs
+        rounds = single_part(kind, cost, n_numbers, True, stop=self.passes or max(self._most_rounds, 1))
+        sets_apart = self.max_outliers and (self._most_rounds or self.passes)
+        besides = 1 + self.max_outliers if sets_apart else int(not is_judged)
+        rounds = [replace(one, besides=besides) for one in rounds]
+        known = parts_of(flipped + 1, "flips") if is_judged else []
         far = far_reads.parts(size, bool(self.max_outliers)) if self._reads_far(size) else []
         return rounds + known + far + checking.check_parts(checks)
 
     def _reads_far(self, size: Size) -> bool:
         """Whether effects far from the whole model are read, which fresh sets must judge."""
         return self.far_reads and self._most_rounds > 0 and self._checks > 0 and far_reads.is_far(size.ablated_fraction)
+
+    def _is_judged(self, n_components: int) -> bool:
+        """Whether the model runs again once there are weights, which tells the unablated outputs as well."""
+        return bool(self._flipped(n_components) or self._checks)
 
     def _flipped(self, n_components: int) -> int:
         if self.n_flips is not None:
@@ -177,32 +185,35 @@ class PathGradient(Estimator):
             NonFiniteOutputError: the model gave NaN or infinity.
         """
         gates = self.gates(problem)
-        (part,) = (part for part in self.parts(problem.size) if part.kind == "rounds")
+        part = self.parts(problem.size)[0]
 
         def read(batch: data_module.Batch, first: int, part: Part) -> dict[str, Tensor]:
             reader = BatchReader(self, gates, batch, first)
             if self.passes is not None:
-                return reader.contexts()
-            return reader.all_rounds() if self._most_rounds else reader.single()
+                reads = reader.contexts()
+            else:
+                reads = reader.all_rounds() if self._most_rounds else reader.single()
+            return reads if self._is_judged(gates.n_components) else reads | {"unablated": reader.unablated()}
 
         def estimate(reads: dict[str, Tensor]) -> dict[str, Tensor]:
             weights, errors = self.estimate(reads, problem.components.sizes())
             bias = reads["output"] - (weights * reads["gates"]).sum(1)
             spent = torch.full_like(bias, self.spent(reads, 1 if self.passes else gates.blocks))
             found = {"weights": weights, "bias": bias, "spent": spent}
+            found |= {"unablated": reads["unablated"]} if "unablated" in reads else {}
             return found if errors is None else {**found, "standard_errors": errors}
 
         # Blocks of examples are estimated one by one: all reads together take three times what comes out of them.
         found = problem.reduce(part, read, "gate paths", BLOCK, estimate)
         spent = round(float(found["spent"].mean()), 1)
         fit = Fit(found["weights"], found["bias"], found.get("standard_errors"), spent)
-        return self._forecast(problem, gates, fit)
+        if self._is_judged(gates.n_components):
+            return self._forecast(problem, gates, fit)
+        return replace(fit, forecast=Forecast.of_unablated(found["unablated"]))
 
     def _forecast(self, problem: Problem, gates: GateRounds, fit: Fit) -> Fit:
         """The fit with single effects and, if it is to be checked, an interval."""
         flipped = self._flipped(len(problem.components))
-        if not (flipped or self._checks):
-            return fit
         estimates = Estimates(fit.weights, fit.standard_errors)
         known = flips.flip(problem, flips.strongest(fit.weights, fit.standard_errors, flipped))
         if flipped and fit.standard_errors is not None:
@@ -237,12 +248,11 @@ class PathGradient(Estimator):
     @staticmethod
     def spent(reads: Mapping[str, Tensor], blocks: int) -> float:
         """Forward passes that the reads of an example took on average."""
-        if "rounds" not in reads:
-            return FORWARD_AND_BACKWARD
-        passes = FORWARD_AND_BACKWARD * blocks * float(reads["rounds"].mean())
+        rounds = float(reads["rounds"].mean()) if "rounds" in reads else 1 / blocks
+        passes = FORWARD_AND_BACKWARD * blocks * rounds
         if "outliers" in reads:
-            passes += 1 + float((reads["outliers"] >= 0).sum(1).float().mean())
-        return passes
+            return passes + 1 + float((reads["outliers"] >= 0).sum(1).float().mean())
+        return passes + ("unablated" in reads)  # looking for outliers tells it as well
 
     @property
     def _most_rounds(self) -> int:
@@ -270,7 +280,7 @@ class PathGradient(Estimator):
         else:
             weights, errors = reads["soft"].clone(), reads["variance"].sqrt()
         if "outliers" in reads:
-            Outliers(reads["outliers"], reads["effects"]).into(weights, errors)
+            into(weights, errors, reads["outliers"], reads["effects"])
         return weights, errors
 
 
@@ -286,6 +296,13 @@ class BatchReader:
         self._rows = list(range(data_module.size(batch)))
         self._unchecked: list[tuple[Tensor, int, int]] = []  # outputs of rounds, see `GateRounds.check_finite`
         gates.passes.begin_batch()
+
+    @torch.no_grad()
+    def unablated(self) -> Tensor:
+        """Outputs with everything in place, float32 [examples], by a forward pass if nothing has told them yet."""
+        if self.outliers is not None:
+            return self.outliers.unablated
+        return self.gates.output.of(self.gates.passes.masked.model, self.batch)
 
     def single(self) -> dict[str, Tensor]:
         """What one pass with all gates at one minus the fraction tells: `soft`, `gates`, `output`."""

@@ -23,7 +23,7 @@ def arrays(attributions: Attributions, components: Sequence[int], rows: Sequence
     index, forecast = torch.tensor(list(components)), attributions.forecast
     found: dict[str, Any] = {"n": len(attributions.components), "weights": []}
     if forecast is not None:
-        found |= {name: [] for name in ("singles", "squares", "sizes", "total", "sum", "alone")}
+        found |= {name: [] for name in ("singles", "squares", "sizes", "total", "sum", "alone", "missed")}
         fraction = attributions.provenance.ablated_fraction
         found |= {"fraction": fraction, "calibration": _calibration(forecast)}
         found["largest"] = largest_checked(fraction, found["n"], 1 + forecast.largest_known)
@@ -38,6 +38,7 @@ def arrays(attributions: Attributions, components: Sequence[int], rows: Sequence
             errors = attributions.row(row, "standard_errors") if attributions.has_standard_errors else None
             for name, value in _of_row(forecast, row, weights, errors, index).items():
                 found[name].append(value)
+            found["missed"].append(float(forecast.at([row]).missed(weights[None], attributions.bias[row])))
         if far is not None:
             effects = (far.ratio * weights).index_copy(0, far.indices, far.effects[row])
             found["far"]["of"].append(_short(effects[index]))
