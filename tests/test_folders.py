@@ -183,6 +183,19 @@ def test_a_place_that_is_read_only_is_told_before_the_first_pass(tmp_path, monke
     assert not content(tmp_path)
 
 
+@pytest.mark.parametrize("free", [0, 4096])
+def test_a_full_disk_is_told_before_the_first_pass(tmp_path, monkeypatch, free):
+    """The error named a file of ours and promised to keep what is finished; the marker stayed in the folder."""
+    model = build_net("mlp").model
+    model.register_forward_pre_hook(never)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: (2**40, 2**40 - free, free))
+    with pytest.raises(CoarError, match=rf"the disk of {tmp_path} is full, {free:,} bytes are free"):
+        coar.attribute(model, data(2), out=tmp_path / "run", progress=False)
+    assert not content(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: (0, 0, 0))  # unknown
+    folders.check(tmp_path / "run", folders.ATTRIBUTIONS)
+
+
 def test_an_interrupted_command_writes_nothing_into_a_strangers_folder(tmp_path, monkeypatch):
     before = content(stranger(tmp_path, "notes"))
 

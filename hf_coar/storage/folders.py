@@ -10,6 +10,7 @@ import hmac
 import json
 import os
 import secrets
+import shutil
 import stat
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
@@ -28,6 +29,7 @@ _CARD = "README.md"  # a person may write it anew; so it is replaced, and never 
 _RECORDS = ("coar_edit.json", "config.json")  # what the signature vouches for; the first of them that is there
 _WHAT = {ATTRIBUTIONS: "a run or attributions", MODEL: "a model", EXPLORER: "an explorer", DEMO: "a demo"}
 _LARGEST = 2**20  # bytes of a marker or of a file that an older version is known by; a list of files is far smaller
+_ROOM = 2**20  # bytes, of which what is written before any result takes a hundredth
 _LITTER = {".DS_Store", "Thumbs.db", "desktop.ini", "lost+found", ".gitkeep"}  # left by systems, and never written here
 
 
@@ -79,10 +81,19 @@ def check(folder: str | Path, kind: str, overwrite: bool = False) -> None:
 
 
 def _check_writable(folder: Path) -> None:
-    """Raises `CoarError` where nothing can be written: after minutes of work it is too late to hear of it."""
+    """Raises `CoarError` where nothing can be written: after minutes of work it is too late to hear of it.
+
+    A full disk would also be told of a file that a person does not know, with our marker left in the folder.
+    """
     place = next(one for one in (folder, *folder.absolute().parents) if one.exists())
     if not os.access(place, os.W_OK | os.X_OK):
         raise CoarError(f"cannot write {folder}: {place} is read-only, or belongs to others; choose another folder")
+    total, _, free = shutil.disk_usage(place)
+    if total and free < _ROOM:  # some file systems over a network say 0 of 0
+        raise CoarError(
+            f"cannot write {folder}: the disk of {place} is full, {free:,} bytes are free; free some space or choose "
+            "another folder"
+        )
 
 
 def kind_of(folder: str | Path) -> str | None:
