@@ -209,6 +209,24 @@ def test_parts_of_splits_that_are_objects_are_cut_as_those_of_files(tmp_path, sp
     assert sources.read(str(tmp_path / "parts"), split, None, False)["text"] == texts
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_an_empty_split_that_was_saved_does_not_hide_the_others(folders, tmp_path):
+    """`datasets` writes no file of it, and reading raised `list index out of range`."""
+    import datasets
+
+    rows = datasets.Dataset.from_list(ROWS)
+    datasets.DatasetDict({"train": rows, "dev": rows.select([])}).save_to_disk(tmp_path / "parts")
+    rows.select([]).save_to_disk(tmp_path / "none")
+    _, data = coar.load(folders / "named", tmp_path / "parts", split="train")
+    assert len(batch_of(data)["labels"]) == len(ROWS)
+    with pytest.raises(DataError, match=r"has the splits \['dev', 'train'\]; choose one, such as split='train'"):
+        coar.load(folders / "named", tmp_path / "parts")
+    with pytest.raises(DataError, match="split 'dev' of the data holds no examples"):
+        coar.load(folders / "named", tmp_path / "parts", split="dev")
+    with pytest.raises(DataError, match="holds no examples"):
+        coar.load(folders / "named", tmp_path / "none")
+
+
 def test_parts_that_are_not_there_are_told(tmp_path):
     import datasets
 

@@ -1,5 +1,6 @@
 """Data sets of `datasets`: read from the Hub, a folder or a file; what is in their columns; drawn from."""
 
+import json
 import logging
 import re
 from collections import defaultdict
@@ -132,7 +133,7 @@ def read(name: str, split: str | None, revision: str | None, streaming: bool) ->
         raise DataError(f"{name!r} is a file of an unknown kind; known are {', '.join(FILES)}")
     try:
         if path.is_dir() and any((path / file).exists() for file in _SAVED):
-            dataset = datasets.load_from_disk(name)
+            dataset = _saved(datasets, path)
             splits = dataset if isinstance(dataset, dict) else {str(dataset.split or "train"): dataset}
             dataset = _part(splits, split) if split else dataset
         elif path.is_file():
@@ -151,10 +152,23 @@ def read(name: str, split: str | None, revision: str | None, streaming: bool) ->
         raise DataError(f"no data set {name!r} (split {split!r}): {why}") from error
     if isinstance(dataset, dict):
         if len(dataset) != 1:
-            raise DataError(f"{name!r} has the splits {sorted(dataset)}; choose one, such as split={min(dataset)!r}")
+            best = min(dataset, key=lambda split: (_n_examples(dataset[split]) == 0, split))
+            raise DataError(f"{name!r} has the splits {sorted(dataset)}; choose one, such as split={best!r}")
         dataset = next(iter(dataset.values()))
     is_text = dataset.builder_name == "csv"  # of files, folders and the Hub alike
     return written.read_back(dataset) if is_text else nested.unnested(dataset)
+
+
+def _saved(datasets: Any, folder: Path) -> Any:
+    """What `save_to_disk` wrote; a split without examples, which `datasets` writes and cannot read, is empty again."""
+    parts, state = folder / "dataset_dict.json", folder / "state.json"
+    if parts.is_file():
+        names = json.loads(parts.read_text(encoding="utf-8"))["splits"]
+        return datasets.DatasetDict({name: _saved(datasets, folder / name) for name in names})
+    if not state.is_file() or json.loads(state.read_text(encoding="utf-8")).get("_data_files") != []:
+        return datasets.load_from_disk(str(folder))
+    features = datasets.DatasetInfo.from_directory(str(folder)).features
+    return datasets.Dataset.from_dict({name: [] for name in features}, features=features)
 
 
 def _separator(path: Path) -> str | None:
