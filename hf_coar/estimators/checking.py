@@ -23,7 +23,7 @@ from hf_coar.attributions.forecast import Forecast, largest_checked
 from hf_coar.attributions.layers import Layer, layers_of
 from hf_coar.errors import NonFiniteOutputError
 from hf_coar.models.calling import sent
-from hf_coar.runs import sampling
+from hf_coar.runs import fidelity, sampling
 from hf_coar.runs.engine import Part
 from hf_coar.runs.measuring import OwnMaskedPasses
 from hf_coar.runs.problem import Estimates, Fit, Problem
@@ -379,11 +379,13 @@ def _trusting(forecast: Forecast) -> list[Forecast]:
 
 def _facts(predicted: Tensor, measured: Tensor, unablated: Tensor, boundary: float | None) -> dict[str, float]:
     """What masks of the fitted fraction say: correlation within examples, mean outputs, and the decisions left."""
-    p, m = predicted - predicted.mean(0), measured - measured.mean(0)
     facts = {"output": float(measured.mean()), "unablated": float(unablated.mean())}
-    scale = float((p.square().sum() * m.square().sum()).sqrt())
-    if measured.numel() >= _FEWEST_VALUES and scale > 0:
-        facts["correlation"] = float((p * m).sum()) / scale
+    correlation = fidelity.pooled(predicted, measured)
+    if measured.numel() >= _FEWEST_VALUES and not math.isnan(correlation):
+        facts["correlation"] = correlation
+        if correlation < _LOW_CORRELATION:
+            facts["correlation_at_most"] = fidelity.pooled_at_most(predicted, measured)
+            facts["n_values"] = measured.numel()
     if boundary is not None:
         facts["decisions"] = float(((measured > boundary) == (unablated > boundary)).float().mean())
     return facts
@@ -428,6 +430,12 @@ def warnings_of(
         )
     if correlation is not None and correlation < _LOW_CORRELATION:
         found.append(f"fresh masks are predicted with a correlation of {correlation:.2f} only; take {better}")
+        if (at_most := facts.get("correlation_at_most", correlation)) >= _LOW_CORRELATION:
+            found[-1] = (
+                f"fresh masks are predicted with a correlation of {correlation:.2f}, which {facts['n_values']} values "
+                f"cannot tell from {at_most:.2f}: give more examples, or judge by hf_coar.evaluate; if it is as low, "
+                f"take {better}"
+            )
     for name in _STRONG_KINDS:
         if facts.get(name, 1.0) < 0:
             found.append(
