@@ -117,6 +117,34 @@ def test_other_modules_with_the_same_weights_are_told(tmp_path, caplog):
     assert "layers.0.mlp.act_fn is GELU" in caplog.text and "becomes SiLU" in caplog.text
 
 
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.act_fn", ""])
+@pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooks_that_are_lost_are_told(name, kind, tmp_path, caplog):
+    """They are part of what was attributed and edited, and were in no file."""
+    model = llama()
+    handle = getattr(model.get_submodule(name), kind)(lambda module, *given: None)
+    edited.save(without(model), tmp_path / "with")
+    assert f"without the hooks of this one, of 1 modules ({name or 'the model itself'})" in caplog.text
+    handle.remove()
+    caplog.clear()
+    edited.save(without(model), tmp_path / "none")
+    assert not caplog.messages
+
+
+def test_hooks_that_come_with_the_class_are_none_that_are_lost(tmp_path, caplog, monkeypatch):
+    from transformers import LlamaForCausalLM
+
+    made = LlamaForCausalLM.__init__
+
+    def hooked(self, config):
+        made(self, config)
+        self.lm_head.register_forward_hook(lambda module, given, found: found)
+
+    monkeypatch.setattr(LlamaForCausalLM, "__init__", hooked)
+    models.save_model(llama(), tmp_path / "saved")
+    assert not caplog.messages
+
+
 def test_dropout_that_is_off_is_no_other_module(tmp_path, caplog):
     model = tiny_texts.classifier(["dull", "fine"])
     model.dropout = nn.Dropout(0.5)

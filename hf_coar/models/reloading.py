@@ -1,6 +1,7 @@
 """What was saved is loaded again, as anybody would: that it is the model in memory is seen, not taken for granted."""
 
 import logging
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ _SHOWN = 6  # names in a message
 
 
 def check_loads(model: nn.Module, folder: Path) -> None:
-    """Refuses a folder of which the model's own library makes another model, and tells of other modules.
+    """Refuses a folder of which the model's own library makes another model; tells of other modules and lost hooks.
 
     A head put in the place of the one that the configuration describes, layers taken out, parametrised weights: all of
     them are saved, and what loads has fresh random weights there. Models of more than `MOST` values are loaded without
@@ -51,6 +52,14 @@ def check_loads(model: nn.Module, folder: Path) -> None:
             "loading what is saved gives the same weights in other modules: %s is %s and becomes %s (%d in all); have "
             "the configuration say so, or what was measured may not hold of what others load",
             changed[0], here, there, len(changed),
+        )  # fmt: skip
+    hooks, there = _hooks(model), _hooks(loaded)
+    if lost := sorted({name for name, hook in hooks - there}):
+        logger.warning(
+            "loading what is saved gives a model without the hooks of this one, of %d modules (%s): what they do to "
+            "outputs is in the attributions and in the figures of an edit, and not in what others load; write it into "
+            "the class of the model, or remove the hooks and measure again",
+            len(lost), _some([name or "the model itself" for name in lost]),
         )  # fmt: skip
 
 
@@ -102,6 +111,15 @@ def _modules(model: nn.Module) -> dict[str, str]:
     """What every module is, in words; those that do nothing in evaluation are left out."""
     said = {name: (type(one).__name__, one.extra_repr()) for name, one in model.named_modules()}
     return {name: f"{kind}({more})" for name, (kind, more) in said.items() if not kind.startswith("Drop")}
+
+
+def _hooks(model: nn.Module) -> Counter:
+    """How often every module, by name, has which hook that runs with its forward."""
+    return Counter(
+        (name, getattr(hook, "__qualname__", type(hook).__name__))
+        for name, module in model.named_modules()
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    )
 
 
 def _some(names: list[str]) -> str:
