@@ -1,6 +1,7 @@
 """Data sets as people have them: a column a class, lists in a table of text, gaps, tables of other libraries."""
 
 import json
+import logging
 import re
 
 import numpy as np
@@ -16,6 +17,7 @@ import hf_coar as coar
 from hf_coar import cli
 from hf_coar.data import images, sources
 from hf_coar.errors import DataError
+from hf_coar.models import quiet
 
 PATHS = {"method": coar.PathGradient(rounds=2), "ablated_fraction": 0.05, "progress": False}
 
@@ -370,6 +372,55 @@ def test_paths_in_a_column_of_images_are_told_how_to_become_images():
 def test_two_columns_of_one_name_are_told(folders, tmp_path, caplog):
     coar.load(folders / "named", written(tmp_path / "twice.csv", "text,label,label\nfine,1,0\ndull,0,1\n"))
     assert "several columns 'label': the first one goes by this name, another by 'label.1'" in caplog.text
+
+
+class Screen(logging.Handler):
+    """What would be written."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines = []
+
+    def emit(self, record):
+        self.lines.append(record.getMessage())
+
+
+@pytest.fixture
+def screen():
+    import datasets  # noqa: F401 (which makes its logger)
+
+    handler = Screen()
+    logging.getLogger("datasets").addHandler(handler)
+    yield handler
+    logging.getLogger("datasets").removeHandler(handler)
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("bad.csv", "text,label\nfine,1\na,b,c\n"),
+        ("bad.jsonl", '{"text": "fine", "label": 1}\n{"text"\n'),
+        ("bad.parquet", "PAR1"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_told_once(folders, tmp_path, screen, name, content, streaming):
+    """The library's own line stood before ours."""
+    with pytest.raises(DataError):
+        _, data = coar.load(folders / "named", written(tmp_path / name, content), streaming=streaming)
+        list(data)
+    assert not screen.lines
+
+
+def test_errors_of_others_that_nothing_is_raised_of_are_shown(screen):
+    logger = logging.getLogger("datasets.any")
+    with quiet.without_errors("datasets"):
+        logger.error("lost")
+        logger.warning("odd")
+        assert screen.lines == ["odd"]
+    assert screen.lines == ["odd", "lost"]
+    logger.error("after")
+    assert screen.lines[2:] == ["after"]
 
 
 @pytest.mark.parametrize("content", ["no parquet", "two columns of one name"])

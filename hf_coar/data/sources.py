@@ -16,7 +16,7 @@ from hf_coar.data import nested, written
 from hf_coar.data.columns import Table
 from hf_coar.data.streams import beginning
 from hf_coar.errors import DataError, is_count
-from hf_coar.models.quiet import without_bars
+from hf_coar.models.quiet import without_bars, without_errors
 
 logger = logging.getLogger(__name__)
 
@@ -132,18 +132,8 @@ def read(name: str, split: str | None, revision: str | None, streaming: bool) ->
     if path.is_file() and path.suffix.lower() not in FILES:
         raise DataError(f"{name!r} is a file of an unknown kind; known are {', '.join(FILES)}")
     try:
-        if path.is_dir() and any((path / file).exists() for file in _SAVED):
-            dataset = _saved(datasets, path)
-            splits = dataset if isinstance(dataset, dict) else {str(dataset.split or "train"): dataset}
-            dataset = _part(splits, split) if split else dataset
-        elif path.is_file():
-            options = {"data_files": name, "streaming": streaming}
-            options |= {} if (between := _separator(path)) is None else {"sep": between}
-            options |= {} if (field := nested.rows_in(path, _QUICK)) is None else {"field": field}
-            with without_bars("datasets") if path.stat().st_size < _QUICK else nullcontext():
-                dataset = _load_split(datasets, FILES[path.suffix.lower()], split or "train", options)
-        else:
-            dataset = _load_split(datasets, name, split, {"revision": revision, "streaming": streaming})
+        with without_errors("datasets"):
+            dataset = _read(datasets, path, name, split, revision, streaming)
     except DataError:
         raise
     except Exception as error:  # datasets raises a family of its own over OSError, ValueError, KeyError …
@@ -157,6 +147,21 @@ def read(name: str, split: str | None, revision: str | None, streaming: bool) ->
         dataset = next(iter(dataset.values()))
     is_text = dataset.builder_name == "csv"  # of files, folders and the Hub alike
     return written.read_back(dataset) if is_text else nested.unnested(dataset)
+
+
+def _read(datasets: Any, path: Path, name: str, split: str | None, revision: str | None, streaming: bool) -> Any:
+    """What `datasets` makes of a name, which may be a path; whatever it raises."""
+    if path.is_dir() and any((path / file).exists() for file in _SAVED):
+        dataset = _saved(datasets, path)
+        splits = dataset if isinstance(dataset, dict) else {str(dataset.split or "train"): dataset}
+        return _part(splits, split) if split else dataset
+    if not path.is_file():
+        return _load_split(datasets, name, split, {"revision": revision, "streaming": streaming})
+    options = {"data_files": name, "streaming": streaming}
+    options |= {} if (between := _separator(path)) is None else {"sep": between}
+    options |= {} if (field := nested.rows_in(path, _QUICK)) is None else {"field": field}
+    with without_bars("datasets") if path.stat().st_size < _QUICK else nullcontext():
+        return _load_split(datasets, FILES[path.suffix.lower()], split or "train", options)
 
 
 def _saved(datasets: Any, folder: Path) -> Any:

@@ -5,13 +5,20 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from hf_coar.errors import CoarError, DataError
+from hf_coar.models.quiet import without_errors
+
+_END = object()
 
 
 def unbroken(rows: Iterable[Any]) -> Iterator[Any]:
     """The rows of a stream; where it breaks off, a `DataError` that says after how many."""
-    count = 0
+    count, left = 0, iter(rows)
     try:
-        for row in rows:
+        while True:
+            with without_errors("datasets"):
+                row = next(left, _END)
+            if row is _END:
+                return
             yield row
             count += 1
     except CoarError:

@@ -1,5 +1,6 @@
-"""Other libraries' bars: not shown where they say nothing, as of files of this machine that are read in no time."""
+"""Other libraries on the screen: no bars of what is read in no time, no lines of errors that are told by ours."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -22,3 +23,41 @@ def without_bars(of: str) -> Iterator[None]:
     finally:
         if shown:
             show()
+
+
+@contextmanager
+def without_errors(of: str) -> Iterator[None]:
+    """No line of an error that a library logs inside the block and then raises, as it is to be told once.
+
+    Where nothing is raised, the lines are shown when the block ends.
+    """
+    held: list[tuple[logging.Handler, logging.LogRecord]] = []
+    handlers = list(logging.getLogger(of).handlers)
+    filters = [_Holding(handler, held) for handler in handlers]
+    for handler, one in zip(handlers, filters, strict=True):
+        handler.addFilter(one)
+    try:
+        yield
+    except Exception:
+        held.clear()
+        raise
+    finally:
+        for handler, one in zip(handlers, filters, strict=True):
+            handler.removeFilter(one)
+        for handler, record in held:
+            handler.handle(record)
+
+
+class _Holding(logging.Filter):
+    """Keeps errors from a handler, for later."""
+
+    def __init__(self, handler: logging.Handler, held: list[tuple[logging.Handler, logging.LogRecord]]) -> None:
+        super().__init__()
+        self.handler, self.held = handler, held
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the handler gets the record now."""
+        if record.levelno < logging.ERROR:
+            return True
+        self.held.append((self.handler, record))
+        return False
