@@ -242,6 +242,21 @@ def test_ctrl_c_while_importing_takes_one_line(tmp_path, module, command):
     assert [line for line in done.stderr.splitlines() if line][-1].endswith("interrupted; nothing was written")
 
 
+@pytest.mark.parametrize(("words", "code"), [(["completion", "bash"], 0), (["show", "nothing"], 2)])
+def test_ctrl_c_after_a_command_is_done_changes_nothing(tmp_path, words, code):
+    """While the interpreter ended, `saved in …` was followed by an end by signal."""
+    site = """
+        import atexit, os, signal
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))
+    """
+    (tmp_path / "sitecustomize.py").write_text(textwrap.dedent(site))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(coar.__file__).parents[1])])}
+    words = [sys.executable, "-m", "hf_coar", *words]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == code and "KeyboardInterrupt" not in done.stderr and bool(done.stdout) == (code == 0)
+
+
 @pytest.mark.parametrize(
     ("argv", "whole", "expected"),
     [

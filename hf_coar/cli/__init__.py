@@ -40,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rest = "run the same command again to go on from here" if kept else "nothing was written"
         sys.stderr.write(f"\n{verb}: interrupted; {rest}\n")
         return INTERRUPTED
+    finally:
+        interrupts.ignore()
     if speaks:
         terminal.write(f"{result}\n", sys.stdout)
     return 0

@@ -1,4 +1,4 @@
-"""Ctrl-C where it would do harm: while the command line is still imported, and while files of tensors are read.
+"""Ctrl-C where it would do harm: while the command line is imported, while tensors are read, when all is done.
 
 An import takes seconds, and what it raises leaves every module half made: only a handler can end it with one line and
 no traceback of others' modules, and the package itself is imported before any code of the command line.
@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 INTERRUPTED = 130  # the exit code of Ctrl-C
 
@@ -29,16 +30,28 @@ def is_command(argv: list[str], whole: list[str]) -> bool:
     return bool(argv) and Path(argv[0]).stem.removesuffix("-script") == "hf-coar"
 
 
+_command = is_command(sys.argv, sys.orig_argv)  # as it is while the package is imported
+
+
 def end_quietly() -> None:
     """From now on Ctrl-C ends the process with one line, where it is a command and nothing else handles it."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler and is_command(sys.argv, sys.orig_argv):
-        signal.signal(signal.SIGINT, _end)
+    _hand_over(signal.default_int_handler, _end)
 
 
 def raise_again() -> None:
     """From now on Ctrl-C raises `KeyboardInterrupt`, as it usually does."""
-    if signal.getsignal(signal.SIGINT) is _end:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    _hand_over(_end, signal.default_int_handler)
+
+
+def ignore() -> None:
+    """From now on Ctrl-C does nothing: the command is done, and only the interpreter has to end."""
+    _hand_over(signal.default_int_handler, signal.SIG_IGN)
+
+
+def _hand_over(before: Any, after: Any) -> None:
+    """Another handler of Ctrl-C in the place of one, where this process is a command and nothing else handles it."""
+    if _command and signal.getsignal(signal.SIGINT) is before:
+        signal.signal(signal.SIGINT, after)
 
 
 @contextmanager
