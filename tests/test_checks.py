@@ -45,6 +45,45 @@ def test_an_output_in_small_units_of_a_model_that_draws_numbers_is_refused(power
         coar.attribute(Small(1.0, noise=0.3).eval(), data(), output=times(power), progress=False)
 
 
+def probability(logits, batch):
+    """Of a class that is never likely."""
+    return (logits - torch.tensor([8.0, 0, 0])).softmax(-1)[:, 0]
+
+
+def thousandth(logits, batch):
+    return 1e-3 * (logits[:, 0] - logits[:, 1])
+
+
+@pytest.mark.parametrize("function", [probability, thousandth])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_small_outputs_of_large_logits_are_told_from_rounding_of_these(function, dtype):
+    """Up to 1 they were compared as if they were differences of logits: of 1e-3 no tenth was seen."""
+    batch = {**data()[0], "inputs": data()[0]["inputs"].to(dtype)}
+    output, size = outputs.Output("own", "", function), {probability: 2.0, thousandth: 10.0}[function]
+    steady = Small(size).eval().to(dtype)
+    assert outputs.Output("own", "", function).of(steady, batch).abs().max() < 0.03
+    checks.check_repeats(steady, output, batch)
+    noise = {torch.float32: 3e-3, torch.bfloat16: 0.3}[dtype]
+    with pytest.raises(ModelError, match="stochastic forward"):
+        checks.check_repeats(Small(size, noise=noise).eval().to(dtype), output, batch)
+    with pytest.raises(ModelError, match=r"gates of 1 of .* modules of Small: stopped"):
+        checks.check_reached(MaskedModel(steady, coar.find_components(steady)), output, batch)
+
+
+class Rounding(Small):
+    """Logits that are off by the last bits, as of kernels that add up in any order."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return super().forward(inputs) * (1 + 1e-7 * torch.randn(3))
+
+
+@pytest.mark.parametrize("function", [probability, thousandth, lambda logits, batch: logits[:, 0] - logits.max(-1)[0]])
+def test_rounding_of_logits_is_no_noise(function):
+    for seed in range(20):
+        torch.manual_seed(seed)
+        checks.check_repeats(Rounding(30.0).eval(), outputs.Output("own", "", function), data()[0])
+
+
 def test_outputs_that_are_all_zero_repeat_themselves():
     model, nothing = net(), outputs.Output("nothing", "", lambda logits, batch: 0 * logits[:, 0])
     checks.check_repeats(model, nothing, data()[0])

@@ -1,6 +1,6 @@
 """Checks of a model before the first pass, on a few examples: that it repeats itself, and that gradients arrive."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +20,7 @@ _ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-8}
 _ROUNDING_OF_HALF = 3e-2
 _LEVELS = (0.8, 0.4)  # of all gates: a group is blocked only if it has no gradient at either
 _NAMED = 8
+_DRAWS = 8  # of rounding: one alone may move both sides of a difference alike
 
 
 def check_repeats(model: nn.Module, output: Output, batch: data_module.Batch) -> None:
@@ -33,15 +34,14 @@ def check_repeats(model: nn.Module, output: Output, batch: data_module.Batch) ->
     Raises:
         ModelError: they differ.
     """
-    logits: list[Tensor] = []
+    seen = Seen(output)
     with torch.no_grad():
-        first, second = (noting(output, logits).of(model, batch) for _ in range(2))
+        first, second = (seen.noting.of(model, batch) for _ in range(2))
     tolerance = rounding(model)
     if first.shape == second.shape:
         first, second = first.double(), second.double()
-        scale = _unit(first, logits)
         difference = float((first - second).abs().nan_to_num(0).max())
-        if difference <= tolerance * scale:
+        if difference <= tolerance * largest(first) or difference <= seen.allowed(first, tolerance):
             return
         found = f"output {output.name!r} differs by {difference:.3g}, where the largest is {largest(first):.3g}"
     else:
@@ -67,10 +67,10 @@ def blocked(masked: MaskedModel, output: Output, batch: data_module.Batch) -> li
         suspects = [group for group in suspects if group.parameter not in reached]
         if not suspects:
             return []
-    logits: list[Tensor] = []
+    seen = Seen(output)
     with torch.no_grad():
-        plain = noting(output, logits).of(masked.model, batch)
-        allowed = tolerance * _unit(plain, logits)
+        plain = seen.noting.of(masked.model, batch)
+        allowed = seen.allowed(plain, tolerance)
         # As a rule none of them matters (modules that do not run for these examples), and one pass says so.
         if _same(plain, _ablated(masked, output, suspects, batch), allowed):
             return []
@@ -134,29 +134,56 @@ def _same(one: Tensor, other: Tensor, allowed: float) -> bool:
     return float((one.double() - other.double()).abs().nan_to_num(torch.inf).max()) <= allowed
 
 
-def noting(output: Output, logits: list[Tensor]) -> Output:
-    """The output, which puts the logits that it is given into the list."""
+def noting(output: Output, logits: list[Tensor], rest: "list[Callable[[Tensor], Tensor]] | None" = None) -> Output:
+    """The output, which puts the logits that it is given into a list, and what it makes of others into another."""
     if output.takes != "logits":
         return output
 
     def function(found: Tensor, *args: Any, **options: Any) -> Tensor:
         logits.append(found)
+        if rest is not None:
+            rest.append(lambda others: output.function(others, *args, **options))
         return output.function(found, *args, **options)
 
     return replace(output, function=function)
 
 
+class Seen:
+    """An output with the logits that it was made of, which tell what rounding may move it by.
+
+    Attributes:
+        noting: the output, which notes them whenever the model runs.
+        logits: so far.
+    """
+
+    def __init__(self, output: Output) -> None:
+        """Nothing has run yet."""
+        self.logits: list[Tensor] = []
+        self._rest: list[Callable[[Tensor], Tensor]] = []
+        self.noting = noting(output, self.logits, self._rest)
+
+    def allowed(self, values: Tensor, tolerance: float) -> float:
+        """What rounding may move outputs by: a share of the largest, and of small ones what rounded logits make of it.
+
+        Small ones may be differences of logits, and may be probabilities, of which it moves the last digits alone. No
+        more than a share of 1, or of smaller logits: they may hold what masks a class out. Where there are none, of 1.
+        """
+        unit = min([1.0, *map(largest, self.logits[:1])])
+        small = largest(values) < unit and self.logits
+        return max(tolerance * largest(values), min(tolerance * unit, self.moved(tolerance) if small else torch.inf))
+
+    def moved(self, tolerance: float) -> float:
+        """How far the outputs go where the first logits, of which there must be some, are off by so much of them."""
+        logits, generator = self.logits[0], torch.Generator().manual_seed(0)
+        noise = tolerance * logits.nan_to_num(0, 0, 0).abs().clamp_min(min(1.0, largest(logits)))
+        whole, width = self._rest[0](logits), logits.shape[-1]
+        steps = (torch.randn(width, generator=generator).to(logits.device) for _ in range(_DRAWS))
+        return max(largest(self._rest[0](logits + noise * step) - whole) for step in steps)
+
+
 def largest(values: Tensor) -> float:
     """The largest absolute value that is a number."""
     return float(values.double().abs().nan_to_num(0, 0, 0).max())
-
-
-def _unit(values: Tensor, logits: Sequence[Tensor]) -> float:
-    """What rounding is a share of: the largest output; of small ones, which may be differences, the largest logit.
-
-    Of logits above 1, which may hold what masks a class out, and where there are none, 1.
-    """
-    return max(largest(values), min([1.0, *map(largest, logits[:1])]))
 
 
 def rounding(model: nn.Module) -> float:

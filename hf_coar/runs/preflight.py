@@ -122,14 +122,14 @@ def _bound(
 ) -> Output:
     with torch.no_grad():
         found = tasks.bind(model, output, call, batch)
-        logits: list[Tensor] = []
-        values = _tried(model, checks.noting(found, logits), batch)
+        seen = checks.Seen(found)
+        values = _tried(model, seen.noting, batch)
         _check_finite(model, found, values)
-        hints.tell_of_logits(model, found, logits)
-        if logits:
-            hints.tell_of_names(model, found, logits[0], names)
+        hints.tell_of_logits(model, found, seen.logits)
+        if seen.logits:
+            hints.tell_of_names(model, found, seen.logits[0], names)
         if len(values) == 2:
-            _check_alone(model, found, batch, values, logits[0] if logits else None)
+            _check_alone(model, found, batch, values, seen)
     if call is None:
         _tell_unread(model, found, batch)
     return found
@@ -184,7 +184,7 @@ def _check_finite(model: nn.Module, output: Output, values: Tensor) -> None:
 
 
 def _check_alone(
-    model: nn.Module, output: Output, batch: data_module.Batch, together: Tensor, logits: Tensor | None
+    model: nn.Module, output: Output, batch: data_module.Batch, together: Tensor, seen: checks.Seen
 ) -> None:
     """Every example's output must be its own, or batches of another size would change the numbers.
 
@@ -195,8 +195,8 @@ def _check_alone(
     same = (alone == together) | (alone.isnan() & together.isnan())  # infinite alike: the run says where
     far = (alone - together).abs().masked_fill(same, 0.0)
     off, largest = float(far.max()), checks.largest(together)
-    of_logits = checks.rounding(model) * (1.0 if logits is None else checks.largest(logits))
-    if off <= max(_SAME * largest, min(_SAME, of_logits)):
+    tolerance = checks.rounding(model)
+    if off <= _SAME * largest or off <= min(_SAME, seen.moved(tolerance) if seen.logits else tolerance):
         return
     checks.check_repeats(model, output, batch)  # a model that draws random numbers differs as well
     place = int(far.argmax())
