@@ -79,5 +79,5 @@ def test_the_one_input_that_goes_by_position_is_no_misspelled_entry(caplog):
 @pytest.mark.parametrize("word", ["3-1", "a", "3-", "²"])
 def test_a_range_of_examples_that_is_none_is_told_as_it_was_written(word):
     with pytest.raises(coar.CoarError, match=f"--fix {word}: write an index"):
-        editing.numbered([word], "fix")
-    assert editing.numbered(["2", "4-5"], "fix") == [2, 4, 5]
+        editing.numbered([word])
+    assert editing.numbered(["2", "4-5"]) == [2, 4, 5]

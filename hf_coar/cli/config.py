@@ -82,7 +82,7 @@ def run_imports(arguments: Sequence[str]) -> None:
             raise CoarError(f"--import {path}: {type(error).__name__}: {error}") from error
 
 
-def imported(name: str | None, flag: str) -> Callable[..., Any] | None:
+def imported(name: str | None) -> Callable[..., Any] | None:
     """A function that a file of `--import` defines, by its name; None of None.
 
     A file of flags may name it: nothing runs but what the command line itself imports.
@@ -95,7 +95,7 @@ def imported(name: str | None, flag: str) -> Callable[..., Any] | None:
     if not callable(found := _IMPORTED.get(name)):
         known = sorted(key for key, value in _IMPORTED.items() if callable(value) and not isinstance(value, type))
         said = f"they define {', '.join(known)}" if known else "none is given, or it defines none"
-        raise CoarError(f"{flag} {name}: name a function (model, batch) that a file of --import defines; {said}")
+        raise CoarError(f"--call {name}: name a function (model, batch) that a file of --import defines; {said}")
     return found
 
 

@@ -65,7 +65,7 @@ def _by_task(args: argparse.Namespace, task: str) -> EditResult:
     if task == "forget":
         return editing.forget(model, data, args.forget.removeprefix("label="), **options)
     if task == "fix":
-        return editing.fix(model, data, numbered(args.fix, "fix"), **options)
+        return editing.fix(model, data, numbered(args.fix), **options)
     if task == "lift":
         return editing.lift(model, data, args.lift, **options)
     _, triggered = pipeline.load(**{**sources(args), "model": model, "data": args.match})
@@ -101,7 +101,7 @@ def _unchecked(args: argparse.Namespace) -> str:
     else:
         editing.stepwise.checked_steps(len(attributions.components), n_components, args.step)
         model, data = pipeline.reopen(attributions, **sources(args))
-        source = _attributing_anew(attributions, data, config.imported(args.call, "--call"))
+        source = _attributing_anew(attributions, data, config.imported(args.call))
     rule = args.rule or "welch"
     edited = editing.edit(model, source, n_components=n_components, rule=rule, step=args.step, **sides)
     edited_model.save(edited, args.out, overwrite=args.overwrite)
@@ -202,11 +202,9 @@ def _rivals(args: argparse.Namespace, usual: str | None = "quick") -> dict[str, 
     return {"rivals": single[words[0]] if len(words) == 1 and words[0] in single else words}
 
 
-def numbered(words: Sequence[str], flag: str) -> list[int]:
-    """Indices of examples from words such as `17` and `20-39`."""
-    return [
-        index for word in words for index in _range(word, f"--{flag} {word}: write an index (17) or a range (20-39)")
-    ]
+def numbered(words: Sequence[str]) -> list[int]:
+    """Indices of examples to fix from words such as `17` and `20-39`."""
+    return [index for word in words for index in _range(word, f"--fix {word}: write an index (17) or a range (20-39)")]
 
 
 def _range(word: str, advice: str) -> range:

@@ -42,7 +42,7 @@ def attribute(args: argparse.Namespace) -> str:
             return _planned(args, model, data)
         attributions = pipeline.attribute(
             model, data, standing_in.components(model, data, args), output=args.output, method=methods.chosen(args),
-            ablated_fraction=args.ablated_fraction, call=config.imported(args.call, "--call"), seed=args.seed,
+            ablated_fraction=args.ablated_fraction, call=config.imported(args.call), seed=args.seed,
             out=args.out, budget=args.budget, log_with=args.log_with, overwrite=args.overwrite,
         )  # fmt: skip
     summary = {
@@ -97,7 +97,7 @@ def evaluate(args: argparse.Namespace) -> str:
     model, data = pipeline.reopen(attributions, **editing.sources(args))
     found = pipeline.evaluate(
         attributions, model, data, fractions=args.fractions, n_masks=args.n_masks, seed=args.seed, out=args.out,
-        call=config.imported(args.call, "--call"), log_with=args.log_with, overwrite=args.overwrite,
+        call=config.imported(args.call), log_with=args.log_with, overwrite=args.overwrite,
     )  # fmt: skip
     folder, page = Path(args.attributions), None
     if folder.is_dir() and workers.processes().is_main_process:
@@ -121,7 +121,7 @@ def explore(args: argparse.Namespace) -> str:
     """Serve the explorer until Ctrl-C, or write it into a folder."""
     sources = {"model": args.model, "data": args.data, "revision": args.revision}
     if args.html is not None:
-        call = config.imported(args.call, "--call")
+        call = config.imported(args.call)
         page = explorer.share(
             args.attributions, args.html, **sources, trust_remote_code=args.trust_remote_code, call=call
         )
@@ -137,7 +137,7 @@ def explore(args: argparse.Namespace) -> str:
     address = explorer.launch(
         args.attributions, **sources, trust_remote_code=args.trust_remote_code, host=args.host, port=args.port,
         open_browser=args.open_browser, share=args.share, hosts=args.allow_host,
-        call=config.imported(args.call, "--call"),
+        call=config.imported(args.call),
     )  # fmt: skip
     return json.dumps({"address": str(address)}, indent=2) if args.json else f"served {address}"
 

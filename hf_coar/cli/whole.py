@@ -31,7 +31,7 @@ def run(args: argparse.Namespace, sources: dict[str, Any], running: dict[str, An
     with engine.running(**running) as options:
         with engine.running(report=False):  # there will be one of both
             attributions, model, data = _attributed(args, sources, folder)
-            call = config.imported(args.call, "--call")
+            call = config.imported(args.call)
             found = api.evaluate(attributions, model, data, n_masks=_MASKS, call=call, out=folder / "evaluation")
         if workers.processes().is_main_process:
             if options.report:
@@ -66,7 +66,7 @@ def _attributed(args: argparse.Namespace, sources: dict[str, Any], folder: Path)
             components = standing_in.components(model, chosen, args)
             attributions = api.attribute(
                 model, chosen, components, output=args.output, method=methods.chosen(args),
-                ablated_fraction=args.ablated_fraction, call=config.imported(args.call, "--call"), seed=args.seed,
+                ablated_fraction=args.ablated_fraction, call=config.imported(args.call), seed=args.seed,
                 out=folder, budget=args.budget, overwrite=args.overwrite,
             )  # fmt: skip
             return attributions, model, chosen

@@ -59,7 +59,7 @@ def head_blocks(model: nn.Module, matrices: Sequence[tuple[str, Matrix]]) -> dic
     for core, module in modules.items():
         if not _knows_heads(module) or not inside.get(core):
             continue
-        output = _output_projection(core, module, inside, modules)
+        output = _output_projection(core, inside, modules)
         if output is None:
             continue
         width = _input_width(modules[output], of_name[output])
@@ -114,9 +114,7 @@ def _role(path: str) -> set[str]:
     return _words(parts[-1]) if parts else set()
 
 
-def _output_projection(
-    core: str, module: nn.Module, inside: Mapping[str, list[str]], modules: Mapping[str, nn.Module]
-) -> str | None:
+def _output_projection(core: str, inside: Mapping[str, list[str]], modules: Mapping[str, nn.Module]) -> str | None:
     """The matrix that reads the heads: inside the attention, or in a sibling of it such as `output.dense`."""
     own = [name for name in inside[core] if _innermost(name, core, modules)]
     roles = {name: _role(name[len(core) + 1 if core else 0 :]) for name in own}

@@ -73,7 +73,7 @@ def _choose(model: nn.Module, table: Table, given: Columns, taken: Sequence[str 
         return found
     if "pair" in found:
         return {"text": the_one(TEXT, table, (*taken, found["pair"])) or _no_text(table), **found}
-    return _by_names(model, table, taken, head(model).kind is not None)
+    return _by_names(table, taken, head(model).kind is not None)
 
 
 def by_names(model: nn.Module, table: Table, given: Columns, taken: Sequence[str | None]) -> dict[str, str]:
@@ -85,13 +85,13 @@ def by_names(model: nn.Module, table: Table, given: Columns, taken: Sequence[str
         other = PAIR if "text" in found else TEXT
         column = the_one(other, table, (*taken, *found.values()))
         return {**found, other.name: column or _no_text(table)}
-    found = _by_names(model, table, taken, takes_pairs=True)
+    found = _by_names(table, taken, takes_pairs=True)
     if "pair" not in found:
         raise without(PAIR, table)
     return found
 
 
-def _by_names(model: nn.Module, table: Table, taken: Sequence[str | None], takes_pairs: bool) -> dict[str, str]:
+def _by_names(table: Table, taken: Sequence[str | None], takes_pairs: bool) -> dict[str, str]:
     """A pair by its usual names where the head takes one, or the one text."""
     candidates = {name.lower(): name for name in table.fitting(TEXT, taken)}
     pairs = [pair for pair in PAIRS if takes_pairs and set(pair) <= set(candidates)]

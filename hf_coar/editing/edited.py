@@ -119,7 +119,7 @@ def save(
     if not entries:
         raise CoarError(f"the {type(edited).__name__} given was not made by coar.edit; save it with its own library")
     with models.saved(edited, folder, overwrite) as new:
-        _copy_preprocessing(models.record(edited), new, folder)
+        _copy_preprocessing(models.record(edited), new)
         for picture in sorted(Path(pictures).glob("*.png")) if pictures is not None else ():
             files.write_bytes(new / artefact.PICTURES / picture.name, picture.read_bytes())
         entries = {**entries, "figures": [[str(cell) for cell in row] for row in figures]}
@@ -136,7 +136,7 @@ _PREPROCESSING = (
 )  # fmt: skip
 
 
-def _copy_preprocessing(origin: Mapping[str, Any], new: Path, folder: Path) -> None:
+def _copy_preprocessing(origin: Mapping[str, Any], new: Path) -> None:
     """The image processor or tokenizer from where the model was loaded, if it is on this machine, for pipelines.
 
     Not from where its record says that the base is: a record may come from anybody, and name any folder.

@@ -35,9 +35,9 @@ from hf_coar.runs.measuring import check_finite, parts_of
 from hf_coar.runs.problem import Fit, Problem, Size
 
 
-def _measure(problem: Problem, count: int) -> Tensor:
-    """Outputs under the first masks, float32 [count, examples]."""
-    return problem.measure(one_by_one(len(problem.components), range(count - 1)), "singles")
+def _unablated(problem: Problem) -> Tensor:
+    """Outputs with everything in place, float32 [examples]."""
+    return problem.measure(one_by_one(len(problem.components), range(0)), "singles")[0]
 
 
 def _fit(weights: Tensor, complete: Tensor) -> Fit:
@@ -61,9 +61,9 @@ class WeightNorm(_OnePass):
 
     def fit(self, problem: Problem) -> Fit:
         """Read the norms off the weights."""
-        outputs = _measure(problem, 1)
+        outputs = _unablated(problem)
         norms = torch.cat(list(weight_norms(problem.model, problem.components)))
-        return _fit(norms.expand(outputs.shape[1], -1).clone(), outputs[0])
+        return _fit(norms.expand(len(outputs), -1).clone(), outputs)
 
 
 def weight_norms(model: nn.Module, components: Components) -> list[Tensor]:
@@ -98,14 +98,14 @@ class RandomWeights(_OnePass):
 
     def fit(self, problem: Problem) -> Fit:
         """Draw."""
-        outputs = _measure(problem, 1)
+        outputs = _unablated(problem)
         n_components = len(problem.components)
         rows = [
             sampling.uniforms(problem.seed, sampling.BASELINES, example, 0, n_components)
-            for example in range(outputs.shape[1])
+            for example in range(len(outputs))
         ]
         normal = torch.special.ndtri(torch.from_numpy(np.stack(rows)).double())
-        return _fit(normal, outputs[0])
+        return _fit(normal, outputs)
 
 
 @register("gradient_times_parameter")
