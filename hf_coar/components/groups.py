@@ -14,7 +14,6 @@ from hf_coar.components.stand_ins import StandIn
 from hf_coar.errors import CoarError, CorruptFileError, OutOfRangeError
 
 GRANULARITIES = ("unit", "input", "head", "expert", "module")
-_WEIGHT_EDITS = ("scale", "zero", "never")
 
 
 @dataclass(frozen=True)

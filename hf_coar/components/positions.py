@@ -16,8 +16,6 @@ from hf_coar.components.groups import Components, Group
 from hf_coar.errors import CoarError, DataError
 from hf_coar.models.calling import POSITIONS as ENTRY
 
-LAST = "last token"  # the role that needs no words: the last token of the prompt
-
 
 def at_positions(components: Components, positions: Sequence[int] | Sequence[str]) -> Components:
     """The components at every one of some positions, or roles, by themselves.

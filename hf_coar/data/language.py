@@ -1,7 +1,6 @@
 """Texts for heads that want more than one text and its label: answers, spans, choices, tags, second texts, masks."""
 
 import hashlib
-import logging
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -19,8 +18,6 @@ from hf_coar.errors import DataError
 from hf_coar.models import class_names, tasks
 from hf_coar.models.outputs import DECODED, IGNORED_LABEL
 from hf_coar.storage.texts import shortened
-
-logger = logging.getLogger(__name__)
 
 Row = Mapping[str, Any]
 Make = Callable[[Any, Sequence[Row]], Batch]  # (tokenizer, raw examples) -> a batch

@@ -3,7 +3,6 @@
 import bisect
 import functools
 import itertools
-import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,12 +28,9 @@ from hf_coar.models.outputs import Output, OutputFunction
 from hf_coar.runs import workers
 from hf_coar.storage import labels
 
-logger = logging.getLogger(__name__)
-
 BATCH_SIZE = 32
 _CACHED_BYTES = 256 * 2**20  # of prepared batches, so that the next ablation does not decode them again
 _CONTEXT = 3  # tokens before one that decide how it is written
-_LABEL_COLUMNS = ("label", "labels", "target", "fine_label")
 
 
 class Source:

@@ -303,25 +303,11 @@ def loss(logits: Tensor, batch: Batch) -> Tensor:
     return F.cross_entropy(logits, _labels(logits, batch), reduction="none")
 
 
-def next_tokens(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The tokens to be predicted and which of them are real, of a causal language model.
-
-    Targets are `labels` where the batch has them (the ignored label -100 marks what does not count), else `input_ids`.
-    A position counts if it and the one before it are inside the `attention_mask`.
-
-    Returns:
-        targets int64 [examples, positions - 1], real bool [examples, positions - 1].
-
-    Raises:
-        CoarError: logits that are not a language model's.
-        DataError: no tokens, or an example without a single real next token.
-    """
-    _, targets, real = aligned(logits, batch, NEXT)
-    return targets, real
-
-
 def aligned(logits: Tensor, batch: Batch, alignment: str) -> tuple[Tensor, Tensor, Tensor]:
     """Predictions, their targets, and which of them count.
+
+    A target counts if it, and where the next token is predicted the one before it, is inside the attention mask and not
+    labelled -100.
 
     Args:
         logits: [examples, positions, classes].

@@ -6,7 +6,6 @@ evaluation the correlation and slope at every ablated fraction.
 """
 
 import contextlib
-import logging
 import sys
 import time
 import warnings
@@ -16,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from hf_coar.errors import CoarError
-
-logger = logging.getLogger(__name__)
 
 PROJECT = "hf_coar"
 TRACKERS = ("trackio", "tensorboard", "wandb")  # known to work; accelerate has more

@@ -1,7 +1,7 @@
 """The cheapest rival of forgetting: a constant on the logit, so low that the class is never said."""
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hf_coar.editing.tasks.aims import Aim, changed_copy, note_changed, rival
 from hf_coar.errors import CoarError
@@ -31,8 +31,3 @@ def linear(aim: Aim, model: nn.Module) -> nn.Linear:
     if aim.of.looker.head is None:
         raise CoarError(f"no linear layer of the {type(model).__name__} is known to give its logits")
     return model.get_submodule(aim.of.looker.head)
-
-
-def features(aim: Aim, part: str) -> Tensor:
-    """What the last layer reads of a part of the examples, float32 [examples, features]."""
-    return aim.before[part].features

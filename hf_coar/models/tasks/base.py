@@ -12,7 +12,6 @@ A new task is one call, beside the outputs that it brings::
 """
 
 import functools
-import logging
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -28,8 +27,6 @@ from hf_coar.models.calling import Call
 from hf_coar.models.libraries import library, wrapped
 from hf_coar.models.outputs import NEXT, SAME, Output, OutputFunction
 from hf_coar.storage.registry import Registry
-
-logger = logging.getLogger(__name__)
 
 AUTO = "auto"
 Batch = Mapping[str, Any]
