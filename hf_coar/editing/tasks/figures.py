@@ -1,7 +1,7 @@
 """Figures of an edit, all from examples that chose nothing, with their intervals."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -114,11 +114,12 @@ def unmoved(was: float, now: float) -> bool:
     return now <= was + ROUNDING < 1
 
 
-def worst_fall(labels: Tensor, before: Tensor, after: Tensor) -> int:
-    """The class or group that loses most, of labels int64 [examples]."""
+def of_worst(what: str, name: Callable[[int], str], labels: Tensor, before: Tensor, after: Tensor) -> Figure:
+    """The share of the class or group that loses most, of labels int64 [examples]; `what` has `{}` for its name."""
     found = labels.unique()
     lost = torch.stack([(before.float() - after.float())[labels == one].mean() for one in found])
-    return int(found[lost.argmax()])
+    worst = int(found[lost.argmax()])
+    return of_shares(what.format(name(worst)), before[labels == worst], after[labels == worst])
 
 
 @dataclass(frozen=True)

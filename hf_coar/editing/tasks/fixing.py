@@ -156,12 +156,11 @@ class Fixing(HeadAim):
         seen, was = self.of.see(model, rows), self.of.right(before)
         now, labels = self.of.right(seen), self.labels(rows)
         own = self.of.see(self.of.model, self.targets), self.of.see(model, self.targets)
-        worst = fig.worst_fall(labels, was, now)
-        name = f"accuracy on {self.of.held.name(worst)!r}, which loses most"
+        loses = "accuracy on {!r}, which loses most"
         found = {
             "target": fig.of_shares("the examples to fix, for which it was made", *(self.of.right(one) for one in own)),
             "others": fig.of_shares("accuracy on all others", was, now),
-            "worst_other": fig.of_shares(name, was[labels == worst], now[labels == worst]),
+            "worst_other": fig.of_worst(loses, self.of.held.name, labels, was, now),
         }
         near = self._neighbours(own[0].features, before.features, was)
         if near is not None:

@@ -213,12 +213,11 @@ class Forgetting(HeadAim):
         fit, seen = self.of.see(model, self.parts.choose), self.of.see(model, self.parts.judge)
         labels, own, before = self.labels(self.parts.judge), self.own(self.parts.judge), self.before
         was, now = self.of.right(before["judge"]), self.of.right(seen)
-        worst = fig.worst_fall(labels[~own], was[~own], now[~own])
-        loses = f"accuracy on {self.of.held.name(worst)!r}, which loses most"
+        loses = "accuracy on {!r}, which loses most"
         found = {
             "target": fig.of_shares(f"accuracy on {self.name}", was[own], now[own]),
             "others": fig.of_shares("accuracy on the other classes", was[~own], now[~own]),
-            "worst_other": fig.of_shares(loses, was[labels == worst], now[labels == worst]),
+            "worst_other": fig.of_worst(loses, self.of.held.name, labels[~own], was[~own], now[~own]),
         }
         for key, what, probe in (
             ("probe", f"{self.name} found by a fresh linear probe of the features", probing.linear_probe),

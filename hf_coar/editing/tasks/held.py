@@ -80,10 +80,15 @@ class Held:
     @cached_property
     def labels(self) -> Tensor:
         """Int64 [examples]; -1 where there is no class of the whole example."""
-        found = [batch.get("labels") for batch in self.batches]
+        found = self._whole_numbers("labels")
+        return torch.full((len(self),), -1) if found is None else found
+
+    def _whole_numbers(self, name: str) -> Tensor | None:
+        """An entry of the batches, int64 [examples]; None where that is not one whole number an example."""
+        found = [batch.get(name) for batch in self.batches]
         if all(isinstance(one, Tensor) and one.dim() == 1 and not one.is_floating_point() for one in found):
             return torch.cat(found).cpu().long()
-        return torch.full((len(self),), -1)
+        return None
 
     @cached_property
     def firsts(self) -> Tensor:
@@ -132,13 +137,13 @@ class Held:
         Raises:
             CoarError: no such entry, or not one whole number an example.
         """
-        found = [batch.get(name) for batch in self.batches]
-        if not all(isinstance(one, Tensor) and one.dim() == 1 and not one.is_floating_point() for one in found):
+        found = self._whole_numbers(name)
+        if found is None:
             raise CoarError(
                 f"the batches have no entry {name!r} with one whole number an example; they have "
                 f"{', '.join(self.batches[0])}; or give the number of every example's group"
             )
-        return torch.cat(found).cpu().long()
+        return found
 
     def label_of(self, label: int | str) -> int:
         """The number of a class that examples have.

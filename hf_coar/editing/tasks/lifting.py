@@ -164,10 +164,8 @@ class Lifting(HeadAim):
         after = fig.of_shares("accuracy of the worst group", now[groups == lows[1]], now[groups == lows[1]])
         found = {"target": fig.Figure(after.what, shares[0][lows[0]], after.after, after.low, after.high, after.n)}
         found["others"] = fig.of_shares("average accuracy", was, now)
-        worst = fig.worst_fall(groups, was, now)
-        found["worst_other"] = fig.of_shares(
-            f"accuracy of {self.names.get(worst, worst)}, which loses most", was[groups == worst], now[groups == worst]
-        )
+        loses = "accuracy of {}, which loses most"
+        found["worst_other"] = fig.of_worst(loses, lambda group: self.names.get(group, str(group)), groups, was, now)
         return found
 
     @property

@@ -194,9 +194,8 @@ class Matching(Aim):
         }
         labels = self.shown_on[0].labels[self.parts.judge]
         if bool((labels >= 0).all()):
-            worst = fig.worst_fall(labels, was[0], now[0])
-            name = f"accuracy without it on {self.of.held.name(worst)!r}, which loses most"
-            found["worst_other"] = fig.of_shares(name, was[0][labels == worst], now[0][labels == worst])
+            loses = "accuracy without it on {!r}, which loses most"
+            found["worst_other"] = fig.of_worst(loses, self.of.held.name, labels, was[0], now[0])
         return found
 
     @property

@@ -140,10 +140,8 @@ class Steering(Aim):
         found["others"] = fig.of_shares("others that are right", was[rest], now[rest])
         labels = self.labels(rows)
         if bool((labels[rest] >= 0).all()):
-            worst = fig.worst_fall(labels[rest], was[rest], now[rest])
-            of = rest & (labels == worst)
-            name = f"others of {self.of.held.name(worst)!r} that are right, which lose most"
-            found["worst_other"] = fig.of_shares(name, was[of], now[of])
+            lose = "others of {!r} that are right, which lose most"
+            found["worst_other"] = fig.of_worst(lose, self.of.held.name, labels[rest], was[rest], now[rest])
         return found
 
     @property
