@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_coar import data as data_module
@@ -174,8 +175,15 @@ class Aim(ABC):
 
     def outputs(self, model: nn.Module) -> Tensor:
         """The logits of these, float32 [examples, classes], differentiable."""
-        found = [calling.logits_of(self.of.looker.output.call(model, batch)).float() for batch in self.inputs]
-        return torch.cat(found)
+        return torch.cat([self._logits(model, batch) for batch in self.inputs])
+
+    def cross_entropy(self, model: nn.Module, batches: Sequence[data_module.Batch]) -> Tensor:
+        """The mean over batches of the cross-entropy of their labels, differentiable."""
+        moved = (data_module.to_device(batch, next(model.parameters()).device) for batch in batches)
+        return torch.stack([F.cross_entropy(self._logits(model, batch), batch["labels"]) for batch in moved]).mean()
+
+    def _logits(self, model: nn.Module, batch: data_module.Batch) -> Tensor:
+        return calling.logits_of(self.of.looker.output.call(model, batch)).float()
 
     def weigh(self, output: Output, batches: Sequence[data_module.Batch]) -> Tensor:
         """Attributions by one pass, float64 [examples, components]."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hf_coar.components import Components
 from hf_coar.editing.choosing import LARGEST_FRACTION
+from hf_coar.editing.making import kept_without
 from hf_coar.editing.rules import RULES, Sides
 from hf_coar.editing.tasks import figures as fig
 from hf_coar.editing.tasks.aims import ABLATION, Weigh, carried_out
@@ -22,7 +23,6 @@ from hf_coar.editing.tasks.looking import WHOLE, Seen
 from hf_coar.editing.tasks.setting import EditResult, Setting
 from hf_coar.editing.tasks.walking import Point, Verdict, margin
 from hf_coar.errors import CoarError, NonFiniteOutputError
-from hf_coar.models import calling
 
 SMALL = 60  # components that may go of any network, all of one that has no more
 SURE = 0.01  # above the boundary, in the unit of the output, from which an example counts as fixed
@@ -105,10 +105,8 @@ class Fixing(HeadAim):
         return found
 
     def _fixed(self, ablated: Tensor) -> bool:
-        kept = torch.ones(len(self.of.masked), dtype=torch.bool)
-        kept[ablated] = False
         try:
-            with self.of.masked.ablated(kept) as model:
+            with self.of.masked.ablated(kept_without(len(self.of.masked), ablated)) as model:
                 return self._lacking(self.of.see(model, self.targets).values) <= 0
         except NonFiniteOutputError:
             return False
@@ -143,12 +141,7 @@ class Fixing(HeadAim):
 
     def loss(self, model: nn.Module) -> Tensor:
         """Cross-entropy of the examples."""
-        found = []
-        for batch in self.of.held.at(self.targets):
-            moved = calling.to(batch, next(model.parameters()).device)
-            logits = calling.logits_of(self.of.looker.output.call(model, moved)).float()
-            found.append(F.cross_entropy(logits, moved["labels"]))
-        return torch.stack(found).mean()
+        return self.cross_entropy(model, self.of.held.at(self.targets))
 
     def figures(self, model: nn.Module) -> dict[str, Figure]:
         """On the examples themselves, for which it was made, and on those to judge on, which chose nothing."""

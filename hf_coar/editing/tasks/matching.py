@@ -6,7 +6,6 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_coar import data as data_module
@@ -21,7 +20,6 @@ from hf_coar.editing.tasks.looking import WHOLE, Seen, check_finite
 from hf_coar.editing.tasks.setting import EditResult, Setting
 from hf_coar.editing.tasks.walking import Point, Verdict
 from hf_coar.errors import CoarError
-from hf_coar.models import calling
 
 MOST = 0.02  # of the components: a few pairs cannot tell good from bad among more
 STEPS = 48  # of a walk; one by one the 341 of MobileNetV2 took over ten minutes
@@ -177,12 +175,7 @@ class Matching(Aim):
 
     def loss(self, model: nn.Module) -> Tensor:
         """Cross-entropy of clean and triggered examples alike."""
-        found = []
-        for batch in (*self.pairs[0], *self.pairs[1]):
-            moved = calling.to(batch, next(model.parameters()).device)
-            logits = calling.logits_of(self.of.looker.output.call(model, moved)).float()
-            found.append(F.cross_entropy(logits, moved["labels"]))
-        return torch.stack(found).mean()
+        return self.cross_entropy(model, (*self.pairs[0], *self.pairs[1]))
 
     def figures(self, model: nn.Module) -> dict[str, Figure]:
         """What the pairs to judge on say."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_coar.editing.choosing import LARGEST_FRACTION, Candidate
+from hf_coar.editing.making import kept_without
 from hf_coar.editing.stepwise import Ranker
 from hf_coar.errors import UnsatisfiedError
 from hf_coar.masking import MaskedModel
@@ -138,9 +139,7 @@ def walk(
 
 
 def _measured(masked: MaskedModel, ablated: Tensor, measure: Measure) -> Sequence[Point]:
-    kept = torch.ones(len(masked), dtype=torch.bool)
-    kept[ablated] = False
-    with masked.ablated(kept) as model:
+    with masked.ablated(kept_without(len(masked), ablated)) as model:
         points = measure(model, ablated)
     for point in points:
         found = point.verdict
