@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_coar.storage import cards, labels
+from hf_coar.storage.texts import and_more, count
 
 if TYPE_CHECKING:
     from hf_coar.attributions.attributions import Attributions
@@ -48,8 +49,7 @@ def examples_text(attributions: "Attributions") -> str:
     """What the examples are, such as `200; Bag 18, Coat 16 and 8 more; 91.5 % right with everything in place`."""
     counts, right, said = label_counts(attributions), accuracy(attributions), [f"{len(attributions):,}"]
     if counts:
-        more = f" and {len(counts) - _LABELS} more" if len(counts) > _LABELS else ""
-        said.append(", ".join(f"{name} {n:,}" for name, n in counts[:_LABELS]) + more)
+        said.append(", ".join(f"{name} {n:,}" for name, n in counts[:_LABELS]) + and_more(len(counts), _LABELS))
     said += [] if right is None else [f"{100 * right:.1f} % right with everything in place"]
     return "; ".join(said)
 
@@ -73,7 +73,7 @@ def part_text(part: "Part") -> str:
     """Two lines: what it is, and the strongest components."""
     n, m = part.shape
     of = f"example {part.rows[0]}{f', {part.labels[0]}' if part.labels[0] else ''}" if n == 1 else f"{n:,} examples"
-    head = f"Part({of} × {m:,} component{'s' if m != 1 else ''}"
+    head = f"Part({of} × {count(m, 'component')}"
     if not n or not m:
         return f"{head})"
     rows = part.top(min(3, m))
@@ -90,8 +90,7 @@ def attributions_html(attributions: "Attributions") -> str:
     right = accuracy(attributions)
     facts += [] if right is None else [f"right on {100 * right:.1f} % of the examples"]
     counts = label_counts(attributions)
-    more = f" and {len(counts) - _LABELS} more" if len(counts) > _LABELS else ""
-    said = " · ".join(f"{name} {count}" for name, count in counts[:_LABELS]) + more
+    said = " · ".join(f"{name} {n}" for name, n in counts[:_LABELS]) + and_more(len(counts), _LABELS)
     lines = [
         f"<b>Attributions</b> {html.escape(_where(attributions))}",
         *map(html.escape, facts),

@@ -14,6 +14,7 @@ from hf_coar.attributions import Attributions, looks
 from hf_coar.attributions.table import aligned, decimals
 from hf_coar.errors import CoarError
 from hf_coar.storage import labels
+from hf_coar.storage.texts import and_more
 
 _LABELS = 12
 _EXTREMES = 5  # examples on either side of a component
@@ -47,8 +48,8 @@ def overview(attributions: Attributions) -> str:
     lines = [repr(attributions)]
     counts = looks.label_counts(attributions)
     if counts:
-        more = f" and {len(counts) - _LABELS} more" if len(counts) > _LABELS else ""
-        said = "labels: " + " · ".join(f"{name} {n}".replace(" ", "\xa0") for name, n in counts[:_LABELS]) + more
+        shown = [f"{name} {n}".replace(" ", "\xa0") for name, n in counts[:_LABELS]]
+        said = f"labels: {' · '.join(shown)}{and_more(len(counts), _LABELS)}"
         width = min(100, shutil.get_terminal_size((80, 24)).columns)
         lines += [line.replace("\xa0", " ") for line in textwrap.wrap(said, width, subsequent_indent="  ")]
     return "\n".join(lines)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_coar.errors import DataError
-from hf_coar.storage.texts import shortened
+from hf_coar.storage.texts import and_more, shortened
 
 # From the role of a column ("text", "label", …) to its name; for labels that have a column each, to their names.
 Columns = Mapping[str, str | Sequence[str] | None]
@@ -77,7 +77,7 @@ class Table:
         """Columns with an example of each: `'id' ('doc0'), 'review' ('A dull film …')`."""
         columns = list(self.features if columns is None else columns)
         said = [f"{name!r} ({self.example(name)})" for name in columns[:12]]
-        return ", ".join(said) + (f" and {len(columns) - 12} more" if len(columns) > 12 else "")
+        return ", ".join(said) + and_more(len(columns), 12)
 
     def example(self, name: str) -> str:
         """An entry of a column, shortened; its type where it is none that could be read at a glance."""

@@ -14,6 +14,7 @@ from hf_coar.data.numbering import numbers, within
 from hf_coar.data.streams import first_line, unbroken
 from hf_coar.errors import CoarError, DataError, check_count
 from hf_coar.storage import cards
+from hf_coar.storage.texts import first_few
 
 _BATCH_SIZE = 32
 
@@ -73,8 +74,7 @@ class Examples:
         of = [str(part) for part in (cards.public_name(self.description), self.description.get("split")) if part]
         columns = ", ".join(getattr(self.dataset, "column_names", None) or ["unknown"])
         names = [str(name) for name in self.description.get("label_names") or ()]
-        more = ", …" if len(names) > 6 else ""
-        classes = f"; {len(names)} classes: {', '.join(names[:6])}{more}" if names else ""
+        classes = f"; {len(names)} classes: {first_few(names, 6)}" if names else ""
         first = f"Examples({count} examples of {', '.join(of) or 'a data set'}, {self.batch_size} a batch"
         return f"{first},\n         columns {columns}{classes})"
 

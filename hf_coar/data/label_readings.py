@@ -8,7 +8,7 @@ from typing import Any
 
 from hf_coar.models.classes import NUMBER, SEVERAL, Head, wordnet_numbers
 from hf_coar.storage.labels import name_key, places
-from hf_coar.storage.texts import shortened
+from hf_coar.storage.texts import first_few, shortened
 
 Convert = Callable[[Any], Any]  # an entry of the column -> class index, number, or list of numbers
 
@@ -298,4 +298,4 @@ def wanted(head: Head) -> str:
 def few(values: Sequence[Any]) -> str:
     """Some different entries."""
     found = list(dict.fromkeys(shortened(repr(value), 24) for value in values[:1000]))
-    return ", ".join(found[:5]) + (", …" if len(found) > 5 else "")
+    return first_few(found, 5)

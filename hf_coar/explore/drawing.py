@@ -69,11 +69,6 @@ def wrapped(*inner: object) -> Html:
     return html('<div class="coar">{}</div>', joined(inner))
 
 
-def count(components: Sequence[int]) -> str:
-    """Such as `12 components`."""
-    return f"{len(components):,} component{'s' if len(components) != 1 else ''}"
-
-
 def picture(image: object) -> Html:
     """An image that is looked at."""
     return html('<div class="coar-big">{}</div>', image)

@@ -29,6 +29,7 @@ from hf_coar.judging.evaluation import Report
 from hf_coar.plots.canvas import Figure
 from hf_coar.storage import cards, files, folders, labels
 from hf_coar.storage.escaping import for_markdown
+from hf_coar.storage.texts import first_few
 from hf_coar.storage.versions import version_of
 
 logger = logging.getLogger(__name__)
@@ -264,8 +265,7 @@ def _left_out(attributions: Attributions) -> _Section | None:
         return None
     rows = []
     for entry in reasons:
-        some = ", ".join(entry["modules"][:4]) + (", …" if len(entry["modules"]) > 4 else "")
-        rows.append([entry["reason"], some, f"{entry['weights']:,}"])
+        rows.append([entry["reason"], first_few(entry["modules"], 4), f"{entry['weights']:,}"])
     return _Section("Left out", "", [_Table(["why", "modules", "parameters"], rows, frozenset({2}))])
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from hf_coar.errors import CoarError
 from hf_coar.storage import files, swapping
+from hf_coar.storage.texts import and_more
 
 MARKER = ".hf_coar.json"
 ATTRIBUTIONS, MODEL, EXPLORER, DEMO = "attributions", "model", "explorer", "demo"
@@ -208,8 +209,7 @@ def _strangers(folder: Path) -> list[str]:
 
 
 def _listed(names: Sequence[str], shown: int = 6) -> str:
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more if names else "nothing else"
+    return ", ".join(names[:shown]) + and_more(len(names), shown) if names else "nothing else"
 
 
 def _kind_without_marker(folder: Path) -> str | None:

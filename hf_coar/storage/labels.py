@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 from hf_coar.errors import CoarError
-from hf_coar.storage.texts import shortened
+from hf_coar.storage.texts import and_more, shortened
 
 _ENTRY = "label_names"  # of the record of the data, or of the model
 
@@ -146,7 +146,7 @@ def places(names: Sequence[str], further: Sequence[str] = ()) -> dict[str, tuple
 def listed(names: Sequence[str], most: int = 8) -> str:
     """Class names as they can stand in a text that others render."""
     shown = [f"`{shortened(str(name), 40).replace('`', chr(39))}`" for name in names[:most]]
-    return ", ".join(shown) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return ", ".join(shown) + and_more(len(names), most)
 
 
 def of_classes(edit: Mapping[str, Any], side: str) -> str:

@@ -23,6 +23,7 @@ from hf_coar.editing.tasks.looking import WHOLE, Seen
 from hf_coar.editing.tasks.setting import EditResult, Setting
 from hf_coar.editing.tasks.walking import Point, Verdict, margin
 from hf_coar.errors import CoarError, NonFiniteOutputError
+from hf_coar.storage.texts import first_few
 
 SMALL = 60  # components that may go of any network, all of one that has no more
 SURE = 0.01  # above the boundary, in the unit of the output, from which an example counts as fixed
@@ -50,8 +51,7 @@ class Fixing(HeadAim):
     @property
     def task(self) -> str:
         """In words."""
-        shown = ", ".join(map(str, self.numbers[:4])) + (", …" if len(self.numbers) > 4 else "")
-        return f"fix example{'' if len(self.examples) == 1 else 's'} {shown}"
+        return f"fix example{'' if len(self.examples) == 1 else 's'} {first_few(self.numbers, 4)}"
 
     @property
     def wanted(self) -> str:

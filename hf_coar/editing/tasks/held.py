@@ -14,6 +14,7 @@ from hf_coar import models
 from hf_coar.data import identity
 from hf_coar.errors import CoarError, DataError
 from hf_coar.storage import labels as label_words
+from hf_coar.storage.texts import first_few
 
 logger = logging.getLogger(__name__)
 
@@ -195,10 +196,9 @@ class Held:
 
 def _tell_left_out(failed: dict[int, str], n_all: int) -> None:
     first = min(failed)
-    shown = ", ".join(map(str, sorted(failed)[:8])) + (", …" if len(failed) > 8 else "")
     logger.warning(
         "%d of %d examples cannot be read and are left out (%s); number %d: %s",
-        len(failed), n_all, shown, first, failed[first],
+        len(failed), n_all, first_few(sorted(failed), 8), first, failed[first],
     )  # fmt: skip
 
 

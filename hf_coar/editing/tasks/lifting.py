@@ -24,6 +24,7 @@ from hf_coar.editing.tasks.setting import EditResult, Setting
 from hf_coar.editing.tasks.walking import Point, Verdict, margin
 from hf_coar.errors import CoarError
 from hf_coar.models.outputs import Output
+from hf_coar.storage.texts import and_more
 
 TEMPERATURE = 2.0
 STEP_FRACTION = 0.02  # of the components: a tenth or more of them go, and two walks at 1 in 100 take minutes
@@ -202,10 +203,10 @@ def groups_of(held: Held, data: Any, groups: Any) -> tuple[Tensor, dict[int, str
     small = {name: count for name, count in counts.items() if count < sum(LEAST)}
     if small:
         shown = dict(list(small.items())[:_SHOWN])
-        more = f" and {len(small) - _SHOWN} more" if len(small) > _SHOWN else ""
         raise CoarError(
-            f"groups with fewer than {sum(LEAST)} examples (group: examples): {shown}{more}, of {len(names)}; that "
-            "many are needed to attribute, to choose on and to judge on; give more data, or put groups together"
+            f"groups with fewer than {sum(LEAST)} examples (group: examples): {shown}{and_more(len(small), _SHOWN)}, "
+            f"of {len(names)}; that many are needed to attribute, to choose on and to judge on; give more data, or put "
+            "groups together"
         )
     return found, names
 

@@ -12,6 +12,7 @@ from hf_coar.explore.columns import Progress, no_progress
 from hf_coar.explore.drawing import Html, button, figure, heading, html, joined, note, number, wrapped
 from hf_coar.explore.source import Source
 from hf_coar.explore.tab import TABS, Tab, View
+from hf_coar.storage.texts import count
 
 _LISTED = 25  # components in the list
 _LONGEST_SEARCH = 200  # characters
@@ -150,7 +151,7 @@ def component_list(source: Source, view: View, progress: Progress = no_progress)
         rows.append([picked, bar, number(size, drawing.digits(largest), signed=False)])
     if not rows:
         return wrapped(note(f"no component{' of ' + view.layer if view.layer else ''} is called {view.find!r}"))
-    said = f"{len(inside):,} component{'s' if len(inside) != 1 else ''}"
+    said = count(len(inside), "component")
     said += f", the {len(rows)} with the largest weights" if len(inside) > len(rows) else ""
     said += f" (mean size over {len(source):,} examples)"
     return wrapped(drawing.table(["component", "", f"mean size, {source.unit}"], rows, "coar-listed", said))

@@ -21,6 +21,7 @@ from hf_coar.explore.drawing import Html, button, html, joined, note, number, wa
 from hf_coar.explore.measuring import MOST_MEASURED, Change, accuracies, is_held_out, measured_rows, what_if
 from hf_coar.explore.source import Source
 from hf_coar.explore.tab import TABS, Tab, Updates, View
+from hf_coar.storage.texts import count
 
 _MARKS = [("lower its output", "lower"), ("raise its output", "higher"), ("spare it (reference)", "spared")]
 _MOST_MARKED = 200  # examples that "mark all that are shown" marks
@@ -277,7 +278,7 @@ def edit(source: Source, view: View, chosen: Sides, components: Sequence[int], f
     names += [f"and {len(components) - _NAMED} more"] if len(components) > _NAMED else []
     listed = html("<ol>{}</ol>", joined(html("<li>{}</li>", name) for name in names))
     return wrapped(
-        html('<p class="coar-statement">Preview: {} ablated.</p>', drawing.count(components)),
+        html('<p class="coar-statement">Preview: {} ablated.</p>', count(len(components), "component")),
         drawing.table(head, rows, "coar-numbers") + note(said + _HELD_OUT),
         pieces.change_columns(source, found, "What is ablated", listed),
         pieces.flips(source, found),

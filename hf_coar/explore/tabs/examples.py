@@ -11,6 +11,7 @@ from hf_coar.explore.measuring import Change
 from hf_coar.explore.outcome import Outcome
 from hf_coar.explore.source import Source
 from hf_coar.explore.tab import TABS, Tab, Updates, View
+from hf_coar.storage.texts import and_more, count
 
 _KEPT_CHANGES = 15  # measured ablations
 _NAMED = 6  # ablated components
@@ -174,9 +175,10 @@ def _of_example(source: Source, view: View, components: Sequence[int], found: Ch
         figure(number(after, places), f"measured, {unit}"),
     ]
     names = ", ".join(source.components.names.name(i) for i in components[:_NAMED])
-    names += f" and {len(components) - _NAMED} more" if len(components) > _NAMED else ""
+    names += and_more(len(components), _NAMED)
     statement = '<p class="coar-statement">Example {} with {} ablated{}.</p><div class="coar-figures">{}</div>{}'
-    return html(statement, view.example, drawing.count(components), said, joined(figures), note(f"ablated: {names}"))
+    ablated = count(len(components), "component")
+    return html(statement, view.example, ablated, said, joined(figures), note(f"ablated: {names}"))
 
 
 def _agreement(source: Source, view: View, found: Change) -> Html:

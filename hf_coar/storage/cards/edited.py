@@ -7,7 +7,6 @@ from typing import Any
 
 from hf_coar.storage.cards.pieces import (
     CITATION,
-    count,
     data_line,
     gallery,
     hub_id,
@@ -23,6 +22,7 @@ from hf_coar.storage.cards.pieces import (
 )
 from hf_coar.storage.escaping import all_for_markdown, code_span, python_name
 from hf_coar.storage.labels import of_classes
+from hf_coar.storage.texts import count, first_few
 
 
 def edited_model_card(entries: Mapping[str, Any], source: str = ".", pictures: Sequence[str] = ()) -> str:
@@ -168,8 +168,7 @@ def _examples(indices: Any, classes: str = "") -> str:
     indices = list(indices or ())
     if not indices:
         return "none"
-    listed = ", ".join(map(str, indices[:12])) + (", …" if len(indices) > 12 else "")
-    return f"{count(len(indices), 'example')}{classes}: number {listed}"
+    return f"{count(len(indices), 'example')}{classes}: number {first_few(indices, 12)}"
 
 
 def _before_and_after(figures: Sequence[Sequence[str]]) -> str:

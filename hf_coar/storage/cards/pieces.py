@@ -12,6 +12,7 @@ from urllib.parse import quote
 from hf_coar.storage.escaping import code_span, for_markdown
 from hf_coar.storage.hub import LICENSE
 from hf_coar.storage.labels import label_names, listed
+from hf_coar.storage.texts import count
 
 _MARK = re.compile(r"\n<!-- made by hf_coar; sha256 of the text above: ([0-9a-f]{16}) -->\n\Z")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -143,11 +144,6 @@ def data_line(data: Mapping[str, Any]) -> str:
     names = label_names({"data": data})
     parts += [f"classes {listed(names)}"] if names else []
     return ", ".join(parts)
-
-
-def count(n: int, noun: str) -> str:
-    """Such as `1 example` or `1,200 examples`."""
-    return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
 def percent(fraction: Any) -> str:
