@@ -35,12 +35,19 @@ def _choose(model: nn.Module, table: Table, given: Columns, taken: Sequence[str 
 
 
 def _build(reading: Reading) -> Preparation:
-    column, labels = reading.columns["image"], reading.labels
+    column = reading.columns["image"]
     transform = _transform(reading.model, reading.preprocessor)
 
     def prepare(examples: list[dict]) -> Batch:
-        batch = {"pixel_values": torch.stack([transform(decoded(example[column])) for example in examples])}
-        return batch if labels is None else {**batch, "labels": labels.tensor(examples)}
+        pixels = torch.stack([transform(decoded(example[column])) for example in examples])
+        return reading.labelled({"pixel_values": pixels}, examples)
+
+    return shown_by_size(reading, prepare)
+
+
+def shown_by_size(reading: Reading, prepare: Callable[[list[dict]], Batch]) -> Preparation:
+    """A preparation of images, of each of which its size and mode are told."""
+    column = reading.columns["image"]
 
     def show(example: Mapping[str, Any]) -> str:
         image = decoded(example[column])

@@ -39,6 +39,10 @@ class Reading:
     max_length: int = 512
     told: set[str] = field(default_factory=set)
 
+    def labelled(self, batch: Batch, rows: Sequence[Mapping[str, Any]]) -> Batch:
+        """The batch that was made of raw examples, with their labels where these are understood."""
+        return batch if self.labels is None else {**batch, "labels": self.labels.tensor(rows)}
+
 
 @dataclass(frozen=True)
 class Preparation:

@@ -9,51 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_coar.data import preprocessors
 from hf_coar.data.batches import Batch
 from hf_coar.data.columns import Columns, Role, Table, asked, declared_names, is_label, is_text, is_texts, the_one
 from hf_coar.data.kinds import KINDS, Kind, Preparation, Reading, by_head, by_roles
-from hf_coar.data.texts import PAIR, TEXT, by_names, check_tokenizer, encoded, tell_lengths
+from hf_coar.data.texts import PAIR, TEXT, Row, by_names, encoded, entries, of, tell_lengths, tokenized
 from hf_coar.errors import DataError
 from hf_coar.models import class_names, tasks
 from hf_coar.models.outputs import DECODED, IGNORED_LABEL
 from hf_coar.storage.texts import shortened
-
-Row = Mapping[str, Any]
-Make = Callable[[Any, Sequence[Row]], Batch]  # (tokenizer, raw examples) -> a batch
-
-
-def tokenized(reading: Reading, role: str, make: Make) -> Preparation:
-    """A preparation with the tokenizer of the model.
-
-    Args:
-        reading: of the data.
-        role: whose texts tell whether the tokenizer knows their language.
-        make: (tokenizer, raw examples) -> a batch.
-    """
-    from transformers import AutoTokenizer
-
-    tokenizer = preprocessors.load(AutoTokenizer, reading.model, "tokenizer", reading.preprocessor)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    check_tokenizer(tokenizer, reading, role)
-
-    def show(example: Row) -> str:
-        ids = make(tokenizer, [example])["input_ids"]
-        return repr(shortened(tokenizer.decode(ids.flatten(0, -2)[0]), 100))
-
-    return Preparation(lambda rows: make(tokenizer, rows), show, {"max_length": reading.max_length})
-
-
-def of(rows: Sequence[Row], column: str | None) -> list[Any]:
-    """The entries of a column."""
-    return [] if column is None else [row[column] for row in rows]
-
-
-def _entries(found: Any, prefix: str = "") -> Batch:
-    names = ("input_ids", "attention_mask", "token_type_ids")
-    return {prefix + name: found[name] for name in names if name in found}
-
 
 # -------------------------------------------------------------------------------------------- answers against foils
 
@@ -114,7 +77,7 @@ def _spans(reading: Reading) -> Preparation:
         found = encoded(tokenizer, reading, *texts, truncation="only_second", return_offsets_mapping=True)
         marked = zip(texts[1], of(rows, answers), strict=True)
         ends = torch.tensor([_span(found, i, _first_answer(*one)) for i, one in enumerate(marked)])
-        return {**_entries(found), "start_positions": ends[:, 0], "end_positions": ends[:, 1]}
+        return {**entries(found), "start_positions": ends[:, 0], "end_positions": ends[:, 1]}
 
     return tokenized(reading, "context", make)
 
@@ -174,7 +137,7 @@ def _choices(reading: Reading) -> Preparation:
         if any(len(one) != count for one in each):
             raise DataError(f"the examples have {sorted({len(one) for one in each})} choices; give as many to each")
         stems = [text for text in of(rows, stem) for _ in range(count)]
-        found = _entries(encoded(tokenizer, reading, stems, [text for one in each for text in one]))
+        found = entries(encoded(tokenizer, reading, stems, [text for one in each for text in one]))
         labels = [which(value, count) for value in of(rows, label)]
         return {name: value.unflatten(0, (-1, count)) for name, value in found.items()} | {
             "labels": torch.tensor(labels)
@@ -220,7 +183,7 @@ def _tags(reading: Reading) -> Preparation:
                 if word is not None and word != before:  # the first token of a word speaks for it, as in BERT's paper
                     labels[index, at] = place(of_words[word])
                 before = word
-        return {**_entries(found), "labels": labels}
+        return {**entries(found), "labels": labels}
 
     return tokenized(reading, "tokens", make)
 
@@ -258,7 +221,7 @@ def _targets(reading: Reading) -> Preparation:
     source, target = reading.columns["text"], reading.columns["target"]
 
     def make(tokenizer: Any, rows: Sequence[Row]) -> Batch:
-        found = _entries(encoded(tokenizer, reading, of(rows, source)))
+        found = entries(encoded(tokenizer, reading, of(rows, source)))
         found.pop("token_type_ids", None)
         wanted = encoded(tokenizer, reading, text_target=of(rows, target))
         return {**found, "labels": wanted["input_ids"].where(wanted["attention_mask"].bool(), IGNORED_LABEL)}
@@ -283,7 +246,7 @@ def _masked(reading: Reading) -> Preparation:
             hidden = _drawn(ids[index], found["special_tokens_mask"][index].bool())
             labels[index, hidden] = ids[index, hidden]
             ids[index, hidden] = tokenizer.mask_token_id
-        return {**_entries(found), "labels": labels}
+        return {**entries(found), "labels": labels}
 
     return tokenized(reading, "text", make)
 
@@ -332,7 +295,7 @@ def _both(reading: Reading) -> Preparation:
 
     def make(tokenizer: Any, rows: Sequence[Row]) -> Batch:
         a, b = (encoded(tokenizer, reading, of(rows, column)) for column in (first, second))
-        batch = {**_entries(a), **_entries(b, "pair_")}
+        batch = {**entries(a), **entries(b, "pair_")}
         sorts = [-1 if value is None else int(value) for value in of(rows, label)]
         return batch if label is None else {**batch, "labels": torch.tensor(sorts, dtype=torch.long)}
 
@@ -350,7 +313,7 @@ def _preferences(reading: Reading) -> Preparation:
 
     def make(tokenizer: Any, rows: Sequence[Row]) -> Batch:
         a, b = (encoded(tokenizer, reading, of(rows, column)) for column in (chosen, rejected))
-        return {**_entries(a), **_entries(b, "rejected_")}
+        return {**entries(a), **entries(b, "rejected_")}
 
     return tokenized(reading, "chosen", make)
 

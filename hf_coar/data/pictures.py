@@ -11,7 +11,7 @@ from torch import Tensor
 from hf_coar.data import preprocessors
 from hf_coar.data.batches import Batch
 from hf_coar.data.columns import Role, is_image, is_text, is_texts
-from hf_coar.data.images import IMAGE, decoded, in_mode
+from hf_coar.data.images import IMAGE, decoded, in_mode, shown_by_size
 from hf_coar.data.kinds import KINDS, Kind, Preparation, Reading, by_head, by_roles
 from hf_coar.data.language import ANSWER, PLACE, following, which
 from hf_coar.errors import DataError
@@ -49,16 +49,6 @@ def _pictures(rows: Sequence[Row], column: str) -> list[Any]:
     return [in_mode(decoded(row[column]), "RGB") for row in rows]
 
 
-def _preparation(reading: Reading, make: Any) -> Preparation:
-    column = reading.columns["image"]
-
-    def show(row: Row) -> str:
-        image = decoded(row[column])
-        return f"an image of {image.width} × {image.height}, mode {image.mode}"
-
-    return Preparation(make, show)
-
-
 def _objects(reading: Reading) -> Preparation:
     processor, (image, objects) = _processor(reading), (reading.columns[role] for role in ("image", "objects"))
 
@@ -66,7 +56,7 @@ def _objects(reading: Reading) -> Preparation:
         annotations = [{"image_id": i, "annotations": _coco(row[objects])} for i, row in enumerate(rows)]
         return dict(processor(images=_pictures(rows, image), annotations=annotations, return_tensors="pt"))
 
-    return _preparation(reading, make)
+    return shown_by_size(reading, make)
 
 
 def _coco(objects: Any) -> list[dict[str, Any]]:
@@ -97,7 +87,7 @@ def _masks(reading: Reading) -> Preparation:
         found = processor(images=_pictures(rows, image), segmentation_maps=maps, return_tensors="pt")
         return {name: value for name, value in found.items() if isinstance(value, Tensor | list)}
 
-    return _preparation(reading, make)
+    return shown_by_size(reading, make)
 
 
 def _depths(reading: Reading) -> Preparation:
@@ -108,7 +98,7 @@ def _depths(reading: Reading) -> Preparation:
         true = [torch.from_numpy(np.array(decoded(row[depth]), dtype=np.float32))[None, None] for row in rows]
         return {"pixel_values": pixels, "labels": torch.cat([F.interpolate(x, pixels.shape[2:]) for x in true])[:, 0]}
 
-    return _preparation(reading, make)
+    return shown_by_size(reading, make)
 
 
 def _images(reading: Reading) -> Preparation:
@@ -123,7 +113,7 @@ def _images(reading: Reading) -> Preparation:
         padded = [F.pad(x[None], (0, size[1] - x.shape[2], 0, size[0] - x.shape[1]), mode="replicate") for x in each]
         return {"pixel_values": pixels, "labels": torch.cat(padded)}
 
-    return _preparation(reading, make)
+    return shown_by_size(reading, make)
 
 
 def _captions(reading: Reading) -> Preparation:
@@ -148,7 +138,7 @@ def _captions(reading: Reading) -> Preparation:
             found["labels"] = torch.tensor([which(row[label], count) for row in rows])
         return found
 
-    return _preparation(reading, make)
+    return shown_by_size(reading, make)
 
 
 def _conversations(reading: Reading) -> Preparation:
@@ -170,7 +160,7 @@ def _conversations(reading: Reading) -> Preparation:
             )
         return {**found, "labels": ids.where(told, IGNORED_LABEL)}
 
-    return _preparation(reading, make)
+    return shown_by_size(reading, make)
 
 
 def _asked(processor: Any, text: str) -> str:

@@ -68,11 +68,10 @@ def _build(reading: Reading) -> Preparation:
     from transformers import AutoFeatureExtractor
 
     extractor = preprocessors.load(AutoFeatureExtractor, reading.model, "feature extractor", reading.preprocessor)
-    column, labels = reading.columns["audio"], reading.labels
+    column = reading.columns["audio"]
 
     def prepare(rows: Sequence[Mapping[str, Any]]) -> Batch:
-        batch = _heard(extractor, rows, column)
-        return batch if labels is None else {**batch, "labels": labels.tensor(rows)}
+        return reading.labelled(_heard(extractor, rows, column), rows)
 
     return Preparation(prepare, lambda row: _show(wave(row[column], extractor.sampling_rate), extractor))
 

@@ -2,7 +2,8 @@
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ from hf_coar.storage.texts import shortened
 
 logger = logging.getLogger(__name__)
 
+Row = Mapping[str, Any]
+Make = Callable[[Any, Sequence[Row]], Batch]  # (tokenizer, raw examples) -> a batch
+
 TEXT = Role("text", is_text, ("text", "sentence", "content"), "a text", become="make every entry a string")
 PAIR = Role("pair", is_text, (), "a text")
 
@@ -31,7 +35,6 @@ PAIRS = (
 )  # fmt: skip
 
 _UNKNOWN = 0.5  # of the tokens: what no tokenizer of the language comes near, and one without a vocabulary exceeds
-_ENTRIES = ("input_ids", "attention_mask", "token_type_ids")
 
 
 def reads_texts(model: nn.Module) -> int:
@@ -109,30 +112,49 @@ def _no_text(table: Table) -> str:
 
 
 def _build(reading: Reading) -> Preparation:
+    columns = [reading.columns[role] for role in ("text", "pair") if role in reading.columns]
+
+    def make(tokenizer: Any, rows: Sequence[Row]) -> Batch:
+        return entries(encoded(tokenizer, reading, *(of(rows, column) for column in columns)))
+
+    made = tokenized(reading, "text", make)
+    return replace(made, prepare=lambda rows: reading.labelled(made.prepare(rows), rows))
+
+
+def tokenized(reading: Reading, role: str, make: Make) -> Preparation:
+    """A preparation with the tokenizer of the model.
+
+    Args:
+        reading: of the data.
+        role: whose texts tell whether the tokenizer knows their language.
+        make: (tokenizer, raw examples) -> a batch.
+    """
     from transformers import AutoTokenizer
 
     tokenizer = preprocessors.load(AutoTokenizer, reading.model, "tokenizer", reading.preprocessor)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is masked everywhere, so any token serves
-    text, pair, labels = reading.columns["text"], reading.columns.get("pair"), reading.labels
+    check_tokenizer(tokenizer, reading, role)
 
-    def tokens(examples: Sequence[Mapping[str, Any]]) -> Any:
-        texts = ([example[column] for example in examples] for column in (text, pair) if column is not None)
-        return encoded(tokenizer, reading, *texts)
+    def show(example: Row) -> str:
+        ids = make(tokenizer, [example])["input_ids"]
+        return repr(shortened(tokenizer.decode(ids.flatten(0, -2)[0]), 100))
 
-    def prepare(examples: list[dict]) -> Batch:
-        found = tokens(examples)
-        batch = {name: found[name] for name in _ENTRIES if name in found}
-        return batch if labels is None else {**batch, "labels": labels.tensor(examples)}
-
-    def show(example: Mapping[str, Any]) -> str:
-        return repr(shortened(tokenizer.decode(tokens([example])["input_ids"][0]), 100))
-
-    check_tokenizer(tokenizer, reading)
-    return Preparation(prepare, show, {"max_length": reading.max_length})
+    return Preparation(lambda rows: make(tokenizer, rows), show, {"max_length": reading.max_length})
 
 
-def check_tokenizer(tokenizer: Any, reading: Reading, role: str = "text") -> None:
+def of(rows: Sequence[Row], column: str | None) -> list[Any]:
+    """The entries of a column."""
+    return [] if column is None else [row[column] for row in rows]
+
+
+def entries(found: Any, prefix: str = "") -> Batch:
+    """What a model reads of what a tokenizer gave, under names with this beginning."""
+    names = ("input_ids", "attention_mask", "token_type_ids")
+    return {prefix + name: found[name] for name in names if name in found}
+
+
+def check_tokenizer(tokenizer: Any, reading: Reading, role: str) -> None:
     """Raises `DataError` where a tokenizer knows few of the first texts' tokens, or gives some that the model lacks.
 
     Texts that are longer than what is read of them are told.
