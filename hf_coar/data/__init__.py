@@ -1,6 +1,6 @@
 """Data: anything that can be iterated again, as batches of tensors whose first axis is the example."""
 
-from hf_coar.data.batches import Batch, as_batch, device_of, rows, size, take, to_device
+from hf_coar.data.batches import Batch, as_batch, concatenated, device_of, rows, size, some, take, to_device
 from hf_coar.data.described import settings
 from hf_coar.data.examples import Chunk, Chunks, Examples, Read, batches, describe, few
 from hf_coar.data.identity import Identity
@@ -23,6 +23,7 @@ __all__ = [
     "Reader",
     "as_batch",
     "batches",
+    "concatenated",
     "describe",
     "device_of",
     "few",
@@ -33,6 +34,7 @@ __all__ = [
     "rows",
     "settings",
     "size",
+    "some",
     "take",
     "to_device",
     "with_partners",

@@ -124,6 +124,22 @@ def take(batch: Mapping[str, Any], indices: Sequence[int] | Tensor) -> Batch:
     return found
 
 
+def some(batches: Sequence[Mapping[str, Any]], indices: Tensor) -> list[Batch]:
+    """The examples of several batches that have these numbers, int64 [any], ascending; in batches as they come."""
+    found, start = [], 0
+    for batch in batches:
+        stop = start + size(batch)
+        of_batch = indices[(indices >= start) & (indices < stop)] - start
+        found += [take(batch, of_batch)] if len(of_batch) else []
+        start = stop
+    return found
+
+
+def concatenated(pieces: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Tensors of the same names, one after the other along their first axis."""
+    return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+
+
 def to_device(batch: Mapping[str, Any], device: torch.device) -> Batch:
     """The batch on a device."""
     return models.to(batch, device)

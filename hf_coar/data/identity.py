@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_coar.data.batches import Batch, size
+from hf_coar.data.batches import Batch, concatenated, size
 from hf_coar.errors import CorruptFileError, DataError
 from hf_coar.storage import files
 from hf_coar.storage.threads import MUCH, side_by_side
@@ -63,8 +63,7 @@ class Identity:
     @classmethod
     def joined(cls, parts: "Sequence[Identity]") -> "Identity":
         """The identity of examples that come one after the other."""
-        columns = [part.columns() for part in parts]
-        return cls.of({name: torch.cat([some[name] for some in columns]) for name in columns[0]})
+        return cls.of(concatenated([part.columns() for part in parts]))
 
     def columns(self) -> dict[str, Tensor]:
         """Tensors [examples, …] by name, for a file."""

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_coar.data.batches import Batch, as_batch, size
+from hf_coar.data.batches import Batch, as_batch, concatenated, rows, size
 from hf_coar.data.examples import Examples, batches, describe
 from hf_coar.errors import DataError
 from hf_coar.models import PARTNER
@@ -41,9 +41,9 @@ def paired(data: Any, others: Any) -> Any:
     """
     data, others = batches(data), batches([others] if isinstance(others, Mapping) else others)
     if isinstance(data, Examples) and isinstance(others, Examples):
-        rows = _Rows(data.dataset, others.dataset)
+        both = _Rows(data.dataset, others.dataset)
         prepare = lambda pairs: joined(data.prepare([a for a, _ in pairs]), others.prepare([b for _, b in pairs]))  # noqa: E731
-        return Examples(rows, prepare, data.batch_size, data.description)
+        return Examples(both, prepare, data.batch_size, data.description)
     found = _Zipped(data, others)
     return list(found) if isinstance(data, Sequence) else found
 
@@ -80,8 +80,8 @@ class _Zipped:
                     there = first + (0 if left is None else size(left))
                     raise DataError(f"there are only {there} partners, and more examples; give one for every example")
                 left = as_batch(more) if left is None else _appended(left, as_batch(more))
-            yield joined(batch, {name: value[:wanted] for name, value in left.items()}, first)
-            left = {name: value[wanted:] for name, value in left.items()} if size(left) > wanted else None
+            yield joined(batch, rows(left, 0, wanted), first)
+            left = rows(left, wanted, size(left)) if size(left) > wanted else None
             first += wanted
         if left is not None or next(rest, _MISSING) is not _MISSING:
             raise DataError(f"there are {first} examples, and more partners; give one for every example")
@@ -89,7 +89,7 @@ class _Zipped:
 
 def _appended(one: Batch, more: Batch) -> Batch:
     try:
-        return {name: torch.cat([one[name], more[name]]) for name in one}
+        return concatenated([one, more])
     except (RuntimeError, KeyError, TypeError) as error:
         raise DataError(f"batches of partners cannot be cut as those of the data are: {error}") from error
 

@@ -61,14 +61,7 @@ def _read(data: Any, indices: Sequence[int] | Tensor | None) -> list[data_module
     outside = [index for index in wanted if not 0 <= index < n_examples]
     if outside or not wanted:
         raise CoarError(f"indices {outside[:8] or '[]'}: give one or more from 0 to {n_examples - 1}")
-    chosen, start, found = sorted(set(wanted)), 0, []
-    for batch in batches:
-        stop = start + data_module.size(batch)
-        rows = torch.tensor([index - start for index in chosen if start <= index < stop], dtype=torch.long)
-        if len(rows):
-            found.append(data_module.take(batch, rows))
-        start = stop
-    return found
+    return data_module.some(batches, torch.tensor(sorted(set(wanted))))
 
 
 def _outputs(

@@ -134,8 +134,7 @@ class Resample(OfPartners):
             DataError: there is no other example of the shape of one of them.
         """
         chosen = [self._drawn(data_module.rows(inputs, i, i + 1)) for i in range(data_module.size(inputs))]
-        named = {name: torch.cat([row[name] for row in chosen]) for name in chosen[0]}
-        return {**inputs, **{PARTNER + name: value for name, value in named.items()}}
+        return {**inputs, **{PARTNER + name: value for name, value in data_module.concatenated(chosen).items()}}
 
     def _drawn(self, row: Batch) -> Batch:
         """The partner of one example: what it has of the entries of this one."""

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
+from hf_coar.data import concatenated
 from hf_coar.runs.store import Store
 
 # A shard takes about a millisecond, and makes every look at the folder longer. Units that are not short go out at once;
@@ -83,8 +83,7 @@ class Outbox:
             self.store.note(*self._put(part, waiting))
 
     def _put(self, part: str, waiting: _Waiting) -> tuple[str, int, int]:
-        joined = {name: torch.cat([some[name] for some in waiting.results]) for name in waiting.results[0]}
-        return part, waiting.start, self.store.put(part, waiting.start, joined)
+        return part, waiting.start, self.store.put(part, waiting.start, concatenated(waiting.results))
 
     def _settle(self) -> None:
         """Wait until what was handed over is on the disk."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hf_coar.attributions import rows
 from hf_coar.attributions.forecast import Forecast
 from hf_coar.components import Components
-from hf_coar.data import Batch, Identity, Reader
+from hf_coar.data import Batch, Identity, Reader, concatenated
 from hf_coar.errors import CoarError, NonFiniteOutputError
 from hf_coar.masking import MaskedModel
 from hf_coar.models.outputs import Output
@@ -156,7 +156,7 @@ class Problem:
     def _held(self, name: str, n_rows: int, blocks: Iterator[Results]) -> Results:
         """What blocks of rows come to: in memory, or mapped from a file that one process writes."""
         if not lie_in_a_file(n_rows, len(self.components)):
-            return _joined(blocks)
+            return concatenated(list(blocks))
         return self.store.estimates(name, n_rows + len(self.store.skipped), n_rows, blocks)
 
     def _note(self, identity: Identity) -> None:
@@ -325,11 +325,6 @@ class Fit:
 
 
 _OUTPUTS = ("output", "unablated")  # of what was checked, in the unit of the output
-
-
-def _joined(blocks: Iterator[Results]) -> Results:
-    found = list(blocks)
-    return {name: torch.cat([some[name] for some in found]) for name in found[0]}
 
 
 def _check_finite(results: Mapping[str, Tensor], first: int, part: Part, components: Components) -> None:

@@ -69,14 +69,9 @@ class Held:
         described = data_module.describe(data) | ({"left_out": sorted(failed)} if failed else {})
         return cls(batches, {"data": described, "model": models.record(model)}, torch.tensor(numbers), n_all, raw)
 
-    @cached_property
-    def bounds(self) -> list[int]:
-        """Where every batch begins, and the end."""
-        return [0, *torch.tensor([data_module.size(batch) for batch in self.batches]).cumsum(0).tolist()]
-
     def __len__(self) -> int:
         """How many examples."""
-        return self.bounds[-1]
+        return len(self.numbers)
 
     @cached_property
     def labels(self) -> Tensor:
@@ -186,11 +181,7 @@ class Held:
             size: examples a batch, where they are alike in shape; as in the data set by default.
         """
         chosen = torch.as_tensor(indices, dtype=torch.long).unique()
-        found = []
-        for batch, start, stop in zip(self.batches, self.bounds, self.bounds[1:], strict=False):
-            rows = chosen[(chosen >= start) & (chosen < stop)] - start
-            if len(rows):
-                found.append(data_module.take(batch, rows))
+        found = data_module.some(self.batches, chosen)
         return _joined(found, size) if size else found
 
 
@@ -212,7 +203,7 @@ def _joined(batches: list[data_module.Batch], size: int) -> list[data_module.Bat
             runs.append([batch])
     found = []
     for run in runs:
-        whole = run[0] if len(run) == 1 else {name: torch.cat([one[name] for one in run]) for name in run[0]}
+        whole = run[0] if len(run) == 1 else data_module.concatenated(run)
         count = data_module.size(whole)
         found += [data_module.rows(whole, start, min(start + size, count)) for start in range(0, count, size)]
     return found
