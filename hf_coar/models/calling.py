@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hf_coar.errors import CoarError, ModelError
 from hf_coar.models import ragged
 from hf_coar.models.holding import check_usable, held, modules_of, state_kept
+from hf_coar.models.inside import set_inside
 from hf_coar.models.libraries import library, wrapped
 
 Call = Callable[[nn.Module, Mapping[str, Any]], Any]
@@ -42,14 +43,9 @@ def forward_names(model: nn.Module) -> tuple[frozenset[str], bool]:
 _LISTENER: ContextVar[Callable[[], None] | None] = ContextVar("hf_coar_listener", default=None)
 
 
-@contextmanager
-def heard(listener: Callable[[], None] | None) -> Iterator[None]:
+def heard(listener: Callable[[], None] | None) -> AbstractContextManager[None]:
     """Inside the block `listener` is called after every forward pass whose output is taken, see `outputs.Output.of`."""
-    token = _LISTENER.set(listener)
-    try:
-        yield
-    finally:
-        _LISTENER.reset(token)
+    return set_inside(_LISTENER, listener)
 
 
 def unheard() -> AbstractContextManager[None]:
@@ -156,12 +152,9 @@ def alone(model: nn.Module, batch: Mapping[str, Any], run: Call) -> list[Any]:
 
 def one_alone(model: nn.Module, batch: Mapping[str, Any], run: Call, index: int) -> Any:
     """What `run` (model, batch) makes of one example of a batch by itself."""
-    token, one = _ALONE.set(index), row(batch, index)
-    try:
-        with under_way(one):
-            return run(model, one)
-    finally:
-        _ALONE.reset(token)
+    one = row(batch, index)
+    with set_inside(_ALONE, index), under_way(one):
+        return run(model, one)
 
 
 def example_alone() -> int | None:
@@ -172,14 +165,9 @@ def example_alone() -> int | None:
 _PROBING: ContextVar[bool] = ContextVar("probing", default=False)
 
 
-@contextmanager
-def probing() -> Iterator[None]:
+def probing() -> AbstractContextManager[None]:
     """Inside the block the model runs on a few of the examples of its batch, to see where they are."""
-    token = _PROBING.set(True)
-    try:
-        yield
-    finally:
-        _PROBING.reset(token)
+    return set_inside(_PROBING, True)
 
 
 def is_probing() -> bool:
@@ -190,14 +178,9 @@ def is_probing() -> bool:
 _OWN_GATES: ContextVar[bool] = ContextVar("own_gates", default=False)
 
 
-@contextmanager
-def own_gates() -> Iterator[None]:
+def own_gates() -> AbstractContextManager[None]:
     """Inside the block every example of a batch has gates of its own."""
-    token = _OWN_GATES.set(True)
-    try:
-        yield
-    finally:
-        _OWN_GATES.reset(token)
+    return set_inside(_OWN_GATES, True)
 
 
 def gates_are_own() -> bool:
@@ -208,14 +191,9 @@ def gates_are_own() -> bool:
 _UNDER_WAY: ContextVar[Mapping[str, Any] | None] = ContextVar("under_way", default=None)
 
 
-@contextmanager
-def under_way(batch: Mapping[str, Any]) -> Iterator[None]:
+def under_way(batch: Mapping[str, Any]) -> AbstractContextManager[None]:
     """Inside the block a model runs on this batch: masks find in it what its forward is not given."""
-    token = _UNDER_WAY.set(batch)
-    try:
-        yield
-    finally:
-        _UNDER_WAY.reset(token)
+    return set_inside(_UNDER_WAY, batch)
 
 
 def batch_under_way() -> Mapping[str, Any] | None:

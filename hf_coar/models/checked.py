@@ -1,12 +1,14 @@
 """Checks of values, once a batch: on an accelerator every look at a value waits for all that is under way."""
 
 import weakref
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from hf_coar.models.inside import set_inside
 
 # By the first tensor: what of it was checked, with the other tensors of the check and the versions of them all.
 _PASSED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -14,14 +16,9 @@ _PASSED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _TRUSTED: ContextVar[bool] = ContextVar("trusted", default=False)
 
 
-@contextmanager
-def passed() -> Iterator[None]:
+def passed() -> AbstractContextManager[None]:
     """Inside the block no values are looked at: tensors stand for others that passed all checks."""
-    token = _TRUSTED.set(True)
-    try:
-        yield
-    finally:
-        _TRUSTED.reset(token)
+    return set_inside(_TRUSTED, True)
 
 
 def once(what: Hashable, tensors: tuple[Tensor, ...], check: Callable[[], None]) -> None:

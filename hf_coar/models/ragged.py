@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hf_coar.errors import DataError
+from hf_coar.models.inside import set_inside
 
 GRIDS = {"image_grid_thw": "pixel_values", "video_grid_thw": "pixel_values_videos"}  # patches by frames, rows, columns
 _MERGED = (4, 9, 16)  # patches that vision towers join into one
@@ -42,11 +43,8 @@ _PACKED: ContextVar[Packing | None] = ContextVar("packed", default=None)
 @contextmanager
 def packed(packing: Packing) -> Iterator[Mapping[str, Any]]:
     """Inside the block masks know how the inputs were packed, which are given."""
-    token = _PACKED.set(packing)
-    try:
+    with set_inside(_PACKED, packing):
         yield packing.inputs
-    finally:
-        _PACKED.reset(token)
 
 
 def current() -> Packing | None:

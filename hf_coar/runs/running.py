@@ -12,6 +12,7 @@ from torch import nn
 
 from hf_coar import models
 from hf_coar.errors import CoarError, check_count
+from hf_coar.models.inside import set_inside
 from hf_coar.runs import workers
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -94,11 +95,8 @@ def running(**options: Any) -> Iterator[Running]:
         raise CoarError(f"no option {', '.join(unknown)}; there are {', '.join(Running.__dataclass_fields__)}")
     chosen = replace(_current.get(), **options)
     workers.parsed(chosen.worker)
-    token = _current.set(chosen)
-    try:
-        yield _current.get()
-    finally:
-        _current.reset(token)
+    with set_inside(_current, chosen):
+        yield chosen
 
 
 def rounding() -> float:

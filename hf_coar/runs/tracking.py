@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_coar.errors import CoarError
+from hf_coar.models.inside import set_inside
 
 PROJECT = "hf_coar"
 TRACKERS = ("trackio", "tensorboard", "wandb")  # known to work; accelerate has more
@@ -92,11 +93,10 @@ def tracked(
     """
     trackers = [] if log_with is None else _started(log_with, folder, config)
     run = Run(trackers)
-    token = _current.set(run)
     try:
-        yield run
+        with set_inside(_current, run):
+            yield run
     finally:
-        _current.reset(token)
         run.finish()
 
 

@@ -5,7 +5,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,6 +16,7 @@ import torch
 
 from hf_coar.errors import CoarError
 from hf_coar.models import is_out_of_memory
+from hf_coar.models.inside import set_inside
 
 logger = logging.getLogger(__name__)
 
@@ -117,14 +118,9 @@ def folder(out: str | Path | None) -> Iterator[Path]:
 _alone: ContextVar[bool] = ContextVar("alone", default=False)
 
 
-@contextmanager
-def alone() -> Iterator[None]:
+def alone() -> AbstractContextManager[None]:
     """Inside the block this process shares nothing with others, whoever started it."""
-    token = _alone.set(True)
-    try:
-        yield
-    finally:
-        _alone.reset(token)
+    return set_inside(_alone, True)
 
 
 def parsed(worker: str | None = None) -> Team:
