@@ -83,8 +83,7 @@ def part_text(part: "Part") -> str:
 def attributions_html(attributions: "Attributions") -> str:
     """What a notebook shows: what it is, label counts, fidelity, a strip of layers, the strongest components."""
     of, n = attributions.provenance, len(attributions)
-    some = sorted({i * n // min(n, _AVERAGED) for i in range(min(n, _AVERAGED))})
-    part = attributions[some]
+    part = attributions[evenly(n, _AVERAGED)]
     facts = [f"{n:,} examples × {len(attributions.components):,} components", f"output {of.output} ({of.unit_text})"]
     facts.append(fidelity(attributions) or "not evaluated yet: coar.evaluate(attributions, model, data)")
     right = accuracy(attributions)
@@ -104,6 +103,12 @@ def part_html(part: "Part") -> str:
     if not all(part.shape):
         return html.escape(part_text(part))
     return f"<div>{_strip(part)}{part.top(10)._repr_html_()}</div>"
+
+
+def evenly(n_examples: int, most: int) -> list[int]:
+    """At most so many of the examples, evenly spread."""
+    most = min(n_examples, most)
+    return [i * n_examples // most for i in range(most)]
 
 
 def _strip(part: "Part") -> str:

@@ -96,8 +96,7 @@ def gated(
     rows = {gate.shape[0] for _, gate in pairs if gate.dim() == 2}
     if len(rows) > 1:
         raise CoarError(f"the gates have different numbers of rows: {sorted(rows)}")
-    of_groups = {group.parameter: tensor for group, tensor in zip(components.groups, tensors, strict=True)}
-    state = Pass(rows.pop() if rows else None, fired, of_groups, components.stand_in)
+    state = Pass(rows.pop() if rows else None, fired, _by_parameter(components, tensors), components.stand_in)
     with ExitStack() as stack:
         stack.enter_context(models.held(model))
         if state.n_examples is not None:
@@ -107,8 +106,7 @@ def gated(
             fired.ran = fired.ran or not state.idle
 
         stack.callback(model.register_forward_hook(note_run).remove)
-        for (name, site), of_site in _by_place(pairs).items():
-            stack.callback(SITES[site](name, model.get_submodule(name), of_site, state))
+        _enter(stack, model, pairs, state)
         reads = outside.Reads(components.groups, tensors, partial(_reaches, model, components, tensors))
         if state.n_examples is not None or any(group.at for group, _ in pairs):
             divided = partial(_divided, model, components, tensors, pairs, state, reads)
@@ -146,24 +144,27 @@ def noted(
     It is called with the group, the activation, and which of its features count.
     """
     pairs = [(group, torch.ones(group.size)) for group in components.groups]
-    of_groups = {group.parameter: tensor for group, tensor in zip(components.groups, tensors, strict=True)}
     fired = FiredGroups(model, components.groups)
-    state = Pass(None, fired, of_groups)
+    state = Pass(None, fired, _by_parameter(components, tensors))
     state.note = note
     with ExitStack() as stack:
         stack.enter_context(models.held(model))
-        for (name, site), of_site in _by_place(pairs).items():
-            stack.callback(SITES[site](name, model.get_submodule(name), of_site, state))
+        _enter(stack, model, pairs, state)
         yield fired
 
 
-def _by_place(pairs: Pairs) -> dict[tuple[str, str], list[tuple[Group, Tensor]]]:
-    """Groups with their gates by module and kind of site; one patch handles both sides of an attention."""
+def _by_parameter(components: Components, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+    return {group.parameter: tensor for group, tensor in zip(components.groups, tensors, strict=True)}
+
+
+def _enter(stack: ExitStack, model: nn.Module, pairs: Pairs, state: Pass) -> None:
+    """Gates enter at every site, until the stack ends; one patch handles both sides of an attention."""
     places: dict[tuple[str, str], list[tuple[Group, Tensor]]] = {}
     for group, gate in pairs:
         site = "attention" if group.site.startswith("attention") else group.site
         places.setdefault((group.place, site), []).append((group, gate))
-    return places
+    for (name, site), of_site in places.items():
+        stack.callback(SITES[site](name, model.get_submodule(name), of_site, state))
 
 
 def _divided(
@@ -243,11 +244,9 @@ def _reaches(
     plain = replace(components, stand_in=None)
     with weights.zeroed(model, plain, torch.cat(kept), tensors):
         in_weights = run()
-    of_groups = {one.parameter: tensor for one, tensor in zip(components.groups, tensors, strict=True)}
-    state = Pass(None, FiredGroups(model, [group]), of_groups)
+    state = Pass(None, FiredGroups(model, [group]), _by_parameter(components, tensors))
     with ExitStack() as stack:
-        for (name, site), of_site in _by_place([(group, outside.every_other(group.size))]).items():
-            stack.callback(SITES[site](name, model.get_submodule(name), of_site, state))
+        _enter(stack, model, [(group, outside.every_other(group.size))], state)
         return outside.same(in_weights, run())
 
 

@@ -206,7 +206,7 @@ def _worst(attributions: Attributions, evaluation: Report) -> list[_Table]:
 def _where(attributions: Attributions) -> _Section:
     """Which layers and components contribute."""
     n_examples = len(attributions)
-    some = sorted({i * n_examples // min(n_examples, _AVERAGED) for i in range(min(n_examples, _AVERAGED))})
+    some = looks.evenly(n_examples, _AVERAGED)
     sizes, means = (attributions.matrix().mean(some, of) for of in (torch.abs, torch.positive))
     errors = None
     if attributions.has_standard_errors:
