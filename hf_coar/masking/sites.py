@@ -144,6 +144,74 @@ class _Intercept(TorchFunctionMode):
         return (self._attend if attends else func)(*args, **(kwargs or {}))
 
 
+class _Attention:
+    """The forward of one `nn.MultiheadAttention` while its projections are gated, by one block or several around it.
+
+    Attributes:
+        layers: of every block, the outermost first: groups and gates by (parameter inside the module, side); its pass.
+    """
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        self.name, self.module = name, module
+        self.layers: list[tuple[dict[tuple[str, str], tuple[Group, Tensor]], Pass]] = []
+
+    def intercepting(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """The module's forward, in which the library's attention function is `attend`."""
+
+        def intercepted(*args: Any, **kwargs: Any) -> Any:
+            if all(passing.idle for _, passing in self.layers):
+                return original(*args, **kwargs)
+            with _Intercept(self.attend):
+                return original(*args, **kwargs)
+
+        intercepted.gate_layers = self.layers
+        return intercepted
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, width: int, n_heads: int, weight: Tensor | None,
+        bias: Tensor | None, bias_k: Any, bias_v: Any, add_zero_attn: bool, dropout: float, out_weight: Tensor,
+        out_bias: Tensor | None, **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """`F.multi_head_attention_forward` with gated projections."""
+        runs = [passing.run(f"{self.name}:attention") for _, passing in self.layers]
+        inputs = (query, key, value)
+        if kwargs.pop("use_separate_proj_weight", False):
+            names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+            biases = (None,) * 3 if bias is None else bias.split(width)
+            rows = zip(names, inputs, biases, range(3), strict=True)
+            projected = [self._project(n, x, kwargs[n], b, runs, leaf) for n, x, b, leaf in rows]
+        elif query is key and key is value:
+            projected = self._project("in_proj_weight", query, weight, bias, runs, 0).split(width, dim=-1)
+        else:
+            thirds = [slice(width * leaf, width * (leaf + 1)) for leaf in range(3)]
+            whole = enumerate(zip(inputs, thirds, strict=True))
+            projected = [self._project("in_proj_weight", x, weight, bias, runs, i, of)[..., of] for i, (x, of) in whole]
+        identity = torch.eye(width, dtype=query.dtype, device=query.device)
+        kwargs.update(dict.fromkeys(("q_proj_weight", "k_proj_weight", "v_proj_weight"), identity))
+        mixed, attention = F.multi_head_attention_forward(
+            *projected, width, n_heads, None, None, bias_k, bias_v, add_zero_attn, dropout, identity, None,
+            use_separate_proj_weight=True, **kwargs,
+        )  # fmt: skip
+        return self._project("out_proj.weight", mixed, out_weight, out_bias, runs, 0), attention
+
+    def _project(
+        self, part: str, x: Tensor, weight: Tensor, bias: Tensor | None, runs: Sequence[int], leaf: int,
+        of: slice = slice(None),
+    ) -> Tensor:  # fmt: skip
+        active = [(*layer, run) for layer, run in zip(self.layers, runs, strict=True) if not layer[1].idle]
+        for by_place, passing, run in active:
+            if (part, "input") in by_place:
+                x = passing.gated(*by_place[part, "input"], x, self._where(passing, run, leaf))
+        y = F.linear(x, weight, bias)
+        for by_place, passing, run in active:
+            if (part, "output") in by_place:
+                y = passing.gated(*by_place[part, "output"], y, self._where(passing, run, leaf), bias, of=of)
+        return y
+
+    def _where(self, passing: Pass, run: int, leaf: int) -> Callable[[], Layout | None]:
+        return partial(_positions_first, self.module, self.name, passing, run, leaf)
+
+
 def gate_attention(name: str, module: nn.Module, pairs: Pairs, state: Pass) -> Callable[[], None]:
     """`nn.MultiheadAttention` computes all four projections inside one function, out of every hook's reach.
 
@@ -156,66 +224,12 @@ def gate_attention(name: str, module: nn.Module, pairs: Pairs, state: Pass) -> C
     if hasattr(current, "gate_layers"):  # a block inside a block: both are to act
         current.gate_layers.append(layer)
         return lambda: current.gate_layers.pop()  # blocks end in the reverse order
-    layers = [layer]
-
-    def where(passing: Pass, run: int, leaf: int) -> Callable[[], Layout | None]:
-        return partial(_positions_first, module, name, passing, run, leaf)
-
-    def project(
-        part: str, x: Tensor, weight: Tensor, bias: Tensor | None, runs: Sequence[int], leaf: int,
-        of: slice = slice(None),
-    ) -> Tensor:  # fmt: skip
-        active = [(*layer, run) for layer, run in zip(layers, runs, strict=True) if not layer[1].idle]
-        for by_place, passing, run in active:
-            if (part, "input") in by_place:
-                x = passing.gated(*by_place[part, "input"], x, where(passing, run, leaf))
-        y = F.linear(x, weight, bias)
-        for by_place, passing, run in active:
-            if (part, "output") in by_place:
-                y = passing.gated(*by_place[part, "output"], y, where(passing, run, leaf), bias, of=of)
-        return y
-
-    def attend(
-        query: Tensor, key: Tensor, value: Tensor, width: int, n_heads: int, weight: Tensor | None,
-        bias: Tensor | None, bias_k: Any, bias_v: Any, add_zero_attn: bool, dropout: float, out_weight: Tensor,
-        out_bias: Tensor | None, **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        runs = [passing.run(f"{name}:attention") for _, passing in layers]
-        inputs = (query, key, value)
-        if kwargs.pop("use_separate_proj_weight", False):
-            names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
-            biases = (None,) * 3 if bias is None else bias.split(width)
-            rows = zip(names, inputs, biases, range(3), strict=True)
-            projected = [project(n, x, kwargs[n], b, runs, leaf) for n, x, b, leaf in rows]
-        elif query is key and key is value:
-            projected = project("in_proj_weight", query, weight, bias, runs, 0).split(width, dim=-1)
-        else:
-            thirds = [slice(width * leaf, width * (leaf + 1)) for leaf in range(3)]
-            whole = enumerate(zip(inputs, thirds, strict=True))
-            projected = [project("in_proj_weight", x, weight, bias, runs, i, of)[..., of] for i, (x, of) in whole]
-        identity = torch.eye(width, dtype=query.dtype, device=query.device)
-        kwargs.update(dict.fromkeys(("q_proj_weight", "k_proj_weight", "v_proj_weight"), identity))
-        mixed, attention = F.multi_head_attention_forward(
-            *projected, width, n_heads, None, None, bias_k, bias_v, add_zero_attn, dropout, identity, None,
-            use_separate_proj_weight=True, **kwargs,
-        )  # fmt: skip
-        return project("out_proj.weight", mixed, out_weight, out_bias, runs, 0), attention
-
+    attention = _Attention(name, module)
+    attention.layers.append(layer)
     # A fused kernel of the layer around it would pass the module by.
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-
-    def make(original: Callable[..., Any]) -> Callable[..., Any]:
-        def intercepted(*args: Any, **kwargs: Any) -> Any:
-            if all(passing.idle for _, passing in layers):
-                return original(*args, **kwargs)
-            with _Intercept(attend):
-                return original(*args, **kwargs)
-
-        intercepted.gate_layers = layers
-        return intercepted
-
-    undo = replace_forward(module, make)
+    undo = replace_forward(module, attention.intercepting)
 
     def restore() -> None:
         undo()
