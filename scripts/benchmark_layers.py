@@ -21,7 +21,7 @@ from hf_coar import models
 from hf_coar.estimators.gates import GateRounds
 from hf_coar.masking import MaskedModel
 from hf_coar.models import outputs
-from hf_coar.runs import captured
+from hf_coar.runs import captured, heap
 from hf_coar.runs.running import running
 
 NETWORKS = {
@@ -67,7 +67,7 @@ def quickest(
     captured.GATES = replace(captured.GATES, after=0.0)  # at once
     sides = {"plain": plain, "own code": passes(False), "captured": passes("auto"), "compiled": passes(True)}
     found = dict.fromkeys(sides, float("inf"))
-    with models.frozen(masked.model):
+    with models.frozen(masked.model), heap.kept():  # as runs have it
         for number in range(3 + 10 * repeats):  # the first ones make the graph
             for side, run in sides.items():
                 begun = time.thread_time()
