@@ -87,7 +87,7 @@ def test_rows_and_columns_are_corrected_alike(scale):
 def test_a_large_run_ends_in_the_same_bytes(tmp_path, monkeypatch, method):
     attribute(tmp_path / "small", method)
     with monkeypatch.context() as patched:
-        patched.setattr(problem, "_joined", lambda blocks: pytest.fail("all of it in memory"))
+        patched.setattr(problem, "concatenated", lambda blocks: pytest.fail("all of it in memory"))
         patched.setattr(problem, "_IN_MEMORY", 0)
         attribute(tmp_path / "large", method)
     assert saved(tmp_path / "large") == saved(tmp_path / "small")
