@@ -283,6 +283,19 @@ def carried_out(aim: Aim, method: str, rivals: str | Sequence[str] | None) -> Ed
     if method != ABLATION:
         _check(aim, method)
     before = aim.judge(aim.of.model)
+    _check_possible(aim, before)
+    if method != ABLATION:
+        made = _result(aim, RIVALS[method](aim), (), f"{aim.task} by {method}")
+    else:
+        made = _ablated(aim, before)
+    for doubt in aim.doubts(made.figures):
+        logger.warning("%s: by examples that chose nothing, %s", aim.task, doubt)
+    against = _measured(aim, [name for name in names if name != method], named=rivals not in _GROUPS)
+    return replace(made, figures=Figures(made.figures.measured, against))
+
+
+def _check_possible(aim: Aim, before: Verdict) -> None:
+    """Raises where there is nothing to do, or nothing that could be seen to keep the limits."""
     if why := aim.met(before):
         raise CoarError(f"{aim.task}: there is nothing to do, as {why}")
     if why := aim.untold():
@@ -293,27 +306,23 @@ def carried_out(aim: Aim, method: str, rivals: str | Sequence[str] | None) -> Ed
             f"the limit of {aim.limits['others']:.1%} whatever is done. See that the labels are those that the model "
             "was trained on, or allow less; coar.steer keeps mean outputs where nothing is right"
         )
-    if method != ABLATION:
-        changed = RIVALS[method](aim)
-        made = _result(aim, changed, (), f"{aim.task} by {method}")
-    else:
-        made = _ablated(aim, before)
-    for doubt in aim.doubts(made.figures):
-        logger.warning("%s: by examples that chose nothing, %s", aim.task, doubt)
-    against = {}
+
+
+def _measured(aim: Aim, names: Sequence[str], named: bool) -> dict[str, Mapping[str, Figure]]:
+    """The figures of rivals, none of those that keep no limits; one that this model can't have is an error if named."""
+    found: dict[str, Mapping[str, Figure]] = {}
     for name in names:
-        if name != method:
-            try:
-                against[name] = aim.figures(RIVALS[name](aim))
-            except UnsatisfiedError:
-                against[name] = {}
-            except NonFiniteOutputError as error:  # the edit itself is made, and has its figures
-                logger.warning("edit: %s is not measured: %s", name, error)
-            except CoarError as error:
-                if rivals not in _GROUPS:
-                    raise
-                logger.info("edit: %s is not measured: %s", name, error)
-    return replace(made, figures=Figures(made.figures.measured, against))
+        try:
+            found[name] = aim.figures(RIVALS[name](aim))
+        except UnsatisfiedError:
+            found[name] = {}
+        except NonFiniteOutputError as error:  # the edit itself is made, and has its figures
+            logger.warning("edit: %s is not measured: %s", name, error)
+        except CoarError as error:
+            if named:
+                raise
+            logger.info("edit: %s is not measured: %s", name, error)
+    return found
 
 
 def _moved(figure: Figure) -> str:
