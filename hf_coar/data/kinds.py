@@ -134,16 +134,21 @@ def of(model: nn.Module, table: Table, given: Columns) -> Kind:
             return kind
         if sure[kind.name] == BY_HEAD and not kind.instead:
             raise without(absent[0], table)
-    if not any(kind.roles for kind in possible):
-        raise _no_entries(model, table)
-    surest = max(sure[kind.name] for kind in possible if kind.roles)
+    raise _no_columns(model, table, [kind for kind in possible if kind.roles], sure)
+
+
+def _no_columns(model: nn.Module, table: Table, kinds: Sequence[Kind], sure: Mapping[str, int]) -> DataError:
+    """The error for a data set with no column of any of the kinds that a model may read."""
+    if not kinds:
+        return _no_entries(model, table)
+    surest = max(sure[kind.name] for kind in kinds)
     # Where those that are surest need not be it, whatever else the model reads is as good.
-    surest = min(surest, *(2 if kind.instead else surest for kind in possible if sure[kind.name] == surest))
-    surest_kinds = [kind for kind in possible if sure[kind.name] >= surest and kind.roles]
+    surest = min(surest, *(2 if kind.instead else surest for kind in kinds if sure[kind.name] == surest))
+    surest_kinds = [kind for kind in kinds if sure[kind.name] >= surest]
     named = sorted((kind.name for kind in surest_kinds), key=lambda name: sure[name])
     misnamed = next(filter(None, (table.misnamed(role) for kind in surest_kinds for role in kind.roles)), "")
     misnamed = misnamed or table.conversations()
-    raise DataError(
+    return DataError(
         f"{table.name!r} has no column of {' or '.join(named)}; it has {table.shown() or 'none at all'}{misnamed}. "
         "Or build batches of tensors yourself and pass a list or a DataLoader"
     )

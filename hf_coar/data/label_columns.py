@@ -123,11 +123,28 @@ def one_a_class(table: Table, head: Head, asked: str | Sequence[str] | None = No
     if isinstance(asked, str):
         return None
     if asked is None:
-        if head.kind != SEVERAL or head.names is None:
-            return None
-        present = {name_key(name): name for name, feature in table.features.items() if _is_yes_or_no(feature)}
-        wanted = [name_key(name) for name in head.names]
-        return tuple(present[key] for key in wanted) if set(wanted) <= set(present) else None
+        return _called_as_classes(table, head)
+    _check_one_a_class(asked, table, head)
+    if head.kind == CLASSES and head.n is not None:
+        logger.warning(
+            "labels: the model does not say that its classes are independent (config.problem_type = "
+            "'multi_label_classification'), and with a column each they are taken so; of one class an example give its "
+            "name or number in one column"
+        )
+    return tuple(asked) if head.names is None else _in_order(asked, head.names)
+
+
+def _called_as_classes(table: Table, head: Head) -> tuple[str, ...] | None:
+    """The columns that are called as the classes of a model of several at once; None where some are absent."""
+    if head.kind != SEVERAL or head.names is None:
+        return None
+    present = {name_key(name): name for name, feature in table.features.items() if _is_yes_or_no(feature)}
+    wanted = [name_key(name) for name in head.names]
+    return tuple(present[key] for key in wanted) if set(wanted) <= set(present) else None
+
+
+def _check_one_a_class(asked: Sequence[str], table: Table, head: Head) -> None:
+    """Raises `DataError` where there is no such column, or there are not as many as classes."""
     absent = [name for name in asked if name not in table.features]
     if absent:
         raise DataError(
@@ -137,18 +154,19 @@ def one_a_class(table: Table, head: Head, asked: str | Sequence[str] | None = No
     if len(set(asked)) < len(asked) or (head.n is not None and len(asked) != head.n):
         raise DataError(f"label={list(asked)}: {len(set(asked))} columns, and the model needs one for each of {head.n}"
                         f" classes{f' ({shortened(str(list(head.names)), 120)})' if head.names else ''}")  # fmt: skip
-    if head.kind == CLASSES and head.n is not None:
-        logger.warning(
-            "labels: the model does not say that its classes are independent (config.problem_type = "
-            "'multi_label_classification'), and with a column each they are taken so; of one class an example give its "
-            "name or number in one column"
-        )
-    named = {name_key(name): name for name in asked}
-    if head.names is None or set(named) == {name_key(name) for name in head.names}:
-        return tuple(asked) if head.names is None else tuple(named[name_key(name)] for name in head.names)
-    pairs = list(zip(asked, head.names, strict=True))
+
+
+def _in_order(asked: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
+    """The columns in the order of the classes, if they are called as these are, else as they come.
+
+    Raises:
+        DataError: some are called as classes, and stand elsewhere.
+    """
+    named, theirs = {name_key(column): column for column in asked}, {name_key(name) for name in names}
+    if set(named) == theirs:
+        return tuple(named[name_key(name)] for name in names)
+    pairs = list(zip(asked, names, strict=True))
     said = ", ".join(f"{column!r} as {name!r}" for column, name in pairs)
-    theirs = {name_key(name) for name in head.names}
     if any(name_key(column) in theirs and name_key(column) != name_key(name) for column, name in pairs):
         raise DataError(f"label={list(asked)}: some are called as the model's classes and others are not, and in this "
                         f"order they would be {said}; give them in the order of the classes")  # fmt: skip

@@ -125,20 +125,18 @@ def read(name: str, split: str | None, revision: str | None, streaming: bool) ->
     Raises:
         DataError: there is none, or it has several splits and none is chosen.
     """
-    import datasets
-
     path = Path(name)
     _check_there(name)
     if path.is_file() and path.suffix.lower() not in FILES:
         raise DataError(f"{name!r} is a file of an unknown kind; known are {', '.join(FILES)}")
     try:
         with without_errors("datasets"):
-            dataset = _read(datasets, path, name, split, revision, streaming)
+            dataset = _loaded(name, split, revision, streaming)
     except DataError:
         raise
     except Exception as error:  # datasets raises a family of its own over OSError, ValueError, KeyError …
         why = _reason(error)
-        why += told_splits(_counts_of(datasets, name, revision)) if why == _NO_ROWS else ""
+        why += told_splits(_counts_of(name, revision)) if why == _NO_ROWS else ""
         raise DataError(f"no data set {name!r} (split {split!r}): {why}") from error
     if isinstance(dataset, dict):
         if len(dataset) != 1:
@@ -149,27 +147,31 @@ def read(name: str, split: str | None, revision: str | None, streaming: bool) ->
     return written.read_back(dataset) if is_text else nested.unnested(dataset)
 
 
-def _read(datasets: Any, path: Path, name: str, split: str | None, revision: str | None, streaming: bool) -> Any:
-    """What `datasets` makes of a name, which may be a path; whatever it raises."""
+def _loaded(name: str, split: str | None, revision: str | None, streaming: bool) -> Any:
+    """What `datasets` makes of a Hub id, a folder or a file: all splits, where there are several and none is chosen."""
+
+    path = Path(name)
     if path.is_dir() and any((path / file).exists() for file in _SAVED):
-        dataset = _saved(datasets, path)
+        dataset = _saved(path)
         splits = dataset if isinstance(dataset, dict) else {str(dataset.split or "train"): dataset}
         return _part(splits, split) if split else dataset
     if not path.is_file():
-        return _load_split(datasets, name, split, {"revision": revision, "streaming": streaming})
+        return _load_split(name, split, {"revision": revision, "streaming": streaming})
     options = {"data_files": name, "streaming": streaming}
     options |= {} if (between := _separator(path)) is None else {"sep": between}
     options |= {} if (field := nested.rows_in(path, _QUICK)) is None else {"field": field}
     with without_bars("datasets") if path.stat().st_size < _QUICK else nullcontext():
-        return _load_split(datasets, FILES[path.suffix.lower()], split or "train", options)
+        return _load_split(FILES[path.suffix.lower()], split or "train", options)
 
 
-def _saved(datasets: Any, folder: Path) -> Any:
+def _saved(folder: Path) -> Any:
     """What `save_to_disk` wrote; a split without examples, which `datasets` writes and cannot read, is empty again."""
+    import datasets
+
     parts, state = folder / "dataset_dict.json", folder / "state.json"
     if parts.is_file():
         names = json.loads(parts.read_text(encoding="utf-8"))["splits"]
-        return datasets.DatasetDict({name: _saved(datasets, folder / name) for name in names})
+        return datasets.DatasetDict({name: _saved(folder / name) for name in names})
     if not state.is_file() or json.loads(state.read_text(encoding="utf-8")).get("_data_files") != []:
         return datasets.load_from_disk(str(folder))
     features = datasets.DatasetInfo.from_directory(str(folder)).features
@@ -210,8 +212,10 @@ def _check_there(name: str) -> None:
         raise DataError(f"no data set {name!r}: there is no such file or folder here (in {Path.cwd()})")
 
 
-def _load_split(datasets: Any, name: str, split: str | None, options: dict) -> Any:
+def _load_split(name: str, split: str | None, options: dict) -> Any:
     """`datasets.load_dataset`, with slices such as `train[10:50]` for streams too, which it does not take itself."""
+    import datasets
+
     slice_of = re.fullmatch(r"(\w+)\[(\d*):(\d*)\]", split or "")
     if not (options.get("streaming") and slice_of):
         return datasets.load_dataset(name, split=split, **options)
@@ -243,8 +247,10 @@ def check_some(dataset: Any, first: Sequence[Any], data: Any, split: str | None)
         raise DataError(f"split {split!r} of the data holds no examples{told_splits(counts)}")
 
 
-def _counts_of(datasets: Any, name: str, revision: str | None) -> dict[str, int]:
+def _counts_of(name: str, revision: str | None) -> dict[str, int]:
     """How many examples each split of a data set has, that was read a moment ago; nothing where that is not known."""
+    import datasets
+
     try:
         if Path(name).is_file():
             return _counts(datasets.load_dataset(FILES[Path(name).suffix.lower()], data_files=name))
