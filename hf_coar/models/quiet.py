@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def without_bars(of: str) -> Iterator[None]:
-    """No bar of "transformers" or "datasets" inside the block; afterwards as before."""
+    """No bar of "transformers" or "datasets" inside the block; afterwards as the caller had it."""
     if of == "datasets":
         import datasets
 

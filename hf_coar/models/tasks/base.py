@@ -255,6 +255,12 @@ def explain(model: nn.Module, output: Output) -> str:
     return f"{type(wrapped(model)).__name__} is taken for {task.name!r}, whose outputs are {', '.join(task.outputs)}"
 
 
+def two_sides(batch: Batch, prefix: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The entries of a batch but those whose names begin so, and these under what follows."""
+    plain = {name: value for name, value in batch.items() if not name.startswith(prefix)}
+    return plain, {name.removeprefix(prefix): batch[name] for name in batch if name.startswith(prefix)}
+
+
 def labels_of(batch: Batch, name: str = "labels") -> Tensor:
     """A tensor of targets.
 

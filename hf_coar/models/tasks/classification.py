@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from hf_coar.errors import CoarError, DataError
 from hf_coar.models import calling, outputs
 from hf_coar.models.libraries import library, wrapped
-from hf_coar.models.tasks.base import Batch, labels_of, of, register
+from hf_coar.models.tasks.base import Batch, labels_of, of, register, two_sides
 
 _CLASSIFIER = ("margin", "log_prob", "logit", "loss")
 _ONE_VECTOR = (*_CLASSIFIER, "multi_label", "regression", "score", "preference", "own_loss")
@@ -61,12 +61,11 @@ def score(logits: Tensor, batch: Batch) -> Tensor:
 
 def both(model: nn.Module, batch: Batch) -> tuple[Any, Any]:
     """The model run on what was chosen, and on what was rejected: entries of the same names after `rejected_`."""
-    rejected = {n.removeprefix("rejected_"): value for n, value in batch.items() if n.startswith("rejected_")}
+    chosen, rejected = two_sides(batch, "rejected_")
     if not rejected:
         raise DataError(
             f"this output needs 'rejected_input_ids' beside 'input_ids', and the batch has {', '.join(batch)}"
         )
-    chosen = {name: value for name, value in batch.items() if not name.startswith("rejected_")}
     run = of(model).run
     return run(model, chosen), run(model, {**chosen, **rejected})
 

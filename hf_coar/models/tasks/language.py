@@ -10,7 +10,7 @@ from hf_coar.errors import DataError
 from hf_coar.models import calling, outputs
 from hf_coar.models.libraries import wrapped
 from hf_coar.models.outputs import DECODED, IGNORED_LABEL, NEXT, SAME
-from hf_coar.models.tasks.base import Batch, labels_of, of, register
+from hf_coar.models.tasks.base import Batch, labels_of, of, register, two_sides
 
 _TOKENS = ("token_margin", "token_log_prob", "own_loss")
 _ANSWERS = ("answer_difference", "answer_log_prob")
@@ -59,13 +59,12 @@ FOIL = "foil_"
 
 def answers(model: nn.Module, batch: Batch) -> tuple[Any, Any]:
     """Run the model on the answer and on the foil, whose entries bear the same names after `foil_`."""
-    foils = {name.removeprefix(FOIL): value for name, value in batch.items() if name.startswith(FOIL)}
+    ours, foils = two_sides(batch, FOIL)
     if "labels" not in foils:
         raise DataError(
             f"this output needs 'foil_labels' beside 'labels', and the batch has {', '.join(batch)}; columns prompt, "
             "answer, foil make them, or hf_coar.tasks.encode_answers"
         )
-    ours = {name: value for name, value in batch.items() if not name.startswith(FOIL)}
     run = of(model).run
     found = run(model, ours)
     return (found, found) if _one_token(ours, foils) else (found, run(model, {**ours, **foils}))

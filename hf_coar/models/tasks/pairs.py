@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from hf_coar.errors import CoarError, DataError
 from hf_coar.models import calling, outputs
 from hf_coar.models.libraries import wrapped
-from hf_coar.models.tasks.base import Batch, labels_of, register
+from hf_coar.models.tasks.base import Batch, labels_of, register, two_sides
 
 # ------------------------------------------------------------------------------------------------------ image and text
 
@@ -79,14 +79,13 @@ def embed_pair(model: nn.Module, batch: Batch) -> Tensor:
     Raises:
         DataError: there is no second one.
     """
-    second = {name.removeprefix(PAIR): value for name, value in batch.items() if name.startswith(PAIR)}
+    first, second = two_sides(batch, PAIR)
     if not second:
-        first = next(iter(batch))
         raise DataError(
             f"{type(wrapped(model)).__name__} has no head: what of its embeddings is to be explained? Give pairs (the "
-            f"second of each as {PAIR}{first}), or call= and output= of your own, or a model with a task head"
+            f"second of each as {PAIR}{next(iter(batch))}), or call= and output= of your own, or a model with a task "
+            "head"
         )
-    first = {name: value for name, value in batch.items() if not name.startswith(PAIR)}
     a, b = (_embedding(calling.call(model, one), one) for one in (first, {**_shared(first, second), **second}))
     return F.cosine_similarity(a, b, dim=1)[:, None]
 
