@@ -47,7 +47,8 @@ os.environ |= {"HF_ENDPOINT": HUB.__enter__().endpoint, "HF_HUB_DISABLE_XET": "1
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="crash-home-")
 import huggingface_hub.constants  # noqa: F401 (before conftest, which goes offline)
 from conftest import DEMO, build_net
-from test_crash import attribute, data, start, wait
+from other_processes import start, wait
+from test_crash import attribute, data
 from test_format import tiny
 
 import hf_coar as coar

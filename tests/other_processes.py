@@ -1,7 +1,9 @@
 """Other processes: a copy of this one, which needs no imports, and a fresh one that knows nothing of hf_coar."""
 
 import json
+import logging
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -36,6 +38,42 @@ def _become(work: Callable[[], int], out: int, err: int) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def start(work: Callable[[], object]) -> int:
+    """A copy of this process that does some work, by its id; its status is the number that this gives, or 0."""
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        logging.disable(logging.CRITICAL)
+        found = work()
+        status = found if isinstance(found, int) else 0
+    except KeyboardInterrupt:
+        status = 130
+    finally:
+        os._exit(status)
+
+
+def wait(child: int) -> int:
+    """Its exit status; -9 if it was killed."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def kill_at_step(owner: object, name: str, call: int, after: bool) -> None:
+    """This process kills itself at the given call of a function, before or after it did its work."""
+    original, count = getattr(owner, name), 0
+
+    def replacement(*args: object, **kwargs: object) -> object:
+        nonlocal count
+        count += 1
+        result = original(*args, **kwargs) if after or count != call else None
+        if count == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(owner, name, replacement)  # in a copy that will never need the original again
 
 
 _LOOP = """

@@ -20,6 +20,7 @@ from transformers.models.recurrent_gemma.modeling_recurrent_gemma import Recurre
 from transformers.models.zamba.modeling_zamba import ZambaMambaMixer
 from transformers.pytorch_utils import Conv1D
 
+import hf_coar as coar
 from hf_coar.components import Components, registered
 from hf_coar.storage.registry import dotted
 
@@ -422,3 +423,16 @@ def rules_met(model: nn.Module) -> set[str]:
     known = registered()
     found = ([key for key in map(dotted, type(module).__mro__) if key in known] for module in model.modules())
     return {keys[0] for keys in found if keys}
+
+
+def masks(n_rows: int, n_components: int, seed: int = 2) -> Tensor:
+    """Random masks, bool [rows, components], in which the first component is ablated."""
+    kept = torch.rand(n_rows, n_components, generator=torch.Generator().manual_seed(seed)) > 0.35
+    kept[:, 0] = False
+    return kept
+
+
+def ablated(model: nn.Module, components: Components, kept: Tensor, x: Tensor, how: str = "auto") -> Tensor:
+    """What a model makes of its input without some components."""
+    with torch.no_grad(), coar.ablate(model, components, kept, how=how):
+        return model(x)

@@ -6,7 +6,6 @@ The runs are forked children of this process, in which everything is imported, s
 import errno
 import functools
 import json
-import logging
 import os
 import random
 import signal
@@ -19,6 +18,7 @@ import pytest
 import safetensors
 import torch
 from conftest import build_net
+from other_processes import kill_at_step, start, wait
 
 import hf_coar as coar
 from hf_coar import cli, demo, models
@@ -77,27 +77,6 @@ def any_undisturbed(request):
 @pytest.fixture
 def undisturbed():
     return undisturbed_run("path")
-
-
-def start(work):
-    """A forked child that does some work; its exit status is 0 if that went well."""
-    child = os.fork()
-    if child:
-        return child
-    status = 1
-    try:
-        logging.disable(logging.CRITICAL)
-        work()
-        status = 0
-    except KeyboardInterrupt:
-        status = 130
-    finally:
-        os._exit(status)
-
-
-def wait(child):
-    """Its exit status; -9 if it was killed."""
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def finish(folder, method):
@@ -190,21 +169,6 @@ STEPS = [
     (os, "link"),
     (files, "sync_folder"),
 ]
-
-
-def kill_at_step(owner, name, call, after):
-    """The process kills itself at the given call of a function, before or after it did its work."""
-    original, count = getattr(owner, name), 0
-
-    def replacement(*args, **kwargs):
-        nonlocal count
-        count += 1
-        result = original(*args, **kwargs) if after or count != call else None
-        if count == call:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
-
-    setattr(owner, name, replacement)  # in a child that will never need the original again
 
 
 @pytest.mark.parametrize(("owner", "name"), STEPS, ids=[name for _, name in STEPS])

@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import build_net
+from other_processes import start, wait
 from safetensors.torch import save_file
-from test_crash import content, data, start, wait
+from test_crash import content, data
 
 import hf_coar as coar
 from hf_coar.attributions import rows

@@ -1,7 +1,6 @@
 """Many processes, and models that lie on several devices: the same result as one process and one device."""
 
 import functools
-import logging
 import os
 import signal
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import DEMO, build_net
+from other_processes import start, wait
 from safetensors.torch import load_file
 
 import hf_coar as coar
@@ -47,22 +47,6 @@ def alone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone") / "run"
     assert cli.main([*ATTRIBUTE, "--out", str(folder)]) == 0
     return content(folder)
-
-
-def fork(work):
-    child = os.fork()
-    if child:
-        return child
-    status = 1
-    try:
-        logging.disable(logging.CRITICAL)
-        status = work()
-    finally:
-        os._exit(status)
-
-
-def wait(child):
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 # ------------------------------------------------------------------------------------------------------------ launchers
@@ -101,7 +85,9 @@ def test_torchrun_with_two_processes_writes_the_same_bytes(alone, tmp_path):
 
 
 def test_independent_workers_write_the_same_bytes(alone, tmp_path, capfd):
-    workers = [fork(lambda i=i: cli.main([*ATTRIBUTE, "--out", str(tmp_path), "--worker", f"{i}/3"])) for i in range(3)]
+    workers = [
+        start(lambda i=i: cli.main([*ATTRIBUTE, "--out", str(tmp_path), "--worker", f"{i}/3"])) for i in range(3)
+    ]
     assert [wait(worker) for worker in workers] == [0, 0, 0]
     assert content(tmp_path) == alone
 
@@ -116,7 +102,7 @@ def test_more_workers_than_batches(tmp_path):
         return 0
 
     work(tmp_path / "alone", "0/1")
-    children = [fork(lambda i=i: work(tmp_path / "three", f"{i}/3")) for i in range(3)]
+    children = [start(lambda i=i: work(tmp_path / "three", f"{i}/3")) for i in range(3)]
     assert [wait(child) for child in children] == [0, 0, 0]
     assert content(tmp_path / "three") == content(tmp_path / "alone")
 
@@ -162,7 +148,7 @@ def test_ctrl_c_says_how_to_resume(alone, tmp_path):
         finally:
             sys.stderr.flush()
 
-    child = fork(work)
+    child = start(work)
     deadline = time.monotonic() + 60
     while not list(folder.glob("shards/*.safetensors")) and time.monotonic() < deadline:
         time.sleep(0.01)

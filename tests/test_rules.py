@@ -20,7 +20,9 @@ from rule_cases import (
     SelfAttention,
     Sequence,
     Tied,
+    ablated,
     build,
+    masks,
     rules_met,
     zeroed_by_meaning,
 )  # fmt: skip
@@ -68,17 +70,6 @@ def find(name, model):
 def close(name):
     """Whether two outputs of a case are equal but for rounding."""
     return lambda a, b: torch.allclose(a, b, rtol=0, atol=1e-5 if name in MIXED else 1e-12)
-
-
-def masks(n_rows, n_components, seed=2):
-    kept = torch.rand(n_rows, n_components, generator=torch.Generator().manual_seed(seed)) > 0.35
-    kept[:, 0] = False
-    return kept
-
-
-def ablated(model, components, kept, x, how="auto"):
-    with torch.no_grad(), coar.ablate(model, components, kept, how=how):
-        return model(x)
 
 
 GRANULARITIES = pytest.mark.parametrize("granularity", coar.components.GRANULARITIES)

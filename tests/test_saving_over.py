@@ -13,7 +13,7 @@ import signal
 import pytest
 import torch
 from conftest import build_net
-from test_crash import start, wait
+from other_processes import kill_at_step, start, wait
 from test_folders import content, judged, mlp_edited, other
 from test_format import tiny
 
@@ -65,17 +65,7 @@ def killed_everywhere(work, after_kill, steps=STEPS):
 
 def killed_work(owner, name, call, after, work):
     """In a child: it kills itself at one call of a function, before or after that did its work."""
-    original, count = getattr(owner, name), 0
-
-    def replacement(*arguments, **settings):
-        nonlocal count
-        count += 1
-        result = original(*arguments, **settings) if after or count != call else None
-        if count == call:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
-
-    setattr(owner, name, replacement)
+    kill_at_step(owner, name, call, after)
     work()
 
 

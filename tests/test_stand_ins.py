@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from rule_cases import BYPASSED, EXAMPLES, MIXED, MODELS, POSITIONS, WIDTH, ListedExperts, build
+from rule_cases import BYPASSED, EXAMPLES, MIXED, MODELS, POSITIONS, WIDTH, ListedExperts, ablated, build, masks
 from torch import Tensor, nn
 from transformers import T5Config, T5ForConditionalGeneration
 
@@ -67,17 +67,6 @@ def found(name, model, granularity, ablation):
     if ablation == "values":
         made = coar.Values(torch.linspace(-1, 1, len(plain)))
     return coar.find_components(model, granularity, exclude=exclude, ablation=made)
-
-
-def masks(n_rows, n_components, seed=2):
-    kept = torch.rand(n_rows, n_components, generator=torch.Generator().manual_seed(seed)) > 0.35
-    kept[:, 0] = False
-    return kept
-
-
-def run(model, components, kept, x, how="auto"):
-    with torch.no_grad(), coar.ablate(model, components, kept, how=how):
-        return model(x)
 
 
 @contextmanager
@@ -172,7 +161,7 @@ def test_gates_of_zero_give_what_writing_it_by_hand_gives(name, ablation, granul
     for kept in masks(2, len(components)):
         with by_hand(model, components, kept, expected_ends(ablation, model, components, x)):
             expected = model(x)
-        assert torch.allclose(run(model, components, kept, x, "hooks"), expected, rtol=0, atol=tolerance(name))
+        assert torch.allclose(ablated(model, components, kept, x, "hooks"), expected, rtol=0, atol=tolerance(name))
 
 
 @pytest.mark.parametrize("granularity", ["unit", pytest.param("input", marks=pytest.mark.slow)])
@@ -190,9 +179,9 @@ def test_the_other_laws(name, ablation, granularity, x):
     assert torch.allclose(after, plain, rtol=0, atol=close) if rounds else torch.equal(after, plain)
     # One mask an example is each mask for its example.
     kept = masks(EXAMPLES, len(components))
-    together = run(model, components, kept, x)
+    together = ablated(model, components, kept, x)
     for example in range(EXAMPLES):
-        alone = run(model, components, kept[example], x, "hooks")[example]
+        alone = ablated(model, components, kept[example], x, "hooks")[example]
         assert torch.allclose(together[example], alone, rtol=0, atol=close)
     # Gradients agree with differences.
     gates = (0.2 + 0.6 * torch.rand(EXAMPLES, len(components), dtype=torch.float64)).requires_grad_()
@@ -201,7 +190,7 @@ def test_the_other_laws(name, ablation, granularity, x):
     (gradient,) = torch.autograd.grad(output, gates, allow_unused=True)
     gradient = torch.zeros_like(gates) if gradient is None else gradient  # of a router that takes the largest
     direction, step = torch.randn_like(gates), 1e-3 if name in MIXED else 1e-6
-    values = [run(model, components, gates.detach() + s * step * direction, x).sum() for s in (1, -1)]
+    values = [ablated(model, components, gates.detach() + s * step * direction, x).sum() for s in (1, -1)]
     difference = float(values[0] - values[1]) / (2 * step)
     accuracy = {"rel": 1e-2 if name in MIXED else 1e-4, "abs": 1e-5}
     assert float((gradient * direction).sum()) == pytest.approx(difference, **accuracy)
@@ -213,12 +202,12 @@ def test_the_other_laws(name, ablation, granularity, x):
     state = copy.deepcopy(model.state_dict())
     if any(reasons):
         with pytest.raises(CoarError, match="cannot be written into the weights"):
-            run(model, components, torch.zeros(len(components), dtype=torch.bool), x, "weights")
+            ablated(model, components, torch.zeros(len(components), dtype=torch.bool), x, "weights")
     else:
         for mask in (kept[0], gates.detach()[0]):
             if mask.dtype != torch.bool and any(group.by_weights == "zero" for group in components.groups):
                 continue
-            by_hooks, by_weights = (run(model, components, mask, x, how) for how in ("hooks", "weights"))
+            by_hooks, by_weights = (ablated(model, components, mask, x, how) for how in ("hooks", "weights"))
             assert torch.allclose(by_hooks, by_weights, rtol=0, atol=max(close, 1e-6))  # float32 means, float64 model
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in state.items())
 
@@ -236,7 +225,7 @@ def test_experts_in_a_list_have_means_and_no_partners(x):
     kept = torch.tensor([False, True, True])
     with by_hand(model, components, kept, lambda g, r, like: components.stand_in.values[g.parameter].double()):
         expected = model(x)
-    assert torch.allclose(run(model, components, kept, x), expected, rtol=0, atol=1e-12)
+    assert torch.allclose(ablated(model, components, kept, x), expected, rtol=0, atol=1e-12)
     with pytest.raises(CoarError, match=r"experts.*other tokens"):
         coar.find_components(model, "expert", ablation=coar.Patch({"inputs": x}))
 
@@ -249,11 +238,11 @@ def test_means_at_every_position(x):
     kept = torch.tensor([False, True, False, True, True])
     with by_hand(model, components, kept, lambda *_: seen.mean(0).float().double()):
         expected = model(x)
-    assert torch.allclose(run(model, components, kept, x), expected, rtol=0, atol=1e-10)
+    assert torch.allclose(ablated(model, components, kept, x), expected, rtol=0, atol=1e-10)
     with pytest.raises(CoarError, match=r"every position.*same length"):
-        run(model, components, kept, x[:, :3])
+        ablated(model, components, kept, x[:, :3])
     with pytest.raises(CoarError, match="another value for every position"):
-        run(model, components, kept, x, "weights")
+        ablated(model, components, kept, x, "weights")
     with pytest.raises(CoarError, match="no mean for every position"):
         coar.find_components(build("positions first"), ablation=coar.Mean(data, per_position=True))
 
@@ -409,7 +398,7 @@ def test_constants_go_into_biases_and_shifts_and_come_back():
     plain = small()
     plain.load_state_dict(edited.state_dict())
     with torch.no_grad():
-        assert torch.allclose(plain(x), run(model, components, kept, x, "hooks"), atol=1e-5)
+        assert torch.allclose(plain(x), ablated(model, components, kept, x, "hooks"), atol=1e-5)
     restored = coar.undo(edited, model)
     assert all(torch.equal(value, restored.state_dict()[key]) for key, value in model.state_dict().items())
 
@@ -477,7 +466,7 @@ def test_partners_that_do_not_fit():
     model, data = small(), images()
     components = coar.find_components(model, ablation=coar.Resample(data[:1], seed=1))
     with pytest.raises(DataError, match=r"none of the 4 examples to resample from .*shapes \{'inputs': \[3, 5, 5\]\}"):
-        run(model, components, torch.zeros(15, dtype=torch.bool), torch.randn(2, 3, 5, 5))
+        ablated(model, components, torch.zeros(15, dtype=torch.bool), torch.randn(2, 3, 5, 5))
 
 
 def test_an_example_is_never_its_own_stand_in():
@@ -520,15 +509,15 @@ def test_offloaded_models_and_half_precision():
     model, data = small(), images()
     components = coar.find_components(model, exclude="out", ablation=coar.Mean(data))
     kept, x = masks(1, len(components))[0], data[0]["inputs"]
-    expected = run(model, components, kept, x)
+    expected = ablated(model, components, kept, x)
     offloaded = accelerate.cpu_offload(small())
     there = coar.find_components(offloaded, exclude="out", ablation=coar.Mean(data))
     assert there == components
-    assert torch.allclose(run(offloaded, there, kept, x), expected, atol=1e-6)
+    assert torch.allclose(ablated(offloaded, there, kept, x), expected, atol=1e-6)
     masking.MaskedModel(offloaded, there).ablate_for_good(kept)
     with torch.no_grad():
         assert torch.allclose(offloaded(x), expected, atol=1e-5)
     half = small().to(torch.bfloat16)
     rough = [{"inputs": batch["inputs"].to(torch.bfloat16)} for batch in data]
     found = coar.find_components(half, exclude="out", ablation=coar.Mean(rough))
-    assert torch.allclose(run(half, found, kept, x.to(torch.bfloat16)).float(), expected, atol=0.1)
+    assert torch.allclose(ablated(half, found, kept, x.to(torch.bfloat16)).float(), expected, atol=0.1)
