@@ -286,24 +286,18 @@ def test_a_file_in_place_of_the_folder_is_an_error(tmp_path):
         Store(tmp_path / "run", SETTINGS)
 
 
-def test_a_failed_rename_leaves_the_old_file(tmp_path, monkeypatch):
+def interrupted(*args):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("name", "fault", "error"), [("replace", full_disk, CoarError), ("fsync", interrupted, KeyboardInterrupt)]
+)
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch, name, fault, error):
     path = tmp_path / "x.bin"
     files.write_bytes(path, b"old")
-    monkeypatch.setattr(os, "replace", full_disk)
-    with pytest.raises(CoarError):
-        files.write_bytes(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert no_temporary_files(tmp_path)
-
-
-def test_an_interrupt_leaves_the_old_file(tmp_path, monkeypatch):
-    def interrupted(*args):
-        raise KeyboardInterrupt
-
-    path = tmp_path / "x.bin"
-    files.write_bytes(path, b"old")
-    monkeypatch.setattr(os, "fsync", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(os, name, fault)
+    with pytest.raises(error):
         files.write_bytes(path, b"new")
     assert path.read_bytes() == b"old"
     assert no_temporary_files(tmp_path)
