@@ -15,7 +15,7 @@ from hf_coar import models
 from hf_coar.components import Group
 from hf_coar.errors import CoarError
 from hf_coar.estimators import budget as budgets
-from hf_coar.estimators import faint
+from hf_coar.estimators import detached, faint
 from hf_coar.estimators.checking import DEFAULT_CHECKS
 from hf_coar.estimators.leave_one_out import LeaveOneOut, n_pairs
 from hf_coar.estimators.path_gradient import BatchReader, PathGradient
@@ -80,6 +80,8 @@ def settled(problem: Problem, method: Estimator | None, budget: float | str | No
             method, reasons["method"] = chosen, f"method={chosen.name!r}: {reason}"
         if method.differentiates and first.faint:
             _warn(problem, faint.warning(first.faint, len(problem.components.groups)))
+        if method.differentiates and first.detached:
+            _warn(problem, detached.warning(first.detached, len(problem.components.groups)))
         exact_up_to = 2 if isinstance(method, LeaveOneOut) and method.pairs_among >= 2 else 1  # components
         if isinstance(method, LeaveOneOut) and problem.ablated_fraction > _FAR and len(problem.masked) > exact_up_to:
             _warn(problem, _far_from_whole(method, problem.size))
@@ -154,10 +156,12 @@ class Look(NamedTuple):
     Attributes:
         blocked: the groups that no gradient reaches although they matter.
         faint: those that matter, and of which next to nothing arrives at the gates.
+        detached: others of which the gradient leaves out a part.
     """
 
     blocked: Sequence[Group] = ()
     faint: Sequence[Group] = ()
+    detached: Sequence[Group] = ()
 
 
 def _look(problem: Problem, method: Estimator | None, batch: data_module.Batch) -> Look:
@@ -171,7 +175,11 @@ def _look(problem: Problem, method: Estimator | None, batch: data_module.Batch) 
             checks.check_reached(problem.masked, problem.output, batch)
         elif blocked := checks.blocked(problem.masked, problem.output, batch):
             return Look(blocked)
-    return Look() if reads is None else Look((), faint.found(problem, batch, reads))
+    if reads is None:
+        return Look()
+    untold = faint.found(problem, batch, reads)
+    in_part = detached.found(problem.masked, problem.output, batch)
+    return Look((), untold, [group for group in in_part if group not in untold])
 
 
 def fraction(problem: Problem) -> tuple[float, str]:
