@@ -110,8 +110,8 @@ def report(folder: Path) -> str:
         f"themselves, {len(equal)} have a graph that gives the same bits in {PASSES} passes of other gates. A graph is "
         f"used in a batch once it gave the same bits there; of {len(first_only)} it did so in the first pass and not "
         f"in all. Not looked at: {others['none']} without a tiny model or that draw numbers, {others['unsteady']} "
-        f"whose own passes do not repeat themselves, {others['error'] + others['built']} that fail or take over {LIMIT} "
-        "seconds."
+        f"whose own passes do not repeat themselves, {others['error'] + others['built']} that fail or take over "
+        f"{LIMIT} s."
     )
     rows = [
         "# Graphs of gate passes",
