@@ -176,8 +176,8 @@ class Attributions(Looking, Saved):
                 ablate twice the fitted fraction at most (or eight components, or half of few), some half of the model:
                 these teach how intervals grow with the size. Beyond, they are extrapolated and need not hold; a warning
                 says so. They are random ones, an example's own strongest and, of eight examples or more, whole layers,
-                one at a time. Several layers together are none of these, of which a warning says as well: measure
-                those with `ablate`.
+                one at a time. Several layers together are none of these, nor are the strongest of other examples, of
+                which warnings say as well: measure those with `ablate`.
 
         Returns:
             float32 [masks, examples] ([1, examples] for a single mask); with `level` three of them: values, low, high.
@@ -210,10 +210,13 @@ class Attributions(Looking, Saved):
         kept = torch.ones(1, len(self.components))
         kept[0, self.components.indices(which)] = 0
         rows = list(range(len(self))) if example is None else within(example, len(self))
-        if level is not None:
-            self._known(rows[:1]).tell_of_others(kept)
-        blocks = [rows[first : first + _BLOCK] for first in range(0, len(rows), _BLOCK)]
-        return Outcome.joined([self._known(block).outcome(kept, level) for block in blocks])
+        outcomes: list[Outcome] = []
+        for first in range(0, len(rows), _BLOCK):
+            known = self._known(rows[first : first + _BLOCK])
+            if level is not None and not outcomes:
+                known.tell_of_others(kept)
+            outcomes.append(known.outcome(kept, level))
+        return Outcome.joined(outcomes)
 
     def has_intervals(self, level: float = 0.95) -> bool:
         """Whether fresh sets were measured, and enough of them for intervals of a level."""
