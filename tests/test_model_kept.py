@@ -313,6 +313,31 @@ def test_a_gradient_that_does_not_arrive_is_told(block, caplog):
     assert float(found.weights[:, :16].abs().max()) > 0.01
 
 
+class Underivable(torch.autograd.Function):
+    """As kernels of one's own are that have a forward alone."""
+
+    @staticmethod
+    def forward(context, x):
+        return x * 1.0
+
+
+FAILING = {
+    "checkpoint": lambda x: checkpoint(torch.relu, x, use_reentrant=True),
+    "no backward": Underivable.apply,
+}
+
+
+@pytest.mark.parametrize("between", FAILING)
+def test_a_backward_that_fails_is_told(between, caplog):
+    """Of a checkpoint without a flag, of a kernel without a derivative: the default needs no gradient then."""
+    model = net(FAILING[between])
+    with pytest.raises(ModelError, match=r"no gradient reaches .* 3 of 3 modules .*Regression"):
+        coar.attribute(model, [batch()], method=coar.PathGradient(), **OPTIONS)
+    assert caplog.text.count("backward of Net fails") == 1
+    found = coar.attribute(model, [batch()], **OPTIONS)
+    assert found.config["method"]["name"] == "leave_one_out" and found.provenance.chosen
+
+
 def test_a_backbone_that_runs_without_gradients(caplog):
     class Frozen(Net):
         def forward(self, x):

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from hf_coar import data as data_module
 from hf_coar.components import Group
-from hf_coar.errors import ModelError, NonFiniteOutputError
 from hf_coar.estimators.gates import GateRounds
+from hf_coar.models import failing, is_out_of_memory
 from hf_coar.runs.problem import Problem
 
 _FAINT = 0.01  # of what the strongest component of the median module does
@@ -35,7 +35,9 @@ def reads(problem: Problem, batch: data_module.Batch) -> Tensor | None:
     gates.passes.begin_batch()
     try:
         return gates.single(batch, range(data_module.size(batch))).soft.cpu()
-    except (ModelError, NonFiniteOutputError):  # a run has other gates, and says what is wrong
+    except failing.RAISED as error:  # a run has other gates, and says what is wrong
+        if is_out_of_memory(error):
+            raise
         return None
 
 

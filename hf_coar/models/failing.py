@@ -10,6 +10,11 @@ RAISED = (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeEr
 
 def failure(error: BaseException, batch: Mapping[Any, Any]) -> str:
     """What went wrong, in its first line, and what the examples hold, by name or place."""
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     shapes = {name: list(value.shape) if isinstance(value, Tensor) else "list" for name, value in batch.items()}
-    return f"({type(error).__name__}: {first[:200]}); they hold {shapes}"
+    return f"({first_line(error)}); they hold {shapes}"
+
+
+def first_line(error: BaseException) -> str:
+    """The kind of an error, and the first line of what it says."""
+    said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {said[:200]}"

@@ -1,5 +1,6 @@
 """Checks of a model before the first pass, on a few examples: that it repeats itself, and that gradients arrive."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,7 +12,10 @@ from hf_coar import data as data_module
 from hf_coar.components import Group
 from hf_coar.errors import ModelError
 from hf_coar.masking import MaskedModel
+from hf_coar.models import failing, is_out_of_memory
 from hf_coar.models.outputs import Output
+
+logger = logging.getLogger(__name__)
 
 N_EXAMPLES = 4  # enough that a layer of a few ReLUs, all of them off for one example, is on for another
 # Of the largest output; scripts/measure_identity.py shows how far two forwards are apart. Kernels of a GPU that add up
@@ -64,6 +68,8 @@ def blocked(masked: MaskedModel, output: Output, batch: data_module.Batch) -> li
     suspects, tolerance = list(masked.components.groups), rounding(masked.model)
     for level in _LEVELS:
         reached = _reached(masked, output, batch, level)
+        if reached is None:
+            break
         suspects = [group for group in suspects if group.parameter not in reached]
         if not suspects:
             return []
@@ -89,13 +95,13 @@ def check_reached(masked: MaskedModel, output: Output, batch: data_module.Batch)
         raise ModelError(
             f"no gradient reaches the gates of {len(groups)} of {len(masked.components.groups)} modules of "
             f"{type(masked.model).__name__}: {names}; its forward blocks it (detach, "
-            "no_grad, rounding, integer kernels or numpy inside). Use a method that needs none, such as "
-            "hf_coar.Regression(), or exclude these modules"
+            "no_grad, rounding, integer kernels or numpy inside), or its backward fails. Use a method that needs none, "
+            "such as hf_coar.Regression(), or exclude these modules"
         )
 
 
-def _reached(masked: MaskedModel, output: Output, batch: data_module.Batch, level: float) -> set[str]:
-    """Parameters of the groups at whose gates a gradient arrives."""
+def _reached(masked: MaskedModel, output: Output, batch: data_module.Batch, level: float) -> set[str] | None:
+    """Parameters of the groups at whose gates a gradient arrives; None, and a warning, where the backward fails."""
     device = data_module.device_of(batch)
     sizes = [(data_module.size(batch), size) for size in masked.components.sizes()]  # as in the passes of a run
     gates = [torch.full(size, level, device=device, requires_grad=True) for size in sizes]
@@ -106,7 +112,17 @@ def _reached(masked: MaskedModel, output: Output, batch: data_module.Batch, leve
             return set()
         # Of every example alone: what it moves up may move another one down.
         signs = torch.linspace(1, 2, len(values), device=values.device)
-        gradients = torch.autograd.grad((values * signs).sum(), gates, allow_unused=True)
+        try:
+            gradients = torch.autograd.grad((values * signs).sum(), gates, allow_unused=True)
+        except failing.RAISED as error:
+            if is_out_of_memory(error):
+                raise
+            logger.warning(
+                "the backward of %s fails (%s), as it does through a kernel of one's own without a derivative, or "
+                "torch.utils.checkpoint, which the model had better not call in evaluation mode",
+                type(masked.model).__name__, failing.first_line(error),
+            )  # fmt: skip
+            return None
     found = zip(masked.components.groups, gradients, strict=True)
     return {group.parameter for group, gradient in found if gradient is not None and bool((gradient != 0).any())}
 
