@@ -9,7 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 from output_cases import GIVEN
+from torch import nn
 
+import hf_coar as coar
 from hf_coar.errors import CoarError, DataError, ModelError
 from hf_coar.models import outputs
 from hf_coar.runs import preflight
@@ -110,6 +112,19 @@ def test_a_boundary_is_where_right_turns_into_wrong(name):
         return
     above, below = (value(name, given(name).moved(step)) for step in (20, -20))
     assert (above > outputs.get(name).boundary).all() and (below < outputs.get(name).boundary).all()
+
+
+def test_logits_of_a_plain_dict_are_found():
+    """Modules of one's own return dicts; the error said that logits were there and not there."""
+
+    class Named(nn.Linear):
+        def forward(self, x):
+            return {"features": x, "logits": super().forward(x)}
+
+    model, batch = Named(5, 3), {"x": torch.randn(4, 5), "labels": torch.arange(4) % 3}
+    found = coar.attribute(model, [batch], progress=False)
+    logits = model(batch["x"])["logits"].detach()
+    assert torch.allclose(found.forecast.unablated, outputs.get("margin").function(logits, batch), atol=1e-5)
 
 
 def test_the_gradient_reaches_the_logits_of_every_example(name):

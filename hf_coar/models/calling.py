@@ -211,12 +211,12 @@ def logits(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
 
 
 def logits_of(output: Any, model: str = "the model") -> Tensor:
-    """The logits in what a forward returned: its `.logits`, the first of a tuple, or a tensor itself.
+    """The logits in what a forward returned: its `.logits`, those of a mapping, the first of a tuple, a tensor itself.
 
     Raises:
         ModelError: there are none.
     """
-    found = getattr(output, "logits", None)
+    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
     if found is None and type(output) in (tuple, list) and output:
         found = output[0]
     if found is None and isinstance(output, Tensor):
