@@ -22,6 +22,7 @@ _EMBEDDING = "embedding (left out unless included)"
 _BASE = "base model of the adapters (left out unless included)"
 _TABLE = "embedding or other table: looked up, added or applied entry by entry, not multiplied"
 _VECTOR = "no matrix: normalisation, bias or scale"
+_MISSED, _NAMED = 0.05, 4  # the share of the weights from which on it is told that no rule reaches them; reasons told
 NO_RULE = "no rule for"  # how the reason begins for weights that hold components and that no rule reaches
 
 
@@ -89,6 +90,7 @@ def find_components(
     if not groups:
         raise NoComponentsError(_nothing_found(model, found, left_out, granularity, include, exclude))
     _warn_of_guesses(model, groups.values())
+    _warn_of_missed(model, found, skipped)
     shared = [_with_sharers(model, group, users.get(key[0])) for key, group in groups.items()]
     return Components(tuple(shared), granularity, tuple(skipped))
 
@@ -315,6 +317,19 @@ def _warn_of_guesses(model: nn.Module, groups: Iterable[Group]) -> None:
             "which axis of %s makes the outputs is guessed: no rule knows the class, and neither its sizes nor a bias "
             "tell (first in %r); if it is wrong, say it with hf_coar.components.rule",
             _abbreviate(list(places)), next(iter(places.values()))[0],
+        )  # fmt: skip
+
+
+def _warn_of_missed(model: nn.Module, found: Sequence[_Found], skipped: Sequence[Skipped]) -> None:
+    """One line that names the weights that no rule reaches, where they are more than a few of a model's."""
+    missed = [one for one in skipped if one.reason.startswith(NO_RULE)]
+    count = sum(one.n_parameters for one in missed)
+    whole = count + sum({id(one.tensor): one.tensor.numel() for one in found}.values())
+    if count > _MISSED * whole:
+        reasons = list(dict.fromkeys(one.reason for one in missed))
+        logger.warning(
+            "%.0f %% of the weights of %s are no components: %s (components.skipped has all)",
+            100 * count / whole, type(model).__name__, "; ".join(reasons[:_NAMED]),
         )  # fmt: skip
 
 
