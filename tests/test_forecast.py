@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -694,6 +695,20 @@ def test_the_strongest_of_one_example_are_told_of_where_others_are_asked(demo_at
         caplog.clear()
         found.without(gone)
         assert "1 of 1 sets hold the strongest of some examples" in caplog.text
+
+
+def test_few_small_random_sets_are_told_to_hold_an_examples_strongest(caplog):
+    """One of five may be the strongest by chance, and take half of what five can: a fifth of these was told of."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 48), nn.GELU(), nn.Linear(48, 48), nn.GELU(), nn.Linear(48, 4)).eval()
+    batch = {"x": torch.randn(12, 16), "labels": torch.arange(12) % 4}
+    method = coar.baselines.LeaveOneOut(check_masks=20)
+    found = coar.attribute(model, [batch], method=method, ablated_fraction=0.05, progress=False)
+    kept = torch.rand(100, 100, generator=torch.Generator().manual_seed(0)) > 0.05
+    with caplog.at_level("WARNING", "hf_coar"):
+        found.predict(kept, level=0.8)
+    told = re.search(r"(\d+) of 100 sets hold the strongest", caplog.text)
+    assert told is None or int(told[1]) <= 5
 
 
 def test_a_layer_that_is_half_of_a_model_is_one(caplog):
