@@ -61,11 +61,8 @@ class _Steps:
             if not values.requires_grad:
                 raise ModelError("no gradient")
             slopes = torch.autograd.grad(values.sum(), self.gates, allow_unused=True)
-        self.slopes = [
-            torch.zeros_like(gate) if slope is None else slope
-            for gate, slope in zip(self.gates, slopes, strict=True)
-        ]  # fmt: skip
-
+        pairs = zip(self.gates, slopes, strict=True)
+        self.slopes = [torch.zeros_like(gate) if slope is None else slope for gate, slope in pairs]
         with torch.no_grad():
             self.rounding = max(_DIGITS * largest(values), seen.moved(_DIGITS) if seen.logits else 0.0)
 
