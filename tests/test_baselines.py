@@ -134,7 +134,7 @@ def test_the_same_seed_gives_the_same_numbers(name, mlp):
     assert torch.equal(first.weights, other.weights) == (name != "random")
 
 
-LOOKS = 7  # forward passes of a few examples before the first pass of a run, at most
+LOOKS = 10  # forward passes of a few examples before the first pass of a run, at most
 
 
 def test_a_finished_run_is_not_run_again(name, mlp, tmp_path):

@@ -343,7 +343,14 @@ def test_workers_need_a_common_folder(nothing_is_run, monkeypatch, named):
         attribute(None, worker="0/2" if named else None)
 
 
-def test_ctrl_c_waits_for_a_file_of_tensors_to_be_read(tmp_path, monkeypatch):
+@pytest.fixture
+def hears_ctrl_c():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell runs in the background does not
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_waits_for_a_file_of_tensors_to_be_read(tmp_path, monkeypatch, hears_ctrl_c):
     """What it raises inside compiled code got lost there, and the file was said to be damaged."""
     files.write_tensors(tmp_path / "some.safetensors", {"a": torch.ones(2), "b": torch.zeros(3)})
     read, opened = [], safetensors.safe_open

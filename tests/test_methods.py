@@ -48,7 +48,7 @@ def test_solvers_by_name(name):
 def test_the_parts_of_a_hybrid_are_those_of_its_prior_and_its_masks():
     size, prior = Size(50, 0.05), coar.PathGradient(rounds=2, n_flips=0, check_masks=0)  # nobody predicts with a prior
     hybrid = coar.Regression(100, prior=prior)
-    assert [part.kind for part in hybrid.parts(size)] == ["rounds", "masks", "masks"]
+    assert [part.kind for part in hybrid.parts(size)] == ["anchored", "masks", "masks"]
     assert hybrid.cost(size) == prior.cost(size) + 100 and hybrid.differentiates
     assert coar.Regression(100, prior=coar.PathGradient(rounds=2)).cost(size) == hybrid.cost(size)
 
