@@ -99,7 +99,20 @@ def assert_same_bits(one, other):
             torch.testing.assert_close(getattr(a, name), getattr(b, name), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("case", [resnet, vit, gpt2, bert, speech])
+def mixtral():
+    sizes = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 48, "num_local_experts": 3}
+    config = transformers.MixtralConfig(num_attention_heads=2, num_key_value_heads=2, vocab_size=100, **sizes)
+    return transformers.MixtralForCausalLM(config).eval(), gpt2()[1], "token_log_prob"
+
+
+def padded_or_not():
+    """Transformers looks at whether a mask leaves anything out."""
+    model, batches, output = bert()
+    whole = {name: torch.ones_like(value) for name, value in batches[0].items() if name == "attention_mask"}
+    return model, [batches[0], batches[0] | whole, batches[0]], output
+
+
+@pytest.mark.parametrize("case", [resnet, vit, gpt2, bert, speech, llama, mixtral, padded_or_not])
 def test_a_replay_gives_the_same_bits(case):
     torch.manual_seed(0)
     model, batches, output = case()
@@ -121,12 +134,6 @@ def test_the_only_batch_gets_a_graph_once_it_is_time(monkeypatch):
     found, passes = rounds_of(model, batches[:1], output, compile="auto")
     assert_same_bits(found, expected)
     assert passes.replays and [shape.of_batch for shape in passes._shapes.values()] == [4]  # the others were replays
-
-
-def mixtral():
-    sizes = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 48, "num_local_experts": 3}
-    config = transformers.MixtralConfig(num_attention_heads=2, num_key_value_heads=2, vocab_size=100, **sizes)
-    return transformers.MixtralForCausalLM(config).eval(), gpt2()[1], "token_log_prob"
 
 
 def test_where_a_graph_gives_other_bits_there_is_none(capfd):
@@ -179,23 +186,6 @@ def test_a_model_that_looks_at_its_inputs_gets_another_graph_where_they_are_othe
         assert [shape.n_made for shape in passes._shapes.values()] == [2] and passes.replays
     else:
         assert not passes._possible  # more graphs than that win nothing
-
-
-def padded_or_not():
-    model, batches, output = bert()
-    whole = {name: torch.ones_like(value) for name, value in batches[0].items() if name == "attention_mask"}
-    return model, [batches[0], batches[0] | whole, batches[0]], output
-
-
-@pytest.mark.parametrize("case", [llama, mixtral, padded_or_not])
-def test_models_that_look_at_masks_alone_or_at_nothing_are_replayed(case):
-    torch.manual_seed(0)
-    model, batches, output = case()
-    model.requires_grad_(False)
-    expected, _ = rounds_of(model, batches, output, compile=False)
-    found, passes = rounds_of(model, batches, output, compile="auto")
-    assert_same_bits(found, expected)
-    assert passes.replays
 
 
 def test_a_model_that_looks_at_values_is_not_captured(caplog):
